@@ -1,0 +1,190 @@
+//! Digests of tensor data: CRC-32 (IEEE 802.3, the polynomial of zip files) and counts of NaN and
+//! infinite values, in one pass, joined from slices without a second pass.
+
+use crc32fast::Hasher;
+
+/// How the bytes of a tensor are read when NaN and infinite values are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    Float32,
+    Float16,
+    BFloat16,
+    /// Holds neither NaN nor infinities.
+    Integer,
+}
+
+impl Element {
+    /// The element of a dtype by its NumPy name; `None` for a name that no output file holds.
+    pub fn from_dtype(dtype: &str) -> Option<Self> {
+        match dtype {
+            "float32" => Some(Self::Float32),
+            "float16" => Some(Self::Float16),
+            "bfloat16" => Some(Self::BFloat16),
+            "int64" | "uint8" => Some(Self::Integer),
+            _ => None,
+        }
+    }
+}
+
+/// What is known of a run of bytes once it has been seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Digest {
+    pub crc32: u32,
+    pub nan: u64,
+    pub inf: u64,
+}
+
+/// The CRC-32 of two runs of bytes, one after the other, from the CRC-32 of each.
+pub fn combine(first: u32, second: u32, second_len: u64) -> u32 {
+    let mut hasher = Hasher::new_with_initial_len(first, 0);
+    hasher.combine(&Hasher::new_with_initial_len(second, second_len));
+    hasher.finalize()
+}
+
+/// Looked at twice, by the CRC and by the count, while it is in the innermost cache. Its elements
+/// can be counted in 16 bits.
+const STEP: usize = 8 << 10;
+
+/// Digests a run of bytes that arrives in blocks.
+pub struct Digester {
+    hasher: Hasher,
+    element: Element,
+    nan: u64,
+    inf: u64,
+}
+
+impl Digester {
+    pub fn new(element: Element) -> Self {
+        Self { hasher: Hasher::new(), element, nan: 0, inf: 0 }
+    }
+
+    /// Adds a block. Every block but the last holds whole elements.
+    pub fn update(&mut self, block: &[u8]) {
+        block.chunks(STEP).for_each(|step| self.update_step(step));
+    }
+
+    fn update_step(&mut self, block: &[u8]) {
+        self.hasher.update(block);
+        let (nan, inf) = match self.element {
+            Element::Float32 => count_specials_32(block),
+            Element::Float16 => count_specials_16(block, 0x7c00),
+            Element::BFloat16 => count_specials_16(block, 0x7f80),
+            Element::Integer => (0, 0),
+        };
+        self.nan += nan;
+        self.inf += inf;
+    }
+
+    pub fn finish(self) -> Digest {
+        Digest { crc32: self.hasher.finalize(), nan: self.nan, inf: self.inf }
+    }
+}
+
+/// Counts (NaN, infinite) among little-endian float32 values.
+///
+/// IEEE 754: without the sign bit, infinity is the pattern of an all-ones exponent and every NaN is
+/// above it. Adding one to the exponent carries into the sign bit for these alone, which tells in
+/// three vector operations whether a block needs counting at all.
+fn count_specials_32(block: &[u8]) -> (u64, u64) {
+    const INFINITY: u32 = 0x7f80_0000;
+    const EXPONENT_ONE: u32 = 0x0080_0000;
+    let magnitudes = || {
+        let (words, _) = block.as_chunks::<4>();
+        words.iter().map(|word| u32::from_le_bytes(*word) & 0x7fff_ffff)
+    };
+    let carries = magnitudes().fold(0, |carries, bits| carries | (bits + EXPONENT_ONE));
+    if carries >> 31 == 0 {
+        return (0, 0);
+    }
+    let above = |bound| magnitudes().map(|bits| u32::from(bits > bound)).sum::<u32>();
+    let nan = above(INFINITY);
+    (u64::from(nan), u64::from(above(INFINITY - 1) - nan))
+}
+
+/// Counts (NaN, infinite) among little-endian 16-bit floats, as `count_specials_32` does.
+fn count_specials_16(block: &[u8], infinity: u16) -> (u64, u64) {
+    let exponent_one = 0x8000 - infinity;
+    let magnitudes = || {
+        let (words, _) = block.as_chunks::<2>();
+        words.iter().map(|word| u16::from_le_bytes(*word) & 0x7fff)
+    };
+    let carries = magnitudes().fold(0, |carries, bits| carries | (bits + exponent_one));
+    if carries >> 15 == 0 {
+        return (0, 0);
+    }
+    let above = |bound| magnitudes().map(|bits| u16::from(bits > bound)).sum::<u16>();
+    let nan = above(infinity);
+    (u64::from(nan), u64::from(above(infinity - 1) - nan))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// CRC-32 bit by bit, from the reflected polynomial.
+    fn crc32_bitwise(data: &[u8]) -> u32 {
+        !data.iter().fold(!0_u32, |crc, byte| {
+            (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+                if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 }
+            })
+        })
+    }
+
+    fn digest(element: Element, data: &[u8], block: usize) -> Digest {
+        let mut digester = Digester::new(element);
+        data.chunks(block).for_each(|chunk| digester.update(chunk));
+        digester.finish()
+    }
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i * i + 7 * i) as u8).collect()
+    }
+
+    #[test]
+    fn crc_is_that_of_zip() {
+        assert_eq!(digest(Element::Integer, b"123456789", 9).crc32, 0xcbf4_3926);
+        for len in [0, 1, 15, 16, 63, 64, 1000, 5000] {
+            let data = pattern(len);
+            assert_eq!(digest(Element::Integer, &data, 96).crc32, crc32_bitwise(&data), "{len}");
+        }
+    }
+
+    #[test]
+    fn slices_combine_to_the_whole() {
+        let data = pattern(3000);
+        for cut in [0, 1, 64, 1499, 3000] {
+            let (head, tail) = data.split_at(cut);
+            let joined = combine(crc32_bitwise(head), crc32_bitwise(tail), tail.len() as u64);
+            assert_eq!(joined, crc32_bitwise(&data), "{cut}");
+        }
+    }
+
+    #[test]
+    fn every_float16_pattern_is_counted_once() {
+        let data: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+        // float16 has 10 bits of mantissa, bfloat16 has 7; both signs, less the infinity.
+        let half = digest(Element::Float16, &data, 4096);
+        assert_eq!((half.nan, half.inf), (2 * 1023, 2));
+        let brain = digest(Element::BFloat16, &data, 4096);
+        assert_eq!((brain.nan, brain.inf), (2 * 127, 2));
+    }
+
+    #[test]
+    fn float32_specials_are_counted() {
+        let values = [
+            0.0,
+            -0.0,
+            f32::MAX,
+            f32::MIN,
+            f32::MIN_POSITIVE / 2.0,
+            f32::NAN,
+            -f32::NAN,
+            f32::from_bits(0x7f80_0001),
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+        ];
+        let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let digest = digest(Element::Float32, &data, 8);
+        assert_eq!((digest.nan, digest.inf), (3, 2));
+    }
+}

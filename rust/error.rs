@@ -1,0 +1,59 @@
+//! What can go wrong with a pool, each with the path, row or field that it is about.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::npy::HeaderError;
+
+/// Everything the crate reports. The text is one line for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{}: no such directory; name the directory that holds the shards", .path.display())]
+    NoDirectory { path: PathBuf },
+
+    #[error("{}: not a directory; name the directory that holds the shards", .path.display())]
+    NotADirectory { path: PathBuf },
+
+    #[error("{}: no shards; a pool holds steps-*.npy files or one steps.npy", .path.display())]
+    NoShards { path: PathBuf },
+
+    #[error("{}: cannot be opened: {source}", .path.display())]
+    Open { path: PathBuf, source: io::Error },
+
+    #[error("{}: {problem}", .path.display())]
+    Header { path: PathBuf, problem: HeaderError },
+
+    #[error(
+        "{}: truncated: the header promises {rows} rows ({expected} bytes) but the file has {found} \
+         bytes; copy the shard again or remove it", .path.display()
+    )]
+    Truncated { path: PathBuf, rows: u64, expected: u64, found: u64 },
+
+    #[error(
+        "{}: its rows have {found}, but those of {} have {wanted}; shards of one pool must agree",
+        .path.display(), .first.display()
+    )]
+    BoardsDiffer { path: PathBuf, first: PathBuf, found: &'static str, wanted: &'static str },
+
+    #[error(
+        "{}: its rows have other fields than those of {}; only boards can be read from such a pool",
+        .path.display(), .first.display()
+    )]
+    RowsDiffer { path: PathBuf, first: PathBuf },
+
+    #[error("{}: its shards hold more rows than a step index can count", .path.display())]
+    TooManyRows { path: PathBuf },
+
+    #[error(
+        "step index {index} at position {position} is outside the pool, which has {rows} rows \
+         (0 to {})", .rows.saturating_sub(1)
+    )]
+    StepIndex { position: usize, index: i64, rows: u64 },
+
+    #[error("{}: step {step} cannot be read: {source}; restore the shard and run again", .path.display())]
+    Row { path: PathBuf, step: u64, source: io::Error },
+
+    /// The caller's own interrupt check asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}

@@ -1,0 +1,23 @@
+//! Reads pools of 2048 steps: finds shards, draws step indices, decodes boards.
+//! Writes and digests slices of output files.
+
+pub mod boards;
+pub mod checksum;
+mod dtype;
+pub mod error;
+mod file;
+mod literal;
+pub mod npy;
+mod order;
+#[cfg(feature = "python")]
+mod python;
+mod random;
+pub mod rows;
+pub mod sampling;
+mod scatter;
+pub mod shards;
+pub mod slices;
+#[cfg(test)]
+mod testing;
+
+pub use error::Error;

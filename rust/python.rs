@@ -1,0 +1,276 @@
+//! The private Python module `dump_activations._rust`: checks arguments, releases the interpreter, maps errors.
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _rust {
+    use std::fs::File;
+    use std::io;
+    use std::mem::ManuallyDrop;
+    use std::os::fd::{FromRawFd, RawFd};
+    use std::path::PathBuf;
+    use std::time::{Duration, Instant};
+
+    use numpy::{
+        PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray2,
+        PyUntypedArrayMethods,
+    };
+    use pyo3::exceptions::{PyOSError, PyValueError};
+    use pyo3::prelude::*;
+
+    use crate::boards::Boards;
+    use crate::checksum::{self, Element};
+    use crate::error::Error;
+    use crate::rows::{self, Column, WholeRows};
+    use crate::sampling::{self, Interrupt};
+    use crate::shards;
+    use crate::slices;
+
+    pyo3::import_exception!(dump_activations.errors, DatasetError);
+    pyo3::import_exception!(dump_activations.errors, DatasetNotFoundError);
+    pyo3::import_exception!(dump_activations.errors, InvalidArgumentError);
+    pyo3::import_exception!(dump_activations.errors, StepIndexError);
+
+    impl From<Error> for PyErr {
+        fn from(error: Error) -> Self {
+            let text = error.to_string();
+            match error {
+                Error::NoDirectory { .. }
+                | Error::NotADirectory { .. }
+                | Error::NoShards { .. } => DatasetNotFoundError::new_err(text),
+                Error::StepIndex { .. } => StepIndexError::new_err(text),
+                _ => DatasetError::new_err(text),
+            }
+        }
+    }
+
+    /// How often signals are looked at: attaching to the interpreter may have to wait for its other threads.
+    const SIGNALS_EVERY: Duration = Duration::from_millis(20);
+
+    /// Runs `work` with the interpreter released, and raises what a signal handler raises meanwhile.
+    fn detached<T: Send>(
+        py: Python<'_>,
+        work: impl FnOnce(Interrupt<'_>) -> Result<T, Error> + Send,
+    ) -> PyResult<T> {
+        py.detach(|| {
+            let mut looked = Instant::now();
+            let mut raised = None;
+            let outcome = work(&mut || {
+                if looked.elapsed() < SIGNALS_EVERY {
+                    return Ok(());
+                }
+                let signals = Python::attach(|py| py.check_signals());
+                looked = Instant::now();
+                signals.map_err(|error| {
+                    raised = Some(error);
+                    Error::Interrupted
+                })
+            });
+            outcome.map_err(|error| raised.unwrap_or_else(|| error.into()))
+        })
+    }
+
+    /// A dataset directory whose shards' headers were read.
+    #[pyclass(frozen, module = "dump_activations._rust")]
+    struct Pool {
+        pool: shards::Pool,
+    }
+
+    #[pymethods]
+    impl Pool {
+        #[new]
+        fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+            let pool = py.detach(|| shards::Pool::open(&path))?;
+            Ok(Self { pool })
+        }
+
+        #[getter]
+        fn path(&self) -> PathBuf {
+            self.pool.path().to_owned()
+        }
+
+        #[getter]
+        fn rows(&self) -> u64 {
+            self.pool.rows()
+        }
+
+        #[getter]
+        fn itemsize(&self) -> usize {
+            self.pool.itemsize()
+        }
+
+        #[getter]
+        fn descr(&self) -> &str {
+            self.pool.descr()
+        }
+
+        #[getter]
+        fn shards(&self) -> Vec<(PathBuf, u64, u64)> {
+            let shards = self.pool.shards().iter();
+            shards.map(|shard| (shard.path.clone(), shard.rows, shard.first)).collect()
+        }
+
+        fn read_boards(
+            &self,
+            py: Python<'_>,
+            indices: &Bound<'_, PyArray1<i64>>,
+            out: &Bound<'_, PyArray2<u8>>,
+        ) -> PyResult<()> {
+            self.read(py, indices, out, &Boards)
+        }
+
+        fn read_rows(
+            &self,
+            py: Python<'_>,
+            indices: &Bound<'_, PyArray1<i64>>,
+            out: &Bound<'_, PyArray2<u8>>,
+        ) -> PyResult<()> {
+            self.pool.check_same_rows()?;
+            self.read(py, indices, out, &WholeRows { itemsize: self.pool.itemsize() })
+        }
+    }
+
+    impl Pool {
+        fn read(
+            &self,
+            py: Python<'_>,
+            indices: &Bound<'_, PyArray1<i64>>,
+            out: &Bound<'_, PyArray2<u8>>,
+            column: &(impl Column + Send),
+        ) -> PyResult<()> {
+            let wanted = [indices.len(), column.width()];
+            if out.shape() != wanted || !out.is_c_contiguous() {
+                let text = format!(
+                    "out: a C-contiguous array of the shape {wanted:?} is wanted, not {:?}",
+                    out.shape()
+                );
+                return Err(InvalidArgumentError::new_err(text));
+            }
+            let indices: PyReadonlyArray1<'_, i64> =
+                indices.try_readonly().map_err(not_usable("indices"))?;
+            let indices = indices.as_slice().map_err(not_usable("indices"))?;
+            let mut out: PyReadwriteArray2<'_, u8> =
+                out.try_readwrite().map_err(not_usable("out"))?;
+            let out = out.as_slice_mut().map_err(not_usable("out"))?;
+            detached(py, |interrupt| rows::read(&self.pool, indices, column, out, interrupt))
+        }
+    }
+
+    fn not_usable<E: std::fmt::Display>(name: &'static str) -> impl Fn(E) -> PyErr {
+        move |error| InvalidArgumentError::new_err(format!("{name}: {error}"))
+    }
+
+    /// `default_rng(seed).choice(rows, size=len(out), replace=False)`, the seed as little-endian 32-bit words.
+    #[pyfunction]
+    fn sample_without_replacement(
+        py: Python<'_>,
+        rows: u64,
+        seed: Vec<u32>,
+        out: &Bound<'_, PyArray1<i64>>,
+    ) -> PyResult<()> {
+        fill(py, out, |out, interrupt| sampling::without_replacement(rows, &seed, out, interrupt))
+    }
+
+    /// `default_rng(seed).integers(0, rows, size=len(out), dtype=int64)`, the seed as little-endian 32-bit words.
+    #[pyfunction]
+    fn sample_with_replacement(
+        py: Python<'_>,
+        rows: u64,
+        seed: Vec<u32>,
+        out: &Bound<'_, PyArray1<i64>>,
+    ) -> PyResult<()> {
+        fill(py, out, |out, interrupt| sampling::with_replacement(rows, &seed, out, interrupt))
+    }
+
+    fn fill(
+        py: Python<'_>,
+        out: &Bound<'_, PyArray1<i64>>,
+        draw: impl FnOnce(&mut [i64], Interrupt<'_>) -> Result<(), Error> + Send,
+    ) -> PyResult<()> {
+        let mut out = out.try_readwrite().map_err(not_usable("out"))?;
+        let out = out.as_slice_mut().map_err(not_usable("out"))?;
+        detached(py, |interrupt| draw(out, interrupt))
+    }
+
+    fn element(dtype: &str) -> PyResult<Element> {
+        Element::from_dtype(dtype)
+            .ok_or_else(|| PyValueError::new_err(format!("no tensor has dtype {dtype}")))
+    }
+
+    /// An `OSError` with the system's number and text, as Python itself raises it.
+    fn os_error(error: io::Error) -> PyErr {
+        let text = error.to_string();
+        match error.raw_os_error() {
+            Some(number) => {
+                let reason = text.trim_end_matches(&format!(" (os error {number})"));
+                PyOSError::new_err((number, reason.to_owned()))
+            }
+            None => PyOSError::new_err((libc::EIO, text)),
+        }
+    }
+
+    /// The caller's open file, which stays the caller's to close.
+    #[allow(unsafe_code)]
+    fn borrow_file(fd: RawFd) -> ManuallyDrop<File> {
+        // SAFETY: never closed here; the caller keeps the descriptor open during the call, and a
+        // stale one gives EBADF.
+        ManuallyDrop::new(unsafe { File::from_raw_fd(fd) })
+    }
+
+    /// The CRC-32 of two runs of bytes, one after the other.
+    #[pyfunction]
+    fn combine_crc32(first: u32, second: u32, second_len: u64) -> u32 {
+        checksum::combine(first, second, second_len)
+    }
+
+    /// Writes uint8 data at an offset, past the page cache where `direct_fd` is the same file
+    /// opened so; returns its (crc32, nan, inf).
+    #[pyfunction]
+    fn write_slice(
+        py: Python<'_>,
+        fd: RawFd,
+        direct_fd: Option<RawFd>,
+        offset: u64,
+        data: &Bound<'_, PyArray1<u8>>,
+        dtype: &str,
+    ) -> PyResult<(u32, u64, u64)> {
+        let element = element(dtype)?;
+        let data = data.try_readonly()?;
+        let bytes = data.as_slice()?;
+        let file = borrow_file(fd);
+        let direct = direct_fd.map(borrow_file);
+        let digest = py
+            .detach(|| slices::write_slice(&file, direct.as_deref(), offset, bytes, element))
+            .map_err(os_error)?;
+        Ok((digest.crc32, digest.nan, digest.inf))
+    }
+
+    /// Reads bytes at an offset; returns their (crc32, nan, inf).
+    #[pyfunction]
+    fn digest_slice(
+        py: Python<'_>,
+        fd: RawFd,
+        offset: u64,
+        nbytes: u64,
+        dtype: &str,
+    ) -> PyResult<(u32, u64, u64)> {
+        let element = element(dtype)?;
+        let file = borrow_file(fd);
+        let digest =
+            py.detach(|| slices::digest_slice(&file, offset, nbytes, element)).map_err(os_error)?;
+        Ok((digest.crc32, digest.nan, digest.inf))
+    }
+
+    /// Whether the file may be opened past the page cache for `write_slice`.
+    #[pyfunction]
+    fn supports_direct(fd: RawFd) -> bool {
+        slices::supports_direct(&borrow_file(fd))
+    }
+
+    /// Takes disk space for a whole file; says whether the file system could.
+    #[pyfunction]
+    fn reserve(py: Python<'_>, fd: RawFd, size: u64) -> PyResult<bool> {
+        let file = borrow_file(fd);
+        py.detach(|| slices::reserve(&file, size)).map_err(os_error)
+    }
+}
