@@ -1,0 +1,77 @@
+"""Runs a command: errors become one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from dump_activations.console import print_error, shown_warnings
+from dump_activations.errors import DumpActivationsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_WRONG_CALL = 2
+_FAILED = 1
+
+
+def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
+    """Run a command and return its exit code: 0, 2 for a wrong call, 1 for everything else.
+
+    Args:
+        command: what to run.
+        arguments: those after the command's name; None takes the process's own.
+    """
+    try:
+        with shown_warnings(), _terminated_like_interrupted():
+            _invoke(command, sys.argv[1:] if arguments is None else arguments)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        print_error(error.format_message())
+        return _WRONG_CALL
+    except DumpActivationsError as error:
+        print_error(_with_notes(str(error), error))
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        print_error(_with_notes("interrupted", error))
+        return _FAILED
+    except Exception as error:
+        # In development mode (python -X dev) the traceback is wanted.
+        if sys.flags.dev_mode:
+            raise
+        print_error(_with_notes(f"{type(error).__name__}: {error}", error))
+        return _FAILED
+    return 0
+
+
+def _invoke(command: click.Command, arguments: Sequence[str]) -> None:
+    """Run a command without `click.main`, which loses the notes of an interruption."""
+    with command.make_context(command.name, [*arguments]) as context:
+        command.invoke(context)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C: in order, with what is done kept."""
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _with_notes(text: str, error: BaseException) -> str:
+    return "; ".join([text, *getattr(error, "__notes__", [])])

@@ -1,0 +1,54 @@
+"""Lets Ctrl-C and SIGTERM end a run at a chosen point instead of anywhere."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+
+class HeldInterrupts:
+    """Holds back the first SIGINT or SIGTERM inside the context; use in any thread.
+
+    Python raises KeyboardInterrupt between any two steps of the main thread. In the bookkeeping of
+    a queue, a condition or a future that leaves a lock taken, or a waiting thread never woken, and
+    the run would hang. What is held back goes to its own handler at the next `check`, or when the
+    context is left without an error. A second signal is not held back.
+
+    Only signals that have a handler in Python are held.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._held: int | None = None
+
+    def __enter__(self) -> Self:
+        # Python runs handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._hold)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Hand over the signal that was held back, if any.
+
+        Raises:
+            KeyboardInterrupt: what the handlers of Python and of this package's commands raise.
+        """
+        number, self._held = self._held, None
+        if number is not None:
+            self._handlers[number](number, None)
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if self._held is None:
+            self._held = number
+        else:
+            self._handlers[number](number, frame)

@@ -1,0 +1,198 @@
+"""Threads that write batches into an output file."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from dump_activations.output.digest import RunningDigest
+from dump_activations.output.file import OutputFile
+
+RUN_NBYTES = 4 << 20
+"""Bytes that a thread writes at a time: few enough for several threads to share a batch."""
+
+BATCHES_AHEAD = 8
+"""Batches handed over and not yet written; a caller with fewer buffers waits for these instead."""
+
+
+class WriterPool:
+    """Writes batches with several threads; use as a context manager, inside the file's.
+
+    After the first error nothing more is written; it is raised by the next `submit` and `close`.
+    """
+
+    def __init__(self, file: OutputFile, *, threads: int) -> None:
+        self._file = file
+        self._runs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(BATCHES_AHEAD)
+        self._error: BaseException | None = None
+        self._busy = [0.0] * threads
+        self._threads = [
+            threading.Thread(target=self._work, args=(i,), name=f"writer-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._join()
+        if kind is None:
+            self._raise_error()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds that the threads spent digesting and writing, or held up by the disk, in all."""
+        return sum(self._busy)
+
+    def submit(
+        self,
+        first_row: int,
+        slices: Mapping[str, npt.NDArray[np.uint8]],
+        *,
+        wait: Callable[[], object] | None = None,
+        done: Callable[[], object],
+    ) -> None:
+        """Hands over a batch; blocks while `BATCHES_AHEAD` others are not written.
+
+        Args:
+            first_row: the batch's first row, a multiple of the file's `batch_rows`.
+            slices: the rows of every batched tensor, as runs of bytes.
+            wait: called once, before the bytes are read, by the thread that reads them first.
+            done: called once, when they are no longer needed: whether or not they were written,
+                and also if this call raises.
+
+        Raises:
+            BaseException: the first error of any batch before.
+        """
+
+        def leave() -> None:
+            self._room.release()
+            done()
+
+        job = _Batch(self._file, first_row, wait, leave)
+        runs = job.split(slices)
+        queued = 0
+        try:
+            self._room.acquire()
+            self._raise_error()
+            for run in runs:
+                self._runs.put(run)
+                queued += 1
+        finally:
+            job.drop(len(runs) - queued)
+
+    def close(self) -> None:
+        """Waits until all batches are written and ends the threads."""
+        self._join()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _join(self) -> None:
+        for _ in self._threads:
+            self._runs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _work(self, index: int) -> None:
+        while (run := self._runs.get()) is not None:
+            try:
+                if self._error is None:
+                    self._busy[index] += run.batch.write(run)
+                else:
+                    run.batch.drop(1)
+            except BaseException as error:
+                # Two threads may fail at once; either error is as good.
+                self._error = self._error or error
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Bytes of one tensor of a batch; `start` counts from the batch's first byte."""
+
+    batch: "_Batch"
+    name: str
+    start: int
+    data: npt.NDArray[np.uint8]
+
+
+class _Batch:
+    """A batch on its way into the file, in runs that different threads write."""
+
+    def __init__(
+        self,
+        file: OutputFile,
+        first_row: int,
+        wait: Callable[[], object] | None,
+        done: Callable[[], object],
+    ) -> None:
+        self._file = file
+        self._first_row = first_row
+        self._wait = wait
+        self._done = done
+        self._waiting = threading.Lock()
+        self._lock = threading.Lock()
+        self._left = 0
+        self._complete = True
+        self._digests: dict[str, RunningDigest] = {}
+
+    def split(self, slices: Mapping[str, npt.NDArray[np.uint8]]) -> list[_Run]:
+        """The runs to be written, each to be given to `write` or counted in `drop`."""
+        self._digests = {name: RunningDigest() for name in slices}
+        runs = [
+            _Run(self, name, start, data[start : start + RUN_NBYTES])
+            for name, data in slices.items()
+            for start in range(0, data.nbytes, RUN_NBYTES)
+        ]
+        self._left = len(runs)
+        return runs
+
+    def write(self, run: _Run) -> float:
+        """Writes a run; returns the seconds it took, without the wait for the data."""
+        written = False
+        try:
+            self._await_data()
+            started = time.perf_counter()
+            digest = self._file.write_run(self._first_row, run.name, run.start, run.data)
+            seconds = time.perf_counter() - started
+            with self._lock:
+                self._digests[run.name].add(run.start, digest)
+            written = True
+        finally:
+            self._leave(1, complete=written)
+        return seconds
+
+    def drop(self, runs: int) -> None:
+        """Gives up runs that will not be written."""
+        if runs:
+            self._leave(runs, complete=False)
+
+    def _await_data(self) -> None:
+        with self._waiting:
+            wait, self._wait = self._wait, None
+            if wait is not None:
+                wait()
+
+    def _leave(self, runs: int, *, complete: bool) -> None:
+        with self._lock:
+            self._left -= runs
+            self._complete &= complete
+            if self._left:
+                return
+        try:
+            if self._complete:
+                digests = {name: running.whole for name, running in self._digests.items()}
+                self._file.finish_batch(self._first_row, digests)
+        finally:
+            self._done()
