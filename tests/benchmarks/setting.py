@@ -1,0 +1,64 @@
+"""What every section is given: where to write, how often to run, how to start processes."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from workload import make_checkpoint_50m, make_pool
+
+from dump_activations import StepsDataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How to measure.
+
+    Attributes:
+        scratch: directory for checkpoints, pools and the files that are written.
+        memory: directory of a memory-backed file system.
+        rounds: how often each contender runs.
+        seconds: how long one run of the 50M model should take, about.
+        trace: where to leave a profiler trace of the GPU section, if anywhere.
+    """
+
+    scratch: Path
+    memory: Path
+    rounds: int
+    seconds: float
+    trace: Path | None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for child processes, which find their bytecode ready as installed programs do.
+
+        The warm-up compiles it into the scratch directory, whatever this process was told.
+        """
+        kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        return {**kept, "PYTHONPYCACHEPREFIX": str(self.scratch / "bytecode")}
+
+    def pool(self, rows: int) -> Path:
+        """Directory of a pool of at least so many steps."""
+        return make_pool(self.scratch / f"pool-{rows}", rows)
+
+    def boards(self, n: int) -> Tensor:
+        """Boards of such a pool, uint8 (n, 16)."""
+        dataset = StepsDataset(self.pool(n))
+        return torch.from_numpy(dataset.read_boards(dataset.sample_indices(n)))
+
+    def checkpoint_50m(self) -> Path:
+        """Directory of an untrained model of 50M parameters."""
+        return make_checkpoint_50m(self.scratch / "50m")
+
+
+def command(*arguments: object) -> list[str]:
+    """The dump command as a process's arguments."""
+    return [sys.executable, "-m", "dump_activations", *map(str, arguments)]
+
+
+def baseline(*arguments: object) -> list[str]:
+    """The plain script as a process's arguments."""
+    script = Path(__file__).parent / "baseline.py"
+    return [sys.executable, str(script), *map(str, arguments)]

@@ -1,0 +1,69 @@
+"""Fixtures of several test modules."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The models here are tiny: a thread pool costs them more than it gives. Set before torch is
+# imported, and inherited by the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background job, and all it starts, ignores Ctrl-C; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says nothing on a machine that does other things too.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+pytest.register_assert_rewrite("reference.model", "reference.dumps")
+
+_PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
+DEMO_CHECKPOINT = _PACKAGE / "demo" / "checkpoint"
+DEMO_POOL = _PACKAGE / "demo" / "pool"
+LAYOUTS = Path(__file__).parent / "data" / "layouts"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--faults",
+        type=int,
+        default=1,
+        help="how many times to break a run of each kind at a random moment",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("cuda") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    return DEMO_CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def demo_pool() -> Path:
+    return DEMO_POOL
+
+
+@pytest.fixture(scope="session")
+def layouts() -> Path:
+    """Return the directory of the sample rows in every layout, with what they decode to."""
+    return LAYOUTS
+
+
+@pytest.fixture
+def disk_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let flushes return at once: a thousand small files would wait for the disk for minutes."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr(os, "fdatasync", lambda fd: None)

@@ -1,0 +1,1 @@
+"""Breaks whole runs of the command: kills, signals, failing system calls, hostile files."""

@@ -1,0 +1,76 @@
+"""Forks commands from a process that has imported torch already, so that one takes milliseconds.
+
+A script: it reads requests from stdin, one JSON object a line, and answers each with one. Every
+command is a process of its own.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+from typing import Any
+
+import dump_activations.cli
+import dump_activations.output.inspect_cli
+import dump_activations.pipeline  # imports torch
+from dump_activations.output import durability
+
+COMMANDS = {
+    "dump-activations": dump_activations.cli.main,
+    "inspect-activations": dump_activations.output.inspect_cli.main,
+}
+
+
+def serve() -> None:
+    gc.freeze()  # or each command would copy what it collects
+    running: set[int] = set()
+    try:
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer: int | None
+            if "poll" in request:
+                pid, status = os.waitpid(request["poll"], os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if pid else None
+                running.discard(pid)
+            else:
+                answer = os.fork()
+                if answer == 0:
+                    running.clear()
+                    run(request)
+                running.add(answer)
+            print(json.dumps(answer), flush=True)
+    finally:
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def run(request: dict[str, Any]) -> None:
+    """Become the command that a request describes; does not return."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if request["sync_interval"] is not None:
+        durability.SYNC_INTERVAL = request["sync_interval"]
+    for name, limit in request["limits"].items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # Last: from here on the preloaded library may break a system call.
+    os.environ.update(request["environment"])
+    code = COMMANDS[request["command"]](request["arguments"])
+    # Threads that were left behind hold up the end, as they would that of any process; but tearing
+    # down torch's modules would take longer than the command.
+    threading._shutdown()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()

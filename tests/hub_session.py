@@ -1,0 +1,34 @@
+"""One process that loads checkpoints for test_hub: JSON requests in, JSON answers out.
+
+The huggingface-hub client reads HF_ENDPOINT and HF_HOME when it is imported, so they must be set
+before this starts.
+"""
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    import torch
+
+    from dump_activations import load_encoder
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            model = load_encoder(request["init"])
+            with torch.no_grad():
+                _, logits = model(torch.tensor(request["boards"]))
+            answer = {"logits": logits.tolist()}
+        except Exception as error:
+            kinds = [kind.__name__ for kind in type(error).__mro__]
+            answer = {"error": str(error), "kinds": kinds}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+main()

@@ -1,0 +1,150 @@
+"""Small dumps, known byte for byte, for the tests of the writer. Imports no torch."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from hypothesis import strategies as st
+
+from dump_activations.output.file import OutputFile
+from dump_activations.output.layout import ITEM_NBYTES, TensorSpec
+from dump_activations.output.writers import WriterPool
+
+SUFFIXES = (".safetensors", ".pt", ".npz")
+
+
+@dataclass(frozen=True)
+class Dump:
+    """What a file is to hold: bytes of every tensor, and which of them come in batches."""
+
+    specs: Sequence[TensorSpec]
+    data: Mapping[str, np.ndarray]
+    batched: Sequence[str]
+    batch_rows: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return next(spec.shape[0] for spec in self.specs if spec.name in self.batched)
+
+    @property
+    def first_rows(self) -> range:
+        return range(0, self.rows, self.batch_rows)
+
+    def batch(self, first_row: int) -> dict[str, np.ndarray]:
+        """Return the slices of the batch at `first_row`."""
+        by_name = {spec.name: spec for spec in self.specs}
+        stop = min(first_row + self.batch_rows, self.rows)
+        return {
+            name: self.data[name][first_row * row : stop * row]
+            for name in self.batched
+            for row in [by_name[name].row_nbytes]
+        }
+
+
+def make_dump(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    batched: Sequence[str],
+    batch_rows: int,
+    metadata: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> Dump:
+    """Fill tensors, name -> (dtype, shape), with random bytes."""
+    generator = np.random.default_rng(seed)
+    specs = [TensorSpec(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
+    data = {spec.name: generator.integers(0, 256, spec.nbytes, dtype=np.uint8) for spec in specs}
+    return Dump(specs, data, batched, batch_rows, metadata or {})
+
+
+def small_dump(rows: int = 23, batch_rows: int = 4) -> Dump:
+    """Return a dump of a few kilobytes that every format can hold."""
+    return make_dump(
+        {
+            "pooled": ("float16", (rows, 7)),
+            "hidden": ("float32", (rows, 3, 5)),
+            "indices": ("int64", (rows,)),
+            "boards": ("uint8", (rows, 16)),
+            "gammas/final_ln": ("float32", (9,)),
+        },
+        batched=["pooled", "hidden", "boards"],
+        batch_rows=batch_rows,
+        metadata={"checkpoint": "somewhere", "seed": "0"},
+    )
+
+
+def open_file(path: Path, dump: Dump, *, fingerprint: str = "work", **options: bool) -> OutputFile:
+    return OutputFile.open(
+        path,
+        dump.specs,
+        dump.metadata,
+        batched=dump.batched,
+        batch_rows=dump.batch_rows,
+        fingerprint=fingerprint,
+        **options,
+    )
+
+
+def write_whole_tensors(file: OutputFile, dump: Dump) -> None:
+    for name in dump.data.keys() - set(dump.batched):
+        file.write(name, 0, dump.data[name])
+
+
+def write_batches(
+    file: OutputFile, dump: Dump, first_rows: Sequence[int], *, threads: int = 2
+) -> None:
+    with WriterPool(file, threads=threads) as writers:
+        for first_row in first_rows:
+            writers.submit(first_row, dump.batch(first_row), done=lambda: None)
+
+
+def write_dump(
+    path: Path,
+    dump: Dump,
+    *,
+    order: Sequence[int] | None = None,
+    threads: int = 2,
+    **options: bool,
+) -> Path:
+    """Write a whole file; batches are handed over in `order`, and those resumed left out."""
+    with open_file(path, dump, **options) as file:
+        write_whole_tensors(file, dump)
+        first_rows = [r for r in order or dump.first_rows if r >= file.resumed_rows]
+        write_batches(file, dump, first_rows, threads=threads)
+        file.commit()
+    return path
+
+
+@contextmanager
+def no_new_descriptors() -> Iterator[None]:
+    """Check that a block closes all the files that it opens."""
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208 - names are compared
+    yield
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+
+
+@st.composite
+def dumps(draw: st.DrawFn, dtypes: Sequence[str] = tuple(ITEM_NBYTES)) -> Dump:
+    """Draw a dump: names, dtypes, shapes, batch size and metadata."""
+    rows = draw(st.integers(1, 40))
+    names = st.from_regex(r"[a-z][a-z0-9_]{0,8}(/[a-z0-9_.]{1,12}[a-z])?", fullmatch=True)
+    names = names.filter(lambda name: name != "metadata")
+    chosen = draw(st.lists(names, min_size=1, max_size=5, unique=True))
+    batched = chosen[: draw(st.integers(1, len(chosen)))]
+    tensors = {}
+    for name in chosen:
+        trailing = draw(st.lists(st.integers(1, 6), max_size=3))
+        first = rows if name in batched else draw(st.integers(1, 5))
+        tensors[name] = (draw(st.sampled_from(dtypes)), (first, *trailing))
+    metadata = draw(st.dictionaries(st.text(), st.text(), max_size=4))
+    metadata.pop("integrity", None)
+    return make_dump(
+        tensors,
+        batched=batched,
+        batch_rows=draw(st.integers(1, rows + 1)),
+        metadata=metadata,
+        seed=draw(st.integers(0, 100)),
+    )

@@ -1,0 +1,199 @@
+"""A hub-shaped HTTP server on the loopback: what the real huggingface-hub client asks of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, unquote, urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+@dataclass
+class _Repo:
+    refs: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def resolve(self, revision: str) -> str | None:
+        commit = self.refs.get(revision, revision)
+        return commit if commit in self.commits else None
+
+
+class Hub:
+    """Repositories, and a record of which of their files were downloaded."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, _Repo] = defaultdict(_Repo)
+        self.requests: list[str] = []
+        self.downloads: list[str] = []
+        self._port = 0
+        self._server: ThreadingHTTPServer | None = None
+        self.start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Listen, on the same port as before if there was one."""
+        handler = type("BoundHandler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
+        self._server.daemon_threads = True
+        self._port = self._server.server_address[1]
+        Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+
+    def stop(self) -> None:
+        """Close the port: connections are refused from here on."""
+        assert self._server is not None
+        self._server.shutdown()
+        self._server.server_close()
+        self._server = None
+
+    def commit(self, repo_id: str, files: Mapping[str, bytes], *, ref: str = "main") -> str:
+        """Make `files` the content of a branch or pull request, and return the commit's hash."""
+        digest = hashlib.sha1(repr((repo_id, sorted(files.items()))).encode()).hexdigest()
+        repo = self.repos[repo_id]
+        repo.commits[digest] = dict(files)
+        repo.refs[ref] = digest
+        return digest
+
+
+def files_under(directory: Path, *, prefix: str = "") -> dict[str, bytes]:
+    """Return a directory's files as a commit holds them, below `prefix`."""
+    return {
+        prefix + path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+    def do_HEAD(self) -> None:
+        self._route()
+
+    def do_GET(self) -> None:
+        self._route()
+
+    def do_POST(self) -> None:
+        self._route()
+
+    def _route(self) -> None:
+        url = urlsplit(self.path)
+        parts = url.path.strip("/").split("/")
+        self.hub.requests.append(f"{self.command} {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        match parts:
+            case ["api", "models", org, name]:
+                self._info(f"{org}/{name}", "main")
+            case ["api", "models", org, name, "revision", revision]:
+                self._info(f"{org}/{name}", unquote(revision))
+            case ["api", "models", org, name, "tree", revision, *folder]:
+                recursive = parse_qs(url.query).get("recursive", [""])[0].lower() == "true"
+                path = unquote("/".join(folder))
+                self._tree(f"{org}/{name}", unquote(revision), path, recursive=recursive)
+            case ["api", "models", org, name, "paths-info", revision]:
+                wanted = parse_qs(body.decode()).get("paths", [])
+                self._paths_info(f"{org}/{name}", unquote(revision), wanted)
+            case [org, name, "resolve", revision, *path]:
+                self._file(f"{org}/{name}", unquote(revision), unquote("/".join(path)))
+            case ["lfs", org, name, commit, *path]:
+                self._send_file(f"{org}/{name}", commit, unquote("/".join(path)))
+            case _:
+                self._error(404, "NotFound")
+
+    def _find(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        if repo_id not in self.hub.repos:
+            self._error(401, "RepoNotFound")
+            return None
+        repo = self.hub.repos[repo_id]
+        commit = repo.resolve(revision)
+        if commit is None:
+            self._error(404, "RevisionNotFound")
+            return None
+        return commit, repo.commits[commit]
+
+    def _info(self, repo_id: str, revision: str) -> None:
+        if found := self._find(repo_id, revision):
+            commit, files = found
+            siblings = [{"rfilename": name} for name in files]
+            self._json({"id": repo_id, "sha": commit, "private": False, "siblings": siblings})
+
+    def _tree(self, repo_id: str, revision: str, folder: str, *, recursive: bool) -> None:
+        if not (found := self._find(repo_id, revision)):
+            return
+        below = f"{folder}/" if folder else ""
+        entries = {}
+        for name, content in found[1].items():
+            if not name.startswith(below):
+                continue
+            child, _, rest = name.removeprefix(below).partition("/")
+            if rest and not recursive:
+                entries[child] = {"type": "directory", "path": below + child, "oid": "0", "size": 0}
+            else:
+                entries[name] = _describe(name, content)
+        if folder and not entries:
+            self._error(404, "EntryNotFound")
+        else:
+            self._json(list(entries.values()))
+
+    def _paths_info(self, repo_id: str, revision: str, wanted: list[str]) -> None:
+        if found := self._find(repo_id, revision):
+            files = found[1]
+            self._json([_describe(name, files[name]) for name in wanted if name in files])
+
+    def _file(self, repo_id: str, revision: str, path: str) -> None:
+        if not (found := self._find(repo_id, revision)):
+            return
+        commit, files = found
+        headers = {"X-Repo-Commit": commit}
+        if path not in files:
+            self._error(404, "EntryNotFound", headers)
+        elif path.endswith(".json"):
+            self._send_file(repo_id, commit, path)
+        else:
+            # Large files are elsewhere; the redirect describes what it leads to.
+            headers["X-Linked-Etag"] = f'"{hashlib.sha256(files[path]).hexdigest()}"'
+            headers["X-Linked-Size"] = str(len(files[path]))
+            headers["Location"] = f"{self.hub.endpoint}/lfs/{repo_id}/{commit}/{path}"
+            self._send(302, b"", headers)
+
+    def _send_file(self, repo_id: str, commit: str, path: str) -> None:
+        content = self.hub.repos[repo_id].commits[commit][path]
+        if self.command == "GET":
+            self.hub.downloads.append(path)
+        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        self._send(200, content, {"ETag": etag, "X-Repo-Commit": commit})
+
+    def _json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _error(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
+        extra = {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}
+        self._send(status, json.dumps({"error": code}).encode(), extra)
+
+    def _send(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def _describe(name: str, content: bytes) -> dict[str, object]:
+    oid = hashlib.sha1(content).hexdigest()
+    return {"type": "file", "path": name, "oid": oid, "size": len(content)}

@@ -1,0 +1,552 @@
+"""Whole dumps against a naive forward with plain hooks, and against NumPy."""
+
+import inspect
+import shutil
+import threading
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import numpy as np
+import pytest
+import torch
+
+from dump_activations import StepsDataset, dump, load_encoder, stream
+from reference.checkpoints import (
+    BASE,
+    VARIANTS,
+    Checkpoint,
+    config_json,
+    load_demo,
+    random_state_dict,
+    save_checkpoint,
+)
+from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
+from reference.model import PER_BOARD_KEYS, assert_close, expected_shapes, naive_dump
+from reference.pools import (
+    ROW_DTYPES,
+    Pool,
+    encode_rows,
+    make_pool,
+    naive_boards,
+    numpy_indices,
+    random_boards,
+    read_pool,
+    write_shards,
+)
+
+pytestmark = pytest.mark.usefixtures("disk_takes_no_time")
+
+N, BATCH, SEED = 37, 16, 42  # the last batch is short
+on_cpu = {"device": "cpu", "allow_cpu": True}
+cpu_dump = partial(dump, **on_cpu)
+cpu_stream = partial(stream, **on_cpu)
+
+POOLS = {layout: partial(make_pool, layout=layout) for layout in ROW_DTYPES}
+POOLS["packed_46-sharded"] = partial(make_pool, layout="packed_46", shards=4)
+POOLS["selfplay_v1-sharded"] = partial(make_pool, layout="selfplay_v1", shards=3)
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pools")
+    return {name: make(root / name) for name, make in POOLS.items()}
+
+
+@pytest.fixture(scope="module")
+def packed(pools):
+    return pools["packed_46-sharded"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: make(root / name) for name, make in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints):
+    return load_encoder(checkpoints["sinks-gqa-4-2"].init)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A checkpoint on a pool, and what their dump must hold."""
+
+    checkpoint: Checkpoint
+    pool: Pool
+    keys: list[str]
+    indices: np.ndarray
+    boards: np.ndarray
+    arrays: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def expect(checkpoints, pools):
+    """Return what the dump of a checkpoint on a pool must hold, computed once a pair."""
+
+    @cache
+    def compute(variant, layout):
+        checkpoint, pool = checkpoints[variant], pools[layout]
+        indices = numpy_indices(len(pool.rows), N, SEED)
+        boards = pool.boards[indices]
+        keys = keys_of(checkpoint)
+        arrays = naive_dump(checkpoint.state_dict, checkpoint.config, boards, keys)
+        return Expectation(checkpoint, pool, keys, indices, boards, arrays)
+
+    return compute
+
+
+def keys_of(checkpoint):
+    sinks = ["attn_sinks"] if checkpoint.config.sinks else []
+    return ["rmsnorm_gammas", *PER_BOARD_KEYS, *sinks]
+
+
+def expected_metadata(checkpoint, keys, *, n=N, seed=SEED, dtype="fp32"):
+    return {
+        "checkpoint": str(checkpoint.init),
+        "hidden_size": str(checkpoint.config.hidden),
+        "num_layers": str(checkpoint.config.layers),
+        "head_type": checkpoint.config.head_type,
+        "n_bins": str(checkpoint.config.logits_per_move),
+        "n_samples": str(n),
+        "seed": str(seed),
+        "dtype": dtype,
+        "outputs": ",".join(sorted(keys)),
+    }
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dump_equals_naive_forward(variant, pool, suffix, expect, tmp_path):
+    expected = expect(variant, pool)
+    path = tmp_path / f"activations{suffix}"
+
+    cpu_dump(
+        str(expected.checkpoint.init),
+        str(expected.pool.path),
+        str(path),
+        outputs=expected.keys,
+        n_samples=N,
+        batch_size=BATCH,
+        seed=SEED,
+    )
+
+    result = read_dump(path)
+    assert set(result.tensors) == {*expected.arrays, "indices", "boards"}
+    assert result.tensors["indices"].dtype == torch.int64
+    assert result.tensors["boards"].dtype == torch.uint8
+    np.testing.assert_array_equal(result.numpy("indices"), expected.indices)
+    np.testing.assert_array_equal(result.numpy("boards"), expected.boards)
+    for key, array in expected.arrays.items():
+        assert result.tensors[key].dtype == torch.float32
+        assert_close(result.numpy(key), array)
+    for key, shape in expected_shapes(expected.checkpoint.config, N).items():
+        assert result.tensors[key].shape == shape
+    metadata = expected_metadata(expected.checkpoint, expected.keys)
+    assert {key: result.metadata.get(key) for key in metadata} == metadata
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("layout", ["packed_46", "aligned_48", "legacy", "selfplay_v1"])
+def test_sample_rows_decode_to_the_expected_boards(layout, layouts, demo_checkpoint, tmp_path):
+    path = tmp_path / "boards.npz"
+    everything = np.arange(300)
+    cpu_dump(demo_checkpoint, layouts / layout, path, outputs=["pooled"], indices=everything)
+    expected = np.load(layouts / layout / "boards.expected.npy", allow_pickle=False)
+    np.testing.assert_array_equal(read_dump(path).numpy("boards"), expected)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_demo_checkpoint_on_demo_pool(suffix, demo_checkpoint, demo_pool, tmp_path):
+    demo, rows = load_demo(demo_checkpoint), read_pool(demo_pool)
+    path = tmp_path / f"demo{suffix}"
+    cpu_dump(demo_checkpoint, demo_pool, path, outputs=PER_BOARD_KEYS, n_samples=700, seed=3)
+    result = read_dump(path)
+    indices = numpy_indices(len(rows), 700, 3)
+    np.testing.assert_array_equal(result.numpy("indices"), indices)
+    boards = naive_boards(rows[indices])
+    np.testing.assert_array_equal(result.numpy("boards"), boards)
+    for key, array in naive_dump(demo.state_dict, demo.config, boards).items():
+        assert_close(result.numpy(key), array)
+
+
+def test_demo_model_plays_like_the_player_it_imitates(demo_checkpoint, demo_pool, tmp_path):
+    rows = read_pool(demo_pool)
+    path = tmp_path / "policy.npz"
+    cpu_dump(demo_checkpoint, demo_pool, path, outputs=["head_probs"], n_samples=2000)
+    result = read_dump(path)
+    rows = rows[result.numpy("indices")]
+    value = result.numpy("head_probs") @ np.arange(10)
+    legal = rows["ev_legal"][:, None] >> np.arange(4) & 1
+    move = np.where(legal, value, -1).argmax(axis=1)
+    assert (move == rows["move_dir"]).mean() > 0.7
+
+
+@pytest.mark.parametrize("key", [*PER_BOARD_KEYS, "rmsnorm_gammas", "attn_sinks"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_each_key_alone(key, suffix, checkpoints, packed, tmp_path):
+    checkpoint = checkpoints["sinks-gqa-4-2"]
+    path = tmp_path / f"one{suffix}"
+    cpu_dump(checkpoint.init, packed.path, path, outputs=[key], n_samples=N, batch_size=BATCH)
+    boards = packed.boards[numpy_indices(len(packed.rows), N, 0)]
+    expected = naive_dump(checkpoint.state_dict, checkpoint.config, boards, [key])
+    result = read_dump(path)
+    assert set(result.tensors) == {*expected, "indices", "boards"}
+    assert result.metadata["outputs"] == key
+    np.testing.assert_array_equal(result.numpy("boards"), boards)
+    for name, array in expected.items():
+        assert_close(result.numpy(name), array)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suffix"),
+    [(dtype, suffix) for dtype in ("fp16", "bf16") for suffix in FORMATS],
+)
+def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, packed, tmp_path):
+    if (dtype, suffix) == ("bf16", ".npz"):
+        pytest.skip("npz has no bf16")
+    keys = [*PER_BOARD_KEYS, "rmsnorm_gammas", "attn_sinks"]
+    wide, narrow = tmp_path / f"wide{suffix}", tmp_path / f"narrow{suffix}"
+    cpu_dump(model, packed.path, wide, outputs=keys, n_samples=N, batch_size=BATCH)
+    cpu_dump(model, packed.path, narrow, outputs=keys, n_samples=N, batch_size=BATCH, dtype=dtype)
+    wide, narrow = read_dump(wide), read_dump(narrow)
+    assert narrow.metadata["dtype"] == dtype
+    assert set(narrow.tensors) == set(wide.tensors)
+    for key, tensor in wide.tensors.items():
+        stored = tensor.to(TORCH_DTYPES[dtype]) if tensor.is_floating_point() else tensor
+        assert narrow.tensors[key].dtype == stored.dtype
+        assert torch.equal(narrow.tensors[key], stored), key
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 36, 37, 38, 1000])
+def test_batch_size_changes_nothing(batch_size, checkpoints, packed, tmp_path):
+    checkpoint = checkpoints["sinks-gqa-4-2"]
+    path = tmp_path / "batches.safetensors"
+    cpu_dump(
+        checkpoint.init,
+        packed.path,
+        path,
+        outputs=PER_BOARD_KEYS,
+        n_samples=N,
+        batch_size=batch_size,
+        seed=SEED,
+    )
+    indices = numpy_indices(len(packed.rows), N, SEED)
+    result = read_dump(path)
+    np.testing.assert_array_equal(result.numpy("indices"), indices)
+    boards = packed.boards[indices]
+    np.testing.assert_array_equal(result.numpy("boards"), boards)
+    for key, array in naive_dump(checkpoint.state_dict, checkpoint.config, boards).items():
+        assert_close(result.numpy(key), array)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_many_batches_each_in_its_place(suffix, model, packed, tmp_path):
+    """Every slot of every ring is used many times over."""
+    path = tmp_path / f"many{suffix}"
+    keys = ["final_hidden", "layer_outputs"]
+    indices = np.random.default_rng(5).integers(0, len(packed.rows), size=1001)
+    cpu_dump(model, packed.path, path, outputs=keys, indices=indices, batch_size=8)
+    result = read_dump(path)
+    np.testing.assert_array_equal(result.numpy("indices"), indices)
+    np.testing.assert_array_equal(result.numpy("boards"), packed.boards[indices])
+    once = {}
+    for batch in cpu_stream(
+        model, packed.path, outputs=keys, indices=np.arange(len(packed.rows)), batch_size=500
+    ):
+        once |= {key: torch.as_tensor(batch[key]).clone() for key in keys}
+    for key in keys:
+        assert_close(result.numpy(key), once[key].double().numpy()[indices])
+
+
+def test_indices_keep_their_order_and_duplicates(model, packed, tmp_path):
+    indices = np.array([[[5, 100, 5], [0, 0, 99]], [[3, 5, 64], [100, 1, 0]]])
+    path = tmp_path / "some.safetensors"
+    cpu_dump(model, packed.path, path, outputs=["pooled"], indices=indices, batch_size=5)
+    result = read_dump(path)
+    assert result.metadata["n_samples"] == "12"
+    np.testing.assert_array_equal(result.numpy("indices"), indices.ravel())
+    np.testing.assert_array_equal(result.numpy("boards"), packed.boards[indices.ravel()])
+    pooled = result.tensors["pooled"]
+    assert torch.allclose(pooled[0], pooled[2], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(pooled[0], pooled[1], rtol=1e-2)
+
+
+def test_indices_win_over_n_samples(model, packed, tmp_path):
+    path = tmp_path / "three.npz"
+    cpu_dump(model, packed.path, path, outputs=["pooled"], indices=np.array([7, 8, 9]), seed=1)
+    assert read_dump(path).tensors["pooled"].shape == (3, BASE.hidden)
+
+
+def test_more_samples_than_rows_are_drawn_with_replacement(model, packed, tmp_path):
+    path = tmp_path / "again.npz"
+    with pytest.warns(UserWarning, match="with replacement"):
+        cpu_dump(model, packed.path, path, outputs=["pooled"], n_samples=300, seed=9)
+    indices = np.random.default_rng(9).integers(0, len(packed.rows), size=300, dtype=np.int64)
+    result = read_dump(path)
+    np.testing.assert_array_equal(result.numpy("indices"), indices)
+    np.testing.assert_array_equal(result.numpy("boards"), packed.boards[indices])
+
+
+def test_as_many_samples_as_rows_is_a_permutation(model, packed, tmp_path):
+    path = tmp_path / "all.npz"
+    n = len(packed.rows)
+    cpu_dump(model, packed.path, path, outputs=["pooled"], n_samples=n, seed=2)
+    np.testing.assert_array_equal(read_dump(path).numpy("indices"), numpy_indices(n, n, 2))
+
+
+def test_shards_are_taken_in_name_order_and_before_steps_npy(model, tmp_path):
+    boards = random_boards(60, seed=8)
+    rows = encode_rows(boards, "packed_46")
+    pool = tmp_path / "pool"
+    # Plain order of names: 10 comes before 2.
+    write_shards(pool, rows, [10, 20, 30], names=["steps-1.npy", "steps-10.npy", "steps-2.npy"])
+    np.save(pool / "steps.npy", encode_rows(random_boards(7, seed=1), "packed_46"))
+    np.save(pool / "annotations-0.npy", np.zeros(3))
+    np.save(pool / "embeddings-00000.npy", np.zeros((3, 2)))
+    (pool / "metadata.db").write_bytes(b"SQLite")
+    path = tmp_path / "ordered.npz"
+    cpu_dump(model, pool, path, outputs=["pooled"], indices=np.arange(60))
+    np.testing.assert_array_equal(read_dump(path).numpy("boards"), boards)
+
+
+def test_head_probs_are_a_softmax_in_fp32(model, packed, tmp_path):
+    path = tmp_path / "probs.safetensors"
+    keys = ["head_probs", "head_logits"]
+    cpu_dump(model, packed.path, path, outputs=keys, n_samples=N)
+    result = read_dump(path)
+    probs = result.numpy("head_probs")
+    np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=1e-6)
+    expected = torch.softmax(result.tensors["head_logits"].double(), dim=-1)
+    np.testing.assert_allclose(probs, expected.numpy(), rtol=1e-5, atol=1e-8)
+
+
+def test_model_and_dataset_objects_serve_as_well_as_paths(checkpoints, packed, tmp_path):
+    checkpoint = checkpoints["gqa-4-2"]
+    by_path, by_object = tmp_path / "path.safetensors", tmp_path / "object.safetensors"
+    cpu_dump(checkpoint.init, packed.path, by_path, outputs=["head_logits"], n_samples=N)
+    cpu_dump(
+        load_encoder(checkpoint.init),
+        StepsDataset(packed.path),
+        by_object,
+        outputs=["head_logits"],
+        n_samples=N,
+    )
+    by_path, by_object = read_dump(by_path), read_dump(by_object)
+    assert set(by_path.tensors) == set(by_object.tensors)
+    assert all(torch.equal(by_path.tensors[key], by_object.tensors[key]) for key in by_path.tensors)
+    listed = expected_metadata(checkpoint, ["head_logits"])
+    assert {key: by_path.metadata[key] for key in listed} == {
+        key: by_object.metadata[key] for key in listed
+    }
+
+
+def test_bf16_arithmetic_is_near_fp32(checkpoints, packed, tmp_path):
+    """Eight bits of mantissa: a percent or so of the largest value after two layers."""
+    checkpoint = checkpoints["gqa-4-2"]
+    path = tmp_path / "low.safetensors"
+    options = {"n_samples": N, "batch_size": BATCH, "precision": "bf16"}
+    cpu_dump(checkpoint.init, packed.path, path, outputs=PER_BOARD_KEYS, **options)
+    boards = packed.boards[numpy_indices(len(packed.rows), N, 0)]
+    result = read_dump(path)
+    for key, array in naive_dump(checkpoint.state_dict, checkpoint.config, boards).items():
+        assert result.tensors[key].dtype == torch.float32
+        assert_close(result.numpy(key), array, tolerance=5e-2)
+    with pytest.raises(AssertionError):
+        assert_close(result.numpy("layer_outputs"), array_of("layer_outputs", checkpoint, boards))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_model_gives_the_same_numbers(checkpoints, packed, tmp_path):
+    checkpoint = checkpoints["one-layer"]
+    path = tmp_path / "compiled.npz"
+    keys = ["layer_outputs", "attn_norm", "head_logits"]
+    options = {"n_samples": N, "batch_size": BATCH, "compile": True}
+    cpu_dump(checkpoint.init, packed.path, path, outputs=keys, **options)
+    boards = packed.boards[numpy_indices(len(packed.rows), N, 0)]
+    result = read_dump(path)
+    for key, array in naive_dump(checkpoint.state_dict, checkpoint.config, boards, keys).items():
+        assert_close(result.numpy(key), array)
+
+
+def array_of(key, checkpoint, boards):
+    return naive_dump(checkpoint.state_dict, checkpoint.config, boards, [key])[key]
+
+
+def test_stream_yields_what_dump_writes(model, packed, tmp_path):
+    path = tmp_path / "streamed.safetensors"
+    keys = list(PER_BOARD_KEYS)
+    options = {"outputs": keys, "n_samples": N, "batch_size": BATCH, "seed": SEED}
+    cpu_dump(model, packed.path, path, **options)
+    written = read_dump(path)
+    seen, sizes = {key: [] for key in [*keys, "indices", "boards"]}, []
+    for batch in cpu_stream(model, packed.path, **options):
+        for key in keys:
+            seen[key].append(torch.as_tensor(batch[key]).clone())
+        seen["indices"].append(torch.as_tensor(batch.indices).clone())
+        seen["boards"].append(torch.as_tensor(batch.boards).clone())
+        sizes.append(len(batch.indices))
+    assert sizes == [16, 16, 5]
+    for key, parts in seen.items():
+        assert torch.equal(torch.cat(parts), written.tensors[key]), key
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_stream_gives_the_storage_dtype(dtype, model, packed):
+    batches = cpu_stream(model, packed.path, outputs=["pooled"], n_samples=3, dtype=dtype)
+    (batch,) = batches
+    assert torch.as_tensor(batch["pooled"]).dtype == TORCH_DTYPES[dtype]
+
+
+def test_stream_refuses_a_key_that_was_not_asked_for(model, packed):
+    (batch,) = cpu_stream(model, packed.path, outputs=["pooled"], n_samples=3)
+    with pytest.raises(KeyError):
+        batch["final_hidden"]
+
+
+def test_stream_closed_early_leaves_no_thread_and_no_hook(model, packed):
+    threads = threading.active_count()
+    batches = cpu_stream(model, packed.path, outputs=["pooled"], n_samples=101, batch_size=1)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == threads
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_failing_consumer_leaves_no_thread_and_no_hook(model, packed):
+    threads = threading.active_count()
+
+    def consume():
+        for _ in cpu_stream(model, packed.path, outputs=["pooled"], n_samples=101, batch_size=1):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        consume()
+    assert threading.active_count() == threads
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_dump_leaves_the_model_as_it_was(model, packed, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    threads = threading.active_count()
+    cpu_dump(model, packed.path, tmp_path / "a.pt", outputs=PER_BOARD_KEYS, n_samples=N)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert threading.active_count() == threads
+
+
+def test_without_write_nothing_is_written(model, packed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    forwards = []
+    handle = model.blocks[0].register_forward_hook(lambda *_: forwards.append(1))
+    cpu_dump(
+        model,
+        packed.path,
+        tmp_path / "no" / "such" / "place.safetensors",
+        outputs=["final_hidden"],
+        n_samples=N,
+        batch_size=BATCH,
+        write=False,
+    )
+    handle.remove()
+    assert list(tmp_path.iterdir()) == []
+    assert len(forwards) == 3
+
+
+def test_an_existing_file_is_replaced(model, packed, tmp_path):
+    path = tmp_path / "twice.safetensors"
+    cpu_dump(model, packed.path, path, outputs=["final_hidden"], n_samples=N)
+    cpu_dump(model, packed.path, path, outputs=["pooled"], n_samples=5)
+    assert set(read_dump(path).tensors) == {"pooled", "indices", "boards"}
+    assert read_dump(path).tensors["pooled"].shape == (5, BASE.hidden)
+
+
+# Key -> the parts of the model that it takes no value from.
+UNUSED_PARTS = {
+    "final_hidden": {"ev_heads"},
+    "pooled": {"ev_heads"},
+    "head_logits": set(),
+    "head_probs": set(),
+    "layer_outputs": {"final_ln", "ev_heads"},
+    "mlp_input": {"last mlp", "final_ln", "ev_heads"},
+    "attn_norm": {"last attn", "last mlp_norm", "last mlp", "final_ln", "ev_heads"},
+    "rmsnorm_gammas": {"blocks", "last attn", "last mlp_norm", "last mlp", "final_ln", "ev_heads"},
+    "attn_sinks": {"blocks", "last attn", "last mlp_norm", "last mlp", "final_ln", "ev_heads"},
+}
+
+
+@pytest.mark.parametrize("key", UNUSED_PARTS)
+def test_only_the_parts_that_are_needed_run(key, checkpoints, packed, tmp_path):
+    model = load_encoder(checkpoints["sinks-gqa-4-2"].init)
+    last = model.blocks[-1]
+    parts = {
+        "blocks": list(model.blocks),
+        "last attn": [last.attn],
+        "last mlp_norm": [last.mlp_norm],
+        "last mlp": [last.mlp],
+        "final_ln": [model.final_ln],
+        "ev_heads": list(model.ev_heads),
+    }
+    ran = set()
+    for name, modules in parts.items():
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+    cpu_dump(model, packed.path, tmp_path / "a.npz", outputs=[key], n_samples=N, batch_size=BATCH)
+    assert ran == set(parts) - UNUSED_PARTS[key]
+
+
+def test_the_same_call_writes_the_same_bytes(model, packed, tmp_path):
+    for suffix in FORMATS:
+        paths = [tmp_path / f"{name}{suffix}" for name in "ab"]
+        for path in paths:
+            cpu_dump(model, packed.path, path, outputs=PER_BOARD_KEYS, n_samples=N)
+        first, second = (read_dump(path) for path in paths)
+        assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
+
+
+def test_files_of_the_three_formats_hold_the_same_values(model, packed, tmp_path):
+    dumps = []
+    for suffix in FORMATS:
+        path = tmp_path / f"same{suffix}"
+        cpu_dump(model, packed.path, path, outputs=PER_BOARD_KEYS, n_samples=N, batch_size=BATCH)
+        dumps.append(read_dump(path))
+    first, *others = dumps
+    for other in others:
+        assert set(other.tensors) == set(first.tensors)
+        assert all(torch.equal(other.tensors[key], first.tensors[key]) for key in first.tensors)
+
+
+def test_writing_into_loaded_tensors_is_possible(model, packed, tmp_path):
+    """What `torch.load` gives is ordinary memory of its own."""
+    path = tmp_path / "own.pt"
+    cpu_dump(model, packed.path, path, outputs=["pooled", "final_hidden"], n_samples=N)
+    data = torch.load(path, weights_only=True)
+    data["pooled"].zero_()
+    assert data["final_hidden"].abs().sum() > 0
+    assert data["boards"].is_contiguous()
+
+
+def test_vocabulary_of_16_serves_boards_without_65536(pools, tmp_path):
+    config = replace(BASE, vocab=16)
+    state_dict = random_state_dict(config)
+    save_checkpoint(tmp_path / "small", state_dict, config_json(config))
+    pool = pools["legacy_move"]
+    path = tmp_path / "small.npz"
+    cpu_dump(tmp_path / "small", pool.path, path, outputs=["head_logits"], n_samples=N, seed=4)
+    boards = pool.boards[numpy_indices(len(pool.rows), N, 4)]
+    expected = naive_dump(state_dict, config, boards, ["head_logits"])["head_logits"]
+    assert_close(read_dump(path).numpy("head_logits"), expected)
+
+
+@pytest.mark.parametrize("function", [dump, stream])
+def test_keyword_defaults_are_those_of_the_flags(function):
+    parameters = inspect.signature(function).parameters
+    expected = {"batch_size": 1024, "seed": 0, "dtype": "fp32", "device": "cuda"}
+    assert {name: parameters[name].default for name in expected} == expected
+    assert parameters["allow_cpu"].default is False
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in expected)

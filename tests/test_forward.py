@@ -1,0 +1,65 @@
+"""Batches that several cores of the CPU take in pieces."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from dump_activations import dump, load_encoder, stream
+from reference.dumps import read_dump
+
+KEYS = "final_hidden,pooled,head_probs,layer_outputs,attn_norm,mlp_input"
+N, BATCH = 700, 300
+CPU = {"device": "cpu", "allow_cpu": True}
+
+
+@pytest.fixture(params=[2, 3, 5])
+def cores(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_pieces_land_in_their_places(cores, demo_checkpoint, demo_pool, tmp_path):
+    in_pieces, whole = tmp_path / "pieces.npz", tmp_path / "whole.npz"
+    dump(demo_checkpoint, demo_pool, in_pieces, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
+    assert torch.get_num_threads() == cores
+    torch.set_num_threads(1)
+    dump(demo_checkpoint, demo_pool, whole, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
+    found, expected = read_dump(in_pieces), read_dump(whole)
+    for key in KEYS.split(","):
+        scale = np.abs(expected.numpy(key)).max()
+        np.testing.assert_allclose(
+            found.numpy(key), expected.numpy(key), rtol=0, atol=1e-5 * scale, err_msg=key
+        )
+    assert np.array_equal(found.numpy("boards"), expected.numpy("boards"))
+
+
+def test_several_threads_run_the_model(cores, demo_checkpoint, demo_pool):
+    model = load_encoder(demo_checkpoint)
+    threads = set()
+    model.final_ln.register_forward_hook(lambda *_: threads.add(threading.current_thread()))
+    for _ in stream(model, demo_pool, n_samples=2000, **CPU):
+        pass
+    assert threading.main_thread() not in threads
+    assert 1 < len(threads) <= cores
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_an_error_in_one_piece_ends_the_run(cores, demo_checkpoint, demo_pool, tmp_path):
+    model = load_encoder(demo_checkpoint)
+    calls = []
+
+    def fail(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise ZeroDivisionError("in a hook")
+
+    model.blocks[1].register_forward_hook(fail)
+    target = tmp_path / "a.pt"
+    with pytest.raises(ZeroDivisionError, match="in a hook"):
+        dump(model, demo_pool, target, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
+    assert not target.exists()
+    assert torch.get_num_threads() == cores

@@ -1,0 +1,328 @@
+"""`hf://` through the real huggingface-hub client, against a hub on the loopback."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reference.checkpoints import (
+    BASE,
+    WEIGHT_FILES,
+    bundle,
+    config_json,
+    load_demo,
+    random_state_dict,
+    save_checkpoint,
+    save_weights,
+)
+from reference.dumps import read_dump
+from reference.hub import Hub, files_under
+from reference.model import assert_close, naive_dump, naive_forward
+from reference.pools import naive_boards, numpy_indices, random_boards, read_pool
+
+BOARDS = random_boards(5, seed=2)
+
+
+@dataclass
+class Session:
+    """A process with a cache of its own that loads what it is told to."""
+
+    process: subprocess.Popen
+    home: Path
+
+    def ask(self, init):
+        json.dump({"init": init, "boards": BOARDS.tolist()}, self.process.stdin)
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def logits(self, init):
+        answer = self.ask(init)
+        assert "error" not in answer, answer["error"]
+        return np.array(answer["logits"])
+
+    def error(self, init):
+        """Return the one-line text of the error that loading must end in."""
+        answer = self.ask(init)
+        assert "error" in answer
+        assert "DumpActivationsError" in answer["kinds"], answer
+        assert "\n" not in answer["error"]
+        assert init in answer["error"]
+        return answer
+
+
+def hub_environment(hub, home):
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return inherited | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "no_proxy": "127.0.0.1"}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = Hub()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def session(hub, tmp_path_factory):
+    home = tmp_path_factory.mktemp("hub") / "cache"
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("hub_session.py"))],
+        env=hub_environment(hub, home),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield Session(process, home)
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
+
+
+@pytest.fixture(autouse=True)
+def _forget_downloads(hub):
+    hub.downloads.clear()
+    hub.requests.clear()
+
+
+@pytest.fixture
+def outside(session):
+    """Return the files around the cache; afterwards check that they are still the same."""
+
+    def listing():
+        return sorted(
+            path
+            for path in session.home.parent.rglob("*")
+            if session.home not in path.parents and path != session.home
+        )
+
+    before = listing()
+    yield
+    assert listing() == before
+
+
+def checkpoint_files(root, *, seed=0, weights="model.safetensors"):
+    """Return the files of a checkpoint directory, and the logits its model gives."""
+    state_dict = random_state_dict(BASE, seed=seed)
+    save_checkpoint(root, state_dict, config_json(BASE), weights=weights)
+    return files_under(root), naive_forward(state_dict, BASE, BOARDS)[1]
+
+
+def test_repository_downloads_only_what_it_needs(hub, session, tmp_path):
+    files, logits = checkpoint_files(tmp_path / "a", weights="model.safetensors")
+    extra = {
+        "README.md": b"# model",
+        "model-final.safetensors": b"other",
+        "model.pt": b"other",
+        "optimizer.pt": b"0" * 1000,
+        "sub/model-best.safetensors": b"other",
+        "model-00001-of-00002.safetensors": b"other",
+    }
+    hub.commit("lab/plain", files | extra)
+    assert_close(session.logits("hf://lab/plain"), logits)
+    assert sorted(hub.downloads) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("weights", WEIGHT_FILES)
+def test_weight_file_precedence(weights, hub, session, tmp_path):
+    files, logits = checkpoint_files(tmp_path / "a", weights=weights)
+    later = WEIGHT_FILES[WEIGHT_FILES.index(weights) + 1 :]
+    repo = f"lab/first-{WEIGHT_FILES.index(weights)}"
+    hub.commit(repo, files | dict.fromkeys(later, b"other"))
+    assert_close(session.logits(f"hf://{repo}"), logits)
+    assert sorted(hub.downloads) == ["config.json", weights]
+
+
+def test_bundle_without_config(hub, session, tmp_path):
+    state_dict = random_state_dict(BASE)
+    save_weights(tmp_path / "a" / "model.pt", state_dict, config_json(BASE))
+    hub.commit("lab/bundle", files_under(tmp_path / "a") | {"notes.txt": b"hello"})
+    logits = naive_forward(state_dict, BASE, BOARDS)[1]
+    assert_close(session.logits("hf://lab/bundle"), logits)
+    assert hub.downloads == ["model.pt"]
+
+
+@pytest.mark.parametrize("folder", ["step-100", "runs/a/best"])
+def test_subdirectory(folder, hub, session, tmp_path):
+    top, _ = checkpoint_files(tmp_path / "top", seed=1)
+    below, logits = checkpoint_files(tmp_path / "below", seed=2)
+    repo = f"lab/sub-{folder.count('/')}"
+    hub.commit(repo, top | {f"{folder}/{name}": data for name, data in below.items()})
+    assert_close(session.logits(f"hf://{repo}/{folder}"), logits)
+    assert sorted(hub.downloads) == [f"{folder}/config.json", f"{folder}/model.safetensors"]
+
+
+def test_revisions(hub, session, tmp_path):
+    wanted = {}
+    for seed, ref in enumerate(("main", "v0.1", "refs/pr/1")):
+        files, logits = checkpoint_files(tmp_path / str(seed), seed=seed)
+        commit = hub.commit("lab/revised", files, ref=ref)
+        wanted |= {ref: logits, commit: logits}
+    for revision, logits in wanted.items():
+        assert_close(session.logits(f"hf://lab/revised@{revision}"), logits)
+    assert_close(session.logits("hf://lab/revised"), wanted["main"])
+
+
+def test_subdirectory_of_a_revision(hub, session, tmp_path):
+    files, logits = checkpoint_files(tmp_path / "a", seed=3)
+    hub.commit("lab/both", {"README.md": b"empty"})
+    hub.commit("lab/both", {f"x/y/{name}": data for name, data in files.items()}, ref="refs/pr/1")
+    assert_close(session.logits("hf://lab/both/x/y@refs/pr/1"), logits)
+
+
+def test_a_moved_branch_is_followed(hub, session, tmp_path):
+    for seed in range(2):
+        files, logits = checkpoint_files(tmp_path / str(seed), seed=seed)
+        hub.commit("lab/moving", files)
+        assert_close(session.logits("hf://lab/moving"), logits)
+
+
+def test_no_such_repository(session):
+    answer = session.error("hf://lab/none")
+    assert "FileNotFoundError" in answer["kinds"]
+
+
+def test_no_such_revision(hub, session, tmp_path):
+    files, _ = checkpoint_files(tmp_path / "a")
+    hub.commit("lab/one-branch", files)
+    answer = session.error("hf://lab/one-branch@v9")
+    assert "v9" in answer["error"]
+    assert "FileNotFoundError" in answer["kinds"]
+
+
+def test_no_such_subdirectory(hub, session, tmp_path):
+    files, _ = checkpoint_files(tmp_path / "a")
+    hub.commit("lab/flat", files)
+    session.error("hf://lab/flat/nowhere")
+    assert hub.downloads == []
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"README.md": b"nothing here"},
+        {"config.json": json.dumps(config_json(BASE)).encode()},
+        {"config.json": json.dumps(config_json(BASE)).encode(), "optimizer.pt": b"x"},
+    ],
+    ids=["readme", "config", "config-and-optimizer"],
+)
+def test_repository_without_weights(files, hub, session):
+    repo = f"lab/weightless-{len(files)}-{'README.md' in files}"
+    hub.commit(repo, files)
+    session.error(f"hf://{repo}")
+    assert set(hub.downloads) <= {"config.json"}
+
+
+def test_damaged_weights_of_a_repository(hub, session, tmp_path):
+    files, _ = checkpoint_files(tmp_path / "a")
+    cut = files["model.safetensors"][:-5]
+    hub.commit("lab/damaged", files | {"model.safetensors": cut})
+    answer = session.ask("hf://lab/damaged")
+    assert "DumpActivationsError" in answer["kinds"]
+    assert "model.safetensors" in answer["error"]
+
+
+def test_cached_checkpoint_without_the_hub(hub, session, tmp_path):
+    files, logits = checkpoint_files(tmp_path / "a", seed=4)
+    commit = hub.commit("lab/cached", {f"sub/{name}": data for name, data in files.items()})
+    hub.commit("lab/cached", {f"sub/{name}": data for name, data in files.items()}, ref="refs/pr/1")
+    for revision in ("", "@refs/pr/1"):
+        assert_close(session.logits(f"hf://lab/cached/sub{revision}"), logits)
+    hub.stop()
+    try:
+        for revision in ("", "@refs/pr/1", f"@{commit}"):
+            assert_close(session.logits(f"hf://lab/cached/sub{revision}"), logits)
+        session.error("hf://lab/never-seen")
+        session.error("hf://lab/cached")
+    finally:
+        hub.start()
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        "hf://",
+        "hf://lab",
+        "hf://lab/",
+        "hf:///repo",
+        "hf://lab/repo@",
+        "hf://lab//sub",
+        "hf://@main",
+        "hf://la b/repo",
+        "hf://lab/re?po",
+        "hf://../x",
+        "hf://lab/..",
+        "hf://./repo",
+        "hf://lab/repo/../../etc",
+        "hf://lab/repo/..",
+        "hf://lab/repo/a/../b",
+        "hf://lab/repo//etc/passwd",
+        "hf://lab/repo/./a",
+        "hf://lab/repo/a\\..\\..\\b",
+        "hf://lab/repo@../../main",
+        "hf://lab/repo@/etc",
+        "hf://lab/repo@a/../../b",
+        "hf://lab/repo@v1/..",
+    ],
+)
+def test_malformed_names_are_refused_before_any_request(init, hub, session, outside):
+    session.error(init)
+    assert hub.requests == []
+
+
+def test_a_hub_that_lists_names_outside_the_repository(hub, session, tmp_path, outside):
+    files, logits = checkpoint_files(tmp_path / "a", seed=5)
+    evil = {
+        "../../../../model-best.safetensors": b"evil",
+        "/tmp/model-best.safetensors": b"evil",
+        "..\\model-best.safetensors": b"evil",
+    }
+    hub.commit("lab/evil", evil | files)
+    assert_close(session.logits("hf://lab/evil"), logits)
+    hub.commit("lab/only-evil", evil | {"config.json": files["config.json"]})
+    session.error("hf://lab/only-evil")
+
+
+def test_code_in_a_downloaded_bundle_does_not_run(hub, session, tmp_path):
+    import torch
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "canary"),))
+
+    content = bundle(random_state_dict(BASE), config_json(BASE)) | {"resume": Evil()}
+    torch.save(content, tmp_path / "model.pt")
+    hub.commit("lab/code", {"model.pt": (tmp_path / "model.pt").read_bytes()})
+    answer = session.ask("hf://lab/code")
+    assert "DumpActivationsError" in answer["kinds"]
+    assert not (tmp_path / "canary").exists()
+
+
+def test_command_dumps_from_the_hub_and_then_offline(hub, demo_checkpoint, demo_pool, tmp_path):
+    hub.commit("2048former/tiny", files_under(demo_checkpoint, prefix="v0.1/"))
+    environment = hub_environment(hub, tmp_path / "home")
+    command = [sys.executable, "-m", "dump_activations"]
+    command += ["--init", "hf://2048former/tiny/v0.1@main", "--dataset", str(demo_pool)]
+    command += ["--n-samples", "9", "--outputs", "head_logits", "--device", "cpu", "--allow-cpu"]
+    demo = load_demo(demo_checkpoint)
+    rows = read_pool(demo_pool)
+    boards = naive_boards(rows[numpy_indices(len(rows), 9, 0)])
+    expected = naive_dump(demo.state_dict, demo.config, boards, ["head_logits"])
+    for name, extra in (("online", {}), ("offline", {"HF_HUB_OFFLINE": "1"})):
+        path = tmp_path / f"{name}.safetensors"
+        result = subprocess.run(
+            [*command, "-o", str(path)],
+            env=environment | extra,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        dump = read_dump(path)
+        assert dump.metadata["checkpoint"] == "hf://2048former/tiny/v0.1@main"
+        assert_close(dump.numpy("head_logits"), expected["head_logits"])
+    assert sorted(hub.downloads) == ["v0.1/config.json", "v0.1/model.safetensors"]
