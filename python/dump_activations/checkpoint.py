@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from dump_activations.encoder import Encoder, EncoderConfig
 from dump_activations.errors import CheckpointError, CheckpointNotFoundError
+from dump_activations.files import check_ordinary
 from dump_activations.weight_files import read_bundle, read_safetensors
 
 _HUB_SCHEME = "hf://"
@@ -99,7 +100,7 @@ def _load(path: Path, *, random_init: bool) -> Encoder:
 def _read_file(path: Path) -> _Checkpoint:
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: no such checkpoint")
-    _check_is_file(path)
+    check_ordinary(path, CheckpointError)
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: give the directory that holds {CONFIG_NAME} and this file")
     config, weights = read_bundle(path)
@@ -121,7 +122,7 @@ def _read_directory(directory: Path) -> _Checkpoint:
     weights: dict[str, Tensor] | None = None
     origins = []
     for path in (directory / name for name in needed):
-        _check_is_file(path)
+        check_ordinary(path, CheckpointError)
         if path.name == CONFIG_NAME:
             config = _read_config(path)
             origins.append(str(path))
@@ -134,12 +135,6 @@ def _read_directory(directory: Path) -> _Checkpoint:
     if not origins:
         raise CheckpointNotFoundError(f"{directory}: no {CONFIG_NAME}")
     return _Checkpoint(config, " and ".join(origins), weights, str(directory / needed[-1]))
-
-
-def _check_is_file(path: Path) -> None:
-    """Refuse what could be read without end, as a named pipe or a device."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not an ordinary file")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

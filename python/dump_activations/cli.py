@@ -17,6 +17,7 @@ from dump_activations.activations import ACTIVATION_KEYS
 from dump_activations.command import run_command
 from dump_activations.console import print_note, print_summary, progress_bar
 from dump_activations.errors import InvalidArgumentError
+from dump_activations.process import keep_freed_memory, uncollected_imports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,9 +96,11 @@ def dump_activations(
     _fill_in_demo(flags, use_demo=use_demo)
     run_options = _check(flags, write=not no_write)
 
-    from dump_activations.dataset import load_indices
-    from dump_activations.device import cuda_is_available
-    from dump_activations.pipeline import dump
+    keep_freed_memory()
+    with uncollected_imports():
+        from dump_activations.dataset import load_indices
+        from dump_activations.device import cuda_is_available
+        from dump_activations.pipeline import dump
 
     device_is_given = context.get_parameter_source("device") is not ParameterSource.DEFAULT
     if run_options.allow_cpu and not device_is_given and not cuda_is_available():

@@ -22,6 +22,7 @@ from dump_activations.errors import (
     InvalidArgumentError,
     StepIndexError,
 )
+from dump_activations.files import check_ordinary
 
 
 class Shard(NamedTuple):
@@ -188,6 +189,7 @@ def load_indices(path: str | os.PathLike[str]) -> NDArray[np.int64]:
         IndicesError: The file is no such array, or has no entries.
 
     """
+    check_ordinary(Path(path), IndicesError)
     try:
         # A mapping checks the header against the file's size before any memory is taken for it.
         array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")

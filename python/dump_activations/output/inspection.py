@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from dump_activations import _rust
 from dump_activations.errors import OutputError
+from dump_activations.files import check_ordinary
 from dump_activations.output.contents import Contents, StoredTensor, read_exactly
 from dump_activations.output.digest import (
     INTEGRITY_KEY,
@@ -55,6 +56,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     """
     path = Path(path)
     file_format = format_of(path)
+    check_ordinary(path, OutputError)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
