@@ -6,7 +6,6 @@ Shape letters: B boards in a batch, S cells (16).
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -70,12 +69,7 @@ class Forward:
             self._exits.callback(self._workers.shutdown, wait=True, cancel_futures=True)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._exits.close()
 
     def run(self, tokens_BS: Tensor, buffers: Buffers) -> None:

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections import deque
-from types import TracebackType
 
 import torch
 
@@ -19,12 +18,7 @@ class Stopwatch:
     def __enter__(self) -> None:
         self._local.start = time.perf_counter()
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.add(time.perf_counter() - self._local.start)
 
     def add(self, seconds: float) -> None:
@@ -49,12 +43,7 @@ class CudaStopwatch:
         start.record(self._stream)
         self._pending.append((start, torch.cuda.Event(enable_timing=True)))
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pending[-1][1].record(self._stream)
         self._count_finished()
 

@@ -85,19 +85,7 @@ def _local_header(member: Member, position: int) -> bytes:
         + member.alignment.to_bytes(2, "little")
         + bytes(padding)
     )
-    fields = LOCAL_HEADER.pack(
-        b"PK\x03\x04",
-        VERSION,
-        UTF8_NAMES,
-        STORED,
-        0,  # time of day
-        DATE_1980_01_01,
-        member.crc32,
-        IN_ZIP64,  # compressed size
-        IN_ZIP64,  # size
-        len(name),
-        len(extra),
-    )
+    fields = LOCAL_HEADER.pack(b"PK\x03\x04", *_shared_fields(member, name, extra))
     return fields + name + extra
 
 
@@ -108,6 +96,19 @@ def _central_header(member: Member, position: int) -> bytes:
     fields = CENTRAL_HEADER.pack(
         b"PK\x01\x02",
         VERSION,  # made by
+        *_shared_fields(member, name, extra),
+        0,  # comment
+        0,  # disk
+        0,  # internal attributes
+        0,  # external attributes
+        IN_ZIP64,  # offset
+    )
+    return fields + name + extra
+
+
+def _shared_fields(member: Member, name: bytes, extra: bytes) -> tuple[int, ...]:
+    """What the local and the central header of a member say alike."""
+    return (
         VERSION,  # needed
         UTF8_NAMES,
         STORED,
@@ -118,13 +119,7 @@ def _central_header(member: Member, position: int) -> bytes:
         IN_ZIP64,  # size
         len(name),
         len(extra),
-        0,  # comment
-        0,  # disk
-        0,  # internal attributes
-        0,  # external attributes
-        IN_ZIP64,  # offset
     )
-    return fields + name + extra
 
 
 def _end_records(count: int, directory_offset: int, directory_nbytes: int) -> bytes:
