@@ -65,12 +65,7 @@ impl Digester {
 
     fn update_step(&mut self, block: &[u8]) {
         self.hasher.update(block);
-        let (nan, inf) = match self.element {
-            Element::Float32 => count_specials_32(block),
-            Element::Float16 => count_specials_16(block, 0x7c00),
-            Element::BFloat16 => count_specials_16(block, 0x7f80),
-            Element::Integer => (0, 0),
-        };
+        let (nan, inf) = count_specials(block, self.element);
         self.nan += nan;
         self.inf += inf;
     }
@@ -80,11 +75,39 @@ impl Digester {
     }
 }
 
+/// Counts (NaN, infinite) elements, with vectors as wide as the processor has them.
+fn count_specials(block: &[u8], element: Element) -> (u64, u64) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has the instructions that the function is compiled for.
+        #[allow(unsafe_code)]
+        return unsafe { count_specials_avx2(block, element) };
+    }
+    count_specials_portably(block, element)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn count_specials_avx2(block: &[u8], element: Element) -> (u64, u64) {
+    count_specials_portably(block, element)
+}
+
+#[inline(always)]
+fn count_specials_portably(block: &[u8], element: Element) -> (u64, u64) {
+    match element {
+        Element::Float32 => count_specials_32(block),
+        Element::Float16 => count_specials_16(block, 0x7c00),
+        Element::BFloat16 => count_specials_16(block, 0x7f80),
+        Element::Integer => (0, 0),
+    }
+}
+
 /// Counts (NaN, infinite) among little-endian float32 values.
 ///
 /// IEEE 754: without the sign bit, infinity is the pattern of an all-ones exponent and every NaN is
 /// above it. Adding one to the exponent carries into the sign bit for these alone, which tells in
 /// three vector operations whether a block needs counting at all.
+#[inline(always)]
 fn count_specials_32(block: &[u8]) -> (u64, u64) {
     const INFINITY: u32 = 0x7f80_0000;
     const EXPONENT_ONE: u32 = 0x0080_0000;
@@ -102,6 +125,7 @@ fn count_specials_32(block: &[u8]) -> (u64, u64) {
 }
 
 /// Counts (NaN, infinite) among little-endian 16-bit floats, as `count_specials_32` does.
+#[inline(always)]
 fn count_specials_16(block: &[u8], infinity: u16) -> (u64, u64) {
     let exponent_one = 0x8000 - infinity;
     let magnitudes = || {

@@ -1,8 +1,10 @@
 """What the command changes about its own process."""
 
 import gc
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +55,49 @@ def test_the_collector_is_back_after_a_failed_import():
         assert gc.isenabled()
     finally:
         gc.unfreeze()
+
+
+LEAVES = """
+import atexit, sys
+from dump_activations.process import leave
+atexit.register(print, "at exit", end=" ")
+sys.stdout.write("written ")
+sys.stderr.write("to both")
+leave(3)
+"""
+
+
+def test_leaving_runs_what_is_registered_and_loses_no_output():
+    run = subprocess.run(
+        [sys.executable, "-c", LEAVES], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (3, "written at exit ", "to both")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_is_lost_on_leaving_shows():
+    script = "from dump_activations.process import leave; print('lost'); leave(0)"
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=buffered,
+            check=False,
+        )
+    assert run.returncode == 120  # Python's own
+    assert b"No space left" in run.stderr
+
+
+def test_leaving_takes_nothing_apart():
+    script = """
+from dump_activations.process import leave
+class Large:
+    def __del__(self):
+        print("taken apart")
+large = Large()
+leave(0)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == ""

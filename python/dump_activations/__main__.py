@@ -1,7 +1,5 @@
 """`python -m dump_activations` is the command `dump-activations`."""
 
-import sys
+from dump_activations.cli import run
 
-from dump_activations.cli import main
-
-sys.exit(main())
+run()

@@ -17,10 +17,16 @@ from dump_activations.activations import ACTIVATION_KEYS
 from dump_activations.command import run_command
 from dump_activations.console import print_note, print_summary, progress_bar
 from dump_activations.errors import InvalidArgumentError
-from dump_activations.process import keep_freed_memory, uncollected_imports
+from dump_activations.process import keep_freed_memory, leave, uncollected_imports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """Be the command's process: its arguments, its exit code."""
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,13 +15,20 @@ import click
 from dump_activations.command import run_command
 from dump_activations.errors import OutputError
 from dump_activations.output.digest import INTEGRITY_KEY
+from dump_activations.process import leave
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
     from rich.table import Table
 
     from dump_activations.output.inspection import Inspection
+
+
+def run() -> NoReturn:
+    """Be the command's process: its arguments, its exit code."""
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
