@@ -1,6 +1,7 @@
 """Batches that several cores of the CPU take in pieces."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -63,3 +64,52 @@ def test_an_error_in_one_piece_ends_the_run(cores, demo_checkpoint, demo_pool, t
         dump(model, demo_pool, target, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
     assert not target.exists()
     assert torch.get_num_threads() == cores
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_pieces_compute_in_fp32_and_the_setting_is_as_before(
+    setting, cores, demo_checkpoint, demo_pool, tmp_path
+):
+    model = load_encoder(demo_checkpoint)
+    found = set()
+    model.final_ln.register_forward_hook(lambda *_: found.add(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        dump(model, demo_pool, tmp_path / "a.pt", n_samples=N, batch_size=BATCH, **CPU)
+        assert torch.get_float32_matmul_precision() == setting
+        for _ in stream(model, demo_pool, n_samples=N, batch_size=BATCH, **CPU):
+            assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == {"highest"}
+
+
+def test_an_interruption_leaves_out_the_pieces_that_have_not_begun(
+    cores, demo_checkpoint, demo_pool, tmp_path
+):
+    model = load_encoder(demo_checkpoint)
+    begun = []
+
+    def slow(*_: object) -> None:
+        begun.append(1)
+        time.sleep(0.05)
+
+    def interrupt(_done: int, _of: int) -> None:
+        raise KeyboardInterrupt
+
+    model.blocks[0].register_forward_hook(slow)
+    pieces_a_batch = 40
+    rows = 128 * pieces_a_batch
+    with pytest.raises(KeyboardInterrupt):
+        dump(
+            model,
+            demo_pool,
+            tmp_path / "a.pt",
+            n_samples=2 * rows,
+            batch_size=rows,
+            progress=interrupt,
+            **CPU,
+        )
+    # Of the second batch nothing was queued when the first had but a piece a core to go.
+    assert pieces_a_batch - cores <= len(begun) <= pieces_a_batch

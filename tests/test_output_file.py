@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError
+from dump_activations.output import writers as writers_module
 from dump_activations.output.file import OutputFile
 from dump_activations.output.partial import check_output
 from dump_activations.output.writers import WriterPool
+from dump_activations.parts import Part
 from output_support import (
     SUFFIXES,
     make_dump,
@@ -214,7 +217,9 @@ class Slots:
         writers.submit(first_row, dump.batch(first_row), done=done, **options)
 
 
-def test_data_is_read_after_the_wait_which_comes_once(tmp_path):
+@pytest.mark.parametrize("least", [1, 1 << 20])
+def test_each_part_is_read_after_its_wait(tmp_path, monkeypatch, least):
+    monkeypatch.setattr(writers_module, "MIN_PART_NBYTES", least)
     dump = small_dump()
     waits = []
     with open_file(tmp_path / "x.npz", dump) as file:
@@ -223,20 +228,27 @@ def test_data_is_read_after_the_wait_which_comes_once(tmp_path):
             for first_row in dump.first_rows:
                 slices = dump.batch(first_row)
                 memory = {name: np.zeros_like(data) for name, data in slices.items()}
+                rows = len(slices["boards"]) // 16
 
-                def fill(memory=memory, slices=slices) -> None:
-                    waits.append(1)
+                def fill(start, stop, rows=rows, memory=memory, slices=slices) -> None:
+                    waits.append((start, stop))
                     for name, data in slices.items():
-                        memory[name][:] = data
+                        row = len(data) // rows
+                        memory[name][start * row : stop * row] = data[start * row : stop * row]
+
+                parts = [
+                    Part(start, min(start + 3, rows), partial(fill, start, min(start + 3, rows)))
+                    for start in range(0, rows, 3)
+                ]
 
                 def wipe(memory=memory) -> None:
                     for data in memory.values():
                         data[:] = 255
 
-                writers.submit(first_row, memory, wait=fill, done=wipe)
+                writers.submit(first_row, memory, parts=parts, done=wipe)
         assert writers.busy_seconds > 0
         file.commit()
-    assert len(waits) == len(dump.first_rows)
+    assert set(waits) == {(0, 3), (3, 4)}
     other = write_dump(tmp_path / "other.npz", dump)
     assert (tmp_path / "x.npz").read_bytes() == other.read_bytes()
 
@@ -265,7 +277,8 @@ def test_the_first_error_surfaces_as_itself_with_all_memory_given_back(
     def write_all(file: OutputFile) -> None:
         with WriterPool(file, threads=3) as writers:
             for first_row in dump.first_rows:
-                options = {"wait": fail} if where == "wait" and first_row == 40 else {}
+                fails = where == "wait" and first_row == 40
+                options = {"parts": [Part(0, 4, fail)]} if fails else {}
                 slots.submit(writers, dump, first_row, **options)
                 if where == "done" and first_row == 40:
                     writers.submit(first_row + 4, dump.batch(first_row + 4), done=fail)
@@ -288,7 +301,7 @@ def test_an_error_of_the_caller_is_not_covered_up(tmp_path):
 
     def write_and_fail(file: OutputFile) -> None:
         with WriterPool(file, threads=2) as writers:
-            slots.submit(writers, dump, 0, wait=fail)
+            slots.submit(writers, dump, 0, parts=[Part(0, 4, fail)])
             raise KeyError("the caller's own")
 
     with open_file(tmp_path / "x.pt", dump) as file, pytest.raises(KeyError):

@@ -15,7 +15,9 @@ from dump_activations.activations import BoardActivation
 from dump_activations.capture import Capture
 from dump_activations.encoder import Encoder
 from dump_activations.options import Options
+from dump_activations.parts import Part
 from dump_activations.precision import arithmetic
+from dump_activations.timing import CudaStopwatch, Stopwatch
 from dump_activations.transfer import Buffers
 
 # Boards in a piece on the CPU: its temporaries stay in a core's cache and in the heap, while those
@@ -28,7 +30,8 @@ class Forward:
 
     On the CPU each core takes pieces of the batch and runs them by itself: threads that share
     each operation would wait for one another a hundred times a batch, and longest when a core is
-    busy with something else.
+    busy with something else. A batch is only queued, so that no core waits for the end of one
+    before the pieces of the next.
 
     Args:
         model: in eval mode, on `device`.
@@ -50,57 +53,69 @@ class Forward:
         self._capture = Capture(model, activations, compiled_rows=rows if options.compile else None)
         self._precision = options.precision
         self._device = device
-        self._cores = 1 if device.type == "cuda" or options.compile else torch.get_num_threads()
-        self._piece_rows = rows if self._cores == 1 else min(_PIECE_ROWS, -(-rows // self._cores))
+        on_cuda = device.type == "cuda"
+        self._computing: Stopwatch | CudaStopwatch = (
+            CudaStopwatch(torch.cuda.current_stream(device)) if on_cuda else Stopwatch()
+        )
+        self.workers = 1 if on_cuda or options.compile else torch.get_num_threads()
+        self._piece_rows = rows if self.workers == 1 else min(_PIECE_ROWS, -(-rows // self.workers))
         self._exits = ExitStack()
-        self._workers: ThreadPoolExecutor | None = None
+        self._executor: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
         self._exits.enter_context(self._capture)
-        if self._cores > 1:
+        if self.workers > 1:
             # A thread takes its number of threads from the process's setting when it begins.
-            self._exits.callback(torch.set_num_threads, self._cores)
-            self._workers = ThreadPoolExecutor(
-                self._cores,
+            self._exits.callback(torch.set_num_threads, self.workers)
+            self._executor = ThreadPoolExecutor(
+                self.workers,
                 thread_name_prefix="forward",
                 initializer=torch.set_num_threads,
                 initargs=(1,),
             )
-            self._exits.callback(self._workers.shutdown, wait=True, cancel_futures=True)
+            self._exits.callback(self._executor.shutdown, wait=True, cancel_futures=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._exits.close()
 
-    def run(self, tokens_BS: Tensor, buffers: Buffers) -> None:
-        """Run a batch as far as needed and fill the buffers; on CUDA the work is only queued.
+    @property
+    def seconds(self) -> float:
+        """How long the device was busy; with several workers, the mean of them."""
+        return self._computing.seconds / self.workers
+
+    def start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Part]:
+        """Queue a batch, which is run as far as needed to fill the buffers.
 
         Args:
             tokens_BS: exponents (B, 16), any integer dtype, on the host; pinned for CUDA.
             buffers: for each activation's key, a tensor (B, *shape) on the device.
-        """
-        if self._workers is None:
-            self._run_piece(tokens_BS, buffers)
-            return
-        # The matmul precision is the process's: set here, each piece finds and leaves it as it is.
-        with arithmetic(self._precision, self._device):
-            self._run_pieces(self._workers, tokens_BS, buffers)
 
-    def _run_pieces(self, workers: ThreadPoolExecutor, tokens_BS: Tensor, buffers: Buffers) -> None:
-        pieces = [
-            slice(i, i + self._piece_rows) for i in range(0, len(tokens_BS), self._piece_rows)
-        ]
-        runs = [
-            workers.submit(
-                self._run_piece,
-                tokens_BS[piece],
-                {key: tensor[piece] for key, tensor in buffers.items()},
-            )
-            for piece in pieces
-        ]
-        for run in runs:
-            run.result()
+        Returns:
+            The parts of the batch, in order. On CUDA there is nothing to wait for: what the stream
+            is given next finds the buffers full.
+        """
+        rows = len(tokens_BS)
+        if self._executor is None:
+            self._run_piece(tokens_BS, buffers)
+            return [Part(0, rows)]
+        parts = []
+        for start in range(0, rows, self._piece_rows):
+            piece = slice(start, min(start + self._piece_rows, rows))
+            pieces = {key: tensor[piece] for key, tensor in buffers.items()}
+            run = self._executor.submit(self._run_piece, tokens_BS[piece], pieces)
+            parts.append(Part(piece.start, piece.stop, run.result))
+        return parts
+
+    def abandon(self) -> None:
+        """Drop what is queued and not begun; whoever waits for it gets an error."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _run_piece(self, tokens_BS: Tensor, buffers: Buffers) -> None:
-        with torch.inference_mode(), arithmetic(self._precision, self._device):
+        with (
+            self._computing,
+            torch.inference_mode(),
+            arithmetic(self._precision, self._device),
+        ):
             self._capture.run(tokens_BS.to(self._device, non_blocking=True), buffers)

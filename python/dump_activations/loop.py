@@ -1,18 +1,18 @@
 """The forward passes of a run, with boards read ahead and each stage's time counted."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from dump_activations.feed import BoardBatch, feed_boards
 from dump_activations.forward import Forward
-from dump_activations.timing import CudaStopwatch, Stopwatch
-from dump_activations.transfer import make_transfer
+from dump_activations.parts import Part
+from dump_activations.timing import Stopwatch
+from dump_activations.transfer import HostBatch, make_transfer
 from dump_activations.work import Work
 
 Progress = Callable[[int, int], None]
@@ -74,9 +74,8 @@ class Loop:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        on_cuda = work.device.type == "cuda"
         rows = min(work.options.batch_size, len(work.indices))
-        self.transfer = make_transfer(
+        self._transfer = make_transfer(
             {key: (rows, *shape) for key, shape in work.board_shapes.items()},
             work.storage_dtype,
             work.device,
@@ -90,14 +89,12 @@ class Loop:
         )
         self._reading = Stopwatch()
         self._waiting = Stopwatch()
-        self._computing: Stopwatch | CudaStopwatch = (
-            CudaStopwatch(torch.cuda.current_stream(work.device)) if on_cuda else Stopwatch()
-        )
+        self._parts: list[Part] = []
         self._exits = ExitStack()
 
     def __enter__(self) -> Self:
         self._started = time.perf_counter()
-        self._exits.callback(self.transfer.close)
+        self._exits.callback(self._transfer.close)
         self._exits.enter_context(self._forward)
         return self
 
@@ -105,11 +102,15 @@ class Loop:
         self._exits.close()
         self._ended = time.perf_counter()
 
-    def batches(self, progress: Progress | None = None, *, start: int = 0) -> Iterator[BoardBatch]:
-        """Yield each batch once its forward is queued; its activations are in `transfer`.
+    def batches(
+        self, progress: Progress | None = None, *, start: int = 0
+    ) -> Generator[BoardBatch, None, None]:
+        """Yield each batch once its forward is queued; `to_host` gives its activations.
+
+        Closing the generator early drops what is queued and not begun.
 
         Args:
-            progress: called as each batch is taken up by the consumer.
+            progress: called for each batch, about when it is done.
             start: row of the run to begin at, a multiple of the batch size.
         """
         work = self._work
@@ -123,13 +124,26 @@ class Loop:
             reading=self._reading,
             waiting=self._waiting,
         )
-        for batch in self._exits.enter_context(closing(boards)):
-            buffers = self.transfer.buffers(len(batch.indices))
-            with self._computing:
-                self._forward.run(batch.boards_BS, buffers)
-            yield batch
-            if progress:
-                progress(batch.first_row + len(batch.indices), len(work.indices))
+        queued: deque[Part] = deque()
+        try:
+            for batch in self._exits.enter_context(closing(boards)):
+                buffers = self._transfer.buffers(len(batch.indices))
+                self._parts = self._forward.start(batch.boards_BS, buffers)
+                queued.extend(self._parts)
+                yield batch
+                # As many as keep the workers busy while the next batch is queued.
+                while len(queued) > self._forward.workers:
+                    queued.popleft().wait()
+                if progress:
+                    progress(batch.first_row + len(batch.indices), len(work.indices))
+            while queued:
+                queued.popleft().wait()
+        finally:
+            self._forward.abandon()
+
+    def to_host(self) -> HostBatch:
+        """Pass on the activations of the batch yielded last, which is possible once."""
+        return self._transfer.to_host(self._parts)
 
     def summary(
         self,
@@ -150,8 +164,8 @@ class Loop:
             commit_seconds=time.perf_counter() - self._ended,
             stage_seconds={
                 "boards": self._reading.seconds,
-                "forward": self._computing.seconds,
-                "copy": self.transfer.copying.seconds,
+                "forward": self._forward.seconds,
+                "copy": self._transfer.copying.seconds,
                 "write": write_seconds,
             },
             waiting_seconds=self._waiting.seconds,

@@ -148,14 +148,18 @@ def _write(
         with _kept_or_discarded(file, len(work.indices)):
             for name, tensor in work.whole_tensors().items():
                 file.write(name, 0, _bytes_of(tensor))
-            with Loop(work) as loop, WriterPool(file, threads=_WRITER_THREADS) as writers:
-                for batch in loop.batches(progress, start=file.resumed_rows):
-                    host = loop.transfer.to_host(len(batch.indices))
+            with (
+                Loop(work) as loop,
+                WriterPool(file, threads=_WRITER_THREADS) as writers,
+                closing(loop.batches(progress, start=file.resumed_rows)) as batches,
+            ):
+                for batch in batches:
+                    host = loop.to_host()
                     slices = {"boards": batch.boards_BS, **host.tensors}
                     writers.submit(
                         batch.first_row,
                         {name: _bytes_of(tensor) for name, tensor in slices.items()},
-                        wait=host.wait,
+                        parts=host.parts,
                         done=host.release,
                     )
                     interrupts.check()
@@ -283,19 +287,21 @@ def _interruptible(batches: Generator[Batch, None, None]) -> Iterator[Batch]:
 
 
 def _stream(work: Work) -> Generator[Batch, None, None]:
+    # The CPU is the caller's between two batches.
+    ahead = 1 if work.device.type == "cuda" else 0
     under_way: deque[tuple[BoardBatch, HostBatch]] = deque()
     with Loop(work) as loop:
         for batch in loop.batches():
-            under_way.append((batch, loop.transfer.to_host(len(batch.indices))))
-            if len(under_way) > 1:
+            under_way.append((batch, loop.to_host()))
+            if len(under_way) > ahead:
                 yield _take(work, *under_way.popleft())
         while under_way:
             yield _take(work, *under_way.popleft())
 
 
 def _take(work: Work, batch: BoardBatch, host: HostBatch) -> Batch:
-    if host.wait is not None:
-        host.wait()
+    for part in host.parts:
+        part.wait()
     tensors = {key: tensor.clone() for key, tensor in host.tensors.items()}
     host.release()
     weights = {name: tensor.to(work.storage_dtype) for name, tensor in work.weights.items()}

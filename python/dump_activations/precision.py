@@ -1,27 +1,46 @@
 """The arithmetic of the forward pass: `--precision`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
 
-@contextmanager
-def _fp32_matmuls(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+class _Fp32Matmuls:
+    """Has matrix products of fp32 done in this precision while any thread is inside.
 
+    The setting is the process's, so the first thread in makes it and the last one out undoes it.
+    """
+
+    def __init__(self, precision: str) -> None:
+        self._precision = precision
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = ""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision(self._precision)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.set_float32_matmul_precision(self._before)
+
+
+_HIGHEST, _HIGH = _Fp32Matmuls("highest"), _Fp32Matmuls("high")
 
 # `fp32` computes in IEEE single precision whatever the process's own setting is; `tf32` lets CUDA
 # round the factors of matrix products to 10 bits of mantissa; `bf16` runs matrix products in bf16
 # and keeps weights, norms and the residual stream in fp32.
 _CONTEXTS: dict[str, Callable[[torch.device], AbstractContextManager[None]]] = {
-    "fp32": lambda _: _fp32_matmuls("highest"),
-    "tf32": lambda _: _fp32_matmuls("high"),
+    "fp32": lambda _: _HIGHEST,
+    "tf32": lambda _: _HIGH,
     "bf16": lambda device: torch.autocast(device.type, dtype=torch.bfloat16),
 }
 

@@ -9,13 +9,14 @@ Shape letters: B boards in a batch.
 
 import math
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from dump_activations.parts import Part
 from dump_activations.timing import CudaStopwatch, Stopwatch
 
 _HOST_SLOTS = 3
@@ -31,13 +32,13 @@ class HostBatch:
     """One batch's activations on their way to host memory.
 
     Attributes:
-        tensors: key -> tensor (B, *shape) in host memory; its bytes count only after `wait`.
-        wait: blocks until the bytes are there; None where they are from the start.
+        tensors: key -> tensor (B, *shape) in host memory.
+        parts: the batch's rows; those of a part count once it has been waited for.
         release: gives the memory back to the ring; `tensors` must not be used after it.
     """
 
     tensors: Buffers
-    wait: Callable[[], None] | None
+    parts: Sequence[Part]
     release: Callable[[], None]
 
 
@@ -51,8 +52,12 @@ class Transfer(Protocol):
     def buffers(self, rows: int) -> Buffers:
         """Return the buffers to capture the next batch in, cut to its number of boards."""
 
-    def to_host(self, rows: int) -> HostBatch:
-        """Pass on the batch captured last. Blocks while every host slot is taken."""
+    def to_host(self, parts: Sequence[Part]) -> HostBatch:
+        """Pass on the batch that is being captured. Blocks while every host slot is taken.
+
+        Args:
+            parts: all of the batch, as the forward pass fills its buffers.
+        """
 
     def close(self) -> None:
         """Wait until nothing is under way in the buffers."""
@@ -92,11 +97,11 @@ class HostTransfer:
             self._current = self._ring.take()
         return _cut(self._current, rows)
 
-    def to_host(self, rows: int) -> HostBatch:
-        """Pass on the batch captured last."""
+    def to_host(self, parts: Sequence[Part]) -> HostBatch:
+        """Pass on the batch that is being captured."""
         slot, self._current = self._current, None
         assert slot is not None
-        return HostBatch(_cut(slot, rows), None, lambda: self._ring.give_back(slot))
+        return HostBatch(_cut(slot, parts[-1].stop), parts, lambda: self._ring.give_back(slot))
 
     def close(self) -> None:
         """Nothing is ever under way on the host."""
@@ -147,10 +152,11 @@ class CudaTransfer:
             torch.cuda.current_stream(self._device).wait_event(self._current.copied)
         return _cut(self._current.buffers, rows)
 
-    def to_host(self, rows: int) -> HostBatch:
-        """Start the copy of the batch captured last and pass it on."""
+    def to_host(self, parts: Sequence[Part]) -> HostBatch:
+        """Start the copy of the batch whose forward pass was queued last, and pass it on."""
         source, self._current = self._current, None
         assert source is not None
+        rows = parts[-1].stop
         target = self._host_ring.take()
         host = _cut(target.buffers, rows)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -160,7 +166,8 @@ class CudaTransfer:
             source.copied.record(self._stream)
             target.copied.record(self._stream)
         self._device_ring.give_back(source)
-        return HostBatch(host, target.copied.synchronize, lambda: self._host_ring.give_back(target))
+        whole = Part(0, rows, target.copied.synchronize)
+        return HostBatch(host, [whole], lambda: self._host_ring.give_back(target))
 
     def close(self) -> None:
         """Wait for all that is queued, so that the buffers may be freed and times are complete."""

@@ -7,6 +7,8 @@ the final hidden state. Every round writes it bare (through the page cache, and 
 format, with the digests and without; then it reads each file bare and verifies it, out of the page
 cache and from the disk. Ratios are taken within a round, and their median is printed. Writing
 times run from making the file to its last fsync, but where it says that nothing was flushed.
+Whatever is written starts in a directory without the files before it, whose blocks the file system
+has taken back: where on a disk a file comes to lie, and what lay there, changes its speed.
 """
 
 import argparse
@@ -84,8 +86,7 @@ def measure(specs: list[TensorSpec], options: argparse.Namespace) -> dict[str, o
         {name: size / 1e9 / run() for name, run in contenders.items()}
         for _ in range(options.rounds + 1)
     ][1:]  # the first warms up
-    for suffix in FORMATS:
-        output_path(suffix, options).unlink()
+    clear(options.directory)
     return {
         "gigabytes": size / 1e9,
         "threads": options.threads,
@@ -148,7 +149,7 @@ def write_file(
     options: argparse.Namespace,
 ) -> float:
     path = output_path(suffix, options)
-    path.unlink(missing_ok=True)
+    clear(options.directory)
     names = [spec.name for spec in specs]
     rows = specs[0].shape[0]
     free: queue.SimpleQueue[dict[str, np.ndarray]] = queue.SimpleQueue()
@@ -167,6 +168,12 @@ def write_file(
                 writers.submit(first_row, slices, done=lambda slot=slot: free.put(slot))
         file.commit()
     return time.perf_counter() - started
+
+
+def clear(directory: Path) -> None:
+    for path in directory.glob("benchmark.*"):
+        path.unlink()
+    os.sync()
 
 
 def output_path(suffix: str, options: argparse.Namespace) -> Path:
@@ -246,6 +253,7 @@ def filled_block() -> mmap.mmap:
 
 def write_raw(size: int, options: argparse.Namespace, *, direct: bool, flush: bool) -> float:
     path = options.directory / "benchmark.raw"
+    clear(options.directory)
     size -= size % 4096
     started = time.perf_counter()
     with opened(path, direct=direct) as fd:

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,9 +12,13 @@ import numpy.typing as npt
 
 from dump_activations.output.digest import RunningDigest
 from dump_activations.output.file import OutputFile
+from dump_activations.parts import Part
 
 RUN_NBYTES = 4 << 20
 """Bytes that a thread writes at a time: few enough for several threads to share a batch."""
+
+MIN_PART_NBYTES = 256 << 10
+"""A tensor with less than this in a part is written when the whole batch is there."""
 
 BATCHES_AHEAD = 8
 """Batches handed over and not yet written; a caller with fewer buffers waits for these instead."""
@@ -57,7 +61,7 @@ class WriterPool:
         first_row: int,
         slices: Mapping[str, npt.NDArray[np.uint8]],
         *,
-        wait: Callable[[], object] | None = None,
+        parts: Sequence[Part] | None = None,
         done: Callable[[], object],
     ) -> None:
         """Hands over a batch; blocks while `BATCHES_AHEAD` others are not written.
@@ -65,7 +69,8 @@ class WriterPool:
         Args:
             first_row: the batch's first row, a multiple of the file's `batch_rows`.
             slices: the rows of every batched tensor, as runs of bytes.
-            wait: called once, before the bytes are read, by the thread that reads them first.
+            parts: all of the batch, in order; each is waited for before its bytes are read. None
+                where all bytes are there.
             done: called once, when they are no longer needed: whether or not they were written,
                 and also if this call raises.
 
@@ -77,8 +82,8 @@ class WriterPool:
             self._room.release()
             done()
 
-        job = _Batch(self._file, first_row, wait, leave)
-        runs = job.split(slices)
+        job = _Batch(self._file, first_row, leave)
+        runs = job.split(slices, parts or ())
         queued = 0
         try:
             self._room.acquire()
@@ -125,6 +130,29 @@ class _Run:
     name: str
     start: int
     data: npt.NDArray[np.uint8]
+    parts: Sequence[Part]
+
+
+def _spans(
+    nbytes: Mapping[str, int], parts: Sequence[Part]
+) -> Iterator[tuple[str, int, int, Sequence[Part]]]:
+    """The bytes of a batch's tensors, as (name, start, stop, what to wait for), in writing order.
+
+    A part is written as soon as it is there, while the cache of the core that computed it may still
+    hold it.
+    """
+    rows = parts[-1].stop if parts else 0
+    split = {
+        name: of_all // rows
+        for name, of_all in nbytes.items()
+        if rows and of_all // rows * parts[0].stop >= MIN_PART_NBYTES
+    }
+    for part in parts:
+        for name, row_nbytes in split.items():
+            yield name, part.start * row_nbytes, part.stop * row_nbytes, [part]
+    for name, of_all in nbytes.items():
+        if name not in split:
+            yield name, 0, of_all, parts
 
 
 class _Batch:
@@ -134,26 +162,26 @@ class _Batch:
         self,
         file: OutputFile,
         first_row: int,
-        wait: Callable[[], object] | None,
         done: Callable[[], object],
     ) -> None:
         self._file = file
         self._first_row = first_row
-        self._wait = wait
         self._done = done
-        self._waiting = threading.Lock()
         self._lock = threading.Lock()
         self._left = 0
         self._complete = True
         self._digests: dict[str, RunningDigest] = {}
 
-    def split(self, slices: Mapping[str, npt.NDArray[np.uint8]]) -> list[_Run]:
+    def split(
+        self, slices: Mapping[str, npt.NDArray[np.uint8]], parts: Sequence[Part]
+    ) -> list[_Run]:
         """The runs to be written, each to be given to `write` or counted in `drop`."""
         self._digests = {name: RunningDigest() for name in slices}
+        spans = _spans({name: data.nbytes for name, data in slices.items()}, parts)
         runs = [
-            _Run(self, name, start, data[start : start + RUN_NBYTES])
-            for name, data in slices.items()
-            for start in range(0, data.nbytes, RUN_NBYTES)
+            _Run(self, name, at, slices[name][at : min(at + RUN_NBYTES, stop)], awaited)
+            for name, start, stop, awaited in spans
+            for at in range(start, stop, RUN_NBYTES)
         ]
         self._left = len(runs)
         return runs
@@ -162,7 +190,8 @@ class _Batch:
         """Writes a run; returns the seconds it took, without the wait for the data."""
         written = False
         try:
-            self._await_data()
+            for part in run.parts:
+                part.wait()
             started = time.perf_counter()
             digest = self._file.write_run(self._first_row, run.name, run.start, run.data)
             seconds = time.perf_counter() - started
@@ -177,12 +206,6 @@ class _Batch:
         """Gives up runs that will not be written."""
         if runs:
             self._leave(runs, complete=False)
-
-    def _await_data(self) -> None:
-        with self._waiting:
-            wait, self._wait = self._wait, None
-            if wait is not None:
-                wait()
 
     def _leave(self, runs: int, *, complete: bool) -> None:
         with self._lock:
