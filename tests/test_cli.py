@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dump_activations.cli import main
+from dump_activations.cli import main, run
 from reference.checkpoints import BASE, config_json, load_demo
 from reference.dumps import read_dump
 from reference.model import assert_close, naive_dump
@@ -369,4 +369,4 @@ def test_the_installed_command_is_the_module():
     from importlib.metadata import entry_points
 
     (command,) = entry_points(group="console_scripts", name="dump-activations")
-    assert command.load() is main
+    assert command.load() is run

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import DEMO_POOL
 from dump_activations import dump, load_encoder, stream
+from dump_activations.output import durability
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 
 BATCHES = 10_000
@@ -59,7 +60,9 @@ def model(tmp_path_factory):
     return load_encoder(directory)
 
 
-def test_dump(model, tmp_path):
+def test_dump(model, tmp_path, monkeypatch):
+    # The journal is opened at the first flush, which is to come among the first batches.
+    monkeypatch.setattr(durability, "SYNC_INTERVAL", 0.01)
     gauge = Gauge()
     path = tmp_path / "a.safetensors"
     dump(model, DEMO_POOL, path, progress=lambda done, _: gauge.measure(done), **OPTIONS)
