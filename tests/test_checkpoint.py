@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -210,6 +211,12 @@ HOSTILE_SAFETENSORS = {
         {"tok_emb.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}},
         b"\0" * 8,
     ),
+    "overflowing-strides": _safetensors(
+        {"tok_emb.weight": {"dtype": "F32", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}}
+    ),
+    "length-past-int64": _safetensors(
+        {"tok_emb.weight": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}
+    ),
     "odd-name": _safetensors(
         {"\n\x1b[31m": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4
     ),
@@ -337,7 +344,7 @@ def test_null_means_the_default(tmp_path):
     assert_close(forward(model)[0], expected[0])
 
 
-@pytest.mark.parametrize("eps", ["NaN", "Infinity", "-Infinity", "1e400"])
+@pytest.mark.parametrize("eps", ["NaN", "Infinity", "-Infinity", "1e400", "1" + "0" * 400])
 def test_eps_that_is_no_number(eps, tmp_path):
     directory = save_checkpoint(tmp_path / "bad", random_state_dict(BASE), config_json(BASE))
     text = json.dumps(config_json(BASE)).replace(
@@ -467,6 +474,65 @@ def test_weights_saved_beside_a_config_of_the_bundle(tmp_path):
     save_weights(tmp_path / "model-best.pt", checkpoint_state, config_json(BASE))
     expected = naive_forward(checkpoint_state, BASE, BOARDS)
     assert_close(forward(load_encoder(tmp_path / "model-best.pt"))[0], expected[0])
+
+
+def test_safetensors_beside_a_bundle_that_has_the_config(tmp_path):
+    state_dict = random_state_dict(BASE)
+    save_file(state_dict, tmp_path / "model.safetensors")
+    torch.save(bundle(random_state_dict(BASE, seed=1), config_json(BASE)), tmp_path / "model.pt")
+    expected = naive_forward(state_dict, BASE, BOARDS)
+    assert_close(forward(load_encoder(tmp_path))[0], expected[0])
+
+
+def test_an_empty_config_of_a_bundle_and_nulls_in_it_are_none(tmp_path):
+    state_dict = random_state_dict(BASE)
+    expected = naive_forward(state_dict, BASE, BOARDS)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(BASE)))
+    content = bundle(state_dict, config_json(BASE)) | {"encoder_config": {"layer_norm_eps": None}}
+    torch.save(content, tmp_path / "model.pt")
+    assert_close(forward(load_encoder(tmp_path))[0], expected[0])
+    old = {"model": state_dict, "encoder_config": {}}
+    torch.save(old | {"training_config": {"encoder": config_json(BASE)}}, tmp_path / "old.pt")
+    assert_close(forward(load_encoder(tmp_path / "old.pt"))[0], expected[0])
+
+
+def test_a_bundle_of_more_than_plain_values_says_of_what(tmp_path):
+    content = bundle(random_state_dict(BASE), config_json(BASE))
+    content["resume"] = {"rng": np.random.default_rng(0).bit_generator.state, "at": tmp_path}
+    torch.save(content | {"numbers": np.arange(3)}, tmp_path / "model.pt")
+    text = refused(tmp_path / "model.pt")
+    for word in ("PosixPath", "numpy", "save it again with 'model' and 'encoder_config'"):
+        assert word in text
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "data/0"])
+def test_a_bundle_that_inflates_is_refused_unread(member, tmp_path):
+    torch.save(bundle(random_state_dict(BASE), config_json(BASE)), tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED) as inflating,
+    ):
+        for info in plain.infolist():
+            more = 200 << 20 if info.filename.endswith(member) else 0
+            inflating.writestr(info.filename, plain.read(info) + bytes(more))
+    assert "compressed" in refused(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["blocks." + "9" * 5000 + ".x", "x" * 100_000, "\x1b[31m\nx", "x" * 300 + "\x1b\n"],
+    ids=["number", "long", "control", "both"],
+)
+def test_names_from_the_file_are_quoted_in_one_short_line(name, tmp_path):
+    state_dict = random_state_dict(BASE) | {name: torch.zeros(2)}
+    text = refused(save_checkpoint(tmp_path / "odd", state_dict, config_json(BASE)))
+    assert "unexpected" in text
+    assert text.isprintable()
+    assert len(text) < 1000
+
+
+def test_a_path_that_no_file_system_has(tmp_path):
+    assert "name too long" in refused(tmp_path / ("a" * 300))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.pt", "nowhere/model.pt"])

@@ -550,3 +550,13 @@ def test_keyword_defaults_are_those_of_the_flags(function):
     assert {name: parameters[name].default for name in expected} == expected
     assert parameters["allow_cpu"].default is False
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in expected)
+
+
+def test_metadata_says_of_a_loaded_model_what_it_is(checkpoints, packed, tmp_path):
+    init = checkpoints["gqa-4-2"].init
+    for untrained in (False, True):
+        model = load_encoder(init, random_init=untrained)
+        cpu_dump(model, packed.path, tmp_path / "a.pt", n_samples=3)
+        assert read_dump(tmp_path / "a.pt").metadata["random_init"] == str(untrained).lower()
+    with pytest.raises(ValueError, match="random_init"):
+        cpu_dump(model, packed.path, tmp_path / "b.pt", n_samples=3, random_init=True)

@@ -3,6 +3,7 @@
 import gc
 import resource
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import DEMO_POOL
 from dump_activations import dump, load_encoder, stream
 from dump_activations.cli import main
+from dump_activations.options import Options
+from dump_activations.work import prepare
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 from reference.dumps import FORMATS, read_dump
 from reference.pools import make_pool, write_shards
@@ -186,6 +190,30 @@ def test_other_work_is_not_resumed(case, broken, inputs, command, unbroken):
     code, lines = command(f"--output={target}", "--resume")
     assert code == 0, lines
     assert target.read_bytes() == unbroken(".safetensors")
+
+
+@pytest.mark.parametrize("change", [{"eps": 0.5}, {"heads": 2, "kv_heads": 1}])
+def test_models_of_the_same_weights_are_other_work(change, tmp_path):
+    """What a config says that no weight's shape shows determines the file's bytes too."""
+
+    def fingerprint(config):
+        save_checkpoint(tmp_path, random_state_dict(BASE), config_json(config))
+        options = Options(
+            outputs=["pooled"],
+            n_samples=3,
+            batch_size=3,
+            seed=0,
+            dtype="fp32",
+            device="cpu",
+            allow_cpu=True,
+            random_init=False,
+            precision="fp32",
+            compile=False,
+        )
+        return prepare(tmp_path, DEMO_POOL, options=options, indices=None).fingerprint()
+
+    assert fingerprint(BASE) == fingerprint(BASE)
+    assert fingerprint(BASE) != fingerprint(replace(BASE, **change))
 
 
 def test_a_second_run_to_the_same_target_is_refused(model, inputs, command, unbroken, tmp_path):

@@ -238,6 +238,11 @@ def test_cached_checkpoint_without_the_hub(hub, session, tmp_path):
             assert_close(session.logits(f"hf://lab/cached/sub{revision}"), logits)
         session.error("hf://lab/never-seen")
         session.error("hf://lab/cached")
+        session.error("hf://lab/cached@" + "v" * 300)
+        session.error("hf://lab/cached/" + "s" * 300)
+        (ref,) = session.home.rglob("models--lab--cached/refs/main")
+        ref.write_bytes(b"\xff\xfe")
+        session.error("hf://lab/cached/sub")
     finally:
         hub.start()
 
@@ -253,6 +258,10 @@ def test_cached_checkpoint_without_the_hub(hub, session, tmp_path):
         "hf://lab//sub",
         "hf://@main",
         "hf://la b/repo",
+        "hf://lab/a--b",
+        "hf://lab/r-",
+        "hf://lab/r.git",
+        "hf://lab/" + "r" * 97,
         "hf://lab/re?po",
         "hf://../x",
         "hf://lab/..",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dump_activations.encoder import Encoder, EncoderConfig
-from dump_activations.errors import CheckpointError, CheckpointNotFoundError
+from dump_activations.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    DumpActivationsError,
+)
 from dump_activations.files import check_ordinary
-from dump_activations.weight_files import read_bundle, read_safetensors
+from dump_activations.weight_files import one_line, read_bundle, read_safetensors
 
 _HUB_SCHEME = "hf://"
 CONFIG_NAME = "config.json"
+_BUNDLE_SUFFIX = ".pt"
 # The first of these that a directory holds is read.
 WEIGHT_NAMES = (
     "model-best.safetensors",
@@ -29,7 +33,8 @@ WEIGHT_NAMES = (
     "model.pt",
     "model-stable.pt",
 )
-_BLOCK_KEY = re.compile(r"blocks\.(\d+)\.")
+# Two norms, four projections of the attention and three of the MLP.
+_FEWEST_TENSORS_A_BLOCK = 9
 _RANDOM_INIT_SEED = 0
 _KEYS_LISTED = 3
 
@@ -77,11 +82,17 @@ def load_encoder(
         except (CheckpointError, CheckpointNotFoundError) as error:
             raise type(error)(f"{source}: {error}") from error
     model.checkpoint = source
+    model.random_init = random_init
     return model.to(device).eval().requires_grad_(requires_grad=False)
 
 
 def _load(path: Path, *, random_init: bool) -> Encoder:
-    checkpoint = _read_directory(path) if path.is_dir() else _read_file(path)
+    try:
+        checkpoint = _read_directory(path) if path.is_dir() else _read_file(path)
+    except OSError as error:
+        if isinstance(error, DumpActivationsError):
+            raise
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if checkpoint.weights is None and not random_init:
         raise CheckpointNotFoundError(
             f"{path}: no weights; expected one of {', '.join(WEIGHT_NAMES)} "
@@ -108,8 +119,11 @@ def _read_file(path: Path) -> _Checkpoint:
 
 
 def _files_needed(names: Sequence[str]) -> list[str]:
-    config = [CONFIG_NAME] if CONFIG_NAME in names else []
-    return config + [name for name in WEIGHT_NAMES if name in names][:1]
+    """Names of the files to read: the config's, where it has one of its own, and the weights'."""
+    weights = [name for name in WEIGHT_NAMES if name in names]
+    bundles = [name for name in weights if name.endswith(_BUNDLE_SUFFIX)]
+    config = [CONFIG_NAME] if CONFIG_NAME in names else bundles[:1]
+    return list(dict.fromkeys([*config, *weights[:1]]))
 
 
 def _read_directory(directory: Path) -> _Checkpoint:
@@ -126,7 +140,7 @@ def _read_directory(directory: Path) -> _Checkpoint:
         if path.name == CONFIG_NAME:
             config = _read_config(path)
             origins.append(str(path))
-        elif path.suffix == ".pt":
+        elif path.suffix == _BUNDLE_SUFFIX:
             bundle_config, weights = read_bundle(path, config_required=not origins)
             config = config | bundle_config
             origins += [str(path)] if bundle_config else []
@@ -182,9 +196,8 @@ def _encoder_with(config: EncoderConfig, checkpoint: _Checkpoint) -> Encoder:
     weights = checkpoint.weights
     assert weights is not None
     # On the meta device nothing is allocated until the shapes are known to be the file's; a block
-    # more than the weights have is enough to say which are missing.
-    blocks = {int(match[1]) for name in weights if (match := _BLOCK_KEY.match(name))}
-    layers = min(config.num_hidden_layers, len(blocks) + 1)
+    # more than the weights can fill is enough to say which are missing.
+    layers = min(config.num_hidden_layers, len(weights) // _FEWEST_TENSORS_A_BLOCK + 1)
     with torch.device("meta"), _NoInitialisation():
         model = Encoder(replace(config, num_hidden_layers=layers))
     problems = _misfits(model.state_dict(), weights)
@@ -232,10 +245,6 @@ def _misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> s
 
 def _first_few(names: Sequence[str]) -> str:
     more = len(names) - _KEYS_LISTED
-    return ", ".join(map(_printable, names[:_KEYS_LISTED])) + (
+    return ", ".join(map(one_line, names[:_KEYS_LISTED])) + (
         f" and {more} more" if more > 0 else ""
     )
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else ascii(text)

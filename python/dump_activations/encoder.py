@@ -4,7 +4,7 @@ Shape letters: B boards in a batch, S cells (16), H hidden size, Q query heads, 
 G query heads that share one key/value head (Q = G K), D size of a head, N bins of a value head.
 """
 
-import math
+import sys
 from dataclasses import dataclass, fields
 from reprlib import repr as brief
 from typing import Any, Literal, Self, get_args
@@ -69,7 +69,8 @@ class EncoderConfig:
                     f"{name} must be true or false, not {brief(getattr(self, name))}"
                 )
         eps = self.layer_norm_eps
-        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        is_number = isinstance(eps, int | float) and not isinstance(eps, bool)
+        if not (is_number and 0 <= eps <= sys.float_info.max):
             raise CheckpointError(f"layer_norm_eps must be a number >= 0, not {brief(eps)}")
         if self.head_type not in get_args(HeadType):
             raise CheckpointError(
@@ -246,13 +247,15 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """The whole model. Module names are those of the checkpoints' state dicts.
 
-    `checkpoint` says where the weights came from: what `--init` was given.
+    `checkpoint` says where the weights came from: what `--init` was given; `random_init` that only
+    the architecture did.
     """
 
     def __init__(self, config: EncoderConfig, *, checkpoint: str = "") -> None:
         super().__init__()
         self.config = config
         self.checkpoint = checkpoint
+        self.random_init = False
         self.tok_emb = nn.Embedding(config.input_vocab_size, config.hidden_size)
         self.pos_emb = PositionEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

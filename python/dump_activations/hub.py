@@ -1,6 +1,6 @@
 """Checkpoints on the Hugging Face Hub: `hf://org/repo[/subdir][@revision]` to a local directory."""
 
-import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +8,21 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from dump_activations.errors import CheckpointError, CheckpointNotFoundError
+from dump_activations.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    DumpActivationsWarning,
+)
 
 _SCHEME = "hf://"
 _FORM = "hf://org/repo[/subdir][@revision]"
-_REPO_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,12 @@ class HubLocation:
         path, at, revision = uri.removeprefix(_SCHEME).partition("@")
         org, _, rest = path.rstrip("/").partition("/")
         repo, _, subdir = rest.partition("/")
-        if not (_REPO_PART.fullmatch(org) and _REPO_PART.fullmatch(repo)):
+        if not (org and repo):
             raise CheckpointError(f"{uri}: not of the form {_FORM}")
+        try:
+            validate_repo_id(f"{org}/{repo}")
+        except HFValidationError as error:
+            raise CheckpointError(f"{uri}: not of the form {_FORM}: {error}") from error
         if (subdir and not _stays_inside(subdir)) or (at and not _stays_inside(revision)):
             raise CheckpointError(f"{uri}: subdir and revision must be plain relative names")
         return cls(f"{org}/{repo}", subdir, revision or None)
@@ -74,6 +83,12 @@ def download_checkpoint(uri: str, choose_files: Callable[[Sequence[str]], Sequen
             f"{uri}: the hub cannot be reached and no checkpoint is cached ({offline_reason})"
             if offline_reason
             else f"{uri}: no checkpoint there; expected config.json or a .pt bundle"
+        )
+    if offline_reason:
+        warnings.warn(
+            f"{uri}: the hub cannot be reached ({offline_reason}); taking what is in the cache",
+            DumpActivationsWarning,
+            stacklevel=2,
         )
     try:
         directories = {
@@ -120,9 +135,11 @@ def _cached_names(location: HubLocation) -> list[str]:
     )
     revision = location.revision or constants.DEFAULT_REVISION
     ref = folder / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    directory = folder / "snapshots" / commit / location.subdir
-    return [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    try:
+        commit = ref.read_text().strip() if ref.is_file() else revision
+        return [path.name for path in (folder / "snapshots" / commit / location.subdir).iterdir()]
+    except (OSError, ValueError):  # Not in the cache, or no name that could be.
+        return []
 
 
 def _first_line(error: Exception) -> str:

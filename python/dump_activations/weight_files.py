@@ -1,12 +1,12 @@
 """Reads weights from `.safetensors` files and `.pt` bundles, which are not trusted."""
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -16,7 +16,13 @@ from dump_activations.errors import CheckpointError
 # torch.compile and DistributedDataParallel name their wrappers so, around any module.
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|module)\.")
 
-_LONGEST_REASON = 200
+_LONGEST_QUOTE = 200
+
+
+def one_line(text: str) -> str:
+    """Quote text from a file, which may hold anything, in one line of bounded length."""
+    text = text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -28,9 +34,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         # Not load_file, which maps the file: cut short later, it would kill the process.
         tensors = safetensors.torch.load(path.read_bytes())
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-        # The reason quotes the header, which may hold anything.
-        reason = str(error)[:_LONGEST_REASON].encode("unicode_escape").decode()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:
+        # Of a damaged header torch raises whatever its dtypes and shapes lead to.
+        reason = one_line(str(error))
         raise CheckpointError(f"{path}: not a readable safetensors file: {reason}") from error
     return _clean_weights(tensors, path)
 
@@ -46,14 +54,15 @@ def read_bundle(
         CheckpointError: the file is damaged, is no bundle, or needs code to be loaded.
     """
     try:
+        _refuse_inflation(path)
         bundle = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
     except Exception as error:
         # torch.load raises whatever its unpickler and zip reader meet on a foreign file.
-        raise CheckpointError(
-            f"{path}: not a checkpoint bundle that loads safely (weights only)"
-        ) from error
+        raise CheckpointError(f"{path}: {_why_not_loaded(path)}") from error
     if not isinstance(bundle, dict) or not isinstance(bundle.get("model"), Mapping):
         raise CheckpointError(f"{path}: not a checkpoint bundle: no state dict under 'model'")
     return (
@@ -62,12 +71,42 @@ def read_bundle(
     )
 
 
+def _refuse_inflation(path: Path) -> None:
+    """Refuse an archive whose members take more memory than its size: torch.save compresses none.
+
+    Raises:
+        zipfile.BadZipFile: it is a damaged archive.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        inflated = sum(member.file_size for member in archive.infolist())
+    if inflated > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: its members are compressed; save it with torch.save as it is"
+        )
+
+
+def _why_not_loaded(path: Path) -> str:
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        foreign = []
+    if not foreign:
+        return "damaged, or not a checkpoint bundle written by torch.save"
+    return (
+        f"holds objects that could run code ({one_line(', '.join(sorted(foreign)))}), which are "
+        "never loaded; save it again with 'model' and 'encoder_config' alone"
+    )
+
+
 def _bundle_config(bundle: dict[str, Any], path: Path, *, required: bool) -> dict[str, Any]:
     training = bundle.get("training_config")
     training = training if isinstance(training, Mapping) else {}
     for config in (bundle.get("encoder_config"), training.get("encoder"), training.get("model")):
-        if isinstance(config, Mapping):
-            return dict(config)
+        if isinstance(config, Mapping) and config:
+            # A null is no value, hence none to win over config.json's.
+            return {name: value for name, value in config.items() if value is not None}
     if required:
         raise CheckpointError(
             f"{path}: no encoder_config (nor training_config['encoder'] or ['model'])"
@@ -79,11 +118,13 @@ def _clean_weights(weights: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     clean: dict[str, Tensor] = {}
     for key, value in weights.items():
         if not isinstance(key, str) or not _is_weight(value):
-            raise CheckpointError(f"{path}: {brief(key)} is not a dense floating-point tensor")
+            raise CheckpointError(
+                f"{path}: {one_line(brief(key))} is not a dense floating-point tensor"
+            )
         name = _WRAPPERS.sub("", key)
         if name in clean:
             raise CheckpointError(
-                f"{path}: two tensors named {name} once wrapper names are stripped"
+                f"{path}: two tensors named {one_line(name)} once wrapper names are stripped"
             )
         clean[name] = value
     return clean

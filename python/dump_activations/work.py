@@ -17,7 +17,7 @@ from dump_activations.checkpoint import load_encoder
 from dump_activations.dataset import StepsDataset
 from dump_activations.device import find_device
 from dump_activations.encoder import Encoder
-from dump_activations.errors import DumpActivationsWarning
+from dump_activations.errors import DumpActivationsWarning, InvalidArgumentError
 from dump_activations.options import STORAGE_DTYPES, Options
 from dump_activations.output.layout import TensorSpec
 
@@ -86,7 +86,7 @@ class Work:
             "outputs": ",".join(sorted(set(self.options.keys))),
             "precision": self.options.precision,
             "compile": str(self.options.compile).lower(),
-            "random_init": str(self.options.random_init).lower(),
+            "random_init": str(self.model.random_init).lower(),
         }
 
     def fingerprint(self) -> str:
@@ -94,7 +94,7 @@ class Work:
 
         Of the dataset it takes the shards' names, sizes and layout, not their rows.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.model.config).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -121,6 +121,10 @@ def prepare(
     if not isinstance(dataset, StepsDataset):
         dataset = StepsDataset(dataset)
     if isinstance(init, Encoder):
+        if options.random_init:
+            raise InvalidArgumentError(
+                "random_init: the model is loaded already; give load_encoder random_init=True"
+            )
         model = init.to(device).eval()
     else:
         model = load_encoder(init, device=device, random_init=options.random_init)
