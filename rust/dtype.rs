@@ -36,10 +36,11 @@ impl Dtype {
     }
 
     pub fn describe(&self) -> String {
-        if self.shape.is_empty() {
-            return self.code.clone();
+        match self.shape.len() {
+            0 => self.code.clone(),
+            1..=4 => format!("{} {:?}", self.code, self.shape),
+            axes => format!("{} of {axes} axes", self.code),
         }
-        format!("{} {:?}", self.code, self.shape)
     }
 }
 
@@ -104,9 +105,14 @@ fn invalid(field: &str) -> HeaderError {
     HeaderError::Field(format!("field {}", quoted(field)))
 }
 
-/// A name from the file, in quotes and on one line.
+/// Characters of a name from the file that are shown.
+const SHOWN: usize = 60;
+
+/// A name from the file, in quotes, on one line and not too long.
 pub fn quoted(name: &str) -> String {
-    format!("'{}'", name.escape_debug())
+    let more = if name.chars().nth(SHOWN).is_some() { "..." } else { "" };
+    let shown: String = name.chars().take(SHOWN).collect();
+    format!("'{}{more}'", shown.escape_debug())
 }
 
 fn parse_dtype(descr: &Literal<'_>, field: &str) -> Result<Dtype, HeaderError> {
@@ -149,7 +155,7 @@ fn sub_array(mut dtype: Dtype, shape: &Literal<'_>, field: &str) -> Result<Dtype
 
 /// A type string as `numpy.dtype.str` gives it: byte order, kind, size, and a unit for times.
 fn scalar(code: &str, field: &str) -> Result<Dtype, HeaderError> {
-    let invalid = || HeaderError::Dtype { field: quoted(field), code: code.to_owned() };
+    let invalid = || HeaderError::Dtype { field: quoted(field), code: quoted(code) };
     let body = code.strip_prefix(['<', '>', '|', '=']).unwrap_or(code);
     let kind = body.chars().next().ok_or_else(invalid)?;
     if kind == 'O' {

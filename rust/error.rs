@@ -44,10 +44,7 @@ pub enum Error {
     #[error("{}: its shards hold more rows than a step index can count", .path.display())]
     TooManyRows { path: PathBuf },
 
-    #[error(
-        "step index {index} at position {position} is outside the pool, which has {rows} rows \
-         (0 to {})", .rows.saturating_sub(1)
-    )]
+    #[error("step index {index} at position {position} is outside the pool, which has {rows} rows")]
     StepIndex { position: usize, index: i64, rows: u64 },
 
     #[error("{}: step {step} cannot be read: {source}; restore the shard and run again", .path.display())]

@@ -3,11 +3,25 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Opens a regular file and turns read-ahead off; gives its size too.
-pub fn open(path: &Path) -> io::Result<(File, u64)> {
+/// Which file it is, whatever its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+pub struct Opened {
+    pub file: File,
+    pub id: FileId,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Opens a regular file and turns read-ahead off.
+pub fn open(path: &Path) -> io::Result<Opened> {
     // Not blocking, or a named pipe called steps-0.npy would hang the caller.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let metadata = file.metadata()?;
@@ -15,7 +29,8 @@ pub fn open(path: &Path) -> io::Result<(File, u64)> {
         return Err(io::Error::other("not a regular file"));
     }
     advise_random(&file);
-    Ok((file, metadata.len()))
+    let id = FileId { device: metadata.dev(), inode: metadata.ino() };
+    Ok(Opened { file, id, size: metadata.len() })
 }
 
 #[cfg(target_os = "linux")]

@@ -171,7 +171,9 @@ impl<'a> Parser<'a> {
         Ok(literal)
     }
 
+    /// Python takes leading zeros of zero alone.
     fn integer(&mut self) -> Result<u64, SyntaxError> {
+        let padded = self.peek() == Some(b'0');
         let mut value: u64 = 0;
         while let Some(digit @ b'0'..=b'9') = self.peek() {
             value = value
@@ -179,6 +181,9 @@ impl<'a> Parser<'a> {
                 .and_then(|value| value.checked_add(u64::from(digit - b'0')))
                 .ok_or_else(|| self.expected("an integer below 2**64"))?;
             self.at += 1;
+        }
+        if padded && value != 0 {
+            return Err(self.expected("an integer without leading zeros"));
         }
         Ok(value)
     }
@@ -194,7 +199,7 @@ impl<'a> Parser<'a> {
             self.at += next.len_utf8();
             match next {
                 _ if Some(next) == quote => return Ok(value),
-                '\n' => return Err(self.expected("a closing quote")),
+                '\n' | '\r' | '\0' => return Err(self.expected("a closing quote")),
                 '\\' => value.push(self.escape()?),
                 _ => value.push(next),
             }
@@ -258,6 +263,7 @@ mod tests {
         assert_eq!(parse(" True"), Ok(Literal::Bool(true)));
         assert_eq!(parse("False "), Ok(Literal::Bool(false)));
         assert_eq!(parse("None"), Ok(Literal::None));
+        assert_eq!(parse("00"), Ok(Literal::Int(0)));
         assert_eq!(parse("18446744073709551615"), Ok(Literal::Int(u64::MAX)));
         let string = |text| Ok(Literal::Str(String::from(text)));
         assert_eq!(parse(r#"'a"b'"#), string("a\"b"));
@@ -285,6 +291,9 @@ mod tests {
             "1 2",
             "'a",
             "'a\n'",
+            "'a\r'",
+            "'a\0'",
+            "07",
             "\"a'",
             "'\\",
             "'\\q'",

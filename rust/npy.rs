@@ -11,6 +11,8 @@ use crate::literal::{self, Entry, Literal, SyntaxError};
 const MAGIC: &[u8] = b"\x93NUMPY";
 /// Far above what any row needs; NumPy itself refuses headers over 10,000 characters unless told otherwise.
 const MAX_TEXT: u64 = 1 << 20;
+/// Fields that an error lists.
+const NAMES_SHOWN: usize = 20;
 
 /// Why a header was refused. The text follows the file's name and ends with the way out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -43,9 +45,7 @@ pub enum HeaderError {
     NotStructured,
     #[error("{0} holds pickled Python objects, which are never loaded; save plain numbers")]
     Pickled(String),
-    #[error(
-        "field {field} has the dtype {code:?}, which NumPy does not write; the shard is damaged"
-    )]
+    #[error("field {field} has the dtype {code}, which NumPy does not write; the shard is damaged")]
     Dtype { field: String, code: String },
     #[error("{0} is not a valid dtype entry; the shard is damaged")]
     Field(String),
@@ -261,8 +261,13 @@ fn board_field(fields: &Fields) -> Result<BoardField, HeaderError> {
     if let Some(exps) = EXPS.find(fields)? {
         return Ok(BoardField::Exponents { exps });
     }
-    let names: Vec<_> = fields.named.iter().map(|field| quoted(&field.name)).collect();
-    let fields = if names.is_empty() { "padding".to_owned() } else { names.join(", ") };
+    let names = fields.named.iter().take(NAMES_SHOWN).map(|field| quoted(&field.name));
+    let names: Vec<_> = names.collect();
+    let fields = match fields.named.len().saturating_sub(NAMES_SHOWN) {
+        0 if names.is_empty() => "padding".to_owned(),
+        0 => names.join(", "),
+        more => format!("{} and {more} more", names.join(", ")),
+    };
     Err(HeaderError::NoBoard { fields })
 }
 
@@ -388,7 +393,7 @@ mod tests {
             (descr("[('board', '<u8'), ('x', '|O')]"), "field 'x' holds pickled"),
             (descr("[('board', '<u8'), ('x', [('y', 'O')])]"), "field 'y' holds pickled"),
             (descr("[('board', '<u8'), ('board', '<u8')]"), "two fields are named 'board'"),
-            (descr("[('board', '<u8'), ('x', '<u3')]"), "field 'x' has the dtype \"<u3\""),
+            (descr("[('board', '<u8'), ('x', '<u3')]"), "field 'x' has the dtype '<u3'"),
             (descr("[('board', '<u8'), ('x', '<u8[s]')]"), "field 'x' has the dtype"),
             (descr("[('board', '<u8'), ('x', '')]"), "field 'x' has the dtype"),
             (descr("[('board', '<u8'), ('', '<u8')]"), "field number 1 is not a valid"),

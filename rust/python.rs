@@ -9,6 +9,7 @@ mod _rust {
     use std::mem::ManuallyDrop;
     use std::os::fd::{FromRawFd, RawFd};
     use std::path::PathBuf;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::{Duration, Instant};
 
     use numpy::{
@@ -47,16 +48,49 @@ mod _rust {
     /// How often signals are looked at: attaching to the interpreter may have to wait for its other threads.
     const SIGNALS_EVERY: Duration = Duration::from_millis(20);
 
+    /// Tells a read on another thread to end.
+    #[pyclass(frozen, module = "dump_activations._rust")]
+    struct Cancel {
+        asked: AtomicBool,
+    }
+
+    #[pymethods]
+    impl Cancel {
+        #[new]
+        fn new() -> Self {
+            Self { asked: AtomicBool::new(false) }
+        }
+
+        fn ask(&self) {
+            self.asked.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether signal handlers run in this thread.
+    ///
+    /// Only such a thread may attach to the interpreter while it works: the others go on while the
+    /// main thread takes the interpreter apart, and would attach to one that is no more.
+    fn handles_signals(py: Python<'_>) -> PyResult<bool> {
+        let threading = py.import("threading")?;
+        let main = threading.call_method0("main_thread")?.getattr("ident")?;
+        threading.call_method0("get_ident")?.eq(main)
+    }
+
     /// Runs `work` with the interpreter released, and raises what a signal handler raises meanwhile.
     fn detached<T: Send>(
         py: Python<'_>,
+        cancel: Option<&Cancel>,
         work: impl FnOnce(Interrupt<'_>) -> Result<T, Error> + Send,
     ) -> PyResult<T> {
-        py.detach(|| {
+        let handles_signals = handles_signals(py)?;
+        let mut raised = None;
+        let outcome = py.detach(|| {
             let mut looked = Instant::now();
-            let mut raised = None;
-            let outcome = work(&mut || {
-                if looked.elapsed() < SIGNALS_EVERY {
+            work(&mut || {
+                if cancel.is_some_and(|cancel| cancel.asked.load(Ordering::Relaxed)) {
+                    return Err(Error::Interrupted);
+                }
+                if !handles_signals || looked.elapsed() < SIGNALS_EVERY {
                     return Ok(());
                 }
                 let signals = Python::attach(|py| py.check_signals());
@@ -65,9 +99,9 @@ mod _rust {
                     raised = Some(error);
                     Error::Interrupted
                 })
-            });
-            outcome.map_err(|error| raised.unwrap_or_else(|| error.into()))
-        })
+            })
+        });
+        outcome.map_err(|error| raised.unwrap_or_else(|| error.into()))
     }
 
     /// A dataset directory whose shards' headers were read.
@@ -80,7 +114,7 @@ mod _rust {
     impl Pool {
         #[new]
         fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-            let pool = py.detach(|| shards::Pool::open(&path))?;
+            let pool = detached(py, None, |interrupt| shards::Pool::open(&path, interrupt))?;
             Ok(Self { pool })
         }
 
@@ -110,13 +144,15 @@ mod _rust {
             shards.map(|shard| (shard.path.clone(), shard.rows, shard.first)).collect()
         }
 
+        #[pyo3(signature = (indices, out, cancel=None))]
         fn read_boards(
             &self,
             py: Python<'_>,
             indices: &Bound<'_, PyArray1<i64>>,
             out: &Bound<'_, PyArray2<u8>>,
+            cancel: Option<&Bound<'_, Cancel>>,
         ) -> PyResult<()> {
-            self.read(py, indices, out, &Boards)
+            self.read(py, indices, out, &Boards, cancel.map(Bound::get))
         }
 
         fn read_rows(
@@ -126,7 +162,8 @@ mod _rust {
             out: &Bound<'_, PyArray2<u8>>,
         ) -> PyResult<()> {
             self.pool.check_same_rows()?;
-            self.read(py, indices, out, &WholeRows { itemsize: self.pool.itemsize() })
+            let rows = WholeRows { itemsize: self.pool.itemsize() };
+            self.read(py, indices, out, &rows, None)
         }
     }
 
@@ -137,6 +174,7 @@ mod _rust {
             indices: &Bound<'_, PyArray1<i64>>,
             out: &Bound<'_, PyArray2<u8>>,
             column: &(impl Column + Send),
+            cancel: Option<&Cancel>,
         ) -> PyResult<()> {
             let wanted = [indices.len(), column.width()];
             if out.shape() != wanted || !out.is_c_contiguous() {
@@ -152,7 +190,9 @@ mod _rust {
             let mut out: PyReadwriteArray2<'_, u8> =
                 out.try_readwrite().map_err(not_usable("out"))?;
             let out = out.as_slice_mut().map_err(not_usable("out"))?;
-            detached(py, |interrupt| rows::read(&self.pool, indices, column, out, interrupt))
+            detached(py, cancel, |interrupt| {
+                rows::read(&self.pool, indices, column, out, interrupt)
+            })
         }
     }
 
@@ -189,7 +229,7 @@ mod _rust {
     ) -> PyResult<()> {
         let mut out = out.try_readwrite().map_err(not_usable("out"))?;
         let out = out.as_slice_mut().map_err(not_usable("out"))?;
-        detached(py, |interrupt| draw(out, interrupt))
+        detached(py, None, |interrupt| draw(out, interrupt))
     }
 
     fn element(dtype: &str) -> PyResult<Element> {

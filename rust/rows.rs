@@ -10,9 +10,10 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use crate::error::Error;
 use crate::file::{self, Cached};
@@ -34,6 +35,11 @@ const THREAD_ROWS: usize = 512;
 const IN_FLIGHT: usize = 256;
 /// Runs between two questions to the caller whether to go on.
 const INTERRUPT_EVERY: u32 = 16;
+/// Time between such questions once the calling thread has nothing left to read.
+const INTERRUPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// Threads of all calls in this process that are reading, which share its descriptors.
+static READERS: AtomicUsize = AtomicUsize::new(0);
 
 /// What is taken from each row.
 pub trait Column: Sync {
@@ -73,13 +79,17 @@ pub fn read(
     interrupt: Interrupt<'_>,
 ) -> Result<(), Error> {
     assert_eq!(out.len(), indices.len() * column.width(), "one place for each row");
-    let Some((lowest, highest)) = bounds(pool, indices)? else { return Ok(()) };
-    let capacity = order::capacity(lowest, highest);
-    let limits = pool.limits;
-    let threads = (indices.len() / THREAD_ROWS).clamp(1, limits.cores);
+    check_inside(pool, indices, 0)?;
+    let capacity = order::capacity(0, pool.rows().saturating_sub(1));
+    let threads = (indices.len() / THREAD_ROWS).clamp(1, pool.limits.cores);
     let parts = indices.chunks(capacity).zip(out.chunks_mut(capacity * column.width()));
-    for (indices, out) in parts {
-        let mut order = Order::new(indices, lowest, highest);
+    for (part, (indices, out)) in parts.enumerate() {
+        // A copy: the caller's other threads may write to the array meanwhile.
+        let indices = indices.to_vec();
+        check_inside(pool, &indices, part * capacity)?;
+        let (lowest, highest) = extremes(&indices);
+        let mut order = Order::new(&indices, lowest as u64, highest as u64);
+        drop(indices);
         let packing = order.packing;
         let buckets = order.buckets();
         let call = Call {
@@ -88,31 +98,35 @@ pub fn read(
             packing,
             out: Scatter::new(out, column.width()),
             buckets: Mutex::new(buckets.into_iter()),
-            files: (limits.files / threads).max(1),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
+            helpers: Mutex::new(0),
+            helper_left: Condvar::new(),
         };
         call.run(threads, interrupt)?;
     }
     Ok(())
 }
 
-/// The smallest and the largest index, or nothing where there are none.
-fn bounds(pool: &Pool, indices: &[i64]) -> Result<Option<(u64, u64)>, Error> {
+/// The smallest and the largest index.
+fn extremes(indices: &[i64]) -> (i64, i64) {
+    indices
+        .iter()
+        .fold((i64::MAX, i64::MIN), |(lowest, highest), &i| (lowest.min(i), highest.max(i)))
+}
+
+/// Refuses indices outside the pool; the first of them is at `position` of the caller's.
+fn check_inside(pool: &Pool, indices: &[i64], position: usize) -> Result<(), Error> {
     let rows = pool.rows();
     let fits = |index: i64| u64::try_from(index).is_ok_and(|index| index < rows);
-    let (lowest, highest) = indices
-        .iter()
-        .fold((i64::MAX, i64::MIN), |(lowest, highest), &i| (lowest.min(i), highest.max(i)));
-    if indices.is_empty() {
-        return Ok(None);
+    let (lowest, highest) = extremes(indices);
+    if indices.is_empty() || fits(lowest) && fits(highest) {
+        return Ok(());
     }
-    if fits(lowest) && fits(highest) {
-        return Ok(Some((lowest as u64, highest as u64)));
+    match indices.iter().enumerate().find(|&(_, &index)| !fits(index)) {
+        Some((at, &index)) => Err(Error::StepIndex { position: position + at, index, rows }),
+        None => Ok(()),
     }
-    let position = indices.iter().position(|&index| !fits(index));
-    let position = position.expect("the lowest or the highest does not fit");
-    Err(Error::StepIndex { position, index: indices[position], rows })
 }
 
 /// One call's work, shared by its threads.
@@ -122,29 +136,65 @@ struct Call<'c, C> {
     packing: Packing,
     out: Scatter<'c>,
     buckets: Mutex<std::vec::IntoIter<&'c mut [u64]>>,
-    /// Files that one thread may have open.
-    files: usize,
     stop: AtomicBool,
     failure: Mutex<Option<Error>>,
+    /// Threads beside the calling one that have not ended.
+    helpers: Mutex<usize>,
+    helper_left: Condvar,
 }
 
 impl<C: Column> Call<'_, C> {
     fn run(&self, threads: usize, interrupt: Interrupt<'_>) -> Result<(), Error> {
         thread::scope(|scope| {
             for _ in 1..threads {
+                *lock(&self.helpers) += 1;
+                let helper = thread::Builder::new().spawn_scoped(scope, || {
+                    let _leaving = Leaving(self);
+                    self.work(&mut || Ok(()));
+                });
                 // Without another thread, this one does it all.
-                let _ = thread::Builder::new().spawn_scoped(scope, || self.work(&mut || Ok(())));
+                if helper.is_err() {
+                    drop(Leaving(self));
+                }
             }
-            self.work(interrupt);
+            self.work(&mut *interrupt);
+            self.wait_for_helpers(interrupt);
         });
         lock(&self.failure).take().map_or(Ok(()), Err)
     }
 
     fn work(&self, interrupt: Interrupt<'_>) {
         if let Err(error) = Reader::new(self, interrupt).read_buckets() {
-            self.stop.store(true, Ordering::Relaxed);
-            lock(&self.failure).get_or_insert(error);
+            self.fail(error);
         }
+    }
+
+    fn fail(&self, error: Error) {
+        self.stop.store(true, Ordering::Relaxed);
+        lock(&self.failure).get_or_insert(error);
+    }
+
+    /// Waits for the other threads, and goes on asking the caller.
+    fn wait_for_helpers(&self, interrupt: Interrupt<'_>) {
+        let mut helpers = lock(&self.helpers);
+        while *helpers > 0 {
+            let waited = self.helper_left.wait_timeout(helpers, INTERRUPT_PAUSE);
+            helpers = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if let Err(error) = interrupt() {
+                self.fail(error);
+                return;
+            }
+        }
+    }
+}
+
+/// Says that a helper is gone, however it ends.
+struct Leaving<'c, 'r, C>(&'r Call<'c, C>);
+
+impl<C> Drop for Leaving<'_, '_, C> {
+    fn drop(&mut self) {
+        *lock(&self.0.helpers) -= 1;
+        self.0.helper_left.notify_one();
     }
 }
 
@@ -173,6 +223,7 @@ struct Reader<'r, 'i, 'c, C> {
 
 impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
     fn new(call: &'r Call<'c, C>, interrupt: Interrupt<'i>) -> Self {
+        READERS.fetch_add(1, Ordering::Relaxed);
         Self {
             call,
             interrupt,
@@ -215,7 +266,10 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         let run = self.next_run(keys, CACHED_GAP);
         let file = self.open(run)?;
         if self.asks_cache {
-            let buffer = room(&mut self.buffer, run.length);
+            let buffer = match room(&mut self.buffer, run.length) {
+                Ok(buffer) => buffer,
+                Err(source) => return Err(self.row_error(run, 0, source)),
+            };
             let cached = file::read_cached(&file, buffer, run.start);
             if cached == Cached::Filled {
                 self.write(run);
@@ -242,8 +296,9 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         let Some((run, file)) = self.announced.pop_front() else { return Ok(false) };
         let next = self.announced.front().map(|(run, _)| run.shard);
         self.announced_files -= usize::from(next != Some(run.shard));
-        let buffer = room(&mut self.buffer, run.length);
-        file::read_full(&file, buffer, run.start)
+        room(&mut self.buffer, run.length)
+            .map_err(|source| (0, source))
+            .and_then(|buffer| file::read_full(&file, buffer, run.start))
             .map_err(|(done, source)| self.row_error(run, done as u64, source))?;
         self.write(run);
         Ok(true)
@@ -257,15 +312,24 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
             return Ok(file.clone());
         }
         self.file = None;
-        while self.announced_files >= self.call.files {
+        while self.announced_files >= self.files_allowed() {
             self.finish_announced()?;
         }
-        let (file, _) = file::open(&self.shard(run.shard).path)
-            .map_err(|source| self.row_error(run, 0, source))?;
-        let file = Rc::new(file);
+        let shard = self.shard(run.shard);
+        let opened = file::open(&shard.path).map_err(|source| self.row_error(run, 0, source))?;
+        if opened.id != shard.file {
+            let source = io::Error::other("another file has taken its place");
+            return Err(self.row_error(run, 0, source));
+        }
+        let file = Rc::new(opened.file);
         self.file = Some((run.shard, file.clone()));
         self.asks_cache = true;
         Ok(file)
+    }
+
+    /// Files that this thread may keep open.
+    fn files_allowed(&self) -> usize {
+        (self.call.pool.limits.files / READERS.load(Ordering::Relaxed).max(1)).max(1)
     }
 
     fn shard(&self, shard: usize) -> &'c Shard {
@@ -332,12 +396,21 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
     }
 }
 
-/// The first `length` bytes of `buffer`, which grows where it must.
-fn room(buffer: &mut Vec<u8>, length: usize) -> &mut [u8] {
+impl<C> Drop for Reader<'_, '_, '_, C> {
+    fn drop(&mut self) {
+        READERS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The first `length` bytes of `buffer`, which grows where it must: a row may claim to be gigabytes.
+fn room(buffer: &mut Vec<u8>, length: usize) -> io::Result<&mut [u8]> {
     if buffer.len() < length {
+        buffer
+            .try_reserve_exact(length - buffer.len())
+            .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         buffer.resize(length, 0);
     }
-    &mut buffer[..length]
+    Ok(&mut buffer[..length])
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -362,7 +435,7 @@ mod tests {
             rows.extend(&bytes[bytes.len() - 46 * count..]);
             write(directory, name, &bytes);
         }
-        (Pool::open(directory).expect("a pool"), rows)
+        (Pool::open(directory, &mut || Ok(())).expect("a pool"), rows)
     }
 
     fn random_indices(count: usize, below: u64) -> Vec<i64> {
@@ -473,5 +546,43 @@ mod tests {
         let indices: Vec<_> = (0..100_000).collect();
         let outcome = read_rows(&pool, &indices, &mut || Err(Error::Interrupted));
         assert!(matches!(outcome, Err(Error::Interrupted)));
+    }
+
+    #[test]
+    fn an_interrupt_is_heard_while_other_threads_read() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (pool, _) = pool(directory.path());
+        let call = Call {
+            pool: &pool,
+            column: &Boards,
+            packing: Order::new(&[0], 0, 0).packing,
+            out: Scatter::new(&mut [], CELLS),
+            buckets: Mutex::new(Vec::new().into_iter()),
+            stop: AtomicBool::new(false),
+            failure: Mutex::new(None),
+            helpers: Mutex::new(1),
+            helper_left: Condvar::new(),
+        };
+        call.wait_for_helpers(&mut || Err(Error::Interrupted));
+        assert!(call.stop.load(Ordering::Relaxed));
+        assert!(matches!(*lock(&call.failure), Some(Error::Interrupted)));
+    }
+
+    #[test]
+    fn a_shard_replaced_by_another_file() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (pool, _) = pool(directory.path());
+        write(directory.path(), "other", &shard(PACKED, 30_000));
+        fs::rename(directory.path().join("other"), directory.path().join("steps-0.npy"))
+            .expect("renamed");
+        let error = read_rows(&pool, &[40_000, 7], &mut || Ok(())).expect_err("another file");
+        let expected = "steps-0.npy: step 7 cannot be read: another file has taken its place";
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+
+    #[test]
+    fn a_buffer_larger_than_memory_is_an_error() {
+        let error = room(&mut Vec::new(), 1 << 62).expect_err("too large");
+        assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
     }
 }

@@ -6,6 +6,8 @@ use crate::random::Generator;
 /// Draws made ahead of their use, so that the memory they need is on its way; also how often the caller's interrupt is
 /// asked.
 const BLOCK: usize = 1024;
+/// Entries that are passed over at a time, a matter of milliseconds, where there is nothing to draw.
+const STRETCH: usize = 1 << 20;
 /// `Generator.choice` shuffles the tail of a range when the population is larger than this ...
 const MIN_TAIL_POPULATION: u64 = 10_000;
 /// ... and the sample larger than the population over this; otherwise it runs Floyd's method.
@@ -73,10 +75,15 @@ fn tail_shuffle(
             repeats.see(target);
         }
     }
-    let mut displaced = repeats.finish();
+    let mut displaced = repeats.finish(interrupt)?;
 
-    for (position, value) in (head..rows).zip(&mut *out) {
-        *value = position as i64;
+    let mut next = head as i64;
+    for stretch in out.chunks_mut(STRETCH) {
+        interrupt()?;
+        for (value, position) in stretch.iter_mut().zip(next..) {
+            *value = position;
+        }
+        next += stretch.len() as i64;
     }
     let mut draws = Descending::new(generator, first, rows);
     while let Some((top, block)) = draws.next_block() {
@@ -152,14 +159,17 @@ impl Repeats {
     }
 
     /// Gives every repeated position a value of its own, found by its rank among them.
-    fn finish(self) -> Displaced {
+    fn finish(self, interrupt: Interrupt<'_>) -> Result<Displaced, Error> {
         let mut words = self.words;
         let mut rank = 0;
-        for word in &mut words {
-            word.seen = rank;
-            rank += u64::from(word.again.count_ones());
+        for stretch in words.chunks_mut(STRETCH) {
+            interrupt()?;
+            for word in stretch {
+                word.seen = rank;
+                rank += u64::from(word.again.count_ones());
+            }
         }
-        Displaced { words, values: vec![UNMOVED; rank as usize] }
+        Ok(Displaced { words, values: vec![UNMOVED; rank as usize] })
     }
 }
 

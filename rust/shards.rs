@@ -3,13 +3,15 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::iter;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use crate::error::Error;
-use crate::file;
+use crate::file::{self, FileId};
 use crate::npy::{Header, HeaderError, Layout, Preamble};
+use crate::sampling::Interrupt;
 
 /// Threads that open shards: enough to hide the latency of a network file system.
 const OPENERS: usize = 32;
@@ -24,6 +26,8 @@ const FIRST_READ: usize = 1024;
 #[derive(Debug, Clone)]
 pub struct Shard {
     pub path: PathBuf,
+    /// The file that was found at the path when the pool was opened.
+    pub file: FileId,
     pub rows: u64,
     /// Global index of its first row.
     pub first: u64,
@@ -68,13 +72,13 @@ pub struct Pool {
 
 impl Pool {
     /// Opens the directory `path`: its `steps-*.npy` in lexicographic order, or else its `steps.npy`.
-    pub fn open(path: &Path) -> Result<Self, Error> {
+    pub fn open(path: &Path, interrupt: Interrupt<'_>) -> Result<Self, Error> {
         let limits = Limits::of_process();
         let paths = shard_paths(path)?;
-        let headers = read_headers(&paths, limits.files.min(OPENERS))?;
+        let (files, headers) = read_headers(&paths, limits.files.min(OPENERS), interrupt)?;
         let descr = headers[0].descr.clone();
         let odd_shard = headers.iter().position(|header| header.descr != descr);
-        let shards = place(paths, &headers)?;
+        let shards = place(paths, &files, &headers)?;
         check_boards(&shards)?;
         let rows = shards.last().map_or(0, |last| last.first + last.rows);
         Ok(Self { path: path.to_owned(), shards, rows, descr, odd_shard, limits })
@@ -132,24 +136,27 @@ fn shard_paths(path: &Path) -> Result<Vec<PathBuf>, Error> {
     }
     if names.is_empty() {
         let single = path.join("steps.npy");
-        if single.symlink_metadata().is_err() {
-            return Err(Error::NoShards { path: path.to_owned() });
-        }
-        return Ok(vec![single]);
+        return match single.symlink_metadata() {
+            Ok(_) => Ok(vec![single]),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(Error::NoShards { path: path.to_owned() })
+            }
+            Err(source) => Err(Error::Open { path: single, source }),
+        };
     }
     names.sort_unstable();
     Ok(names.into_iter().map(|name| path.join(name)).collect())
 }
 
 /// Gives every shard the global index of its first row.
-fn place(paths: Vec<PathBuf>, headers: &[Header]) -> Result<Vec<Shard>, Error> {
+fn place(paths: Vec<PathBuf>, files: &[FileId], headers: &[Header]) -> Result<Vec<Shard>, Error> {
     let mut shards = Vec::with_capacity(paths.len());
     let mut first = 0u64;
-    for (path, header) in paths.into_iter().zip(headers) {
+    for ((path, &file), header) in paths.into_iter().zip(files).zip(headers) {
         let (rows, layout, data_offset) = (header.rows, header.layout, header.data_offset);
         let next = first.checked_add(rows).filter(|&next| next <= i64::MAX as u64);
         let Some(next) = next else { return Err(Error::TooManyRows { path }) };
-        shards.push(Shard { path, rows, first, data_offset, layout });
+        shards.push(Shard { path, file, rows, first, data_offset, layout });
         first = next;
     }
     Ok(shards)
@@ -166,38 +173,49 @@ fn check_boards(shards: &[Shard]) -> Result<(), Error> {
     Err(Error::BoardsDiffer { path, first, found, wanted })
 }
 
-/// The headers of `paths` in order; the error of the first shard that has one.
-fn read_headers(paths: &[PathBuf], openers: usize) -> Result<Vec<Header>, Error> {
+/// What the files of `paths` are, and their headers, in order; the error of the first shard that has
+/// one.
+fn read_headers(
+    paths: &[PathBuf],
+    openers: usize,
+    interrupt: Interrupt<'_>,
+) -> Result<(Vec<FileId>, Vec<Header>), Error> {
     let next = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    let open_batch = || {
+        let start = next.fetch_add(OPEN_BATCH, Ordering::Relaxed);
+        let rest = paths.get(start..).filter(|rest| !rest.is_empty())?;
+        let batch = &rest[..rest.len().min(OPEN_BATCH)];
+        Some((start, batch.iter().map(|path| read_header(path)).collect::<Vec<_>>()))
+    };
     let open_batches = || {
-        let mut done = Vec::new();
-        loop {
-            let start = next.fetch_add(OPEN_BATCH, Ordering::Relaxed);
-            let Some(rest) = paths.get(start..).filter(|rest| !rest.is_empty()) else {
-                return done;
-            };
-            let batch = &rest[..rest.len().min(OPEN_BATCH)];
-            done.push((start, batch.iter().map(|path| read_header(path)).collect::<Vec<_>>()));
-        }
+        iter::from_fn(open_batch).take_while(|_| !stop.load(Ordering::Relaxed)).collect::<Vec<_>>()
     };
     let threads = paths.len().div_ceil(OPEN_BATCH).clamp(1, openers);
     let mut batches = thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(open_batches)).collect();
-        let mut batches = open_batches();
+        // Where no thread can be started, this one does it all.
+        let others: Vec<_> = (1..threads)
+            .map_while(|_| thread::Builder::new().spawn_scoped(scope, open_batches).ok())
+            .collect();
+        let mut batches = Vec::new();
+        while let Some(batch) = open_batch() {
+            batches.push(batch);
+            interrupt().inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+        }
         for other in others {
             batches.extend(other.join().expect("an opener does not panic"));
         }
-        batches
-    });
+        Ok(batches)
+    })?;
     batches.sort_unstable_by_key(|&(start, _)| start);
     batches.into_iter().flat_map(|(_, headers)| headers).collect()
 }
 
 /// Reads and checks one shard's header, and that the file is as long as it says.
-fn read_header(path: &Path) -> Result<Header, Error> {
+fn read_header(path: &Path) -> Result<(FileId, Header), Error> {
     let open_error = |source| Error::Open { path: path.to_owned(), source };
     let refuse = |problem| Error::Header { path: path.to_owned(), problem };
-    let (file, size) = file::open(path).map_err(open_error)?;
+    let file::Opened { file, id, size } = file::open(path).map_err(open_error)?;
     let mut bytes = vec![0; size.min(FIRST_READ as u64) as usize];
     let read = |bytes: &mut [u8], offset| match file::read_full(&file, bytes, offset) {
         Ok(()) => Ok(()),
@@ -217,13 +235,17 @@ fn read_header(path: &Path) -> Result<Header, Error> {
         let (rows, expected) = (header.rows, header.size());
         return Err(Error::Truncated { path: path.to_owned(), rows, expected, found: size });
     }
-    Ok(header)
+    Ok((id, header))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{PACKED, shard, write};
+
+    fn open(path: &Path) -> Result<Pool, Error> {
+        Pool::open(path, &mut || Ok(()))
+    }
 
     fn names(pool: &Pool) -> Vec<String> {
         let names = pool.shards().iter().map(|shard| shard.path.file_name());
@@ -238,7 +260,7 @@ mod tests {
         }
         write(directory.path(), "annotations-0.npy", b"not a shard");
         write(directory.path(), "steps-0.npy.partial", b"not a shard");
-        let pool = Pool::open(directory.path()).expect("a pool");
+        let pool = open(directory.path()).expect("a pool");
         assert_eq!(names(&pool), ["steps-10.npy", "steps-2.npy"]);
         assert_eq!(pool.rows(), 5);
         let shards: Vec<_> = (0..5).map(|step| pool.shard_of(step)).collect();
@@ -249,11 +271,11 @@ mod tests {
     fn steps_npy_alone_and_empty_shards() {
         let directory = tempfile::tempdir().expect("a directory");
         write(directory.path(), "steps.npy", &shard(PACKED, 4));
-        assert_eq!(names(&Pool::open(directory.path()).expect("a pool")), ["steps.npy"]);
+        assert_eq!(names(&open(directory.path()).expect("a pool")), ["steps.npy"]);
         for (name, rows) in [("steps-0.npy", 0), ("steps-1.npy", 1), ("steps-2.npy", 0)] {
             write(directory.path(), name, &shard(PACKED, rows));
         }
-        let pool = Pool::open(directory.path()).expect("a pool");
+        let pool = open(directory.path()).expect("a pool");
         assert_eq!((pool.rows(), pool.shard_of(0)), (1, 1));
     }
 
@@ -263,7 +285,7 @@ mod tests {
         for index in 0..1000 {
             write(directory.path(), &format!("steps-{index:04}.npy"), &shard(PACKED, index % 3));
         }
-        let pool = Pool::open(directory.path()).expect("a pool");
+        let pool = open(directory.path()).expect("a pool");
         let rows: Vec<_> = pool.shards().iter().map(|shard| shard.rows).collect();
         assert!(rows.into_iter().eq((0..1000).map(|index| index % 3)));
     }
@@ -274,9 +296,9 @@ mod tests {
         let mut bytes = shard(PACKED, 4);
         bytes.extend(b"more");
         write(directory.path(), "steps.npy", &bytes);
-        assert_eq!(Pool::open(directory.path()).expect("a pool").rows(), 4);
+        assert_eq!(open(directory.path()).expect("a pool").rows(), 4);
         write(directory.path(), "steps.npy", &bytes[..bytes.len() - 5]);
-        let error = Pool::open(directory.path()).expect_err("a truncated shard");
+        let error = open(directory.path()).expect_err("a truncated shard");
         assert!(error.to_string().contains("truncated: the header promises 4 rows"), "{error}");
     }
 
@@ -286,14 +308,14 @@ mod tests {
         let extra: String = (0..200).map(|field| format!("('field_{field}', '<f4'), ")).collect();
         let fields = format!("[{extra}('board', '<u8')]");
         write(directory.path(), "steps.npy", &shard(&fields, 2));
-        assert_eq!(Pool::open(directory.path()).expect("a pool").itemsize(), 808);
+        assert_eq!(open(directory.path()).expect("a pool").itemsize(), 808);
     }
 
     #[test]
     fn what_is_not_a_pool() {
         let directory = tempfile::tempdir().expect("a directory");
         let refused = |path: &Path, expected: &str| {
-            let error = Pool::open(path).expect_err(expected).to_string();
+            let error = open(path).expect_err(expected).to_string();
             assert!(error.contains(expected), "{error:?} should say {expected:?}");
         };
         refused(&directory.path().join("none"), "no such directory");
@@ -312,8 +334,18 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         write(directory.path(), "steps-0.npy", &shard("[('board', '<u8')]", 2));
         write(directory.path(), "steps-1.npy", &shard("[('x', '|u1'), ('board', '<u8')]", 2));
-        let pool = Pool::open(directory.path()).expect("a pool");
+        let pool = open(directory.path()).expect("a pool");
         let error = pool.check_same_rows().expect_err("rows that differ").to_string();
         assert!(error.contains("steps-1.npy: its rows have other fields"), "{error}");
+    }
+
+    #[test]
+    fn opening_can_be_interrupted() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for index in 0..3 * OPEN_BATCH {
+            write(directory.path(), &format!("steps-{index:04}.npy"), &shard(PACKED, 1));
+        }
+        let outcome = Pool::open(directory.path(), &mut || Err(Error::Interrupted));
+        assert!(matches!(outcome, Err(Error::Interrupted)));
     }
 }

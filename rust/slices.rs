@@ -105,8 +105,10 @@ fn write_direct_block(file: &File, direct: &File, offset: u64, block: &[u8]) -> 
     let written = loop {
         match direct.write_at(block, offset) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // The file system has some further condition; the page cache has none.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => break 0,
+            // The file system, or the kind of memory, has some further condition; the page cache has none.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EFAULT)) => {
+                break 0;
+            }
             other => break other?,
         }
     };

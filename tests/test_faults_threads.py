@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import threading
+import time
 import warnings
 import weakref
 from functools import partial
@@ -77,6 +78,10 @@ def nothing_stays(buffers, model):
     assert not any(reference() is not None for reference in buffers)
     before = count()
     yield
+    # A thread that has been joined may take the kernel another moment to end.
+    patience = time.monotonic() + 5
+    while count() != before and time.monotonic() < patience:
+        time.sleep(0.01)
     assert count() == before
     assert not any(reference() is not None for reference in buffers)
 

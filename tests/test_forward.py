@@ -85,6 +85,18 @@ def test_pieces_compute_in_fp32_and_the_setting_is_as_before(
     assert found == {"highest"}
 
 
+def test_a_setting_of_one_backend_is_as_before(cores, demo_checkpoint, demo_pool):
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has one setting for all backends")
+    matmul.fp32_precision = "tf32"
+    try:
+        for _ in stream(demo_checkpoint, demo_pool, n_samples=N, **CPU):
+            assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_an_interruption_leaves_out_the_pieces_that_have_not_begun(
     cores, demo_checkpoint, demo_pool, tmp_path
 ):

@@ -22,8 +22,9 @@ class _AllCaptured(Exception):  # noqa: N818 -- ends the forward early, it is no
 class _Pass(threading.local):
     """What the hooks need to know of the forward pass that their thread is running."""
 
-    buffers: Mapping[str, Tensor]
-    hooks_left: int
+    def __init__(self) -> None:
+        self.buffers: Mapping[str, Tensor] = {}
+        self.hooks_left = 0
 
 
 class Capture:
@@ -69,6 +70,9 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._compiled_rows is not None:
+            # torch keeps what it compiled with the function's code, and refuses a ninth variant.
+            torch._dynamo.reset_code(Capture._forward.__code__)  # type: ignore[attr-defined]
 
     def run(self, tokens_BS: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Run the model on a batch, as far as needed, and fill the buffers.
@@ -96,6 +100,9 @@ class Capture:
 
     def _hook(self, activation: BoardActivation, index: int | None) -> Any:
         def store(_module: nn.Module, _args: object, output: Tensor) -> None:
+            # The model may be run by others meanwhile: by the consumer, or for another run.
+            if activation.key not in self._now.buffers:
+                return
             buffer = self._now.buffers[activation.key]
             target = buffer if index is None else buffer[:, index]
             target.copy_(activation.transform(output))

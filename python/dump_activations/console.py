@@ -102,7 +102,8 @@ def _speed_table(summary: Summary) -> Table:
     from rich.table import Table
 
     where = str(summary.output) if summary.output else "nothing written"
-    table = Table(title=f"{summary.boards:,} boards: {where}", title_justify="left")
+    resumed = f" (and {summary.resumed_boards:,} resumed)" if summary.resumed_boards else ""
+    table = Table(title=f"{summary.boards:,} boards{resumed}: {where}", title_justify="left")
     table.add_column("stage")
     for heading in ("seconds", "share of the run", "boards/s"):
         table.add_column(heading, justify="right")

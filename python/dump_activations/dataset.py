@@ -7,12 +7,17 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, Self, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dump_activations._rust import Pool, sample_with_replacement, sample_without_replacement
+from dump_activations._rust import (
+    Cancel,
+    Pool,
+    sample_with_replacement,
+    sample_without_replacement,
+)
 from dump_activations.board import CELLS
 from dump_activations.errors import (
     DatasetError,
@@ -64,7 +69,7 @@ class StepsDataset:
         """The dtype of a row of the first shard, as its header has it, padding included."""
         try:
             dtype = np.lib.format.descr_to_dtype(ast.literal_eval(self._pool.descr))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
             text = f"{self.shards[0].path}: NumPy refuses its dtype: {error}"
             raise DatasetError(text) from error
         assert dtype.itemsize == self._pool.itemsize
@@ -82,12 +87,15 @@ class StepsDataset:
     def __repr__(self) -> str:
         return f"StepsDataset({os.fspath(self.path)!r})"
 
-    def __reduce__(self) -> tuple[type["StepsDataset"], tuple[Path]]:
-        return StepsDataset, (self.path,)
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.path,)
 
     def __getitem__(self, index: SupportsIndex) -> NDArray[np.uint8]:
         """Read one board, uint8 (16,)."""
-        board: NDArray[np.uint8] = self.read_boards([operator.index(index)])[0]
+        step = operator.index(index)
+        if not 0 <= step < len(self):
+            raise StepIndexError(f"step index {step} is not in {self.path}: {len(self)} rows")
+        board: NDArray[np.uint8] = self.read_boards([step])[0]
         return board
 
     def __getitems__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -114,7 +122,10 @@ class StepsDataset:
         rows = len(self)
         if rows == 0:
             raise DatasetError(f"{self.path}: its shards hold no rows to draw from")
-        indices = np.empty(n, np.int64)
+        try:
+            indices = np.empty(n, np.int64)
+        except (MemoryError, ValueError) as error:
+            raise InvalidArgumentError(f"n_samples is {n}: more than memory can hold") from error
         if n > rows:
             warnings.warn(
                 f"{n} samples asked for, but {self.path} has {rows} rows: drawing with replacement",
@@ -142,12 +153,16 @@ class StepsDataset:
             at = int(np.argmax(outside))
             raise StepIndexError(
                 f"--indices: step index {steps[at]} at position {at} is not in {self.path}, "
-                f"which has steps 0 to {len(self) - 1}"
+                f"which has {len(self)} rows"
             )
         return steps
 
     def read_boards(
-        self, indices: ArrayLike, out: NDArray[np.uint8] | None = None
+        self,
+        indices: ArrayLike,
+        out: NDArray[np.uint8] | None = None,
+        *,
+        cancel: Cancel | None = None,
     ) -> NDArray[np.uint8]:
         """Read boards as exponents, uint8 (n, 16), in the order of `indices`.
 
@@ -157,8 +172,11 @@ class StepsDataset:
         Args:
             indices: Step indices, (n,); duplicates are allowed.
             out: Where to put the boards: a C-contiguous uint8 (n, 16), which is also returned.
+            cancel: Lets another thread end the read, which Ctrl-C does in the main thread.
 
         Raises:
+            TypeError: `out` is no array of uint8.
+            InvalidArgumentError: `out` has another shape, or cannot be written.
             StepIndexError: An index is negative or past the end.
             IndicesError: The indices are not integers or not one-dimensional.
             DatasetError: A row cannot be read.
@@ -167,7 +185,10 @@ class StepsDataset:
         indices = _step_indices(indices)
         if out is None:
             out = np.empty((len(indices), CELLS), np.uint8)
-        self._pool.read_boards(indices, out)
+        elif not isinstance(out, np.ndarray) or out.dtype != np.uint8:
+            found = getattr(out, "dtype", type(out).__name__)
+            raise TypeError(f"out: a NumPy array of uint8 is wanted, not of {found}")
+        self._pool.read_boards(indices, out, cancel)
         return out
 
     def read_rows(self, indices: ArrayLike) -> NDArray[np.void]:
@@ -222,7 +243,7 @@ def _step_indices(indices: ArrayLike) -> NDArray[np.int64]:
         raise IndicesError(f"step indices must be integers, not {array.dtype}")
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise IndicesError(f"step index {array.max()} does not fit into int64")
-    return np.ascontiguousarray(array, np.int64)
+    return np.require(array, np.int64, ["C", "ALIGNED"])
 
 
 def _seed_words(seed: int) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dump_activations._rust import Cancel
 from dump_activations.board import CELLS
 from dump_activations.dataset import StepsDataset
 from dump_activations.errors import VocabularyError
@@ -70,12 +71,15 @@ def feed_boards(
 
     def read(first: int, stop: int) -> Tensor:
         with reading:
-            window_WS = torch.empty((stop - first, CELLS), dtype=torch.uint8, pin_memory=pinned)
+            window_WS = torch.empty(
+                (stop - first, CELLS), dtype=torch.uint8, device="cpu", pin_memory=pinned
+            )
             boards_WS = window_WS.numpy()
-            dataset.read_boards(indices[first:stop], out=boards_WS)
+            dataset.read_boards(indices[first:stop], out=boards_WS, cancel=cancel)
             _check_vocabulary(boards_WS, indices[first:stop], vocabulary)
             return window_WS
 
+    cancel = Cancel()
     windows = _windows(start, len(indices), batch_size)
     ahead: deque[tuple[int, Future[Tensor]]] = deque()
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="boards")
@@ -93,6 +97,7 @@ def feed_boards(
                 row = first + i
                 yield BoardBatch(row, indices[row : row + len(boards_BS)], boards_BS)
     finally:
+        cancel.ask()
         reader.shutdown(wait=True, cancel_futures=True)
 
 

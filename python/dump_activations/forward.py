@@ -13,11 +13,12 @@ from torch import Tensor
 
 from dump_activations.activations import BoardActivation
 from dump_activations.capture import Capture
+from dump_activations.cuda_timing import CudaStopwatch
 from dump_activations.encoder import Encoder
 from dump_activations.options import Options
 from dump_activations.parts import Part
 from dump_activations.precision import arithmetic
-from dump_activations.timing import CudaStopwatch, Stopwatch
+from dump_activations.timing import Stopwatch
 from dump_activations.transfer import Buffers
 
 # Boards in a piece on the CPU: its temporaries stay in a core's cache and in the heap, while those

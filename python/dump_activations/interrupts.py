@@ -20,6 +20,7 @@ class HeldInterrupts:
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._held: int | None = None
+        self._holds = True
 
     def __enter__(self) -> Self:
         # Python runs handlers in the main thread only.
@@ -48,7 +49,7 @@ class HeldInterrupts:
             self._handlers[number](number, None)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
-        if self._held is None:
-            self._held = number
+        if self._holds:
+            self._holds, self._held = False, number
         else:
             self._handlers[number](number, frame)

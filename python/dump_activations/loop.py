@@ -26,6 +26,7 @@ class Summary:
     Attributes:
         output: the file; None if nothing was written.
         boards: how many boards went through the model.
+        resumed_boards: how many more were in the file from the run that was resumed.
         bytes_written: size of the file.
         seconds: wall time of the loop: reading, forward, copying and writing together.
         setup_seconds: wall time before the loop: loading, sampling, laying out the file.
@@ -38,6 +39,7 @@ class Summary:
 
     output: Path | None
     boards: int
+    resumed_boards: int
     bytes_written: int
     seconds: float
     setup_seconds: float
@@ -150,6 +152,7 @@ class Loop:
         started: float,
         *,
         output: Path | None = None,
+        resumed_boards: int = 0,
         bytes_written: int = 0,
         write_seconds: float = 0.0,
         nonfinite: dict[str, dict[str, int]] | None = None,
@@ -157,7 +160,8 @@ class Loop:
         """Sum up the run, which began at `started` on the performance counter and has ended."""
         return Summary(
             output=output,
-            boards=len(self._work.indices),
+            boards=len(self._work.indices) - resumed_boards,
+            resumed_boards=resumed_boards,
             bytes_written=bytes_written,
             seconds=self._ended - self._started,
             setup_seconds=self._started - started,

@@ -66,7 +66,7 @@ class Options:
 
     def _check_device(self) -> None:
         kind, colon, index = self.device.partition(":")
-        if kind == "cuda" and (not colon or index.isdecimal()):
+        if kind == "cuda" and (not colon or (index.isascii() and index.isdecimal())):
             return
         if self.device != "cpu":
             raise InvalidArgumentError(f"--device: {self.device!r} is neither cuda, cuda:N nor cpu")

@@ -1,6 +1,7 @@
 """The loop that joins the stages: `dump` writes a file, `stream` hands out batches."""
 
 import os
+import re
 import time
 import warnings
 from collections import deque
@@ -39,6 +40,7 @@ from dump_activations.output.writers import WriterPool
 from dump_activations.transfer import HostBatch
 from dump_activations.work import Work, prepare, warn_of_large_tensors
 
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 # Enough for some to wait for the disk while others take checksums.
 _WRITER_THREADS = min(8, max(4, (os.cpu_count() or 4) // 2))
 
@@ -111,15 +113,28 @@ def dump(
     path = Path(output)
     if write:
         check_output(path, [STORAGE_DTYPES[dtype]])
-    work = prepare(init_or_model, dataset_or_path, options=options, indices=indices)
-    try:
+    with _shortage_named(batch_size):
+        work = prepare(init_or_model, dataset_or_path, options=options, indices=indices)
         if not write:
             return _discard(work, progress, started)
         return _write(work, path, progress, started, resume=resume, overwrite=overwrite)
-    except torch.cuda.OutOfMemoryError as error:
-        raise DeviceError(
-            f"CUDA out of memory at --batch-size {batch_size}; try {max(batch_size // 2, 1)}"
-        ) from error
+
+
+@contextmanager
+def _shortage_named(batch_size: int) -> Iterator[None]:
+    """Turn what torch raises for want of memory, on the device or the host, into one error."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        notes = getattr(error, "__notes__", [])
+        where = "CUDA out of memory" if "CUDA" in str(error) else "out of memory"
+        smaller = f"--batch-size {max(batch_size // 2, 1)}{' --overwrite' if notes else ''}"
+        named = DeviceError(f"{where} at --batch-size {batch_size}; free some, or try {smaller}")
+        for note in notes:
+            named.add_note(note)
+        raise named from error
 
 
 def _write(
@@ -168,6 +183,7 @@ def _write(
     return loop.summary(
         started,
         output=path,
+        resumed_boards=file.resumed_rows,
         bytes_written=file.size,
         write_seconds=writers.busy_seconds,
         nonfinite=nonfinite,
@@ -271,15 +287,16 @@ def stream(
         precision=precision,
         compile=compile,
     )
-    work = prepare(init_or_model, dataset_or_path, options=options, indices=indices)
-    return _interruptible(_stream(work))
+    with _shortage_named(batch_size):
+        work = prepare(init_or_model, dataset_or_path, options=options, indices=indices)
+    return _interruptible(_stream(work), batch_size)
 
 
-def _interruptible(batches: Generator[Batch, None, None]) -> Iterator[Batch]:
+def _interruptible(batches: Generator[Batch, None, None], batch_size: int) -> Iterator[Batch]:
     """Hand on the batches; an interruption between two of them ends the run in order."""
     with closing(batches):
         while True:
-            with HeldInterrupts():
+            with HeldInterrupts(), _shortage_named(batch_size):
                 batch = next(batches, None)
             if batch is None:
                 return

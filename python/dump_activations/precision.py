@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -17,12 +18,12 @@ class _Fp32Matmuls:
         self._precision = precision
         self._lock = threading.Lock()
         self._inside = 0
-        self._before = ""
+        self._restore: Callable[[], None] = lambda: None
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._before = torch.get_float32_matmul_precision()
+                self._restore = _restoring()
                 torch.set_float32_matmul_precision(self._precision)
             self._inside += 1
 
@@ -30,7 +31,23 @@ class _Fp32Matmuls:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                torch.set_float32_matmul_precision(self._before)
+                self._restore()
+
+
+def _restoring() -> Callable[[], None]:
+    """Return what puts the process's setting back to what it is now."""
+    try:
+        return partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    except RuntimeError:
+        # The process has set its backends one by one, which the one setting cannot tell.
+        matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+        before = [(matmul, matmul.fp32_precision) for matmul in matmuls]
+
+    def restore() -> None:
+        for matmul, precision in before:
+            matmul.fp32_precision = precision
+
+    return restore
 
 
 _HIGHEST, _HIGH = _Fp32Matmuls("highest"), _Fp32Matmuls("high")

@@ -1,10 +1,7 @@
-"""Counts the busy time of the pipeline's stages."""
+"""Counts the busy time of the pipeline's stages on the host."""
 
 import threading
 import time
-from collections import deque
-
-import torch
 
 
 class Stopwatch:
@@ -27,33 +24,23 @@ class Stopwatch:
             self.seconds += seconds
 
 
-class CudaStopwatch:
-    """Adds up the seconds a CUDA stream spends on the work queued inside its `with` blocks.
+class SharedStopwatch:
+    """Counts the seconds during which at least one thread is inside its `with` block."""
 
-    Nothing blocks: an interval is counted once the device has passed its end.
-    """
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
-        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._seconds = 0.0
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._since = 0.0
+        self.seconds = 0.0
 
     def __enter__(self) -> None:
-        start = torch.cuda.Event(enable_timing=True)
-        start.record(self._stream)
-        self._pending.append((start, torch.cuda.Event(enable_timing=True)))
+        with self._lock:
+            if self._inside == 0:
+                self._since = time.perf_counter()
+            self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        self._pending[-1][1].record(self._stream)
-        self._count_finished()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the intervals that have ended on the device."""
-        self._count_finished()
-        return self._seconds
-
-    def _count_finished(self) -> None:
-        while self._pending and self._pending[0][1].query():
-            start, stop = self._pending.popleft()
-            self._seconds += start.elapsed_time(stop) / 1000
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self.seconds += time.perf_counter() - self._since

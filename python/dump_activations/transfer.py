@@ -11,17 +11,20 @@ import math
 import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from dump_activations.cuda_timing import CudaStopwatch
 from dump_activations.parts import Part
-from dump_activations.timing import CudaStopwatch, Stopwatch
+from dump_activations.timing import Stopwatch
 
 _HOST_SLOTS = 3
 _DEVICE_SLOTS = 2
 _PAGE = 4096
+_HOST = torch.device("cpu")
 
 Buffers = dict[str, Tensor]
 Slot = TypeVar("Slot")
@@ -166,8 +169,13 @@ class CudaTransfer:
             source.copied.record(self._stream)
             target.copied.record(self._stream)
         self._device_ring.give_back(source)
-        whole = Part(0, rows, target.copied.synchronize)
+        whole = Part(0, rows, partial(self._wait, target.copied))
         return HostBatch(host, [whole], lambda: self._host_ring.give_back(target))
+
+    def _wait(self, event: torch.cuda.Event) -> None:
+        # A thread that names no device would set up the first one, whichever the run's is.
+        with torch.cuda.device(self._device):
+            event.synchronize()
 
     def close(self) -> None:
         """Wait for all that is queued, so that the buffers may be freed and times are complete."""
@@ -193,11 +201,11 @@ def _allocate(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     *,
-    device: torch.device | None = None,
+    device: torch.device = _HOST,
     pinned: bool = False,
 ) -> Buffers:
-    """Allocate a tensor a key, on the device or, with none, in host memory."""
-    if device is None and not pinned:
+    """Allocate a tensor a key, on the device or in host memory."""
+    if device == _HOST and not pinned:
         return {key: _empty_on_pages(shape, dtype) for key, shape in shapes.items()}
     return {
         key: torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
@@ -208,7 +216,7 @@ def _allocate(
 def _empty_on_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Allocate host memory that starts on a page, as pinned memory does, for direct writes."""
     nbytes = math.prod(shape) * dtype.itemsize
-    memory = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
+    memory = torch.empty(nbytes + _PAGE, dtype=torch.uint8, device=_HOST)
     start = -memory.data_ptr() % _PAGE
     return memory[start : start + nbytes].view(dtype).view(shape)
 

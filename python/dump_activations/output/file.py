@@ -37,6 +37,20 @@ from dump_activations.output.partial import (
 from dump_activations.output.resume import confirmed_batches
 
 
+class _Descriptor:
+    """An open file, closed when the last to use it lets go of it.
+
+    A write that is still under way when the run is given up must not find another file under the
+    number of its own.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 class OutputFile:
     """Tensors written in any order from any thread, which appear as one file at `commit()`.
 
@@ -62,8 +76,10 @@ class OutputFile:
         self._metadata = metadata
         self._header = header
         self._layout = layout
-        self._fd = fd
-        self._direct_fd = open_direct(fd, self.partial)
+        self._file: _Descriptor | None = _Descriptor(fd)
+        direct_fd = open_direct(fd, self.partial)
+        self._direct = None if direct_fd is None else _Descriptor(direct_fd)
+        self._is_committed = False
         self._journal = Journal(journal_path(target), header)
         self._sync: BackgroundSync | None = None
         self._lock = threading.Lock()
@@ -119,7 +135,7 @@ class OutputFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._fd >= 0:
+        if self._file is not None:
             self.suspend()
 
     @property
@@ -160,11 +176,16 @@ class OutputFile:
     def _write_bytes(self, name: str, start: int, data: npt.NDArray[np.uint8]) -> Digest:
         spec = self._specs[name]
         assert start + data.nbytes <= spec.nbytes, name
+        file, direct = self._file, self._direct
+        assert file is not None
         try:
             offset = self._layout.offsets[name] + start
-            digest = _rust.write_slice(self._fd, self._direct_fd, offset, data, spec.dtype)
+            direct_fd = None if direct is None else direct.number
+            digest = _rust.write_slice(file.number, direct_fd, offset, data, spec.dtype)
         except OSError as error:
             raise output_error(f"cannot write {self.partial}", error) from error
+        finally:
+            del file, direct  # Which a traceback would keep open.
         return Digest(data.nbytes, *digest)
 
     def finish_batch(self, first_row: int, digests: BatchDigests) -> None:
@@ -201,11 +222,17 @@ class OutputFile:
                 _write_all(self._fd, offset, piece)
             os.fsync(self._fd)
             self.partial.replace(self.target)
-            sync_directory(self.target.parent)
-            self._journal.remove()
         except OSError as error:
             raise output_error(f"cannot write {self.target}", error) from error
-        self._close()
+        self._is_committed = True
+        try:
+            self._journal.remove()
+            sync_directory(self.target.parent)
+        except OSError as error:
+            what = f"{self.target} is complete, but its name may not outlast a power failure"
+            raise output_error(what, error) from error
+        finally:
+            self._close()
         return digests
 
     def suspend(self) -> int:
@@ -213,6 +240,8 @@ class OutputFile:
 
         With none, nothing is left behind.
         """
+        if self._is_committed:
+            return 0
         with suppress(OSError):  # What the journal has is on disk; the rest is written again.
             self._stop_sync()
         left = read_journal(journal_path(self.target))
@@ -229,6 +258,11 @@ class OutputFile:
             self._stop_sync()
         self._remove()
         self._close()
+
+    @property
+    def _fd(self) -> int:
+        assert self._file is not None
+        return self._file.number
 
     def _begin(self, batches: Mapping[int, BatchDigests]) -> None:
         """Reserves the file and takes over the batches that it has."""
@@ -283,10 +317,7 @@ class OutputFile:
 
     def _close(self) -> None:
         self._journal.close()
-        if self._direct_fd is not None:
-            os.close(self._direct_fd)
-        os.close(self._fd)
-        self._fd = -1
+        self._file = self._direct = None
 
 
 def _layout(

@@ -6,6 +6,7 @@ the order of the header's `tensors`. A line that is cut short or does not match 
 journal.
 """
 
+import errno
 import json
 import os
 import zlib
@@ -124,10 +125,13 @@ def _parse(data: bytes) -> tuple[Header, dict[int, dict[str, Digest]]]:
 
 
 def sync_directory(path: Path) -> None:
-    """Returns once the names in a directory are on disk."""
+    """Returns once the names in a directory are on disk, where the file system can say."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(fd)
 

@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from dump_activations.output.digest import RunningDigest
 from dump_activations.output.file import OutputFile
 from dump_activations.parts import Part
+from dump_activations.timing import SharedStopwatch
 
 RUN_NBYTES = 4 << 20
 """Bytes that a thread writes at a time: few enough for several threads to share a batch."""
@@ -35,9 +35,9 @@ class WriterPool:
         self._runs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(BATCHES_AHEAD)
         self._error: BaseException | None = None
-        self._busy = [0.0] * threads
+        self._writing = SharedStopwatch()
         self._threads = [
-            threading.Thread(target=self._work, args=(i,), name=f"writer-{i}", daemon=True)
+            threading.Thread(target=self._work, name=f"writer-{i}", daemon=True)
             for i in range(threads)
         ]
         for thread in self._threads:
@@ -53,8 +53,8 @@ class WriterPool:
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds that the threads spent digesting and writing, or held up by the disk, in all."""
-        return sum(self._busy)
+        """Seconds in which any thread was digesting or writing, or held up by the disk."""
+        return self._writing.seconds
 
     def submit(
         self,
@@ -106,15 +106,24 @@ class WriterPool:
     def _join(self) -> None:
         for _ in self._threads:
             self._runs.put(None)
-        for thread in self._threads:
-            thread.join()
+        try:
+            self._wait_for_threads()
+        except BaseException as error:
+            # An impatient user: what is queued is dropped, but no write may outlive the file.
+            self._error = self._error or error
+            self._wait_for_threads()
+            raise
         self._threads = []
 
-    def _work(self, index: int) -> None:
+    def _wait_for_threads(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
         while (run := self._runs.get()) is not None:
             try:
                 if self._error is None:
-                    self._busy[index] += run.batch.write(run)
+                    run.batch.write(run, self._writing)
                 else:
                     run.batch.drop(1)
             except BaseException as error:
@@ -186,21 +195,19 @@ class _Batch:
         self._left = len(runs)
         return runs
 
-    def write(self, run: _Run) -> float:
-        """Writes a run; returns the seconds it took, without the wait for the data."""
+    def write(self, run: _Run, writing: SharedStopwatch) -> None:
+        """Writes a run; counts the time it takes, without the wait for the data."""
         written = False
         try:
             for part in run.parts:
                 part.wait()
-            started = time.perf_counter()
-            digest = self._file.write_run(self._first_row, run.name, run.start, run.data)
-            seconds = time.perf_counter() - started
+            with writing:
+                digest = self._file.write_run(self._first_row, run.name, run.start, run.data)
             with self._lock:
                 self._digests[run.name].add(run.start, digest)
             written = True
         finally:
             self._leave(1, complete=written)
-        return seconds
 
     def drop(self, runs: int) -> None:
         """Gives up runs that will not be written."""
