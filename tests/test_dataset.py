@@ -538,3 +538,36 @@ def test_a_file_of_indices_that_claims_more_than_it_has(tmp_path):
         np.lib.format.write_array_header_1_0(file, header)
     with pytest.raises(IndicesError, match=r"indices\.npy: not a readable"):
         load_indices(path)
+
+
+# Odd arguments
+
+
+def test_indices_anywhere_in_memory(three_shards):
+    directory, pool = three_shards
+    memory = b"x" + np.array([7, 3], np.int64).tobytes()
+    unaligned = np.frombuffer(memory, np.int64, offset=1)
+    assert not unaligned.flags.aligned
+    np.testing.assert_array_equal(
+        StepsDataset(directory).read_boards(unaligned), pool.boards[[7, 3]]
+    )
+
+
+@pytest.mark.parametrize("index", [-1, 5000, 2**63, 2**70])
+def test_an_item_that_is_not_there(index, three_shards):
+    with pytest.raises(IndexError, match=str(index)):
+        StepsDataset(three_shards[0])[index]
+
+
+@pytest.mark.parametrize("n", [10**15, 2**63, 2**100])
+def test_a_draw_larger_than_memory(n, three_shards):
+    with pytest.raises(ValueError, match="n_samples"):
+        StepsDataset(three_shards[0]).sample_indices(n)
+
+
+def test_a_subclass_is_pickled_as_itself(three_shards):
+    assert type(pickle.loads(pickle.dumps(Subclass(three_shards[0])))) is Subclass
+
+
+class Subclass(StepsDataset):
+    """A dataset that a user has added to."""
