@@ -23,6 +23,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -233,11 +234,9 @@ def run_threads(
                 return
             work(offset, memory)
 
-    pool = [threading.Thread(target=run, args=(filled_block(),)) for _ in range(threads)]
-    for thread in pool:
-        thread.start()
-    for thread in pool:
-        thread.join()
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(run, filled_block()) for _ in range(threads)]:
+            done.result()
 
 
 @functools.cache
