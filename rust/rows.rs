@@ -24,7 +24,7 @@ use crate::scatter::Scatter;
 use crate::shards::{Pool, Shard};
 
 /// Bytes between two rows up to which reading them too costs less than another call.
-const CACHED_GAP: u64 = 6 << 10;
+const CACHED_GAP: u64 = 10 << 10;
 /// The same where a read waits for the disk.
 const DISK_GAP: u64 = 16 << 10;
 /// Bytes of a run, unless one row is larger; a part of the second-level cache.
