@@ -226,10 +226,13 @@ class OutputFile:
             raise output_error(f"cannot write {self.target}", error) from error
         self._is_committed = True
         try:
-            self._journal.remove()
             sync_directory(self.target.parent)
+            self._journal.remove()
         except OSError as error:
-            what = f"{self.target} is complete, but its name may not outlast a power failure"
+            what = (
+                f"{self.target} is complete, but its directory cannot be brought to disk or tidied, "
+                "which --resume does"
+            )
             raise output_error(what, error) from error
         finally:
             self._close()
