@@ -192,6 +192,9 @@ def test_a_directory_that_fails_to_be_flushed_after_the_rename(tmp_path, monkeyp
     with pytest.raises(OutputError, match=r"a\.pt is complete, but"):
         file.commit()
     assert file.suspend() == 0
+    assert target.exists()
+    monkeypatch.undo()
+    write_dump(target, described, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 

@@ -230,8 +230,8 @@ class OutputFile:
             self._journal.remove()
         except OSError as error:
             what = (
-                f"{self.target} is complete, but its directory cannot be brought to disk or tidied, "
-                "which --resume does"
+                f"{self.target} is complete, but its directory cannot be brought to disk or "
+                "tidied, which --resume does"
             )
             raise output_error(what, error) from error
         finally:
