@@ -132,7 +132,7 @@ def _fill_in_demo(flags: dict[str, Any], *, use_demo: bool) -> None:
             raise InvalidArgumentError(f"--{name}: --demo brings its own; leave out one of them")
         if use_demo:
             flags[name] = str(value)
-        if flags[name] is None:
+        if not flags[name]:
             raise InvalidArgumentError(f"--{name}: required (or try --demo)")
     flags["allow_cpu"] |= use_demo
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dump_activations.errors import DumpActivationsWarning
+from dump_activations.errors import DumpActivationsWarning, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +40,14 @@ def print_note(text: str) -> None:
 
 
 def _print_line(label: str, colour: str, text: str) -> None:
-    line = click.style(f"{label}: ", fg=colour, bold=True) + " ".join(text.splitlines())
-    click.echo(line, err=True)
+    line = click.style(f"{label}: ", fg=colour, bold=True) + printable(" ".join(text.splitlines()))
+    with suppress(OSError):  # Nobody is left to be told.
+        click.echo(line, err=True)
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey or could not show: names may come from any file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager
@@ -61,7 +67,7 @@ def shown_warnings() -> Iterator[None]:
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
     """Draw a bar with boards a second and the time left; yield None where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -89,21 +95,31 @@ def progress_bar() -> Iterator[Progress | None]:
 
 
 def print_summary(summary: Summary, *, as_json: bool) -> None:
-    """Print what a run did on stdout: a table, or JSON for scripts."""
-    if as_json:
-        click.echo(json.dumps(summary.as_dict()))
-        return
-    from rich.console import Console
+    """Print what a run did on stdout: a table, or JSON for scripts.
 
-    Console().print(_speed_table(summary))
+    Raises:
+        OutputError: stdout cannot take it.
+    """
+    try:
+        if as_json:
+            click.echo(json.dumps(summary.as_dict()))
+        elif sys.stdout is not None:
+            from rich.console import Console
+
+            Console().print(_speed_table(summary))
+    except (OSError, UnicodeError) as error:
+        done = f"{summary.output} is complete" if summary.output else "the run is done"
+        raise OutputError(f"{done}, but its summary cannot be printed: {error}") from error
 
 
 def _speed_table(summary: Summary) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     where = str(summary.output) if summary.output else "nothing written"
     resumed = f" (and {summary.resumed_boards:,} resumed)" if summary.resumed_boards else ""
-    table = Table(title=f"{summary.boards:,} boards{resumed}: {where}", title_justify="left")
+    title = Text(printable(f"{summary.boards:,} boards{resumed}: {where}"))
+    table = Table(title=title, title_justify="left")
     table.add_column("stage")
     for heading in ("seconds", "share of the run", "boards/s"):
         table.add_column(heading, justify="right")

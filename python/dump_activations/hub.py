@@ -1,7 +1,9 @@
 """Checkpoints on the Hugging Face Hub: `hf://org/repo[/subdir][@revision]` to a local directory."""
 
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +78,8 @@ def download_checkpoint(uri: str, choose_files: Callable[[Sequence[str]], Sequen
         CheckpointNotFoundError: no such repository, revision or directory.
     """
     location = HubLocation.parse(uri)
-    names, offline_reason = _list_names(uri, location)
+    with _quiet_client():
+        names, offline_reason = _list_names(uri, location)
     chosen = choose_files(names)
     if not chosen:
         raise CheckpointNotFoundError(
@@ -107,6 +110,18 @@ def download_checkpoint(uri: str, choose_files: Callable[[Sequence[str]], Sequen
     if len(directories) > 1:
         raise CheckpointError(f"{uri}: the repository changed during the download; run it again")
     return directories.pop()
+
+
+@contextmanager
+def _quiet_client() -> Iterator[None]:
+    """Keep the client from warning of every attempt: one line says in the end what is wrong."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _list_names(uri: str, location: HubLocation) -> tuple[list[str], str | None]:

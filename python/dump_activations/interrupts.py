@@ -2,8 +2,28 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
+
+
+@contextmanager
+def ignored_interrupts() -> Iterator[None]:
+    """Ignore SIGINT and SIGTERM inside the context, which leaves a state to resume.
+
+    Only signals that have a handler in Python are ignored, and only in the main thread.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class HeldInterrupts:

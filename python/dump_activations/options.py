@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,13 @@ class Options:
     compile: bool
 
     def __post_init__(self) -> None:
+        if not isinstance(self.outputs, str):
+            object.__setattr__(self, "outputs", tuple(self.outputs))
+        # NumPy's integers and torch's devices are as good as Python's own.
+        for name in ("n_samples", "batch_size", "seed"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, operator.index(value))
+        object.__setattr__(self, "device", str(self.device))
         find_activations(self.keys)
         if self.n_samples is not None:
             _check_at_least(1, "--n-samples", self.n_samples)

@@ -4,6 +4,7 @@ import os
 import re
 import time
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -17,9 +18,15 @@ from torch import Tensor
 
 from dump_activations.dataset import StepsDataset
 from dump_activations.encoder import Encoder
-from dump_activations.errors import DeviceError, DumpActivationsWarning, VocabularyError
+from dump_activations.errors import (
+    DeviceError,
+    DumpActivationsWarning,
+    InvalidArgumentError,
+    OutputError,
+    VocabularyError,
+)
 from dump_activations.feed import BoardBatch
-from dump_activations.interrupts import HeldInterrupts
+from dump_activations.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.loop import Loop, Progress, Summary
 from dump_activations.options import (
     DEFAULT_BATCH_SIZE,
@@ -98,6 +105,8 @@ def dump(
             the target's name appears then, and one that was there is left as it was.
     """
     started = time.perf_counter()
+    if resume and overwrite:
+        raise InvalidArgumentError("--resume: contradicts --overwrite; leave out one of them")
     options = Options(
         outputs=outputs,
         n_samples=n_samples if indices is None else None,
@@ -160,6 +169,7 @@ def _write(
             resume=resume,
             overwrite=overwrite,
         )
+        _check_resumed_boards(file, work)
         with _kept_or_discarded(file, len(work.indices)):
             for name, tensor in work.whole_tensors().items():
                 file.write(name, 0, _bytes_of(tensor))
@@ -179,6 +189,7 @@ def _write(
                     )
                     interrupts.check()
             digests = file.commit()
+            interrupts.check()
     nonfinite = _nonfinite(digests)
     return loop.summary(
         started,
@@ -188,6 +199,21 @@ def _write(
         write_seconds=writers.busy_seconds,
         nonfinite=nonfinite,
     )
+
+
+def _check_resumed_boards(file: OutputFile, work: Work) -> None:
+    """Refuse to go on where the pool's rows are no longer those of the batch resumed last."""
+    last = file.last_resumed
+    if last is None:
+        return
+    first_row, digests = last
+    boards = work.dataset.read_boards(work.indices[first_row : file.resumed_rows])
+    if zlib.crc32(boards.data) != digests["boards"].crc32:
+        file.suspend()
+        raise OutputError(
+            f"{file.partial} holds other boards than {work.dataset.path} has now; restore the "
+            "pool, or drop the file with --overwrite"
+        )
 
 
 def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
@@ -216,7 +242,11 @@ def _kept_or_discarded(file: OutputFile, boards: int) -> Iterator[None]:
         file.discard()
         raise
     except BaseException as error:
-        kept = file.suspend()
+        if file.is_committed:
+            error.add_note(f"{file.target} is complete")
+            raise
+        with ignored_interrupts():
+            kept = file.suspend()
         if kept:
             error.add_note(
                 f"{kept:,} of {boards:,} boards are kept in {file.partial}; the same command with "
@@ -321,7 +351,7 @@ def _take(work: Work, batch: BoardBatch, host: HostBatch) -> Batch:
         part.wait()
     tensors = {key: tensor.clone() for key, tensor in host.tensors.items()}
     host.release()
-    weights = {name: tensor.to(work.storage_dtype) for name, tensor in work.weights.items()}
+    weights = {n: tensor.to(work.storage_dtype, copy=True) for n, tensor in work.weights.items()}
     return Batch(
         batch.first_row,
         torch.from_numpy(batch.indices.copy()),

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ def leave(code: int) -> NoReturn:
     What is registered to run at exit runs. What torch made is left to the system, which frees it
     at once; freed one by one it takes a tenth of a second.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

@@ -129,7 +129,8 @@ def prepare(
     else:
         model = load_encoder(init, device=device, random_init=options.random_init)
     if indices is None:
-        assert options.n_samples is not None
+        if options.n_samples is None:
+            raise InvalidArgumentError("n_samples: give a number, or indices")
         steps = dataset.sample_indices(options.n_samples, seed=options.seed)
     else:
         steps = dataset.check_indices(indices)

@@ -46,6 +46,8 @@ def text_metadata(metadata: Any) -> dict[str, str]:
     """Metadata as string to string; ValueError if it is no mapping."""
     if not isinstance(metadata, Mapping):
         raise ValueError("its metadata is no table")
+    if not all(isinstance(part, str | int | float) for item in metadata.items() for part in item):
+        raise ValueError("its metadata holds more than text and numbers")
     return {str(key): str(value) for key, value in metadata.items()}
 
 

@@ -79,12 +79,13 @@ class OutputFile:
         self._file: _Descriptor | None = _Descriptor(fd)
         direct_fd = open_direct(fd, self.partial)
         self._direct = None if direct_fd is None else _Descriptor(direct_fd)
-        self._is_committed = False
+        self.is_committed = False
         self._journal = Journal(journal_path(target), header)
         self._sync: BackgroundSync | None = None
         self._lock = threading.Lock()
         self._digests = {spec.name: RunningDigest() for spec in specs}
         self._resumed_rows = 0
+        self._last_resumed: tuple[int, BatchDigests] | None = None
 
     @classmethod
     def open(
@@ -147,6 +148,11 @@ class OutputFile:
     def resumed_rows(self) -> int:
         """Rows, from the first, that the run being resumed has written; 0 if none is."""
         return self._resumed_rows
+
+    @property
+    def last_resumed(self) -> tuple[int, BatchDigests] | None:
+        """First row and digests of the last batch that the run being resumed has written."""
+        return self._last_resumed
 
     def write(self, name: str, first_row: int, data: npt.NDArray[np.uint8]) -> None:
         """Writes rows, as a run of bytes, of a tensor that does not come in batches.
@@ -224,7 +230,7 @@ class OutputFile:
             self.partial.replace(self.target)
         except OSError as error:
             raise output_error(f"cannot write {self.target}", error) from error
-        self._is_committed = True
+        self.is_committed = True
         try:
             sync_directory(self.target.parent)
             self._journal.remove()
@@ -243,7 +249,7 @@ class OutputFile:
 
         With none, nothing is left behind.
         """
-        if self._is_committed:
+        if self.is_committed:
             return 0
         with suppress(OSError):  # What the journal has is on disk; the rest is written again.
             self._stop_sync()
@@ -284,6 +290,7 @@ class OutputFile:
             raise output_error(what, error) from error
         for batch, digests in batches.items():
             self._note_batch(batch * self._header.batch_rows, digests)
+            self._last_resumed = batch * self._header.batch_rows, digests
         self._resumed_rows = self._header.rows_in(len(batches))
 
     def _resumable(self) -> Mapping[int, BatchDigests]:
@@ -315,8 +322,8 @@ class OutputFile:
             sync.close()
 
     def _remove(self) -> None:
-        self._journal.remove()
         self.partial.unlink(missing_ok=True)
+        self._journal.remove()
 
     def _close(self) -> None:
         self._journal.close()

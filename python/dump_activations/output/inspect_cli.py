@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dump_activations.command import run_command
+from dump_activations.console import printable
 from dump_activations.errors import OutputError
 from dump_activations.output.digest import INTEGRITY_KEY
 from dump_activations.process import leave
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 100})
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path, readable=False))
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.version_option(package_name="dump-activations")
@@ -93,7 +94,7 @@ def _tensor_table(inspection: Inspection, damaged: list[str] | None) -> Table:
 
     digests = inspection.digests
     title = f"{inspection.path}: {inspection.size:,} bytes"
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("key", overflow="fold")
     table.add_column("dtype", no_wrap=True)
     table.add_column("shape", no_wrap=True)
@@ -111,7 +112,7 @@ def _tensor_table(inspection: Inspection, damaged: list[str] | None) -> Table:
             cells += [f"{digest.nan:,}", f"{digest.inf:,}"] if digest else ["", ""]
         if damaged is not None:
             cells.append("DAMAGED" if tensor.name in damaged else "ok")
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 
@@ -125,5 +126,5 @@ def _metadata_table(inspection: Inspection) -> Table:
     table.add_column("value", overflow="fold")
     for key, value in inspection.contents.metadata.items():
         if key != INTEGRITY_KEY or not inspection.digests:
-            table.add_row(Text(key), Text(value))
+            table.add_row(Text(printable(key)), Text(printable(value)))
     return table

@@ -63,8 +63,10 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
             contents = file_format.read(file, size)
     except OSError as error:
         raise output_error(f"cannot read {path}", error) from error
-    except ValueError as error:
-        raise OutputError(f"{path} is no whole {file_format.name} file: {error}") from None
+    except Exception as error:
+        # A damaged or malicious file may bring about anything, from recursion to overflows.
+        reason = str(error) or type(error).__name__
+        raise OutputError(f"{path} is no whole {file_format.name} file: {reason}") from None
     return Inspection(path, file_format, size, contents)
 
 
@@ -83,7 +85,7 @@ def find_damage(inspection: Inspection, *, threads: int) -> list[str]:
     try:
         stored = parse_integrity(text)
         specs = _written_specs(inspection.contents.tensors, stored)
-    except ValueError:
+    except (ValueError, OverflowError, AssertionError):
         return [METADATA_NAME]
     try:
         with inspection.path.open("rb") as file:

@@ -102,6 +102,8 @@ def read_journal(path: Path) -> tuple[Header, dict[int, dict[str, Digest]]] | No
     Several writers finish batches out of order; those past a gap are few, and are written again.
     None if there is no journal, or nothing in it that is one.
     """
+    if not path.is_file():  # A named pipe would be waited for.
+        return None
     try:
         return _parse(path.read_bytes())
     except (FileNotFoundError, ValueError, TypeError, KeyError):
