@@ -78,7 +78,7 @@ def main() -> None:
     results: dict[str, object] = {}
     if options.json and options.json.exists():
         results = json.loads(options.json.read_text())
-    results |= {"machine": describe_machine(), "runs": options.runs}
+    results |= {"machine": describe_machine()}
     console.print(results["machine"])
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.directory) as scratch,
@@ -96,7 +96,7 @@ def main() -> None:
             console.print(f"\n[bold]{section.title}[/bold]: {section.conditions}")
             if section.figures:
                 console.print(table(section))
-            results[name] = asdict(section)
+            results[name] = {"rounds": options.runs, **asdict(section)}
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
 
