@@ -111,6 +111,7 @@ def draw(shown: list[Panel], below: str, theme: Theme) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         f'width="{WIDTH}" height="{height}" font-family="system-ui, sans-serif">\n'
+        f'<rect width="{WIDTH}" height="{height}" fill="{theme.page}"/>\n'
         + "\n".join(body)
         + "\n</svg>\n"
     )
