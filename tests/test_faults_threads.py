@@ -70,19 +70,24 @@ def count():
     return threads, tasks, descriptors
 
 
+def settled_count():
+    """Count once the kernel, too, is done with the threads that have been joined."""
+    before, now = None, count()
+    while now != before:
+        time.sleep(0.1)
+        before, now = now, count()
+    return now
+
+
 @pytest.fixture
 def nothing_stays(buffers, model):
     """Check that a test leaves no thread, no open file and no buffer."""
     cpu_dump(model, DEMO_POOL, write=False)  # torch starts its own threads once
     assert buffers
     assert not any(reference() is not None for reference in buffers)
-    before = count()
+    before = settled_count()
     yield
-    # A thread that has been joined may take the kernel another moment to end.
-    patience = time.monotonic() + 5
-    while count() != before and time.monotonic() < patience:
-        time.sleep(0.01)
-    assert count() == before
+    assert settled_count() == before
     assert not any(reference() is not None for reference in buffers)
 
 
