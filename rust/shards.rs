@@ -198,9 +198,10 @@ fn read_headers(
             .map_while(|_| thread::Builder::new().spawn_scoped(scope, open_batches).ok())
             .collect();
         let mut batches = Vec::new();
-        while let Some(batch) = open_batch() {
-            batches.push(batch);
+        loop {
             interrupt().inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+            let Some(batch) = open_batch() else { break };
+            batches.push(batch);
         }
         for other in others {
             batches.extend(other.join().expect("an opener does not panic"));
