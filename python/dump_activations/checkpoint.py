@@ -110,7 +110,9 @@ def _load(path: Path, *, random_init: bool) -> Encoder:
 
 def _read_file(path: Path) -> _Checkpoint:
     if not path.exists():
-        raise CheckpointNotFoundError(f"{path}: no such checkpoint")
+        raise CheckpointNotFoundError(
+            f"{path}: no such checkpoint; give a directory, a .pt bundle or hf://org/repo"
+        )
     check_ordinary(path, CheckpointError)
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: give the directory that holds {CONFIG_NAME} and this file")
