@@ -49,7 +49,7 @@ from dump_activations.work import Work, prepare, warn_of_large_tensors
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 # Enough for some to wait for the disk while others take checksums.
-_WRITER_THREADS = min(8, max(4, (os.cpu_count() or 4) // 2))
+_WRITER_THREADS = min(8, max(2, (os.cpu_count() or 4) // 2))
 
 
 def dump(
