@@ -169,27 +169,28 @@ def _write(
             resume=resume,
             overwrite=overwrite,
         )
-        _check_resumed_boards(file, work)
-        with _kept_or_discarded(file, len(work.indices)):
-            for name, tensor in work.whole_tensors().items():
-                file.write(name, 0, _bytes_of(tensor))
-            with (
-                Loop(work) as loop,
-                WriterPool(file, threads=_WRITER_THREADS) as writers,
-                closing(loop.batches(progress, start=file.resumed_rows)) as batches,
-            ):
-                for batch in batches:
-                    host = loop.to_host()
-                    slices = {"boards": batch.boards_BS, **host.tensors}
-                    writers.submit(
-                        batch.first_row,
-                        {name: _bytes_of(tensor) for name, tensor in slices.items()},
-                        parts=host.parts,
-                        done=host.release,
-                    )
-                    interrupts.check()
-            digests = file.commit()
-            interrupts.check()
+        with file:
+            _check_resumed_boards(file, work)
+            with _kept_or_discarded(file, len(work.indices)):
+                for name, tensor in work.whole_tensors().items():
+                    file.write(name, 0, _bytes_of(tensor))
+                with (
+                    Loop(work) as loop,
+                    WriterPool(file, threads=_WRITER_THREADS) as writers,
+                    closing(loop.batches(progress, start=file.resumed_rows)) as batches,
+                ):
+                    for batch in batches:
+                        host = loop.to_host()
+                        slices = {"boards": batch.boards_BS, **host.tensors}
+                        writers.submit(
+                            batch.first_row,
+                            {name: _bytes_of(tensor) for name, tensor in slices.items()},
+                            parts=host.parts,
+                            done=host.release,
+                        )
+                        interrupts.check()
+                digests = file.commit()
+                interrupts.check()
     nonfinite = _nonfinite(digests)
     return loop.summary(
         started,
@@ -209,7 +210,6 @@ def _check_resumed_boards(file: OutputFile, work: Work) -> None:
     first_row, digests = last
     boards = work.dataset.read_boards(work.indices[first_row : file.resumed_rows])
     if zlib.crc32(boards.data) != digests["boards"].crc32:
-        file.suspend()
         raise OutputError(
             f"{file.partial} holds other boards than {work.dataset.path} has now; restore the "
             "pool, or drop the file with --overwrite"
