@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from dump_activations.output.file import OutputFile
-from dump_activations.output.layout import ITEM_NBYTES, TensorSpec
-from dump_activations.output.writers import WriterPool
+from dump_activations.storage.formats.layout import ITEM_NBYTES, TensorSpec
+from dump_activations.storage.writing.output_file import OutputFile
+from dump_activations.storage.writing.writers import WriterPool
 
 SUFFIXES = (".safetensors", ".pt", ".npz")
 

@@ -5,30 +5,85 @@ activations of a run to one file and `stream` hands them out a batch at a time.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dump_activations.checkpoint import load_encoder
-    from dump_activations.dataset import StepsDataset
-    from dump_activations.pipeline import dump, stream
+    from dump_activations.api import Batch, dump, stream
+    from dump_activations.errors import (
+        ActivationNotImplementedError,
+        ActivationUnavailableError,
+        CheckpointError,
+        CheckpointNotFoundError,
+        DeviceError,
+        DumpActivationsError,
+        DumpActivationsWarning,
+        IndicesError,
+        IndicesNotFoundError,
+        InvalidArgumentError,
+        OutputError,
+        PoolError,
+        PoolNotFoundError,
+        StepIndexError,
+        VocabularyError,
+    )
+    from dump_activations.model.checkpoint import load_encoder
+    from dump_activations.model.config import EncoderConfig
+    from dump_activations.model.encoder import Encoder
+    from dump_activations.pipeline.summary import Summary
+    from dump_activations.pool.dataset import Shard, StepsDataset
 
-__all__ = ["StepsDataset", "dump", "load_encoder", "stream"]
+    __version__: str
 
-# torch and NumPy take seconds to import, so what needs them is imported when it is first used.
+__all__ = [
+    "ActivationNotImplementedError",
+    "ActivationUnavailableError",
+    "Batch",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "DeviceError",
+    "DumpActivationsError",
+    "DumpActivationsWarning",
+    "Encoder",
+    "EncoderConfig",
+    "IndicesError",
+    "IndicesNotFoundError",
+    "InvalidArgumentError",
+    "OutputError",
+    "PoolError",
+    "PoolNotFoundError",
+    "Shard",
+    "StepIndexError",
+    "StepsDataset",
+    "Summary",
+    "VocabularyError",
+    "dump",
+    "load_encoder",
+    "stream",
+]
+
+# torch and NumPy take seconds to import, so a name's module is imported when it is first used.
 _HOMES = {
-    "StepsDataset": "dump_activations.dataset",
-    "dump": "dump_activations.pipeline",
-    "load_encoder": "dump_activations.checkpoint",
-    "stream": "dump_activations.pipeline",
+    "Batch": "api",
+    "Encoder": "model.encoder",
+    "EncoderConfig": "model.config",
+    "Shard": "pool.dataset",
+    "StepsDataset": "pool.dataset",
+    "Summary": "pipeline.summary",
+    "dump": "api",
+    "load_encoder": "model.checkpoint",
+    "stream": "api",
 }
 
+# Type checkers take a module-level `__getattr__` for any name: they are to refuse a misspelt one.
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return import_module("importlib.metadata").version("dump-activations")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    def __getattr__(name):
+        if name == "__version__":
+            return import_module("importlib.metadata").version("dump-activations")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = _HOMES.get(name, "errors")
+        return getattr(import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,5 @@
 """`python -m dump_activations` is the command `dump-activations`."""
 
-from dump_activations.cli import run
+from dump_activations.commands.dump import run
 
 run()

@@ -1,10 +1,56 @@
-"""What can go wrong: one base class; each error is also the builtin a caller expects."""
+"""What can go wrong: one base class; each error is also the builtin a caller expects.
+
+A text names options through `option`, so that a caller in Python reads arguments
+(`batch_size=512`) and a user of the command flags (`--batch-size 512`) of the same error.
+"""
+
+import re
+from typing import Self
+
+# Of the private use area: no text has them by accident.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_OPTION = re.compile(f"{_OPEN}(\\w+)(?:=(.*?))?{_CLOSE}")
+
+
+def option(name: str, value: object = None) -> str:
+    """Name an option, or a choice of its value, in a text of this package."""
+    return f"{_OPEN}{name}{_CLOSE}" if value is None else f"{_OPEN}{name}={value!r}{_CLOSE}"
+
+
+def switch(name: str) -> str:
+    """Name an option that is to be turned on, in a text of this package."""
+    return option(name, value=True)
+
+
+def with_arguments(text: str) -> str:
+    """Write the options in a text as arguments of `dump`: `device='cpu'`."""
+    return _OPTION.sub(lambda m: m[1] if m[2] is None else f"{m[1]}={m[2]}", text)
+
+
+def with_flags(text: str) -> str:
+    """Write the options in a text as flags of the command: `--device cpu`."""
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1].replace("_", "-"), match[2]
+        if value is None or value == "True":
+            return f"--{name}"
+        return f"--no-{name}" if value == "False" else f"--{name} {value.strip(chr(39))}"
+
+    return _OPTION.sub(flag, text)
 
 
 class DumpActivationsError(Exception):
     """Base of every error this package raises on purpose. Its text is one line for the user."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return with_arguments(super().__str__())
+
+    @property
+    def flags_text(self) -> str:
+        """The text as the command shows it."""
+        return with_flags(super().__str__())
 
 
 class InvalidArgumentError(DumpActivationsError, ValueError):
@@ -19,11 +65,11 @@ class ActivationNotImplementedError(DumpActivationsError, NotImplementedError):
     exit_code = 2
 
 
-class DatasetNotFoundError(DumpActivationsError, FileNotFoundError):
-    """No such dataset directory, or no shards in it."""
+class PoolNotFoundError(DumpActivationsError, FileNotFoundError):
+    """No such pool, or no shards in it."""
 
 
-class DatasetError(DumpActivationsError, ValueError):
+class PoolError(DumpActivationsError, ValueError):
     """A shard that cannot be read: its header, its fields, its size or its rows."""
 
 
@@ -50,6 +96,8 @@ class CheckpointError(DumpActivationsError, ValueError):
 class ActivationUnavailableError(DumpActivationsError, ValueError):
     """An activation key that this model does not have."""
 
+    exit_code = 2
+
 
 class VocabularyError(DumpActivationsError, ValueError):
     """A board with an exponent that the model has no embedding for."""
@@ -62,6 +110,22 @@ class DeviceError(DumpActivationsError, RuntimeError):
 class OutputError(DumpActivationsError, OSError):
     """An output file that cannot be written, resumed or read back."""
 
+    @classmethod
+    def of_system(cls, what: str, cause: OSError) -> Self:
+        """Make an error with the system's reason, as text and as `errno`."""
+        error = cls(f"{what}: {cause.strerror or cause}")
+        # `errno` alone: with `strerror` too, OSError would make up its own text.
+        error.errno = cause.errno
+        return error
+
 
 class DumpActivationsWarning(UserWarning):
     """Something a user should know that does not stop the run."""
+
+    def __str__(self) -> str:
+        return with_arguments(super().__str__())
+
+    @property
+    def flags_text(self) -> str:
+        """The text as the command shows it."""
+        return with_flags(super().__str__())

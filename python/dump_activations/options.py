@@ -1,114 +1,162 @@
-"""The options of a run, checked before torch is imported or any file is opened."""
+"""Every option of a run, once: its name, default, check and description.
+
+`dump`, `stream` and the command take them from the fields of these classes, so a new option is one
+new field. They are checked before torch is imported or any file is opened.
+"""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
-from dump_activations.activations import (
-    Activation,
-    BoardActivation,
-    WeightActivation,
-    find_activations,
-)
-from dump_activations.errors import InvalidArgumentError
+from dump_activations.dtypes import STORAGE_DTYPES
+from dump_activations.errors import InvalidArgumentError, option, switch
+from dump_activations.model.activations import ACTIVATION_KEYS, find_activations
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from numpy.typing import ArrayLike
 
-DEFAULT_SAMPLES = 1024
-DEFAULT_BATCH_SIZE = 1024
-DEFAULT_OUTPUTS = ("final_hidden",)
+Progress = Callable[[int, int], None]
+"""Called after each batch with the boards done and the boards in all."""
+
 DEFAULT_OUTPUT = "activations.safetensors"
-DEFAULT_SEED = 0
-DEFAULT_DTYPE = "fp32"
-DEFAULT_DEVICE = "cuda"
-DEFAULT_PRECISION = "fp32"
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
-# --dtype -> the torch and NumPy name of the dtype.
-STORAGE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_Check = Callable[[str, Any], Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+def _option(text: str, *, default: Any, check: _Check = lambda _name, value: value) -> Any:
+    """Describe an option; `check` gives the value as the run has it, or refuses it."""
+    return field(default=default, metadata={"help": text, "check": check})
+
+
+def _whole_from(least: int) -> _Check:
+    def check(name: str, value: Any) -> int:
+        # NumPy's integers are as good as Python's own.
+        number = operator.index(value)
+        if number < least:
+            raise InvalidArgumentError(f"{option(name)}: must be {least} or more, not {number}")
+        return number
+
+    return check
+
+
+def _one_of(choices: Collection[str]) -> _Check:
+    def check(name: str, value: Any) -> Any:
+        if value not in choices:
+            raise InvalidArgumentError(
+                f"{option(name)}: {value!r} is not one of {', '.join(choices)}"
+            )
+        return value
+
+    return check
+
+
+def _keys(_name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    lists = [value] if isinstance(value, str) else value
+    keys = tuple(key.strip() for text in lists for key in text.split(",") if key.strip())
+    find_activations(keys)
+    return keys
+
+
+def _device(name: str, value: object) -> str:
+    text = str(value)
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
+        raise InvalidArgumentError(f"{option(name)}: {text!r} is neither cuda, cuda:N nor cpu")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Options:
-    """What a run computes and how, apart from its model, its dataset and its file.
-
-    `outputs` is a sequence of activation keys, or one comma-separated string of them; `n_samples`
-    is None where the step indices are given.
+    """What a run computes and how, apart from its model, its pool and its file.
 
     Raises:
-        InvalidArgumentError: a value that no model or dataset could make right.
+        InvalidArgumentError: a value that no model or pool could make right.
         ActivationNotImplementedError: an activation key without an implementation.
     """
 
-    outputs: str | Sequence[str]
-    n_samples: int | None
-    batch_size: int
-    seed: int
-    dtype: str
-    device: str
-    allow_cpu: bool
-    random_init: bool
-    precision: str
-    compile: bool
+    outputs: str | Sequence[str] = _option(
+        f"comma-separated activation keys: {', '.join(ACTIVATION_KEYS)}",
+        default=("final_hidden",),
+        check=_keys,
+    )
+    n_samples: int = _option(
+        f"number of samples to draw (ignored if {option('indices')} is given)",
+        default=1024,
+        check=_whole_from(1),
+    )
+    indices: ArrayLike | None = _option(
+        "global step indices to use instead of a draw; order and duplicates are kept", default=None
+    )
+    seed: int = _option(
+        "seed of the draw, which is that of numpy.random.default_rng",
+        default=0,
+        check=_whole_from(0),
+    )
+    batch_size: int = _option("boards a forward pass", default=1024, check=_whole_from(1))
+    dtype: str = _option(
+        f"storage dtype of floating tensors: {', '.join(STORAGE_DTYPES)}",
+        default="fp32",
+        check=_one_of(STORAGE_DTYPES),
+    )
+    device: str = _option(
+        f"compute device: cuda, cuda:N, or cpu with {switch('allow_cpu')}",
+        default="cuda",
+        check=_device,
+    )
+    allow_cpu: bool = _option("accept a device that is not CUDA", default=False)
+    random_init: bool = _option(
+        "untrained weights in the checkpoint's architecture, as a control", default=False
+    )
+    precision: str = _option(
+        f"arithmetic of the forward pass: {', '.join(PRECISIONS)} (tf32 on CUDA only)",
+        default="fp32",
+        check=_one_of(PRECISIONS),
+    )
+    compile: bool = _option("run the model through torch.compile", default=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.outputs, str):
-            object.__setattr__(self, "outputs", tuple(self.outputs))
-        # NumPy's integers and torch's devices are as good as Python's own.
-        for name in ("n_samples", "batch_size", "seed"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, operator.index(value))
-        object.__setattr__(self, "device", str(self.device))
-        find_activations(self.keys)
-        if self.n_samples is not None:
-            _check_at_least(1, "--n-samples", self.n_samples)
-        _check_at_least(1, "--batch-size", self.batch_size)
-        _check_at_least(0, "--seed", self.seed)
-        _check_choice("--dtype", self.dtype, STORAGE_DTYPES)
-        _check_choice("--precision", self.precision, PRECISIONS)
-        self._check_device()
-
-    def _check_device(self) -> None:
-        kind, colon, index = self.device.partition(":")
-        if kind == "cuda" and (not colon or (index.isascii() and index.isdecimal())):
-            return
-        if self.device != "cpu":
-            raise InvalidArgumentError(f"--device: {self.device!r} is neither cuda, cuda:N nor cpu")
-        if not self.allow_cpu:
+        for each in fields(self):
+            value = each.metadata["check"](each.name, getattr(self, each.name))
+            object.__setattr__(self, each.name, value)
+        if self.device == "cpu" and not self.allow_cpu:
             raise InvalidArgumentError(
-                "--device: cpu is not a CUDA device; --allow-cpu runs on the CPU all the same"
+                f"{option('device')}: cpu is not a CUDA device; {switch('allow_cpu')} runs "
+                "on the CPU all the same"
+            )
+        if self.device == "cpu" and self.precision == "tf32":
+            raise InvalidArgumentError(
+                f"{option('precision')}: tf32 is CUDA's; use fp32 or bf16 on the CPU"
             )
 
-    @property
-    def keys(self) -> list[str]:
-        """The asked-for activation keys, as they were given."""
-        keys = self.outputs.split(",") if isinstance(self.outputs, str) else self.outputs
-        return [key.strip() for key in keys if key.strip()]
 
-    @property
-    def board_activations(self) -> list[BoardActivation]:
-        """The asked-for activations that have one value a board."""
-        return [a for a in self._activations if isinstance(a, BoardActivation)]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DumpOptions(Options):
+    """What a run computes and how, and what becomes of its file."""
 
-    @property
-    def weight_activations(self) -> list[WeightActivation]:
-        """The asked-for keys that dump the model's own parameters."""
-        return [a for a in self._activations if isinstance(a, WeightActivation)]
+    write: bool = _option(
+        "write the file; without, the model is run and nothing is kept", default=True
+    )
+    resume: bool = _option(
+        "do only what is missing: a complete file of the same work is left as it is", default=False
+    )
+    overwrite: bool = _option("start anew, whatever an interrupted run left", default=False)
+    progress: Progress | None = _option(
+        "called after each batch with the boards done and the boards in all", default=None
+    )
 
-    @property
-    def _activations(self) -> list[Activation]:
-        return find_activations(self.keys)
-
-
-def _check_at_least(least: int, flag: str, value: int) -> None:
-    if value < least:
-        raise InvalidArgumentError(f"{flag}: must be {least} or more, not {value}")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.overwrite:
+            raise InvalidArgumentError(
+                f"{option('resume')}: contradicts {option('overwrite')}; leave out one of them"
+            )
 
 
-def _check_choice(flag: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise InvalidArgumentError(f"{flag}: {value!r} is not one of {', '.join(choices)}")
+def describe(options: type[Options]) -> list[tuple[str, Any, str]]:
+    """List an options class's fields as (name, default, description), in their order."""
+    return [(each.name, each.default, each.metadata["help"]) for each in fields(options)]

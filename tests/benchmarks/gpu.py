@@ -21,7 +21,7 @@ from setting import Setting
 from workload import KEYS_50M, STORED_NBYTES, board_nbytes
 
 from dump_activations import dump, load_encoder
-from dump_activations.loop import Summary
+from dump_activations.pipeline.loop import Summary
 
 BOARDS, BATCH = 65_536, 1024
 DEVICE = "cuda"

@@ -4,7 +4,7 @@ from measure import Figure, Section, run_process
 from setting import Setting, command
 
 from dump_activations import demo
-from dump_activations.output.formats import FORMATS
+from dump_activations.storage.formats.registry import FORMATS
 
 FEW, MANY = 16_384, 131_072
 KEYS = "layer_outputs,attn_norm,mlp_input"

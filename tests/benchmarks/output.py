@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 from undigested import undigested
 
-from dump_activations.output.file import OutputFile
-from dump_activations.output.formats import FORMATS
-from dump_activations.output.inspection import find_damage, inspect
-from dump_activations.output.layout import TensorSpec
-from dump_activations.output.writers import WriterPool
+from dump_activations.storage.formats.layout import TensorSpec
+from dump_activations.storage.formats.registry import FORMATS
+from dump_activations.storage.reading.inspection import find_damage, inspect
+from dump_activations.storage.writing.output_file import OutputFile
+from dump_activations.storage.writing.writers import WriterPool
 
 BATCH_ROWS = 128
 SLOTS = 3

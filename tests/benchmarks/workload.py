@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from dump_activations import demo
-from dump_activations.encoder import Encoder, EncoderConfig
+from dump_activations.model.encoder import Encoder, EncoderConfig
 
 KEYS_DEMO = "final_hidden,layer_outputs,head_logits,attn_norm,mlp_input"
 KEYS_50M = "final_hidden,layer_outputs,attn_norm,mlp_input"

@@ -15,14 +15,14 @@ import sys
 import threading
 from typing import Any
 
-import dump_activations.cli
-import dump_activations.output.inspect_cli
-import dump_activations.pipeline  # imports torch
-from dump_activations.output import durability
+import dump_activations.api  # imports torch
+import dump_activations.commands.dump
+import dump_activations.commands.inspect
+from dump_activations.storage.writing import durability
 
 COMMANDS = {
-    "dump-activations": dump_activations.cli.main,
-    "inspect-activations": dump_activations.output.inspect_cli.main,
+    "dump-activations": dump_activations.commands.dump.main,
+    "inspect-activations": dump_activations.commands.inspect.main,
 }
 
 

@@ -1,0 +1,376 @@
+"""The two entrances: `dump` writes a run to a file, `stream` hands out its batches."""
+
+import inspect
+import os
+import re
+import time
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dump_activations.dtypes import STORAGE_DTYPES
+from dump_activations.errors import (
+    DeviceError,
+    DumpActivationsWarning,
+    OutputError,
+    VocabularyError,
+    option,
+    switch,
+    with_arguments,
+)
+from dump_activations.model.encoder import Encoder
+from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options, describe
+from dump_activations.pipeline.device import current
+from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
+from dump_activations.pipeline.loop import Loop
+from dump_activations.pipeline.plan import Plan, make_plan, warn_of_large_tensors
+from dump_activations.pipeline.provenance import fingerprint, metadata
+from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.transfer import ActivationBatch
+from dump_activations.pool.dataset import StepsDataset
+from dump_activations.storage.digests import Digest
+from dump_activations.storage.writing.output_file import OutputFile
+from dump_activations.storage.writing.partial import check_output
+from dump_activations.storage.writing.writers import WriterPool
+
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
+# Enough for some to wait for the disk while others take checksums.
+_WRITER_THREADS = min(8, max(2, (os.cpu_count() or 4) // 2))
+
+Init = str | os.PathLike[str] | Encoder
+"""A checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`; or a model."""
+
+Pool = str | os.PathLike[str] | StepsDataset
+"""A steps dataset, or its directory."""
+
+# In the docstrings, where the options of a call are described.
+_PLACE = """            *args: none.
+            **options: as below."""
+
+_P = ParamSpec("_P")
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+class _Dump(Protocol[_P]):
+    def __call__(
+        self,
+        init_or_model: Init,
+        dataset_or_path: Pool,
+        output: str | os.PathLike[str] = ...,
+        *args: _P.args,
+        **options: _P.kwargs,
+    ) -> Summary: ...
+
+
+class _Stream(Protocol[_P]):
+    def __call__(
+        self, init_or_model: Init, dataset_or_path: Pool, *args: _P.args, **options: _P.kwargs
+    ) -> Iterator["Batch"]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Activations of consecutive boards of a run. All tensors lie on the host and are the caller's.
+
+    Attributes:
+        first_row: place of the first board in the run.
+        indices: global step indices, int64 (B,).
+        boards: exponents, uint8 (B, 16).
+        tensors: activation key -> tensor (B, *shape) in the storage dtype; and the parameters that
+            were asked for, by their names in a file.
+    """
+
+    first_row: int
+    indices: Tensor
+    boards: Tensor
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return one tensor by its key."""
+        return self.tensors[key]
+
+
+def _documented(options: type[Options]) -> Callable[[_F], _F]:
+    """Give a function that takes an options class's fields their signature and descriptions."""
+
+    def document(function: _F) -> _F:
+        own = inspect.signature(function)
+        names = inspect.signature(options).parameters.values()
+        keywords = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        kept = [each for each in own.parameters.values() if each.kind not in keywords]
+        signature = own.replace(parameters=[*kept, *names])
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        lines = "\n".join(
+            f"            {name}: {with_arguments(text)}." for name, _, text in describe(options)
+        )
+        function.__doc__ = (function.__doc__ or "").replace(_PLACE, lines)
+        return function
+
+    return document
+
+
+def _dump_taking(options_of: Callable[_P, DumpOptions]) -> _Dump[_P]:
+    @_documented(DumpOptions)
+    def dump(
+        init_or_model: Init,
+        dataset_or_path: Pool,
+        output: str | os.PathLike[str] = DEFAULT_OUTPUT,
+        *args: _P.args,
+        **options: _P.kwargs,
+    ) -> Summary:
+        """Run boards through a model and write the asked-for activations to one file.
+
+        Args:
+            init_or_model: a checkpoint directory, `.pt` bundle or
+                `hf://org/repo[/subdir][@revision]`; or a loaded Encoder.
+            dataset_or_path: a steps dataset, or its directory.
+            output: the file to write; its suffix, `.safetensors`, `.pt` or `.npz`, is its format.
+            *args: none.
+            **options: as below.
+
+        Returns:
+            What was done, and how long each stage was busy.
+
+        Raises:
+            DumpActivationsError: with one line that names what is wrong and the way out. No file of
+                the target's name appears then, and one that was there is left as it was.
+        """
+        return _dump(init_or_model, dataset_or_path, Path(output), options_of(*args, **options))
+
+    return dump
+
+
+def _stream_taking(options_of: Callable[_P, Options]) -> _Stream[_P]:
+    @_documented(Options)
+    def stream(
+        init_or_model: Init, dataset_or_path: Pool, *args: _P.args, **options: _P.kwargs
+    ) -> Iterator[Batch]:
+        """Run boards through a model and yield the asked-for activations, a batch at a time.
+
+        Everything is loaded and checked before the call returns. On a GPU the next batch is
+        computed while the caller works on the one before it.
+
+        Args:
+            init_or_model: a checkpoint directory, `.pt` bundle or
+                `hf://org/repo[/subdir][@revision]`; or a loaded Encoder.
+            dataset_or_path: a steps dataset, or its directory.
+            *args: none.
+            **options: as below.
+
+        Raises:
+            DumpActivationsError: with one line that names what is wrong and the way out.
+        """
+        return _stream(init_or_model, dataset_or_path, options_of(*args, **options))
+
+    return stream
+
+
+# Their keyword arguments are the fields of the options classes, for type checkers too.
+dump = _dump_taking(DumpOptions)
+stream = _stream_taking(Options)
+
+
+def _dump(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Summary:
+    started = time.perf_counter()
+    if options.write:
+        check_output(path, [STORAGE_DTYPES[options.dtype].name])
+    with _shortage_named(options.batch_size):
+        plan = make_plan(init, pool, options)
+        with current(plan.device):
+            if not options.write:
+                return _discard(plan, options, started)
+            return _write(plan, path, options, started)
+
+
+@contextmanager
+def _shortage_named(batch_size: int) -> Iterator[None]:
+    """Turn what torch raises for want of memory, on the device or the host, into one error."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        where = "CUDA out of memory" if "CUDA" in str(error) else "out of memory"
+        smaller = option("batch_size", max(batch_size // 2, 1))
+        named = DeviceError(
+            f"{where} at {option('batch_size', batch_size)}; free some, or try {smaller}"
+        )
+        for note in getattr(error, "__notes__", []):
+            named.add_note(note)
+        raise named from error
+
+
+def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
+    specs = plan.tensor_specs()
+    warn_of_large_tensors(specs)
+    batched = [*plan.board_shapes, "boards"]
+    with HeldInterrupts() as interrupts:
+        file = OutputFile.open(
+            path,
+            specs,
+            metadata(plan),
+            batched=batched,
+            batch_rows=options.batch_size,
+            fingerprint=fingerprint(plan),
+            resume=options.resume,
+            overwrite=options.overwrite,
+        )
+        with file:
+            _check_resumed_boards(file, plan)
+            with _kept_or_discarded(file, len(plan.indices)):
+                for name, tensor in plan.whole_tensors().items():
+                    file.write(name, _bytes_of(tensor))
+                with (
+                    Loop(plan) as loop,
+                    WriterPool(file, threads=_WRITER_THREADS) as writers,
+                    closing(loop.batches(options.progress, start=file.resumed_rows)) as batches,
+                ):
+                    for batch in batches:
+                        tensors = {"boards": batch.boards.boards_BS, **batch.tensors}
+                        writers.submit(
+                            batch.boards.first_row,
+                            {name: _bytes_of(tensor) for name, tensor in tensors.items()},
+                            chunks=batch.chunks,
+                            done=batch.release,
+                        )
+                        interrupts.check()
+                digests = file.commit()
+                interrupts.check()
+    nonfinite = _nonfinite(digests)
+    return loop.summary(
+        started,
+        output=path,
+        resumed_boards=file.resumed_rows,
+        bytes_written=file.size,
+        write_seconds=writers.busy_seconds,
+        nonfinite=nonfinite,
+    )
+
+
+def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
+    """Refuse to go on where the pool's rows are no longer those of the batch resumed last."""
+    last = file.last_resumed
+    if last is None:
+        return
+    first_row, digests = last
+    boards = plan.pool.read_boards(plan.indices[first_row : file.resumed_rows])
+    if zlib.crc32(boards.data) != digests["boards"].crc32:
+        raise OutputError(
+            f"{file.partial} holds other boards than {plan.pool.path} has now; restore the "
+            f"pool, or drop the file with {switch('overwrite')}"
+        )
+
+
+def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
+    """Count what is not finite in each tensor that has any, with a warning for each."""
+    counts = {
+        name: {"nan": digest.nan, "inf": digest.inf}
+        for name, digest in digests.items()
+        if digest.nan or digest.inf
+    }
+    for name, count in counts.items():
+        warnings.warn(
+            DumpActivationsWarning(
+                f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
+                f"infinite ones come from an overflow where {option('dtype')} is fp16"
+            ),
+            stacklevel=5,
+        )
+    return counts
+
+
+@contextmanager
+def _kept_or_discarded(file: OutputFile, boards: int) -> Iterator[None]:
+    """Leave a state to resume where the run could be finished later, and nothing where not."""
+    try:
+        yield
+    except VocabularyError:
+        file.discard()
+        raise
+    except BaseException as error:
+        if file.is_committed:
+            error.add_note(f"{file.target} is complete")
+            raise
+        with ignored_interrupts():
+            kept = file.suspend()
+        if kept:
+            error.add_note(
+                f"{kept:,} of {boards:,} boards are kept in {file.partial}; the same call again "
+                "does the rest"
+            )
+        raise
+
+
+def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
+    with HeldInterrupts() as interrupts, Loop(plan, keep=False) as loop:
+        for batch in loop.batches(options.progress):
+            batch.release()
+            interrupts.check()
+    return loop.summary(started)
+
+
+def _stream(init: Init, pool: Pool, options: Options) -> Iterator[Batch]:
+    with _shortage_named(options.batch_size):
+        plan = make_plan(init, pool, options)
+    return _interruptible(_taken_batches(plan), plan)
+
+
+def _interruptible(batches: Generator[Batch, None, None], plan: Plan) -> Iterator[Batch]:
+    """Hand on the batches; an interruption between two of them ends the run in order.
+
+    The run's device is current only while a batch is computed, not while the caller has it.
+    """
+    with closing(batches):
+        while True:
+            with (
+                HeldInterrupts(),
+                _shortage_named(plan.options.batch_size),
+                current(plan.device),
+            ):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+def _taken_batches(plan: Plan) -> Generator[Batch, None, None]:
+    # The CPU is the caller's between two batches.
+    ahead = 1 if plan.device.type == "cuda" else 0
+    under_way: deque[ActivationBatch] = deque()
+    with Loop(plan) as loop:
+        for batch in loop.batches():
+            under_way.append(batch)
+            if len(under_way) > ahead:
+                yield _take(plan, under_way.popleft())
+        while under_way:
+            yield _take(plan, under_way.popleft())
+
+
+def _take(plan: Plan, batch: ActivationBatch) -> Batch:
+    for chunk in batch.chunks:
+        chunk.wait()
+    tensors = {key: tensor.clone() for key, tensor in batch.tensors.items()}
+    batch.release()
+    weights = {n: tensor.to(plan.storage_dtype, copy=True) for n, tensor in plan.weights.items()}
+    boards = batch.boards
+    return Batch(
+        boards.first_row,
+        torch.from_numpy(boards.indices.copy()),
+        boards.boards_BS.clone(),
+        tensors | weights,
+    )
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """View a contiguous host tensor as its bytes, uint8 (nbytes,)."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,1 @@
+"""The commands, and all they do to the console and their process."""

@@ -1,0 +1,132 @@
+"""The command `dump-activations`: its flags, turned into one call of `dump`.
+
+`--help` and usage errors import neither torch nor NumPy, which take seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from dump_activations import demo
+from dump_activations.commands.console import print_note, print_summary, progress_bar
+from dump_activations.commands.process import keep_freed_memory, uncollected_imports
+from dump_activations.commands.runner import be_process, run_command
+from dump_activations.dtypes import STORAGE_DTYPES
+from dump_activations.errors import InvalidArgumentError, option, with_flags
+from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, describe
+from dump_activations.storage.formats.registry import format_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """Be the command's process."""
+    be_process(dump_activations)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        arguments: those after the command's name; None takes the process's own.
+    """
+    return run_command(dump_activations, arguments)
+
+
+def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any] | None:
+    """Make an option of the command of one of `dump`; None where only Python has it."""
+    help_text = with_flags(text)[:1].upper() + with_flags(text)[1:] + "."
+    flag = f"--{name.replace('_', '-')}"
+    if name == "indices":
+        return click.option(flag, help=f"An .npy file: {with_flags(text)}.")
+    if name == "outputs":
+        return click.option(flag, multiple=True, default=default, help=help_text)
+    if name == "write":
+        return click.option(
+            "--no-write", "write", flag_value=False, default=True, help="Run and write nothing."
+        )
+    if isinstance(default, bool):
+        return click.option(flag, is_flag=True, help=help_text)
+    if isinstance(default, int | str):
+        return click.option(flag, type=type(default), default=default, help=help_text)
+    return None
+
+
+def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command a flag for each option that `dump` has."""
+    flags = [_flag(*described) for described in describe(DumpOptions)]
+    for flag in reversed([flag for flag in flags if flag is not None]):
+        command = flag(command)
+    return command
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 100})
+@click.option("--init", help="Checkpoint directory, .pt bundle, or hf://org/repo. [required]")
+@click.option("--dataset", help="Directory of steps.npy or steps-*.npy. [required]")
+@click.option(
+    "-o",
+    "--output",
+    default=DEFAULT_OUTPUT,
+    help="Output file; .safetensors, .pt or .npz selects the format.",
+)
+@_options_of_dump
+@click.option(
+    "--demo",
+    "use_demo",
+    is_flag=True,
+    help="Use the embedded checkpoint and pool; --allow-cpu is implied.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.version_option(package_name="dump-activations")
+@click.pass_context
+def dump_activations(
+    context: click.Context, /, *, use_demo: bool, as_json: bool, output: str, **flags: Any
+) -> None:
+    """Dump selected transformer activations to one file for offline analysis."""
+    init, pool = _sources(flags.pop("init"), flags.pop("dataset"), use_demo=use_demo)
+    flags["allow_cpu"] |= use_demo
+    options = DumpOptions(**flags)
+    if not output or flags["indices"] == "":
+        raise InvalidArgumentError(f"{option('output' if not output else 'indices')}: no name")
+    if options.write:
+        format_of(Path(output), [STORAGE_DTYPES[options.dtype].name])
+
+    keep_freed_memory()
+    with uncollected_imports():
+        from dump_activations.api import dump
+        from dump_activations.pool.indices import load_indices
+
+    if options.allow_cpu and context.get_parameter_source("device") is ParameterSource.DEFAULT:
+        flags["device"] = _device_there_is(options.device)
+    if flags["indices"] is not None:
+        flags["indices"] = load_indices(flags["indices"])
+    with progress_bar() as progress:
+        summary = dump(init, pool, output, progress=progress, **flags)
+    print_summary(summary, as_json=as_json)
+
+
+def _sources(init: str | None, pool: str | None, *, use_demo: bool) -> tuple[str, str]:
+    """Return the checkpoint and the pool that were given, or the demo's."""
+    for name, value in {"init": init, "dataset": pool}.items():
+        if use_demo and value is not None:
+            raise InvalidArgumentError(
+                f"{option(name)}: {option('demo')} brings its own; leave out one of them"
+            )
+        if not use_demo and not value:
+            raise InvalidArgumentError(f"{option(name)}: required (or try {option('demo')})")
+    return (str(demo.CHECKPOINT), str(demo.POOL)) if use_demo else (init or "", pool or "")
+
+
+def _device_there_is(device: str) -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return device
+    print_note("no CUDA device: running on the CPU")
+    return "cpu"

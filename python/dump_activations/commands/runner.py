@@ -1,0 +1,72 @@
+"""Runs a command: errors become one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from dump_activations.commands.console import print_error, shown_warnings
+from dump_activations.commands.process import leave, leave_interrupted
+from dump_activations.errors import DumpActivationsError
+from dump_activations.pipeline.interrupts import terminated_like_interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+_WRONG_CALL = 2
+_FAILED = 1
+
+
+def be_process(command: click.Command) -> NoReturn:
+    """Be a command's process: its arguments, its exit code, and its signal where one ended it."""
+    try:
+        code = run_command(command, None)
+    except KeyboardInterrupt as interrupt:
+        leave_interrupted(interrupt)
+    leave(code)
+
+
+def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
+    """Run a command and return its exit code: 0, 2 for a wrong call, 1 for everything else.
+
+    Args:
+        command: what to run.
+        arguments: those after the command's name; None takes the process's own.
+
+    Raises:
+        KeyboardInterrupt: the command was interrupted, which it has said.
+    """
+    try:
+        with shown_warnings(), terminated_like_interrupted():
+            _invoke(command, sys.argv[1:] if arguments is None else arguments)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        print_error(error.format_message())
+        return _WRONG_CALL
+    except DumpActivationsError as error:
+        print_error(_with_notes(error.flags_text, error))
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        print_error(_with_notes("interrupted", error))
+        raise
+    except Exception as error:
+        # In development mode (python -X dev) the traceback is wanted.
+        if sys.flags.dev_mode:
+            raise
+        print_error(_with_notes(f"{type(error).__name__}: {error}", error))
+        return _FAILED
+    return 0
+
+
+def _invoke(command: click.Command, arguments: Sequence[str]) -> None:
+    """Run a command without `click.main`, which loses the notes of an interruption."""
+    with command.make_context(command.name, [*arguments]) as context:
+        command.invoke(context)
+
+
+def _with_notes(text: str, error: BaseException) -> str:
+    return "; ".join([text, *getattr(error, "__notes__", [])])

@@ -1,0 +1,71 @@
+"""The one table of dtypes that an output file may hold, and what a tensor in it is."""
+
+import math
+from dataclasses import KW_ONLY, dataclass
+
+
+@dataclass(frozen=True)
+class DType:
+    """One element of a stored tensor.
+
+    Attributes:
+        name: what NumPy and torch call it.
+        choice: what the option `dtype` calls it; None where activations cannot be stored so.
+        nbytes: bytes of an element.
+        safetensors: its code in a `.safetensors` header.
+        torch_storage: the class of its storage in a `.pt` pickle.
+        npy: its descriptor in a `.npy` header; None where NumPy has no such dtype.
+    """
+
+    name: str
+    choice: str | None
+    nbytes: int
+    _: KW_ONLY
+    safetensors: str
+    torch_storage: str
+    npy: str | None
+
+
+_TABLE = (
+    DType("float32", "fp32", 4, safetensors="F32", torch_storage="FloatStorage", npy="<f4"),
+    DType("float16", "fp16", 2, safetensors="F16", torch_storage="HalfStorage", npy="<f2"),
+    DType("bfloat16", "bf16", 2, safetensors="BF16", torch_storage="BFloat16Storage", npy=None),
+    DType("int64", None, 8, safetensors="I64", torch_storage="LongStorage", npy="<i8"),
+    DType("uint8", None, 1, safetensors="U8", torch_storage="ByteStorage", npy="|u1"),
+)
+
+DTYPES = {dtype.name: dtype for dtype in _TABLE}
+
+STORAGE_DTYPES = {dtype.choice: dtype for dtype in _TABLE if dtype.choice is not None}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be stored, C-order and little-endian.
+
+    `shape` has at least one axis and no axis of length 0; a row is one step along the first.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self
+        assert self.shape, self
+        assert min(self.shape) > 0, self
+
+    @property
+    def numel(self) -> int:
+        """Elements in the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.numel * DTYPES[self.dtype].nbytes
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row."""
+        return self.nbytes // self.shape[0]

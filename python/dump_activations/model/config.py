@@ -1,0 +1,130 @@
+"""The fields of a checkpoint's `config.json` that shape the model."""
+
+import sys
+from dataclasses import dataclass, fields
+from reprlib import repr as brief
+from typing import Any, Literal, Self, get_args
+
+from dump_activations.board import CELLS, MOVES
+from dump_activations.errors import CheckpointError
+
+HeadType = Literal["binned_ev", "action_policy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The fields of a checkpoint's `config.json` that shape the forward pass.
+
+    Raises:
+        CheckpointError: a field is out of range or contradicts another.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    layer_norm_eps: float
+    input_vocab_size: int = 16
+    num_key_value_heads: int | None = None
+    head_type: HeadType = "binned_ev"
+    output_n_bins: int | None = None
+    max_position_embeddings: int = CELLS
+    use_attention_sinks: bool = False
+    use_qk_norm: bool = False
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build a config from the JSON object of `config.json`; unknown fields are ignored.
+
+        A field whose value is null counts as absent.
+        """
+        known = {
+            field.name: values[field.name]
+            for field in fields(cls)
+            if values.get(field.name) is not None
+        }
+        missing = [name for name in _REQUIRED if name not in known]
+        if missing:
+            raise CheckpointError(f"missing {', '.join(missing)}")
+        return cls(**known)
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            _check_size(name, getattr(self, name))
+        if self.num_key_value_heads is not None:
+            _check_size("num_key_value_heads", self.num_key_value_heads)
+        if self.head_type == "binned_ev" and self.output_n_bins is not None:
+            _check_size("output_n_bins", self.output_n_bins)
+        for name in ("use_attention_sinks", "use_qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise CheckpointError(
+                    f"{name} must be true or false, not {brief(getattr(self, name))}"
+                )
+        eps = self.layer_norm_eps
+        is_number = isinstance(eps, int | float) and not isinstance(eps, bool)
+        if not (is_number and 0 <= eps <= sys.float_info.max):
+            raise CheckpointError(f"layer_norm_eps must be a number >= 0, not {brief(eps)}")
+        if self.head_type not in get_args(HeadType):
+            raise CheckpointError(
+                f"head_type must be one of {', '.join(get_args(HeadType))}, "
+                f"not {brief(self.head_type)}"
+            )
+        self._check_consistency()
+
+    def _check_consistency(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(
+                f"num_attention_heads {self.num_attention_heads} does not divide "
+                f"hidden_size {self.hidden_size}"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise CheckpointError(
+                f"num_key_value_heads {self.kv_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.max_position_embeddings < CELLS:
+            raise CheckpointError(
+                f"max_position_embeddings must be at least {CELLS}, "
+                f"not {self.max_position_embeddings}"
+            )
+        if self.head_type == "binned_ev" and self.output_n_bins is None:
+            raise CheckpointError("missing output_n_bins, which head_type binned_ev needs")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads; the number of query heads where the config has none."""
+        if self.num_key_value_heads is None:
+            return self.num_attention_heads
+        return self.num_key_value_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        """Shape of one board's head logits: (4, bins) for binned_ev, (4,) for action_policy."""
+        if self.head_type == "action_policy":
+            return (MOVES,)
+        assert self.output_n_bins is not None
+        return (MOVES, self.output_n_bins)
+
+
+_REQUIRED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "layer_norm_eps",
+)
+# Far above any real model, and far below sizes whose products overflow.
+_LARGEST_SIZE = 1 << 20
+_SIZES = (*_REQUIRED[:-1], "input_vocab_size", "max_position_embeddings")
+
+
+def _check_size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_SIZE:
+        raise CheckpointError(
+            f"{name} must be a whole number from 1 to {_LARGEST_SIZE}, not {brief(value)}"
+        )

@@ -1,0 +1,165 @@
+"""The 2048 transformer: a bidirectional pre-norm encoder over the 16 cells of a board.
+
+Shape letters: B boards in a batch, S cells (16), H hidden size, Q query heads, K key/value heads,
+G query heads that share one key/value head (Q = G K), D size of a head, N bins of a value head.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dump_activations.board import CELLS, MOVES
+from dump_activations.model.config import EncoderConfig
+
+
+class PositionEmbedding(nn.Module):
+    """One learned vector a cell."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.pos_emb = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self) -> Tensor:
+        """Return the embeddings of the board's cells, (S, H)."""
+        return self.pos_emb.weight[:CELLS]
+
+
+class Attention(nn.Module):
+    """Bidirectional grouped-query attention whose query head h reads key/value head h % K.
+
+    With attention sinks, each query head has one more logit in its softmax that carries no value.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.q_heads = config.num_attention_heads
+        self.kv_heads = config.kv_heads
+        self.head_size = config.head_size
+        hidden, kv_width = config.hidden_size, config.kv_heads * config.head_size
+        self.wq = nn.Linear(hidden, hidden, bias=False)
+        self.wk = nn.Linear(hidden, kv_width, bias=False)
+        self.wv = nn.Linear(hidden, kv_width, bias=False)
+        self.wo = nn.Linear(hidden, hidden, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.use_qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_size, eps=config.layer_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_size, eps=config.layer_norm_eps)
+        self.sinks: nn.Parameter | None = None
+        if config.use_attention_sinks:
+            self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads))
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        """Map the normed hidden states (B, S, H) to the attention's output (B, S, H)."""
+        B = x_BSH.shape[0]
+        q_BSQD = self.q_norm(self.wq(x_BSH).view(B, CELLS, self.q_heads, self.head_size))
+        k_BSKD = self.k_norm(self.wk(x_BSH).view(B, CELLS, self.kv_heads, self.head_size))
+        v_BSKD = self.wv(x_BSH).view(B, CELLS, self.kv_heads, self.head_size)
+        q_BQSD, k_BQSD, v_BQSD = (
+            q_BSQD.transpose(1, 2),
+            self._spread(k_BSKD),
+            self._spread(v_BSKD),
+        )
+        bias_Q1T = None
+        if self.sinks is not None:
+            # A zero key scores 0 on every query, so the bias alone is the sink's logit; its value
+            # is zero too, so it only takes weight away.
+            k_BQSD, v_BQSD = F.pad(k_BQSD, (0, 0, 0, 1)), F.pad(v_BQSD, (0, 0, 0, 1))
+            bias_Q1T = F.pad(self.sinks_by_head().to(x_BSH.dtype).view(-1, 1, 1), (CELLS, 0))
+        out_BQSD = F.scaled_dot_product_attention(q_BQSD, k_BQSD, v_BQSD, attn_mask=bias_Q1T)
+        out_BSH: Tensor = self.wo(out_BQSD.transpose(1, 2).flatten(2))
+        return out_BSH
+
+    def _spread(self, x_BSKD: Tensor) -> Tensor:
+        """Give each query head its key/value head, (B, Q, S, D)."""
+        x_BKSD = x_BSKD.transpose(1, 2)
+        groups = self.q_heads // self.kv_heads
+        return x_BKSD if groups == 1 else x_BKSD.repeat(1, groups, 1, 1)
+
+    def sinks_by_head(self) -> Tensor:
+        """Return the sink logits in the order of the query heads, (Q,).
+
+        They are stored by key/value head first: query head h has sinks[(h % K) G + h // K].
+        """
+        assert self.sinks is not None
+        return self.sinks.view(self.kv_heads, -1).t().flatten()
+
+
+class MLP(nn.Module):
+    """The gated SiLU MLP."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.w_up = nn.Linear(hidden, inner, bias=False)
+        self.w_gate = nn.Linear(hidden, inner, bias=False)
+        self.w_down = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        """Map the normed hidden states (B, S, H) to the MLP's output (B, S, H)."""
+        out_BSH: Tensor = self.w_down(F.silu(self.w_gate(x_BSH)) * self.w_up(x_BSH))
+        return out_BSH
+
+
+class Block(nn.Module):
+    """One pre-norm encoder layer."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        """Map the hidden states (B, S, H) to those after this layer."""
+        x_BSH = x_BSH + self.attn(self.attn_norm(x_BSH))
+        out_BSH: Tensor = x_BSH + self.mlp(self.mlp_norm(x_BSH))
+        return out_BSH
+
+
+class Encoder(nn.Module):
+    """The whole model. Module names are those of the checkpoints' state dicts.
+
+    `checkpoint` says where the weights came from: what `--init` was given; `random_init` that only
+    the architecture did.
+    """
+
+    def __init__(self, config: EncoderConfig, *, checkpoint: str = "") -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint = checkpoint
+        self.random_init = False
+        self.tok_emb = nn.Embedding(config.input_vocab_size, config.hidden_size)
+        self.pos_emb = PositionEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.final_ln = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.head_type == "binned_ev":
+            assert config.output_n_bins is not None
+            self.ev_heads = nn.ModuleList(
+                nn.Linear(config.hidden_size, config.output_n_bins) for _ in range(MOVES)
+            )
+        else:
+            self.policy_head = nn.Linear(config.hidden_size, MOVES)
+
+    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model on boards of exponents.
+
+        Args:
+            tokens_BS: integer (B, 16), each below the vocabulary size.
+
+        Returns:
+            The final hidden states, (B, 16, H), and the head logits in the order up, down, left,
+            right: (B, 4, bins) for binned_ev, (B, 4) for action_policy.
+        """
+        x_BSH = self.tok_emb(tokens_BS.long()) + self.pos_emb()
+        for block in self.blocks:
+            x_BSH = block(x_BSH)
+        x_BSH = self.final_ln(x_BSH)
+        return x_BSH, self._head_logits(x_BSH.mean(dim=1))
+
+    def _head_logits(self, pooled_BH: Tensor) -> Tensor:
+        if self.config.head_type == "binned_ev":
+            return torch.stack([head(pooled_BH) for head in self.ev_heads], dim=1)
+        logits_B4: Tensor = self.policy_head(pooled_BH)
+        return logits_B4

@@ -1,0 +1,122 @@
+"""Runs a batch through the model, as a whole on a GPU, in chunks on the cores of a CPU.
+
+Shape letters: B boards in a batch, S cells (16).
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dump_activations.chunks import Chunk
+from dump_activations.model.activations import BoardActivation
+from dump_activations.model.capture import Capture
+from dump_activations.model.encoder import Encoder
+from dump_activations.options import Options
+from dump_activations.pipeline.cuda_timing import CudaStopwatch
+from dump_activations.pipeline.precision import arithmetic
+from dump_activations.pipeline.transfer import Buffers
+from dump_activations.timing import Stopwatch
+
+# Boards in a chunk on the CPU: its temporaries stay in a core's cache and in the heap, while those
+# of a whole batch are mapped afresh for each operation.
+_CHUNK_ROWS = 128
+
+
+class Forward:
+    """Forward passes that fill buffers with activations, as a context manager.
+
+    On the CPU each core takes chunks of the batch and runs them by itself: threads that share
+    each operation would wait for one another a hundred times a batch, and longest when a core is
+    busy with something else. A batch is only queued, so that no core waits for the end of one
+    before the chunks of the next.
+
+    Args:
+        model: in eval mode, on `device`.
+        activations: what to capture.
+        options: the arithmetic, and whether to compile.
+        device: where the model runs.
+        rows: boards in a full batch.
+    """
+
+    def __init__(
+        self,
+        model: Encoder,
+        activations: Sequence[BoardActivation],
+        *,
+        options: Options,
+        device: torch.device,
+        rows: int,
+    ) -> None:
+        self._capture = Capture(model, activations, compiled_rows=rows if options.compile else None)
+        self._precision = options.precision
+        self._device = device
+        on_cuda = device.type == "cuda"
+        self._computing: Stopwatch | CudaStopwatch = (
+            CudaStopwatch(torch.cuda.current_stream(device)) if on_cuda else Stopwatch()
+        )
+        self.workers = 1 if on_cuda or options.compile else torch.get_num_threads()
+        self._chunk_rows = rows if self.workers == 1 else min(_CHUNK_ROWS, -(-rows // self.workers))
+        self._exits = ExitStack()
+        self._executor: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        self._exits.enter_context(self._capture)
+        if self.workers > 1:
+            # A thread takes its number of threads from the process's setting when it begins.
+            self._exits.callback(torch.set_num_threads, self.workers)
+            self._executor = ThreadPoolExecutor(
+                self.workers,
+                thread_name_prefix="forward",
+                initializer=torch.set_num_threads,
+                initargs=(1,),
+            )
+            self._exits.callback(self._executor.shutdown, wait=True, cancel_futures=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exits.close()
+
+    @property
+    def seconds(self) -> float:
+        """How long the device was busy; with several workers, the mean of them."""
+        return self._computing.seconds / self.workers
+
+    def start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Chunk]:
+        """Queue a batch, which is run as far as needed to fill the buffers.
+
+        Args:
+            tokens_BS: exponents (B, 16), any integer dtype, on the host; pinned for CUDA.
+            buffers: for each activation's key, a tensor (B, *shape) on the device.
+
+        Returns:
+            The chunks of the batch, in order. On CUDA there is nothing to wait for: what the stream
+            is given next finds the buffers full.
+        """
+        rows = len(tokens_BS)
+        if self._executor is None:
+            self._run_chunk(tokens_BS, buffers)
+            return [Chunk(0, rows)]
+        chunks = []
+        for start in range(0, rows, self._chunk_rows):
+            stop = min(start + self._chunk_rows, rows)
+            cut = {key: tensor[start:stop] for key, tensor in buffers.items()}
+            run = self._executor.submit(self._run_chunk, tokens_BS[start:stop], cut)
+            chunks.append(Chunk(start, stop, run.result))
+        return chunks
+
+    def abandon(self) -> None:
+        """Drop what is queued and not begun; whoever waits for it gets an error."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _run_chunk(self, tokens_BS: Tensor, buffers: Buffers) -> None:
+        with (
+            self._computing,
+            torch.inference_mode(),
+            arithmetic(self._precision, self._device),
+        ):
+            self._capture.run(tokens_BS.to(self._device, non_blocking=True), buffers)

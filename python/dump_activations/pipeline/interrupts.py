@@ -1,0 +1,113 @@
+"""All that is done with signals: Ctrl-C and SIGTERM end a run at a chosen point, in order."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+
+@contextmanager
+def ignored_interrupts() -> Iterator[None]:
+    """Ignore SIGINT and SIGTERM inside the context, which leaves a state to resume.
+
+    Only signals that have a handler in Python are ignored, and only in the main thread.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class HeldInterrupts:
+    """Holds back the first SIGINT or SIGTERM inside the context; use in any thread.
+
+    Python raises KeyboardInterrupt between any two steps of the main thread. In the bookkeeping of
+    a queue, a condition or a future that leaves a lock taken, or a waiting thread never woken, and
+    the run would hang. What is held back goes to its own handler at the next `check`, or when the
+    context is left without an error. A second signal is not held back.
+
+    Only signals that have a handler in Python are held.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._held: int | None = None
+        self._holds = True
+
+    def __enter__(self) -> Self:
+        # Python runs handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._hold)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Hand over the signal that was held back, if any.
+
+        Raises:
+            KeyboardInterrupt: what the handlers of Python and of this package's commands raise.
+        """
+        number, self._held = self._held, None
+        if number is not None:
+            self._handlers[number](number, None)
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if self._holds:
+            self._holds, self._held = False, number
+        else:
+            self._handlers[number](number, frame)
+
+
+class Terminated(KeyboardInterrupt):
+    """What SIGTERM raises inside `terminated_like_interrupted`."""
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C inside the context: in order, with what is done kept."""
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ignore_interrupts() -> None:
+    """Ignore SIGINT and SIGTERM from now on: the process is ending anyway."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def die_of(interrupt: KeyboardInterrupt) -> None:
+    """End the process by the signal that an interruption stands for, as shells and schedulers see.
+
+    Returns only where the signal is blocked.
+    """
+    number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -1,0 +1,134 @@
+"""A run that is checked and ready: model, pool, step indices, and what the tensors will be."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dump_activations.board import CELLS
+from dump_activations.dtypes import STORAGE_DTYPES, TensorSpec
+from dump_activations.errors import DumpActivationsWarning, InvalidArgumentError, option
+from dump_activations.model.activations import BoardActivation, WeightActivation, find_activations
+from dump_activations.model.checkpoint import load_encoder
+from dump_activations.model.encoder import Encoder
+from dump_activations.options import Options
+from dump_activations.pipeline.device import find_device
+from dump_activations.pool.dataset import StepsDataset
+
+_LARGE_TENSOR = 8 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is ready to start.
+
+    Attributes:
+        model: in eval mode, on `device`.
+        pool: where the boards come from.
+        indices: global step indices, int64 (n,), all of them inside the pool.
+        weights: the asked-for parameters by their names in the file, on the host.
+        options: what to compute and how.
+        device: where the model runs.
+    """
+
+    model: Encoder
+    pool: StepsDataset
+    indices: NDArray[np.int64]
+    weights: dict[str, Tensor]
+    options: Options
+    device: torch.device
+
+    @property
+    def indices_from(self) -> str:
+        """Say where the step indices came from, for the file's metadata."""
+        if self.options.indices is not None:
+            return "given"
+        replaced = len(self.indices) > len(self.pool)
+        return "draw with replacement" if replaced else "draw"
+
+    @cached_property
+    def board_activations(self) -> list[BoardActivation]:
+        """The asked-for activations that have one value a board."""
+        found = find_activations(self.options.outputs)
+        return [each for each in found if isinstance(each, BoardActivation)]
+
+    @property
+    def board_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one board's value for each asked-for board activation."""
+        return {each.key: each.shape(self.model.config) for each in self.board_activations}
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype of the floating tensors in the output."""
+        dtype = getattr(torch, STORAGE_DTYPES[self.options.dtype].name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that do not come in batches: parameters, and the step indices."""
+        weights = {name: tensor.to(self.storage_dtype) for name, tensor in self.weights.items()}
+        return {**weights, "indices": torch.from_numpy(self.indices)}
+
+    def tensor_specs(self) -> list[TensorSpec]:
+        """Return every tensor of the output file; the first axis of all but the parameters is n."""
+        n, dtype = len(self.indices), STORAGE_DTYPES[self.options.dtype].name
+        return [
+            *(TensorSpec(key, dtype, (n, *shape)) for key, shape in self.board_shapes.items()),
+            *(TensorSpec(name, dtype, tuple(w.shape)) for name, w in self.weights.items()),
+            TensorSpec("indices", "int64", (n,)),
+            TensorSpec("boards", "uint8", (n, CELLS)),
+        ]
+
+
+def make_plan(
+    init: str | os.PathLike[str] | Encoder,
+    pool: str | os.PathLike[str] | StepsDataset,
+    options: Options,
+) -> Plan:
+    """Load and check everything a run needs, before any forward pass.
+
+    Raises:
+        DumpActivationsError: names what is wrong with the call, a file or the machine.
+    """
+    device = find_device(options.device)
+    if not isinstance(pool, StepsDataset):
+        pool = StepsDataset(pool)
+    if isinstance(init, Encoder):
+        if options.random_init:
+            raise InvalidArgumentError(
+                f"{option('random_init')}: the model is loaded already; give load_encoder "
+                "random_init=True"
+            )
+        model = init.to(device).eval()
+    else:
+        model = load_encoder(init, device=device, random_init=options.random_init)
+    if options.indices is None:
+        indices = pool.sample_indices(options.n_samples, seed=options.seed)
+    else:
+        indices = pool.check_indices(options.indices)
+    weights = {
+        name: tensor.detach().cpu()
+        for activation in find_activations(options.outputs)
+        if isinstance(activation, WeightActivation)
+        for name, tensor in activation.tensors(model).items()
+    }
+    return Plan(model, pool, indices, weights, options, device)
+
+
+def warn_of_large_tensors(specs: Sequence[TensorSpec]) -> None:
+    """Warn of each tensor that will take 8 GiB or more on disk."""
+    for spec in specs:
+        if spec.nbytes >= _LARGE_TENSOR:
+            warnings.warn(
+                DumpActivationsWarning(
+                    f"{spec.name} will take {spec.nbytes / 2**30:.1f} GiB; fewer boards "
+                    f"({option('n_samples')}) or {option('dtype', 'fp16')} or bf16 make it smaller"
+                ),
+                stacklevel=2,
+            )

@@ -1,0 +1,1 @@
+"""Output files: their formats, how they are written, how they are read back."""

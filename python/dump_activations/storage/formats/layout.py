@@ -1,0 +1,69 @@
+"""Where the bytes of an output file lie: what every format computes before anything is written."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dump_activations.dtypes import DTYPES, TensorSpec
+from dump_activations.storage.formats.contents import Reader
+
+ALIGNMENT = 4096
+"""Bytes: tensor data starts on a multiple of it where the format allows, as direct I/O, memory
+maps and device reads want it."""
+
+RESERVED_NAMES = frozenset({"metadata", "__metadata__"})
+"""Names under which a format keeps the metadata: no tensor may have them."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The bytes of a file.
+
+    Attributes:
+        size: bytes of the whole file.
+        offsets: where each tensor's data starts, in bytes.
+        skeleton: (offset, bytes) of all that is not tensor data, to be written in their order: the
+            file cannot be mistaken for a finished one before the last.
+    """
+
+    size: int
+    offsets: Mapping[str, int]
+    skeleton: tuple[tuple[int, bytes], ...]
+
+
+LayoutFunction = Callable[
+    [Sequence[TensorSpec], Mapping[str, str], Mapping[str, int] | None], Layout
+]
+"""(tensors, metadata, CRC-32 of each tensor or None while unknown) -> Layout. Pure; size and
+offsets do not depend on the CRCs, nor on values of the metadata of equal length."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format: how it is named, what it can hold, how it is laid out and read."""
+
+    name: str
+    suffix: str
+    dtypes: frozenset[str]
+    layout: LayoutFunction
+    read: Reader
+
+
+def fits(dtype: str, shape: Sequence[int], nbytes: int) -> bool:
+    """Whether a tensor takes up so many bytes; true of any number for a dtype not stored here."""
+    return dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].nbytes == nbytes
+
+
+def storage_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Tensors in the order of their data in the file.
+
+    Wide elements first, so that each tensor is aligned to its element where a format packs tensors
+    without holes; among equals those whose rows are multiples of the larger power of two first, so
+    that as many slices as possible start on a page.
+    """
+
+    def key(spec: TensorSpec) -> tuple[int, int]:
+        row_alignment = min(spec.row_nbytes & -spec.row_nbytes, ALIGNMENT)
+        return -DTYPES[spec.dtype].nbytes, -row_alignment
+
+    return sorted(specs, key=key)

@@ -1,0 +1,1 @@
+"""Reading finished files back."""

@@ -1,0 +1,1 @@
+"""Writing one file from many threads, safe against kills."""

@@ -1,0 +1,131 @@
+"""What callers may do that is no mistake: odd names, types, streams, and signals at odd times."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import DEMO_CHECKPOINT, DEMO_POOL
+from dump_activations import dump, load_encoder, stream
+from dump_activations.errors import DeviceError, InvalidArgumentError, OutputError
+from dump_activations.storage.reading.inspection import inspect
+from reference.dumps import read_dump
+from reference.pools import make_pool
+
+CPU = {"device": "cpu", "allow_cpu": True}
+DEMO = [sys.executable, "-m", "dump_activations", "--demo", "--device", "cpu", "--n-samples", "20"]
+
+
+def test_integers_devices_and_keys_of_other_types(tmp_path):
+    options = {"n_samples": np.int64(21), "batch_size": np.int32(8), "seed": np.uint8(3)}
+    device = {"device": torch.device("cpu"), "allow_cpu": True}
+    keys = (key for key in ["pooled", "head_logits"])
+    dump(DEMO_CHECKPOINT, DEMO_POOL, tmp_path / "a.pt", outputs=keys, **options, **device)
+    metadata = read_dump(tmp_path / "a.pt").metadata
+    assert (metadata["n_samples"], metadata["seed"]) == ("21", "3")
+    assert metadata["outputs"] == "head_logits,pooled"
+
+
+def test_contradictions_in_a_call(tmp_path):
+    for wrong in ({"resume": True, "overwrite": True}, {"n_samples": None}):
+        with pytest.raises(InvalidArgumentError):
+            dump(DEMO_CHECKPOINT, DEMO_POOL, tmp_path / "a.pt", **wrong, **CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parameters_in_a_stream_are_the_consumers():
+    model = load_encoder(DEMO_CHECKPOINT)
+    before = model.final_ln.weight.clone()
+    options = {"outputs": ["rmsnorm_gammas", "pooled"], "n_samples": 20, "batch_size": 8}
+    for batch in stream(model, DEMO_POOL, **options, **CPU):
+        assert torch.equal(batch["rmsnorm_gammas/final_ln"], before)
+        batch["rmsnorm_gammas/final_ln"].mul_(2)
+    assert torch.equal(model.final_ln.weight, before)
+
+
+def test_a_pool_with_other_rows_is_not_resumed_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
+    make_pool(tmp_path / "pool", "packed_46", n=500, shards=1)
+    model = load_encoder(DEMO_CHECKPOINT)
+    options = {"outputs": ["pooled"], "n_samples": 400, "batch_size": 8} | CPU
+    target = tmp_path / "a.pt"
+
+    def stop(done, _of):
+        if done > 200:
+            raise DeviceError("stopped")
+
+    with pytest.raises(DeviceError):
+        dump(model, tmp_path / "pool", target, progress=stop, **options)
+    (shard,) = (tmp_path / "pool").glob("*.npy")
+    rows = np.load(shard)
+    np.save(shard, rows[::-1])
+    with pytest.raises(OutputError, match="other boards"):
+        dump(model, tmp_path / "pool", target, resume=True, **options)
+    np.save(shard, rows)
+    assert dump(model, tmp_path / "pool", target, resume=True, **options).resumed_boards > 0
+
+
+def test_an_interruption_at_the_end_says_that_the_file_is_complete(tmp_path):
+    target = tmp_path / "a.pt"
+
+    def interrupt(done, of):
+        if done == of:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        dump(DEMO_CHECKPOINT, DEMO_POOL, target, n_samples=20, progress=interrupt, **CPU)
+    assert caught.value.__notes__ == [f"{target} is complete"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("name", ["run[final].npz", ":warning:.npz", "[bold].npz"])
+def test_names_that_look_like_markup(name, tmp_path):
+    run = subprocess.run(
+        [*DEMO, "-o", name], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert name in run.stdout
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-", "2>/dev/full"])
+def test_streams_that_are_closed_or_full(redirection, tmp_path):
+    command = f'exec "$@" {redirection}'
+    run = subprocess.run(["sh", "-c", command, "sh", *DEMO, "-o", tmp_path / "a.npz"], check=False)
+    assert run.returncode == 0
+    assert (tmp_path / "a.npz").exists()
+
+
+def test_a_summary_that_cannot_be_printed(tmp_path):
+    target = tmp_path / "a.npz"
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [*DEMO, "--json", "-o", target], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert run.returncode == 1
+    assert f"{target} is complete".encode() in run.stderr
+    assert read_dump(target).numpy("boards").shape == (20, 16)
+
+
+def test_metadata_that_unfolds_without_end(tmp_path):
+    """Thirty tuples, each of the one before twice: a few hundred bytes, 2**30 entries as text."""
+    dump(DEMO_CHECKPOINT, DEMO_POOL, tmp_path / "whole.pt", n_samples=2, **CPU)
+    folded = ()
+    for _ in range(30):
+        folded = (folded, folded)
+    content = pickle.dumps({"metadata": {"a": folded}}, protocol=2)
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "a.pt", "w") as changed,
+    ):
+        for info in whole.infolist():
+            is_pickle = info.filename.endswith("data.pkl")
+            changed.writestr(info.filename, content if is_pickle else whole.read(info))
+    with pytest.raises(OutputError, match="metadata"):
+        inspect(tmp_path / "a.pt")

@@ -1,0 +1,282 @@
+"""A run shares its process: the model, the device, signals, memory and descriptors of a program."""
+
+import errno
+import os
+import signal
+import threading
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import DEMO_CHECKPOINT, DEMO_POOL
+from dump_activations import StepsDataset, _rust, capture, dump, load_encoder, stream
+from dump_activations._rust import Cancel
+from dump_activations.errors import PoolError, DeviceError, OutputError
+from dump_activations.storage.writing import output_file as file_module
+from dump_activations.storage.writing import journal
+from dump_activations.pipeline.device import find_device
+from dump_activations.pipeline.interrupts import HeldInterrupts
+from dump_activations.timing import SharedStopwatch
+from output_support import open_file, small_dump, write_batches, write_dump, write_whole_tensors
+from reference.dumps import read_dump
+
+CPU = {"device": "cpu", "allow_cpu": True}
+OPTIONS = {"outputs": ["final_hidden", "head_logits"], "n_samples": 50, "batch_size": 8} | CPU
+
+
+@pytest.fixture
+def model():
+    return load_encoder(DEMO_CHECKPOINT)
+
+
+def joined(batches, key):
+    return torch.cat([batch[key] for batch in batches])
+
+
+@pytest.fixture
+def expected(model):
+    return joined(stream(model, DEMO_POOL, **OPTIONS), "final_hidden")
+
+
+def test_the_consumer_may_run_the_model(model, expected):
+    batches = []
+    for batch in stream(model, DEMO_POOL, **OPTIONS):
+        hidden, _ = model(batch.boards)
+        assert torch.allclose(hidden, batch["final_hidden"], atol=1e-5)
+        batches.append(batch)
+    assert torch.equal(joined(batches, "final_hidden"), expected)
+
+
+def test_two_streams_of_one_model_in_turns(model, expected):
+    both = zip(*(stream(model, DEMO_POOL, **OPTIONS) for _ in range(2)), strict=True)
+    for batches in zip(*both, strict=True):
+        assert torch.equal(joined(batches, "final_hidden"), expected)
+
+
+def test_dumps_of_one_model_on_several_threads(model, expected, tmp_path):
+    def run(name):
+        dump(model, DEMO_POOL, tmp_path / name, **OPTIONS)
+
+    threads = [threading.Thread(target=run, args=(f"{i}.pt",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        assert torch.equal(read_dump(tmp_path / f"{i}.pt").tensors["final_hidden"], expected)
+
+
+def test_more_compiled_variants_than_torch_keeps(model, monkeypatch):
+    monkeypatch.setattr(capture.torch, "compile", partial(torch.compile, backend="eager"))
+    for rows in range(2, 14):
+        options = OPTIONS | {"n_samples": rows, "batch_size": rows, "compile": True}
+        assert len(joined(stream(model, DEMO_POOL, **options), "final_hidden")) == rows
+
+
+def test_a_default_device_of_the_program_is_not_taken(model, expected, tmp_path):
+    torch.set_default_device("meta")
+    try:
+        dump(model, DEMO_POOL, tmp_path / "a.pt", **OPTIONS)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(read_dump(tmp_path / "a.pt").tensors["final_hidden"], expected)
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:256", "cuda:300"])
+def test_a_device_number_past_the_last(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match=rf"no {name}; the last one is cuda:1"):
+        find_device(name)
+    assert find_device("cuda:01") == torch.device("cuda", 1)
+
+
+def short_of_memory(model, batches):
+    passes = []
+
+    def fail(*_):
+        passes.append(1)
+        if len(passes) > batches:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    return model.blocks[0].register_forward_hook(fail)
+
+
+def test_want_of_memory_names_the_batch_size(model, tmp_path):
+    short_of_memory(model, 0)
+    runs = [
+        lambda: dump(model, DEMO_POOL, tmp_path / "a.pt", **OPTIONS),
+        lambda: dump(model, DEMO_POOL, write=False, **OPTIONS),
+        lambda: list(stream(model, DEMO_POOL, **OPTIONS)),
+    ]
+    for run in runs:
+        with pytest.raises(DeviceError, match=r"CUDA out of memory at --batch-size 8.* 4$"):
+            run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_want_of_memory_in_the_middle_says_what_is_kept_and_the_way_out(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
+    handle = short_of_memory(model, 4)
+    target = tmp_path / "a.pt"
+    with pytest.raises(DeviceError, match="try --batch-size 4 --overwrite") as caught:
+        dump(model, DEMO_POOL, target, **OPTIONS)
+    assert any("--resume" in note for note in caught.value.__notes__)
+    handle.remove()
+    dump(model, DEMO_POOL, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
+
+
+def test_boards_that_were_resumed_are_not_counted_as_done(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
+    handle = short_of_memory(model, 4)
+    with pytest.raises(DeviceError):
+        dump(model, DEMO_POOL, tmp_path / "a.pt", **OPTIONS)
+    handle.remove()
+    summary = dump(model, DEMO_POOL, tmp_path / "a.pt", resume=True, **OPTIONS)
+    assert summary.resumed_boards in {8, 16, 24, 32}
+    assert summary.boards == 50 - summary.resumed_boards
+
+
+def test_a_signal_after_the_one_handed_over_is_not_held():
+    with HeldInterrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_write_under_way_keeps_its_descriptor(tmp_path, monkeypatch):
+    """Given up in the middle of a write, a run's number goes to no other file before its end."""
+    described = small_dump()
+    begun, go_on = threading.Event(), threading.Event()
+    write_span = _rust.write_span
+
+    def slow(*arguments):
+        begun.set()
+        assert go_on.wait(30)
+        return write_span(*arguments)
+
+    file = open_file(tmp_path / "a.pt", described)
+    monkeypatch.setattr(_rust, "write_span", slow)
+    writer = threading.Thread(target=file.write, args=("indices", 0, described.data["indices"]))
+    writer.start()
+    assert begun.wait(30)
+    file.suspend()
+    with ExitStack() as files:
+        mine = [files.enter_context((tmp_path / f"mine-{i}").open("w+b")) for i in range(5)]
+        go_on.set()
+        writer.join()
+        assert [os.fstat(other.fileno()).st_size for other in mine] == [0] * 5
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_flush_a_directory(number, tmp_path, monkeypatch):
+    refuse_directories(monkeypatch, number)
+    write_dump(tmp_path / "a.pt", small_dump())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_directory_that_fails_to_be_flushed_after_the_rename(tmp_path, monkeypatch):
+    described = small_dump()
+    target = tmp_path / "a.pt"
+    file = open_file(target, described)
+    write_whole_tensors(file, described)
+    write_batches(file, described, described.first_rows)
+    monkeypatch.setattr(file_module, "sync_directory", partial(fail_with, errno.EIO))
+    with pytest.raises(OutputError, match=r"a\.pt is complete, but"):
+        file.commit()
+    assert file.suspend() == 0
+    assert target.exists()
+    monkeypatch.undo()
+    write_dump(target, described, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def fail_with(number, *_):
+    raise OSError(number, os.strerror(number))
+
+
+def refuse_directories(monkeypatch, number):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):  # noqa: PTH112
+            fail_with(number)
+        fsync(descriptor)
+
+    monkeypatch.setattr(journal.os, "fsync", refuse)
+
+
+def test_a_read_is_cancelled_from_another_thread():
+    cancel = Cancel()
+    dataset = StepsDataset(DEMO_POOL)
+    assert len(dataset.read_boards([1, 2], cancel=cancel)) == 2
+    cancel.ask()
+    with pytest.raises(PoolError, match="interrupted"):
+        dataset.read_boards([1, 2], cancel=cancel)
+
+
+def test_a_stream_left_early_cancels_the_read_ahead(model, monkeypatch):
+    given = []
+    read_boards = StepsDataset.read_boards
+
+    def remember(self, indices, out=None, *, cancel=None):
+        given.append(cancel)
+        return read_boards(self, indices, out, cancel=cancel)
+
+    monkeypatch.setattr(StepsDataset, "read_boards", remember)
+    batches = stream(model, DEMO_POOL, **OPTIONS)
+    next(batches)
+    batches.close()
+    with pytest.raises(PoolError, match="interrupted"):
+        read_boards(StepsDataset(DEMO_POOL), [0], cancel=given[0])
+
+
+def test_indices_that_another_thread_changes_during_the_read():
+    """Each board is one that its index had at some time, or the call is refused; no more."""
+    dataset = StepsDataset(DEMO_POOL)
+    rows = len(dataset)
+    known = {board.tobytes() for board in dataset.read_boards(np.arange(rows))}
+    indices = np.arange(100_000) % rows
+    done = threading.Event()
+
+    def shuffle():
+        generator = np.random.default_rng(0)
+        while not done.is_set():
+            indices[:] = generator.integers(0, rows, len(indices))
+            indices[7] = -1
+
+    other = threading.Thread(target=shuffle)
+    other.start()
+    outcomes = set()
+    try:
+        for _ in range(60):
+            out = np.full((len(indices), 16), 255, np.uint8)
+            try:
+                dataset.read_boards(indices, out)
+            except IndexError:
+                outcomes.add("refused")
+            else:
+                outcomes.add("read")
+                assert {board.tobytes() for board in out} <= known
+    finally:
+        done.set()
+        other.join()
+    assert outcomes
+
+
+def test_threads_inside_at_once_are_counted_once(monkeypatch):
+    now = iter([10.0, 13.0, 20.0, 21.0])
+    monkeypatch.setattr("dump_activations.timing.time.perf_counter", lambda: next(now))
+    watch = SharedStopwatch()
+    with watch, watch:
+        pass
+    with watch:
+        pass
+    assert watch.seconds == 4.0

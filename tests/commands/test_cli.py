@@ -1,0 +1,372 @@
+"""The command: its flags, defaults, and what it prints where."""
+
+import json
+import os
+import pty
+import re
+import resource
+import select
+import shlex
+import subprocess
+import sys
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+
+from dump_activations.commands.dump import main, run
+from reference.checkpoints import BASE, config_json, load_demo
+from reference.dumps import read_dump
+from reference.model import assert_close, naive_dump
+from reference.pools import naive_boards, numpy_indices, read_pool
+
+CPU = ["--allow-cpu", "--device", "cpu"]
+SEED_COMMAND = shlex.split("""
+  --init inits/hf/2048former-50m-v0.1
+  --dataset ./datasets/raws/d7_test_v1
+  --n-samples 4096
+  --batch-size 1024
+  --seed 42
+  --outputs final_hidden,layer_outputs,head_logits,attn_norm,mlp_input
+  -o activations.safetensors
+  --device cuda
+""")
+SEED_BENCHMARK = shlex.split("""
+  --init inits/hf/2048former-50m-v0.1
+  --dataset ./datasets/raws/d7_test_v1
+  --n-samples 4096
+  --batch-size 1024
+  --outputs final_hidden,layer_outputs
+  --no-write
+  --device cuda
+""")
+SEED_GAMMAS = shlex.split("""
+  --init inits/hf/2048former-50m-v0.1
+  --dataset ./datasets/raws/d7_test_v1
+  --n-samples 1
+  --outputs rmsnorm_gammas
+  -o activations_with_rmsnorms.safetensors
+  --device cuda
+""")
+
+
+@pytest.fixture
+def place(demo_checkpoint, demo_pool, tmp_path, monkeypatch):
+    """Work in a directory where the seed's own relative paths lead to the demo."""
+    (tmp_path / "inits" / "hf").mkdir(parents=True)
+    (tmp_path / "inits" / "hf" / "2048former-50m-v0.1").symlink_to(demo_checkpoint)
+    (tmp_path / "datasets" / "raws").mkdir(parents=True)
+    (tmp_path / "datasets" / "raws" / "d7_test_v1").symlink_to(demo_pool)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def inputs(demo_checkpoint, demo_pool):
+    return ["--init", str(demo_checkpoint), "--dataset", str(demo_pool)]
+
+
+def made_files(directory):
+    return sorted(path.name for path in directory.iterdir() if path.is_file())
+
+
+def test_seed_command(place, demo_checkpoint, demo_pool, capsys):
+    assert main([*SEED_COMMAND, *CPU]) == 0
+    printed = "".join(capsys.readouterr())
+    assert "4096" in printed.replace(",", "").replace("_", "")
+    assert "boards/s" in printed
+    assert made_files(place) == ["activations.safetensors"]
+    dump = read_dump(place / "activations.safetensors")
+    rows, demo = read_pool(demo_pool), load_demo(demo_checkpoint)
+    indices = numpy_indices(len(rows), 4096, 42)
+    np.testing.assert_array_equal(dump.numpy("indices"), indices)
+    np.testing.assert_array_equal(dump.numpy("boards"), naive_boards(rows[indices]))
+    some = np.r_[0, 1, 1023, 1024, 2047, 2048, 4000, 4095]
+    keys = ["final_hidden", "layer_outputs", "head_logits", "attn_norm", "mlp_input"]
+    assert set(dump.tensors) == {*keys, "indices", "boards"}
+    expected = naive_dump(demo.state_dict, demo.config, naive_boards(rows[indices[some]]), keys)
+    for key in keys:
+        assert dump.tensors[key].shape[0] == 4096
+        assert_close(dump.tensors[key][some].double().numpy(), expected[key])
+    assert dump.metadata == dump.metadata | {
+        "checkpoint": "inits/hf/2048former-50m-v0.1",
+        "hidden_size": "64",
+        "num_layers": "4",
+        "head_type": "binned_ev",
+        "n_bins": "10",
+        "n_samples": "4096",
+        "seed": "42",
+        "dtype": "fp32",
+        "outputs": "attn_norm,final_hidden,head_logits,layer_outputs,mlp_input",
+    }
+
+
+def test_seed_benchmark_command(place, capsys):
+    assert main([*SEED_BENCHMARK, *CPU]) == 0
+    assert made_files(place) == []
+    assert "boards/s" in "".join(capsys.readouterr())
+
+
+def test_seed_gammas_command(place, demo_checkpoint):
+    assert main([*SEED_GAMMAS, *CPU]) == 0
+    dump = read_dump(place / "activations_with_rmsnorms.safetensors")
+    demo = load_demo(demo_checkpoint)
+    norms = [f"blocks.{layer}.{norm}" for layer in range(4) for norm in ("attn_norm", "mlp_norm")]
+    names = {f"rmsnorm_gammas/{name}" for name in [*norms, "final_ln"]}
+    assert set(dump.tensors) == {*names, "indices", "boards"}
+    for name in names:
+        weight = demo.state_dict[name.removeprefix("rmsnorm_gammas/") + ".weight"]
+        assert torch.equal(dump.tensors[name], weight.float())
+    assert dump.tensors["boards"].shape == (1, 16)
+
+
+def test_defaults(place, inputs):
+    assert main([*inputs, *CPU]) == 0
+    assert made_files(place) == ["activations.safetensors"]
+    dump = read_dump(place / "activations.safetensors")
+    assert set(dump.tensors) == {"final_hidden", "indices", "boards"}
+    assert dump.tensors["final_hidden"].shape == (1024, 16, 64)
+    assert dump.tensors["final_hidden"].dtype == torch.float32
+    np.testing.assert_array_equal(dump.numpy("indices"), numpy_indices(14138, 1024, 0))
+    assert dump.metadata["outputs"] == "final_hidden"
+    assert dump.metadata["seed"] == "0"
+
+
+def test_help_shows_every_flag_and_default(capsys):
+    assert main(["--help"]) == 0
+    shown = "".join(capsys.readouterr())
+    flags = "init dataset indices n-samples batch-size seed outputs output dtype no-write device"
+    added = "allow-cpu demo random-init version"
+    for flag in ["-o", *(f"--{name}" for name in f"{flags} {added}".split())]:
+        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", shown), flag
+    for default in ("1024", "final_hidden", "activations.safetensors", "fp32", "cuda"):
+        assert default in shown
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert version("dump-activations") in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("flag", ["-o", "--output"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
+def test_the_suffix_selects_the_format(flag, suffix, inputs, tmp_path):
+    path = tmp_path / f"out{suffix}"
+    assert main([*inputs, *CPU, "--n-samples", "3", flag, str(path)]) == 0
+    assert read_dump(path).tensors["final_hidden"].shape == (3, 16, 64)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_dtype(dtype, stored, inputs, tmp_path):
+    path = tmp_path / "out.pt"
+    assert main([*inputs, *CPU, "--n-samples", "3", "-o", str(path), "--dtype", dtype]) == 0
+    assert read_dump(path).tensors["final_hidden"].dtype == stored
+
+
+def test_json_summary(inputs, tmp_path, capsys):
+    path = tmp_path / "out.pt"
+    assert main([*inputs, *CPU, "--n-samples", "30", "-o", str(path), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert isinstance(summary, dict)
+    assert 30 in summary.values()
+
+
+def test_indices_file(inputs, demo_pool, tmp_path):
+    indices = np.array([[14137, 5], [5, 0]])
+    np.save(tmp_path / "indices.npy", indices)
+    path = tmp_path / "out.npz"
+    arguments = [*inputs, *CPU, "--n-samples", "3", "-o", str(path)]
+    assert main([*arguments, "--indices", str(tmp_path / "indices.npy")]) == 0
+    dump = read_dump(path)
+    np.testing.assert_array_equal(dump.numpy("indices"), [14137, 5, 5, 0])
+    rows = read_pool(demo_pool)
+    np.testing.assert_array_equal(dump.numpy("boards"), naive_boards(rows[[14137, 5, 5, 0]]))
+    assert dump.metadata["n_samples"] == "4"
+
+
+def test_outputs_may_have_blanks_between_them(inputs, tmp_path):
+    path = tmp_path / "out.pt"
+    outputs = " pooled, head_logits "
+    assert main([*inputs, *CPU, "--n-samples", "3", "-o", str(path), "--outputs", outputs]) == 0
+    assert set(read_dump(path).tensors) == {"pooled", "head_logits", "indices", "boards"}
+
+
+def test_more_samples_than_rows_warn(inputs, tmp_path, capsys):
+    path = tmp_path / "out.npz"
+    arguments = [*inputs, *CPU, "--outputs", "pooled", "-o", str(path)]
+    assert main([*arguments, "--n-samples", "14139"]) == 0
+    assert "replacement" in capsys.readouterr().err
+    expected = np.random.default_rng(0).integers(0, 14138, size=14139, dtype=np.int64)
+    np.testing.assert_array_equal(read_dump(path).numpy("indices"), expected)
+    assert main([*arguments, "--n-samples", "14138"]) == 0
+    assert "replacement" not in capsys.readouterr().err
+
+
+def test_random_init(demo_pool, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_json(BASE)))
+    path = tmp_path / "out.npz"
+    arguments = ["--init", str(tmp_path), "--dataset", str(demo_pool), *CPU, "-o", str(path)]
+    assert main([*arguments, "--n-samples", "3", "--random-init"]) == 0
+    assert np.isfinite(read_dump(path).numpy("final_hidden")).all()
+
+
+@contextmanager
+def file_size_limit(limit):
+    """Let no file grow past `limit` bytes: a large dump then ends before its forward."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+# One board's layer_outputs take 4 x 16 x 64 values: 16 KiB in fp32.
+@pytest.mark.parametrize(
+    ("flags", "warns"),
+    [
+        ("--n-samples 524288 --outputs layer_outputs", True),
+        ("--n-samples 524287 --outputs layer_outputs", False),
+        ("--n-samples 1048576 --outputs layer_outputs,pooled --dtype fp16", True),
+        ("--n-samples 1048575 --outputs layer_outputs --dtype fp16", False),
+        ("--n-samples 524288 --outputs final_hidden", False),
+    ],
+)
+def test_warning_of_eight_gib(flags, warns, inputs, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with file_size_limit(2**20):
+        assert main([*inputs, *CPU, *flags.split(), "-o", str(out / "a.pt")]) == 1
+    printed = capsys.readouterr().err
+    assert bool(re.search(r"layer_outputs.*GiB", printed)) == warns, printed
+    assert list(out.iterdir()) == []
+
+
+def run_module(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "dump_activations", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_demo_in_a_pipe(tmp_path):
+    """The README's command. Without a CUDA device the demo runs on the CPU."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = run_module("--demo", "-o", "activations.safetensors", cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert made_files(tmp_path) == ["activations.safetensors"]
+    printed = result.stdout + result.stderr
+    assert "boards/s" in printed
+    assert "\x1b" not in printed
+    assert "\r" not in printed
+    dump = read_dump(tmp_path / "activations.safetensors")
+    assert dump.tensors["final_hidden"].shape == (1024, 16, 64)
+
+
+def run_on_terminal(arguments, cwd):
+    """Run the command on a terminal of its own, and return its exit code and what it showed."""
+    primary, secondary = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dump_activations", *arguments],
+        stdin=secondary,
+        stdout=secondary,
+        stderr=secondary,
+        cwd=cwd,
+        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"},
+    )
+    os.close(secondary)
+    shown = bytearray()
+    while select.select([primary], [], [], 120)[0]:
+        try:
+            chunk = os.read(primary, 65536)
+        except OSError:  # how Linux reports that the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(primary)
+    return process.wait(timeout=60), shown.decode()
+
+
+def test_progress_on_a_terminal(tmp_path):
+    code, shown = run_on_terminal(
+        ["--demo", "--allow-cpu", "--device", "cpu", "--batch-size", "16", "--no-write"], tmp_path
+    )
+    assert code == 0, shown
+    assert "\x1b[" in shown
+    assert "boards/s" in shown
+    assert "100%" in shown or "1024/1024" in shown or "1,024/1,024" in shown
+
+
+PROBE = """
+import contextlib, io, sys
+from dump_activations.commands.dump import main
+heavy = {"torch", "numpy"}
+assert not heavy & set(sys.modules), "import"
+for arguments in ARGUMENTS:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        code = main(arguments)
+    assert code == EXPECTED, (arguments, code)
+    assert not heavy & set(sys.modules), arguments
+"""
+WRONG_CALLS = [
+    [],
+    ["--no-such-flag"],
+    ["--init", "x"],
+    ["--dataset", "x"],
+    ["--n-samples", "many"],
+    *[
+        ["--init", "x", "--dataset", "y", *wrong]
+        for wrong in (
+            ["--n-samples", "0"],
+            ["--n-samples", "-1"],
+            ["--batch-size", "0"],
+            ["--seed", "-1"],
+            ["--outputs", "nonsense"],
+            ["--outputs", "attn_weights"],
+            ["--outputs", ""],
+            ["--dtype", "fp8"],
+            ["-o", "a.h5"],
+            ["-o", "a"],
+            ["-o", "a.npz", "--dtype", "bf16"],
+            ["--device", "cpu"],
+            ["--device", "mps"],
+            ["stray"],
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [([["--help"]], 0), ([["--version"]], 0), (WRONG_CALLS, 2)],
+    ids=["help", "version", "wrong-calls"],
+)
+def test_neither_torch_nor_numpy_is_imported(arguments, code, tmp_path):
+    script = PROBE.replace("ARGUMENTS", repr(arguments)).replace("EXPECTED", str(code))
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_imports_neither_torch_nor_numpy():
+    script = (
+        "import sys, dump_activations\n"
+        "names = {'StepsDataset', 'dump', 'load_encoder', 'stream'}\n"
+        "assert names <= set(dump_activations.__all__)\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_installed_command_is_the_module():
+    from importlib.metadata import entry_points
+
+    (command,) = entry_points(group="console_scripts", name="dump-activations")
+    assert command.load() is run

@@ -1,0 +1,218 @@
+"""Dumps on a GPU against the naive forward on the CPU."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dump_activations import dump, load_encoder, stream
+from dump_activations.commands.dump import main
+from reference.checkpoints import VARIANTS, load_demo
+from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
+from reference.model import PER_BOARD_KEYS, assert_close, naive_dump
+from reference.pools import ROW_DTYPES, make_pool, naive_boards, numpy_indices, read_pool
+
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("disk_takes_no_time")]
+
+SAMPLES, BATCH, SEED = 301, 32, 11  # ten batches: more than any ring has slots; a short last one
+ARCHITECTURES = [
+    "mha",
+    "gqa-4-2",
+    "gqa-6-3",
+    "gqa-4-1",
+    "sinks-mha",
+    "sinks-gqa-6-2",
+    "qk-norm",
+    "qk-norm-sinks-policy",
+    "policy",
+    "one-layer",
+    "large-eps",
+    "bf16",
+    "fp16",
+    "bundle-new",
+]
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pools")
+    return {
+        layout: make_pool(root / layout, layout, n=977, shards=3 if "packed" in layout else 1)
+        for layout in ROW_DTYPES
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: VARIANTS[name](root / name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints):
+    return load_encoder(checkpoints["sinks-gqa-6-2"].init, device="cuda")
+
+
+run = partial(dump, n_samples=SAMPLES, batch_size=BATCH, seed=SEED, device="cuda")
+KEYS_WITH_WEIGHTS = [*PER_BOARD_KEYS, "rmsnorm_gammas", "attn_sinks"]
+
+
+def assert_equals_reference(path, checkpoint, pool, keys):
+    result = read_dump(path)
+    indices = numpy_indices(len(pool.rows), SAMPLES, SEED)
+    boards = pool.boards[indices]
+    expected = naive_dump(checkpoint.state_dict, checkpoint.config, boards, keys)
+    assert set(result.tensors) == {*expected, "indices", "boards"}
+    np.testing.assert_array_equal(result.numpy("indices"), indices)
+    np.testing.assert_array_equal(result.numpy("boards"), boards)
+    for key, array in expected.items():
+        assert result.tensors[key].dtype == torch.float32
+        assert_close(result.numpy(key), array)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("variant", ARCHITECTURES)
+def test_every_architecture(variant, suffix, checkpoints, pools, tmp_path):
+    checkpoint, pool = checkpoints[variant], pools["packed_46"]
+    keys = KEYS_WITH_WEIGHTS if checkpoint.config.sinks else KEYS_WITH_WEIGHTS[:-1]
+    path = tmp_path / f"a{suffix}"
+    run(checkpoint.init, pool.path, path, outputs=keys)
+    assert_equals_reference(path, checkpoint, pool, keys)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("layout", ROW_DTYPES)
+def test_every_row_layout(layout, suffix, checkpoints, pools, tmp_path):
+    checkpoint, pool = checkpoints["gqa-4-2"], pools[layout]
+    path = tmp_path / f"a{suffix}"
+    run(checkpoint.init, pool.path, path, outputs=PER_BOARD_KEYS)
+    assert_equals_reference(path, checkpoint, pool, PER_BOARD_KEYS)
+
+
+@pytest.mark.parametrize("key", KEYS_WITH_WEIGHTS)
+def test_each_key_alone(key, checkpoints, pools, tmp_path):
+    checkpoint, pool = checkpoints["sinks-gqa-6-2"], pools["aligned_48"]
+    path = tmp_path / "a.safetensors"
+    run(checkpoint.init, pool.path, path, outputs=[key])
+    assert_equals_reference(path, checkpoint, pool, [key])
+
+
+@pytest.mark.parametrize("batch_size", [1, 300, 301, 302, 4096])
+def test_batch_size_changes_nothing(batch_size, checkpoints, pools, tmp_path):
+    checkpoint, pool = checkpoints["sinks-gqa-6-2"], pools["packed_46"]
+    path = tmp_path / "a.pt"
+    run(checkpoint.init, pool.path, path, outputs=PER_BOARD_KEYS, batch_size=batch_size)
+    assert_equals_reference(path, checkpoint, pool, PER_BOARD_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suffix"),
+    [*[("fp16", suffix) for suffix in FORMATS], ("bf16", ".safetensors"), ("bf16", ".pt")],
+)
+def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, pools, tmp_path):
+    pool = pools["packed_46"]
+    wide, narrow = tmp_path / f"wide{suffix}", tmp_path / f"narrow{suffix}"
+    run(model, pool.path, wide, outputs=KEYS_WITH_WEIGHTS)
+    run(model, pool.path, narrow, outputs=KEYS_WITH_WEIGHTS, dtype=dtype)
+    wide, narrow = read_dump(wide), read_dump(narrow)
+    for key, tensor in wide.tensors.items():
+        stored = tensor.to(TORCH_DTYPES[dtype]) if tensor.is_floating_point() else tensor
+        assert torch.equal(narrow.tensors[key], stored), key
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"precision": "tf32"}, 1e-2),
+        ({"precision": "bf16"}, 5e-2),
+        ({"compile": True}, 1e-5),
+        ({"compile": True, "precision": "bf16"}, 5e-2),
+    ],
+)
+def test_faster_arithmetic_is_near_fp32(options, tolerance, checkpoints, pools, tmp_path):
+    checkpoint, pool = checkpoints["gqa-4-2"], pools["packed_46"]
+    path = tmp_path / "a.safetensors"
+    run(checkpoint.init, pool.path, path, outputs=PER_BOARD_KEYS, **options)
+    boards = pool.boards[numpy_indices(len(pool.rows), SAMPLES, SEED)]
+    result = read_dump(path)
+    for key, array in naive_dump(checkpoint.state_dict, checkpoint.config, boards).items():
+        assert_close(result.numpy(key), array, tolerance=tolerance)
+
+
+def test_stream_yields_what_dump_writes(model, pools, tmp_path):
+    pool = pools["packed_46"]
+    run(model, pool.path, tmp_path / "a.safetensors", outputs=PER_BOARD_KEYS)
+    written = read_dump(tmp_path / "a.safetensors")
+    seen = {key: [] for key in [*PER_BOARD_KEYS, "indices", "boards"]}
+    options = {"n_samples": SAMPLES, "batch_size": BATCH, "seed": SEED, "device": "cuda"}
+    for batch in stream(model, pool.path, outputs=PER_BOARD_KEYS, **options):
+        for key in PER_BOARD_KEYS:
+            seen[key].append(torch.as_tensor(batch[key]).clone().cpu())
+        seen["indices"].append(torch.as_tensor(batch.indices).clone())
+        seen["boards"].append(torch.as_tensor(batch.boards).clone().cpu())
+    for key, parts in seen.items():
+        assert torch.equal(torch.cat(parts), written.tensors[key]), key
+
+
+def test_stream_closed_early(model, pools):
+    for _ in range(5):
+        batches = stream(
+            model, pools["packed_46"].path, outputs=["layer_outputs"], n_samples=900, batch_size=8
+        )
+        next(batches)
+        next(batches)
+        batches.close()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_without_write_nothing_is_written(model, pools, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(model, pools["packed_46"].path, tmp_path / "a.npz", outputs=PER_BOARD_KEYS, write=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_batches(checkpoints, pools, tmp_path):
+    checkpoint, pool = checkpoints["gqa-4-2"], pools["packed_46"]
+    indices = np.random.default_rng(0).integers(0, 977, size=20_003)
+    path = tmp_path / "a.safetensors"
+    keys = ["final_hidden", "layer_outputs", "head_probs"]
+    dump(checkpoint.init, pool.path, path, outputs=keys, indices=indices, batch_size=64)
+    result = read_dump(path)
+    np.testing.assert_array_equal(result.numpy("indices"), indices)
+    np.testing.assert_array_equal(result.numpy("boards"), pool.boards[indices])
+    expected = naive_dump(checkpoint.state_dict, checkpoint.config, pool.boards, keys)
+    for key in keys:
+        assert_close(result.numpy(key), expected[key][indices])
+
+
+def test_exponent_outside_the_vocabulary_is_no_device_assert(model, pools, tmp_path, capsys):
+    boards = make_pool(tmp_path / "bad", "selfplay_v1", n=50).rows.copy()
+    boards["exps"][44, 3] = 200
+    np.save(tmp_path / "bad" / "steps.npy", boards)
+    with pytest.raises(ValueError, match="200"):
+        dump(
+            model,
+            tmp_path / "bad",
+            tmp_path / "a.pt",
+            outputs=["pooled"],
+            indices=np.arange(50),
+            batch_size=8,
+        )
+    assert not list(tmp_path.glob("a.pt*"))
+    assert torch.zeros(3, device="cuda").sum().item() == 0  # the device still works
+
+
+def test_seed_command_on_cuda(demo_checkpoint, demo_pool, tmp_path):
+    path = tmp_path / "activations.safetensors"
+    keys = ["final_hidden", "layer_outputs", "head_logits", "attn_norm", "mlp_input"]
+    arguments = ["--init", str(demo_checkpoint), "--dataset", str(demo_pool), "--seed", "42"]
+    arguments += ["--n-samples", "4096", "--outputs", ",".join(keys), "-o", str(path)]
+    assert main([*arguments, "--device", "cuda"]) == 0
+    demo, rows = load_demo(demo_checkpoint), read_pool(demo_pool)
+    indices = numpy_indices(len(rows), 4096, 42)
+    result = read_dump(path)
+    np.testing.assert_array_equal(result.numpy("indices"), indices)
+    expected = naive_dump(demo.state_dict, demo.config, naive_boards(rows[indices]), keys)
+    for key in keys:
+        assert_close(result.numpy(key), expected[key])

@@ -1,0 +1,94 @@
+"""Signals held back inside a context."""
+
+import signal
+import threading
+
+import pytest
+
+from dump_activations.pipeline.interrupts import HeldInterrupts
+
+
+@pytest.fixture
+def received():
+    """Install a handler of SIGTERM that only notes; return its notes."""
+    notes = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: notes.append(number))
+    yield notes
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interruption_waits_for_a_check():
+    with HeldInterrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+        interrupts.check()  # once is enough
+
+
+def test_an_interruption_waits_for_the_end():
+    done = []
+
+    def work():
+        with HeldInterrupts():
+            signal.raise_signal(signal.SIGINT)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_stands_before_an_interruption():
+    def work():
+        with HeldInterrupts():
+            signal.raise_signal(signal.SIGINT)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_is_not_held():
+    with HeldInterrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()  # the first one
+
+
+def test_the_handler_of_a_signal_gets_it(received):
+    with HeldInterrupts():
+        signal.raise_signal(signal.SIGTERM)
+        assert received == []
+    assert received == [signal.SIGTERM]
+
+
+def test_contexts_may_be_nested(received):
+    with HeldInterrupts():
+        with HeldInterrupts():
+            signal.raise_signal(signal.SIGTERM)
+        assert received == []
+    assert received == [signal.SIGTERM]
+
+
+def test_signals_without_a_handler_are_left_alone():
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with HeldInterrupts():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_other_threads_hold_nothing():
+    handlers = []
+
+    def work():
+        with HeldInterrupts() as interrupts:
+            handlers.append(signal.getsignal(signal.SIGINT))
+            interrupts.check()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.default_int_handler]

@@ -1,0 +1,153 @@
+"""The drawn step indices against NumPy's own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alarm import interrupted_soon
+from dump_activations._rust import sample_with_replacement, sample_without_replacement
+from dump_activations.errors import PoolError, InvalidArgumentError
+from dump_activations.pool.dataset import StepsDataset, _seed_words
+
+DRAWS = Path(__file__).parent / "data" / "draws"
+
+seeds = st.one_of(st.integers(0, 2**32), st.integers(0, 2**200))
+
+
+def draw(rows, n, seed, *, replace=False):
+    """Draw as StepsDataset does, from a pool that need not exist."""
+    out = np.full(n, -1, np.int64)
+    sample = sample_with_replacement if replace else sample_without_replacement
+    sample(rows, _seed_words(seed), out)
+    return out
+
+
+def numpy_draw(rows, n, seed, *, replace=False):
+    rng = np.random.default_rng(seed)
+    if replace:
+        return rng.integers(0, rows, size=n, dtype=np.int64)
+    return rng.choice(rows, size=n, replace=False)
+
+
+@st.composite
+def draws_from_small_pools(draw):
+    """Any n, and n around the fiftieth of the pool at which NumPy changes its method."""
+    rows = draw(st.one_of(st.integers(1, 300), st.integers(9_900, 10_100), st.integers(1, 200_000)))
+    edge = min(max(rows // 50 + draw(st.integers(-2, 2)), 1), rows)
+    return rows, draw(st.one_of(st.just(edge), st.just(rows), st.integers(1, rows)))
+
+
+@st.composite
+def draws_from_large_pools(draw):
+    rows = draw(
+        st.one_of(
+            st.integers(200_000, 10**10),
+            st.integers(10**10, 10**12),
+            st.integers(2**32 - 200, 2**32 + 3000),
+            st.integers(2**62, 2**63 - 1),
+        )
+    )
+    return rows, draw(st.integers(1, 3000))
+
+
+@given(draws_from_small_pools(), seeds)
+@settings(deadline=None)
+def test_small_pools(sizes, seed):
+    np.testing.assert_array_equal(draw(*sizes, seed), numpy_draw(*sizes, seed))
+
+
+@given(draws_from_large_pools(), seeds)
+@settings(deadline=None)
+def test_large_pools(sizes, seed):
+    np.testing.assert_array_equal(draw(*sizes, seed), numpy_draw(*sizes, seed))
+
+
+@given(st.integers(1, 2**63 - 1) | st.integers(2**32 - 2, 2**32 + 2), st.integers(1, 500), seeds)
+@settings(deadline=None)
+def test_with_replacement(rows, n, seed):
+    expected = numpy_draw(rows, n, seed, replace=True)
+    np.testing.assert_array_equal(draw(rows, n, seed, replace=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n"),
+    [
+        (2_000_000, 40_000),  # the largest Floyd draw of this pool
+        (2_000_000, 40_001),  # the smallest tail shuffle
+        (2_000_000, 1_999_999),
+        (2_000_000, 2_000_000),
+        (2**32 + 50_000, 100_000),  # from below 2^32 to above in mid-draw
+        (10**10, 300_000),
+    ],
+)
+def test_draws_as_long_as_real_ones(rows, n):
+    np.testing.assert_array_equal(draw(rows, n, 5), numpy_draw(rows, n, 5))
+
+
+def committed_draws(name):
+    for line in (DRAWS / name).read_text().splitlines()[1:]:
+        call, values = line.split(": ")
+        kind, seed, rows, n = call.split()
+        drawn = draw(int(rows), int(n), int(seed, 16), replace=kind == "with")
+        yield call, drawn, [int(value) for value in values.split()]
+
+
+def test_committed_draws():
+    for call, drawn, expected in committed_draws("vectors.txt"):
+        assert drawn.tolist() == expected, call
+
+
+def test_digests_of_long_committed_draws():
+    for call, drawn, expected in committed_draws("digests.txt"):
+        places = np.arange(1, len(drawn) + 1, dtype=np.uint64)
+        assert [int((places * drawn.astype(np.uint64)).sum())] == expected, call
+
+
+def test_indices_of_a_pool(demo_pool):
+    ds = StepsDataset(demo_pool)
+    indices = ds.sample_indices(4096, seed=42)
+    assert indices.dtype == np.int64
+    np.testing.assert_array_equal(indices, numpy_draw(len(ds), 4096, 42))
+    np.testing.assert_array_equal(ds.sample_indices(7), numpy_draw(len(ds), 7, 0))
+    np.testing.assert_array_equal(
+        ds.sample_indices(np.int32(7), seed=np.uint64(2**64 - 1)), numpy_draw(len(ds), 7, 2**64 - 1)
+    )
+
+
+def test_more_samples_than_rows_are_drawn_with_replacement(demo_pool):
+    ds = StepsDataset(demo_pool)
+    n = len(ds) + 1
+    with pytest.warns(UserWarning, match=rf"{n} samples .* {len(ds)} rows: drawing with repl"):
+        indices = ds.sample_indices(n, seed=3)
+    np.testing.assert_array_equal(indices, numpy_draw(len(ds), n, 3, replace=True))
+    assert len(ds.sample_indices(len(ds))) == len(ds)  # no warning, which would be an error
+
+
+@pytest.mark.parametrize(("n", "seed"), [(0, 0), (-5, 0), (5, -1)])
+def test_impossible_draws(n, seed, demo_pool):
+    with pytest.raises(InvalidArgumentError, match=f"is {min(n, seed)}"):
+        StepsDataset(demo_pool).sample_indices(n, seed=seed)
+
+
+@pytest.mark.parametrize(("n", "seed"), [(1.0, 0), (5, 0.5), ("5", 0)])
+def test_counts_and_seeds_are_integers(n, seed, demo_pool):
+    with pytest.raises(TypeError):
+        StepsDataset(demo_pool).sample_indices(n, seed=seed)
+
+
+def test_a_pool_without_rows(tmp_path):
+    np.save(tmp_path / "steps.npy", np.zeros(0, [("board", "<u8")]))
+    with pytest.raises(PoolError, match="no rows"):
+        StepsDataset(tmp_path).sample_indices(1)
+
+
+@pytest.mark.parametrize(("rows", "replace"), [(10**9, True), (10**9, False), (10**12, False)])
+def test_a_signal_interrupts_a_draw(rows, replace):
+    out = np.full(20_000_001, -1, np.int64)
+    sample = sample_with_replacement if replace else sample_without_replacement
+    with interrupted_soon():
+        sample(rows, [0], out)
+    assert (out == -1).any()

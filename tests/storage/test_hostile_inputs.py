@@ -1,0 +1,81 @@
+"""Named pipes and devices where files belong, and paths that a shell would run."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from dump_activations.commands.dump import main
+from dump_activations.commands import inspect as inspect_cli
+from reference.pools import make_pool
+
+CPU = ["--allow-cpu", "--device", "cpu"]
+DEADLINE = 60
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """Fail what waits for the other end of a pipe, which would be for ever."""
+
+    def hangs(*_):
+        pytest.fail("it hangs")
+
+    previous = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(DEADLINE)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, demo_checkpoint):
+    for name in ("pool", "untrained"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint").symlink_to(demo_checkpoint)
+    make_pool(tmp_path / "boards", "packed_46")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SPECIAL_FILES = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+PLACES = {
+    "indices": ("indices.npy", ["--demo", "--indices", "indices.npy"]),
+    "shard": ("pool/steps-00000.npy", ["--dataset", "pool", "--init", "checkpoint"]),
+    "config": ("untrained/config.json", ["--init", "untrained", "--dataset", "boards"]),
+    "bundle": ("bundle.pt", ["--init", "bundle.pt", "--dataset", "boards"]),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL_FILES)
+@pytest.mark.parametrize("case", PLACES)
+def test_what_is_no_file_is_refused(case, kind, place, capsys):
+    name, arguments = PLACES[case]
+    SPECIAL_FILES[kind](place / name)
+    assert main([*arguments, *CPU]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line
+    assert "not a regular file" in line or "not an ordinary file" in line
+
+
+@pytest.mark.parametrize("kind", SPECIAL_FILES)
+def test_inspection_of_what_is_no_file(kind, place, capsys):
+    SPECIAL_FILES[kind](place / "a.safetensors")
+    assert inspect_cli.main(["a.safetensors"]) == 1
+    assert capsys.readouterr().err == "error: a.safetensors: not an ordinary file\n"
+
+
+def test_paths_are_only_ever_paths(place, demo_checkpoint):
+    name = "$(touch canary);`touch canary` && touch canary|--x 'y\"\\"
+    (place / name).mkdir()
+    (place / name / "model").symlink_to(demo_checkpoint)
+    make_pool(place / name / "pool", "packed_46")
+    np.save(place / name / "indices.npy", np.arange(5))
+    files = {"--init": "model", "--dataset": "pool", "--indices": "indices.npy", "-o": "a.pt"}
+    arguments = [word for flag, file in files.items() for word in (flag, f"{name}/{file}")]
+    assert main([*arguments, *CPU]) == 0
+    assert inspect_cli.main(["--verify", f"{name}/a.pt"]) == 0
+    assert not list(place.rglob("canary"))

@@ -1,0 +1,332 @@
+"""The life of an output file: built beside its target, refused, committed or left; its writers."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dump_activations import _rust
+from dump_activations.chunks import Part
+from dump_activations.errors import InvalidArgumentError, OutputError
+from dump_activations.storage.writing import writers as writers_module
+from dump_activations.storage.writing.output_file import OutputFile
+from dump_activations.storage.writing.partial import check_output
+from dump_activations.storage.writing.writers import WriterPool
+from output_support import (
+    SUFFIXES,
+    make_dump,
+    no_new_descriptors,
+    open_file,
+    small_dump,
+    write_batches,
+    write_dump,
+    write_whole_tensors,
+)
+
+
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_target_appears_with_the_commit_and_nothing_is_left_beside_it(tmp_path, suffix):
+    dump = small_dump()
+    target = tmp_path / f"x{suffix}"
+    target.write_text("old")
+    with no_new_descriptors(), open_file(target, dump) as file:
+        write_whole_tensors(file, dump)
+        write_batches(file, dump, dump.first_rows)
+        assert target.read_text() == "old"
+        digests = file.commit()
+        assert target.stat().st_size == file.size
+    assert digests.keys() == dump.data.keys()
+    assert names_in(tmp_path) == {target.name}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_unfinished_file_cannot_be_taken_for_a_finished_one(tmp_path, suffix):
+    from dump_activations.storage.reading.inspection import inspect
+
+    dump = small_dump()
+    target = tmp_path / f"x{suffix}"
+    with open_file(target, dump) as file:
+        write_whole_tensors(file, dump)
+        write_batches(file, dump, dump.first_rows)
+        renamed = file.partial.rename(tmp_path / f"stolen{suffix}")
+        with pytest.raises(OutputError):
+            inspect(renamed)
+        renamed.rename(file.partial)
+
+
+def test_leaving_without_a_batch_leaves_nothing(tmp_path):
+    dump = small_dump()
+    with no_new_descriptors(), open_file(tmp_path / "x.pt", dump) as file:
+        write_whole_tensors(file, dump)
+    assert names_in(tmp_path) == set()
+
+
+def test_discard_removes_all_and_keeps_the_target(tmp_path):
+    dump = small_dump()
+    target = tmp_path / "x.npz"
+    target.write_text("old")
+    with no_new_descriptors(), open_file(target, dump) as file:
+        write_batches(file, dump, dump.first_rows[:2])
+        file.discard()
+    assert names_in(tmp_path) == {"x.npz"}
+    assert target.read_text() == "old"
+
+
+def test_a_second_dump_to_one_target_is_refused(tmp_path):
+    dump = small_dump()
+    target = tmp_path / "x.safetensors"
+    with open_file(target, dump) as file:
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with (
+                no_new_descriptors(),
+                pytest.raises(OutputError, match=r"another dump to .*x\.safetensors is running"),
+            ):
+                open_file(target, dump, **options)
+        write_whole_tensors(file, dump)
+        write_batches(file, dump, dump.first_rows)
+        file.commit()
+    write_dump(target, dump)  # and is free again
+
+
+def test_an_incomplete_file_is_not_committed(tmp_path):
+    dump = small_dump()
+    with open_file(tmp_path / "x.pt", dump) as file:
+        write_whole_tensors(file, dump)
+        write_batches(file, dump, dump.first_rows[:-1])
+        with pytest.raises(AssertionError, match="not complete"):
+            file.commit()
+
+
+def test_a_target_that_is_a_link_is_written_through_it(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    real = tmp_path / "elsewhere" / "real.npz"
+    link = tmp_path / "x.npz"
+    link.symlink_to(real)
+    write_dump(link, small_dump())
+    assert link.is_symlink()
+    assert real.is_file()
+
+
+def test_a_link_planted_where_the_partial_file_goes_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "x.pt.partial").symlink_to(victim)
+    with no_new_descriptors(), pytest.raises(OutputError, match=r"x\.pt\.partial"):
+        open_file(tmp_path / "x.pt", small_dump(), overwrite=True)
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "is a directory"),
+        (os.mkfifo, "is not an ordinary file"),
+    ],
+)
+def test_a_target_that_is_something_else_is_refused(tmp_path, make, reason):
+    path = tmp_path / "x.pt"
+    make(path)
+    with no_new_descriptors(), pytest.raises(OutputError, match=rf"x\.pt {reason}"):
+        open_file(path, small_dump())
+    assert names_in(tmp_path) == {"x.pt"}
+
+
+def test_a_directory_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(OutputError, match="nowhere is no directory"):
+        open_file(tmp_path / "nowhere" / "x.pt", small_dump())
+    with pytest.raises(OutputError, match="nowhere is no directory"):
+        check_output(tmp_path / "nowhere" / "x.pt", ["float32"])
+
+
+@pytest.mark.parametrize("length", [255, 247, 239, 236])
+def test_a_name_too_long_is_refused(tmp_path, length):
+    """Too long it is already with what is added to it for the partial file and its journal."""
+    name = "x" * (length - 3) + ".pt"
+    with no_new_descriptors(), pytest.raises(OutputError, match=r"x\.pt has too long a name"):
+        open_file(tmp_path / name, small_dump())
+    assert names_in(tmp_path) == set()
+
+
+def test_an_error_is_one_line_with_the_systems_reason(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_rust, "reserve", refuse)
+    with no_new_descriptors(), pytest.raises(OutputError) as caught:
+        open_file(tmp_path / "x.pt", small_dump())
+    assert str(caught.value).endswith("x.pt: No space left on device")
+    assert caught.value.errno == errno.ENOSPC
+    assert isinstance(caught.value, OSError)
+    assert names_in(tmp_path) == set()
+
+
+def test_the_page_cache_makes_no_difference_to_the_bytes(tmp_path, monkeypatch):
+    dump = make_dump(
+        {"hidden": ("float16", (50, 33, 1000)), "boards": ("uint8", (50, 16))},
+        batched=["hidden", "boards"],
+        batch_rows=7,
+    )
+    one = write_dump(tmp_path / "one.safetensors", dump)
+    monkeypatch.setattr(_rust, "supports_direct", lambda _fd: False)
+    other = write_dump(tmp_path / "other.safetensors", dump)
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_writing_needs_no_torch(tmp_path):
+    script = f"""
+import sys
+from pathlib import Path
+from output_support import small_dump, write_dump
+for suffix in (".safetensors", ".pt", ".npz"):
+    write_dump(Path({str(tmp_path)!r}) / f"x{{suffix}}", small_dump())
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent)
+
+
+class InjectedError(Exception):
+    pass
+
+
+def fail() -> None:
+    raise InjectedError
+
+
+class Slots:
+    """Counts how often each batch's memory was given back."""
+
+    def __init__(self) -> None:
+        self.given_back: dict[int, int] = {}
+
+    def submit(self, writers: WriterPool, dump, first_row: int, **options) -> None:
+        self.given_back[first_row] = 0
+
+        def done() -> None:
+            self.given_back[first_row] += 1
+
+        writers.submit(first_row, dump.batch(first_row), done=done, **options)
+
+
+@pytest.mark.parametrize("least", [1, 1 << 20])
+def test_each_part_is_read_after_its_wait(tmp_path, monkeypatch, least):
+    monkeypatch.setattr(writers_module, "MIN_PART_NBYTES", least)
+    dump = small_dump()
+    waits = []
+    with open_file(tmp_path / "x.npz", dump) as file:
+        write_whole_tensors(file, dump)
+        with WriterPool(file, threads=4) as writers:
+            for first_row in dump.first_rows:
+                slices = dump.batch(first_row)
+                memory = {name: np.zeros_like(data) for name, data in slices.items()}
+                rows = len(slices["boards"]) // 16
+
+                def fill(start, stop, rows=rows, memory=memory, slices=slices) -> None:
+                    waits.append((start, stop))
+                    for name, data in slices.items():
+                        row = len(data) // rows
+                        memory[name][start * row : stop * row] = data[start * row : stop * row]
+
+                parts = [
+                    Part(start, min(start + 3, rows), partial(fill, start, min(start + 3, rows)))
+                    for start in range(0, rows, 3)
+                ]
+
+                def wipe(memory=memory) -> None:
+                    for data in memory.values():
+                        data[:] = 255
+
+                writers.submit(first_row, memory, parts=parts, done=wipe)
+        assert writers.busy_seconds > 0
+        file.commit()
+    assert set(waits) == {(0, 3), (3, 4)}
+    other = write_dump(tmp_path / "other.npz", dump)
+    assert (tmp_path / "x.npz").read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("where", ["write", "wait", "done"])
+def test_the_first_error_surfaces_as_itself_with_all_memory_given_back(
+    tmp_path, monkeypatch, where
+):
+    dump = small_dump(rows=400)
+    target = tmp_path / "x.safetensors"
+    target.write_text("old")
+    slots = Slots()
+    writes = 0
+    write_span = _rust.write_span
+
+    def failing_write(*arguments):
+        nonlocal writes
+        writes += 1
+        if where == "write" and writes > 20:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return write_span(*arguments)
+
+    monkeypatch.setattr(_rust, "write_span", failing_write)
+    threads_before = threading.active_count()
+
+    def write_all(file: OutputFile) -> None:
+        with WriterPool(file, threads=3) as writers:
+            for first_row in dump.first_rows:
+                fails = where == "wait" and first_row == 40
+                options = {"parts": [Part(0, 4, fail)]} if fails else {}
+                slots.submit(writers, dump, first_row, **options)
+                if where == "done" and first_row == 40:
+                    writers.submit(first_row + 4, dump.batch(first_row + 4), done=fail)
+                    break
+
+    with no_new_descriptors(), open_file(target, dump) as file:
+        with pytest.raises(OutputError if where == "write" else InjectedError) as caught:
+            write_all(file)
+        if where == "write":
+            assert caught.value.errno == errno.EIO
+            assert str(caught.value) == f"cannot write {file.partial}: Input/output error"
+    assert set(slots.given_back.values()) == {1}
+    assert threading.active_count() == threads_before
+    assert target.read_text() == "old"
+
+
+def test_an_error_of_the_caller_is_not_covered_up(tmp_path):
+    dump = small_dump()
+    slots = Slots()
+
+    def write_and_fail(file: OutputFile) -> None:
+        with WriterPool(file, threads=2) as writers:
+            slots.submit(writers, dump, 0, parts=[Part(0, 4, fail)])
+            raise KeyError("the caller's own")
+
+    with open_file(tmp_path / "x.pt", dump) as file, pytest.raises(KeyError):
+        write_and_fail(file)
+    assert slots.given_back == {0: 1}
+
+
+def test_writing_holds_nothing_that_grows(tmp_path):
+    """10^4 batches: no descriptor, thread or note is left over from the ones before."""
+    dump = small_dump(rows=10_000, batch_rows=1)
+    with open_file(tmp_path / "x.safetensors", dump) as file:
+        write_whole_tensors(file, dump)
+        with WriterPool(file, threads=2) as writers:
+            first_is_done = threading.Event()
+            writers.submit(0, dump.batch(0), done=first_is_done.set)
+            first_is_done.wait()
+            descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208
+            for first_row in dump.first_rows[1:]:
+                writers.submit(first_row, dump.batch(first_row), done=lambda: None)
+            assert threading.active_count() == threads
+            assert len(os.listdir("/proc/self/fd")) <= descriptors + 2  # noqa: PTH208 - the journal
+        assert all(not running._waiting for running in file._digests.values())
+        file.commit()
+
+
+def test_unknown_dtype_is_refused_before_any_file(tmp_path):
+    with pytest.raises(InvalidArgumentError, match="bfloat16"):
+        check_output(tmp_path / "x.npz", ["bfloat16"])

@@ -1,0 +1,219 @@
+"""Files of every format, opened by their ordinary readers and tools."""
+
+import json
+import shutil
+import subprocess
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from dump_activations.errors import InvalidArgumentError
+from dump_activations.storage.digests import Digest, integrity_text, parse_integrity
+from dump_activations.storage.formats.layout import ITEM_NBYTES, TensorSpec
+from dump_activations.storage.formats.registry import FORMATS, format_of
+from output_support import SUFFIXES, Dump, dumps, make_dump, small_dump, write_dump
+
+NUMPY_DTYPES = [dtype for dtype in ITEM_NBYTES if dtype != "bfloat16"]
+SUFFIX_AND_DUMP = st.sampled_from(SUFFIXES).flatmap(
+    lambda suffix: st.tuples(st.just(suffix), dumps(NUMPY_DTYPES) if suffix == ".npz" else dumps())
+)
+
+
+def as_torch(dump: Dump) -> dict[str, torch.Tensor]:
+    return {
+        spec.name: torch.from_numpy(dump.data[spec.name])
+        .view(getattr(torch, spec.dtype))
+        .reshape(spec.shape)
+        for spec in dump.specs
+    }
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def read_pt(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    content = torch.load(path, weights_only=True)
+    mapped = torch.load(path, weights_only=True, mmap=True)
+    assert content.keys() == mapped.keys()
+    metadata = content.pop("metadata")
+    for name, tensor in content.items():
+        assert same_bits(tensor, mapped[name])
+    return content, metadata
+
+
+def read_npz(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    metadata = arrays.pop("metadata")
+    assert metadata.shape == ()
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return tensors, json.loads(metadata.item())
+
+
+READERS = {".safetensors": read_safetensors, ".pt": read_pt, ".npz": read_npz}
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return (left.dtype, left.shape) == (right.dtype, right.shape) and torch.equal(
+        left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
+    )
+
+
+@given(SUFFIX_AND_DUMP, st.randoms(), st.integers(1, 4))
+def test_the_ordinary_reader_finds_every_tensor(drawn, random, threads):
+    suffix, dump = drawn
+    order = list(dump.first_rows)
+    random.shuffle(order)
+    with tempfile.TemporaryDirectory() as directory:
+        path = write_dump(Path(directory) / f"x{suffix}", dump, order=order, threads=threads)
+        tensors, metadata = READERS[suffix](path)
+        expected = as_torch(dump)
+        assert tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert same_bits(tensors[name], tensor), name
+        integrity = json.loads(metadata.pop("integrity"))
+        assert metadata == dump.metadata
+        for name, data in dump.data.items():
+            assert integrity[name]["crc32"] == f"{zlib.crc32(data):08x}"
+        if suffix != ".safetensors":
+            assert zipfile.ZipFile(path).testzip() is None
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_equal_content_gives_equal_bytes(tmp_path, suffix):
+    dump = small_dump()
+    one = write_dump(tmp_path / f"one{suffix}", dump, threads=1)
+    order = list(reversed(dump.first_rows))
+    other = write_dump(tmp_path / f"other{suffix}", dump, order=order, threads=3)
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_nan_and_infinite_values_are_counted(tmp_path, suffix):
+    dump = small_dump()
+    path = write_dump(tmp_path / f"x{suffix}", dump)
+    _tensors, metadata = READERS[suffix](path)
+    integrity = json.loads(metadata["integrity"])
+    counted = 0
+    for name, tensor in as_torch(dump).items():
+        counted += int(tensor.isnan().sum() + tensor.isinf().sum())
+        assert integrity[name]["nan"] == int(tensor.isnan().sum()), name
+        assert integrity[name]["inf"] == int(tensor.isinf().sum()), name
+    assert counted > 0  # random bytes have some
+
+
+@pytest.mark.skipif(shutil.which("unzip") is None, reason="no unzip here")
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_unzip_accepts_the_archive(tmp_path, suffix):
+    path = write_dump(tmp_path / f"x{suffix}", small_dump())
+    subprocess.run(["unzip", "-tq", path], check=True, capture_output=True)
+
+
+@given(SUFFIX_AND_DUMP)
+def test_data_is_aligned_and_nothing_overlaps(drawn):
+    suffix, dump = drawn
+    layout = FORMATS[suffix].layout(dump.specs, dump.metadata, None)
+    sizes = {spec.name: spec.nbytes for spec in dump.specs}
+    widths = {spec.name: ITEM_NBYTES[spec.dtype] for spec in dump.specs}
+    for name, offset in layout.offsets.items():
+        assert offset % (widths[name] if suffix == ".safetensors" else 4096) == 0
+    assert suffix != ".safetensors" or min(layout.offsets.values()) % 4096 == 0
+    regions = [(offset, sizes[name]) for name, offset in layout.offsets.items()]
+    regions += [(offset, len(piece)) for offset, piece in layout.pieces]
+    end = 0
+    for offset, nbytes in sorted(regions):
+        assert offset == end
+        end += nbytes
+    assert end == layout.size
+
+
+@given(SUFFIX_AND_DUMP, st.data())
+def test_the_layout_does_not_depend_on_what_is_known_last(drawn, data):
+    suffix, dump = drawn
+    digests = {}
+    for spec in dump.specs:
+        nan = data.draw(st.integers(0, spec.numel))
+        inf = data.draw(st.integers(0, spec.numel - nan))
+        crc32 = data.draw(st.integers(0, 2**32 - 1))
+        digests[spec.name] = Digest(0, crc32, nan, inf)
+    crc32s = {name: digest.crc32 for name, digest in digests.items()}
+    final_text = integrity_text(dump.specs, dump.metadata, digests)
+    assert parse_integrity(final_text) == digests
+    first_text = integrity_text(dump.specs, dump.metadata, None)
+    layout = FORMATS[suffix].layout
+    first = layout(dump.specs, {**dump.metadata, "integrity": first_text}, None)
+    final = layout(dump.specs, {**dump.metadata, "integrity": final_text}, crc32s)
+    assert (first.size, first.offsets) == (final.size, final.offsets)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_tensors_beyond_4_gib(tmp_path, suffix):
+    """A sparse file stands for the data, whose ends and neighbours are looked at."""
+    large = TensorSpec("large", "uint8", ((4 << 30) + 5000, 1))
+    before = TensorSpec("before", "float32", (3,))
+    after = TensorSpec("after", "uint8", (4096,))
+    values = {"before": np.arange(3, dtype=np.float32), "after": np.arange(4096).astype(np.uint8)}
+    specs = [before, large, after]
+    crc32s = {"large": 0} | {name: zlib.crc32(value) for name, value in values.items()}
+    layout = FORMATS[suffix].layout(specs, {"a": "b"}, crc32s)
+    path = tmp_path / f"x{suffix}"
+    with path.open("wb") as file:
+        file.truncate(layout.size)
+        for name, value in values.items():
+            file.seek(layout.offsets[name])
+            file.write(value.tobytes())
+        file.seek(layout.offsets["large"] + large.nbytes - 1)
+        file.write(b"\7")
+        for offset, piece in layout.pieces:
+            file.seek(offset)
+            file.write(piece)
+    if suffix == ".safetensors":
+        with safe_open(path, framework="np") as opened:
+            last_large = opened.get_slice("large")[large.shape[0] - 2 :]
+            found = {name: opened.get_tensor(name) for name in values}
+    elif suffix == ".pt":
+        loaded = torch.load(path, weights_only=True, mmap=True)
+        last_large = loaded["large"][-2:].numpy()
+        found = {name: loaded[name].numpy() for name in values}
+    else:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in values}
+            assert arrays.zip.getinfo("large.npy").file_size > 4 << 30
+        last_large = np.memmap(path, np.uint8, "r", layout.offsets["large"], large.shape)[-2:]
+    assert last_large.ravel().tolist() == [0, 7]
+    for name, value in values.items():
+        assert np.array_equal(found[name], value)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_metadata_of_bytes_that_are_no_text(tmp_path, suffix):
+    undecodable = b"caf\xe9".decode("utf-8", "surrogateescape")
+    dump = make_dump(
+        {"boards": ("uint8", (2, 16))},
+        batched=["boards"],
+        batch_rows=2,
+        metadata={"checkpoint": undecodable},
+    )
+    _tensors, metadata = READERS[suffix](write_dump(tmp_path / f"x{suffix}", dump))
+    assert metadata["checkpoint"] == "caf\\udce9"
+
+
+def test_npz_refuses_bfloat16():
+    with pytest.raises(InvalidArgumentError, match=r"x\.npz.*bfloat16"):
+        format_of(Path("x.npz"), ["float32", "bfloat16"])
+
+
+@pytest.mark.parametrize("name", ["x", "x.bin", "x.safetensor", ".pt"])
+def test_other_suffixes_are_refused(name):
+    with pytest.raises(InvalidArgumentError, match=r"\.safetensors, \.pt or \.npz"):
+        format_of(Path(name))

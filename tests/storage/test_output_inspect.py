@@ -1,0 +1,265 @@
+"""`inspect-activations`: what it lists, the damage it finds, and files that are no dumps."""
+
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from dump_activations.commands.inspect import main
+from dump_activations.errors import OutputError
+from dump_activations.storage.formats.pt_pickle import load_pickle
+from dump_activations.storage.reading.inspection import find_damage, inspect
+from output_support import SUFFIXES, make_dump, small_dump, write_dump
+
+DUMP = small_dump()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("files")
+    return {suffix: write_dump(directory / f"x{suffix}", DUMP) for suffix in SUFFIXES}
+
+
+def damage(path: Path) -> list[str] | OutputError:
+    try:
+        return find_damage(inspect(path), threads=2)
+    except OutputError as error:
+        caught = error
+    assert "\n" not in str(caught)
+    assert str(path) in str(caught)
+    return caught
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_json_lists_tensors_and_metadata(files, capsys, suffix):
+    assert main([str(files[suffix]), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["bytes"] == files[suffix].stat().st_size
+    assert {tensor["key"]: tensor for tensor in listed["tensors"]} == {
+        spec.name: {
+            "key": spec.name,
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "bytes": spec.nbytes,
+        }
+        for spec in DUMP.specs
+    }
+    assert listed["metadata"].items() >= DUMP.metadata.items()
+    assert "damaged" not in listed
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_undamaged_file_passes(files, capsys, suffix):
+    assert main([str(files[suffix]), "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["damaged"] == []
+    assert main([str(files[suffix]), "--verify"]) == 0
+    table, errors = capsys.readouterr()
+    assert errors == ""
+    for spec in DUMP.specs:
+        assert any(spec.name in line and "ok" in line for line in table.splitlines()), spec
+
+
+def test_large_tensors_pass_too(tmp_path):
+    """More than a thread reads at a time."""
+    dump = make_dump(
+        {"hidden": ("bfloat16", (40, 1 << 20)), "boards": ("uint8", (40, 16))},
+        batched=["hidden", "boards"],
+        batch_rows=7,
+    )
+    assert damage(write_dump(tmp_path / "x.pt", dump)) == []
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(SUFFIXES), st.data())
+def test_a_damaged_byte_in_a_tensor_is_found_there(files, suffix, data):
+    inspection = inspect(files[suffix])
+    tensor = data.draw(st.sampled_from(inspection.contents.tensors))
+    place = tensor.offset + data.draw(st.integers(0, tensor.nbytes - 1))
+    with damaged_copy(files[suffix], place, data.draw(st.integers(1, 255))) as path:
+        assert damage(path) == [tensor.name]
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(SUFFIXES), st.data())
+def test_a_damaged_byte_anywhere_is_found(files, suffix, data):
+    place = data.draw(st.integers(0, files[suffix].stat().st_size - 1))
+    with damaged_copy(files[suffix], place, data.draw(st.integers(1, 255))) as path:
+        assert damage(path) != []
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(SUFFIXES), st.data())
+def test_a_file_of_another_length_is_found(files, suffix, data):
+    content = files[suffix].read_bytes()
+    cut = content[: data.draw(st.integers(0, len(content) - 1))]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / f"x{suffix}"
+        path.write_bytes(data.draw(st.sampled_from([cut, content + b"\0"])))
+        assert damage(path) != []
+
+
+class damaged_copy:  # noqa: N801 - used as a function
+    def __init__(self, path: Path, place: int, change: int) -> None:
+        content = bytearray(path.read_bytes())
+        content[place] ^= change
+        self._directory = tempfile.TemporaryDirectory()
+        self._path = Path(self._directory.name) / path.name
+        self._path.write_bytes(content)
+
+    def __enter__(self) -> Path:
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        self._directory.cleanup()
+
+
+def test_damage_is_one_line_and_exit_1(files, tmp_path, capsys):
+    place = inspect(files[".pt"]).contents.tensors[0].offset
+    with damaged_copy(files[".pt"], place, 1) as path:
+        assert main([str(path), "--verify"]) == 1
+        table, errors = capsys.readouterr()
+        assert any("pooled" in line and "DAMAGED" in line for line in table.splitlines())
+        assert errors == f"error: {path} is damaged: pooled\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([], 2),
+        (["x.pt", "y.pt"], 2),
+        (["x.pt", "--verfy"], 2),
+        (["x.bin"], 2),
+        (["missing.pt"], 1),
+        (["directory.npz"], 1),
+        (["empty.safetensors"], 1),
+        (["text.pt"], 1),
+        (["text.npz", "--verify"], 1),
+        (["text.safetensors", "--json"], 1),
+    ],
+)
+def test_wrong_calls_and_files_end_in_one_line(tmp_path, monkeypatch, capsys, arguments, code):
+    monkeypatch.chdir(tmp_path)
+    Path("directory.npz").mkdir()
+    Path("empty.safetensors").touch()
+    for suffix in SUFFIXES:
+        Path(f"text{suffix}").write_text("a text is no dump\n" * 20)
+    assert main(arguments) == code
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert len(errors.splitlines()) == 1
+    if len(arguments) == 1:
+        assert arguments[0] in errors
+
+
+def test_files_of_other_writers_are_listed_but_not_verified(tmp_path, capsys):
+    tensors = {"hidden": torch.randn(3, 4), "indices": torch.arange(3)}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    metadata = {"checkpoint": "there"}
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    torch.save({**tensors, "metadata": metadata}, tmp_path / "b.pt")
+    np.savez(tmp_path / "c.npz", **arrays, metadata=json.dumps(metadata))
+    np.savez_compressed(tmp_path / "d.npz", **arrays, metadata=json.dumps(metadata))
+    for name in ("a.safetensors", "b.pt", "c.npz", "d.npz"):
+        path = str(tmp_path / name)
+        assert main([path, "--json"]) == 0
+        listed = json.loads(capsys.readouterr().out)
+        found = {t["key"]: (t["dtype"], t["shape"], t["bytes"]) for t in listed["tensors"]}
+        assert found == {"hidden": ("float32", [3, 4], 48), "indices": ("int64", [3], 24)}
+        assert listed["metadata"] == metadata
+        assert main([path, "--verify"]) == 1
+        assert capsys.readouterr().err == f"error: {path} carries no digests to verify it by\n"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_neither_listing_nor_verifying_imports_torch(files, suffix):
+    script = f"""
+import sys
+from dump_activations.commands.inspect import main
+assert main([{str(files[suffix])!r}, "--verify", "--json"]) == 0
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+class Exploit:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self):
+        return Path.touch, (self._path,)
+
+
+def test_a_pickle_runs_no_code(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"hidden": Exploit(tmp_path / "touched"), "metadata": {}}, path)
+    error = damage(path)
+    assert isinstance(error, OutputError)
+    assert "it names " in str(error)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickle.EMPTY_DICT + pickle.LONG_BINPUT + b"\xff\xff\xff\xff" + pickle.STOP,
+        pickle.EMPTY_DICT + pickle.PUT + b"4294967295\n" + pickle.STOP,
+        pickle.BYTEARRAY8 + (1 << 40).to_bytes(8, "little") + pickle.STOP,
+        pickle.BINUNICODE8 + (1 << 40).to_bytes(8, "little") + pickle.STOP,
+        pickle.EMPTY_LIST + pickle.STOP,
+        pickle.EMPTY_DICT,
+        pickle.dumps({"hidden": [1, 2]}),
+        b"",
+    ],
+)
+def test_a_hostile_pickle_is_refused_within_little_memory(data):
+    with pytest.raises(ValueError, match=r"data\.pkl|entry 'hidden' is no tensor"):
+        load_pickle(data)
+
+
+def test_a_header_larger_than_its_file_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    assert isinstance(damage(path), OutputError)
+    deep = b"[" * 100_000
+    path.write_bytes(len(deep).to_bytes(8, "little") + deep)
+    assert isinstance(damage(path), OutputError)
+
+
+def test_an_object_array_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, hidden=np.array([{}], dtype=object))
+    assert "holds objects" in str(damage(path))
+
+
+def test_an_encrypted_or_overlapping_archive_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hidden.npy", b"no array at all")
+    assert isinstance(damage(path), OutputError)
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(SUFFIXES), st.data())
+def test_a_mangled_structure_is_found(files, suffix, data):
+    """Several bytes changed, put in and taken out at both ends, where the formats have theirs."""
+    content = files[suffix].read_bytes()
+    mangled = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 5))):
+        place = data.draw(st.integers(0, 1200)) * data.draw(st.sampled_from([1, -1]))
+        junk = data.draw(st.binary(max_size=9))
+        mangled[place : place + data.draw(st.integers(0, 9)) or len(mangled)] = junk
+    if mangled != content:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / f"x{suffix}"
+            path.write_bytes(mangled)
+            assert damage(path) != []
