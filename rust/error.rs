@@ -50,6 +50,9 @@ pub enum Error {
     #[error("{}: step {step} cannot be read: {source}; restore the shard and run again", .path.display())]
     Row { path: PathBuf, step: u64, source: io::Error },
 
+    #[error("{sample} distinct rows cannot be drawn from {rows}, of which i64 must count all")]
+    Sample { sample: u64, rows: u64 },
+
     /// The caller's own interrupt check asked to stop.
     #[error("interrupted")]
     Interrupted,

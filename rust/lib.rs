@@ -11,7 +11,7 @@ pub mod npy;
 mod order;
 #[cfg(feature = "python")]
 mod python;
-mod random;
+pub mod random;
 pub mod rows;
 pub mod sampling;
 mod scatter;

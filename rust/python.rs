@@ -22,6 +22,7 @@ mod _rust {
     use crate::boards::Boards;
     use crate::checksum::{self, Element};
     use crate::error::Error;
+    use crate::random::Generator;
     use crate::rows::{self, Column, WholeRows};
     use crate::sampling::{self, Interrupt};
     use crate::shards;
@@ -40,6 +41,7 @@ mod _rust {
                 | Error::NotADirectory { .. }
                 | Error::NoShards { .. } => DatasetNotFoundError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
+                Error::Sample { .. } => InvalidArgumentError::new_err(text),
                 _ => DatasetError::new_err(text),
             }
         }
@@ -200,36 +202,22 @@ mod _rust {
         move |error| InvalidArgumentError::new_err(format!("{name}: {error}"))
     }
 
-    /// `default_rng(seed).choice(rows, size=len(out), replace=False)`, the seed as little-endian 32-bit words.
+    /// `Generator.choice(rows, size=len(out), replace=False)` of a fresh `default_rng`, by the
+    /// `state` and `inc` of its PCG64.
     #[pyfunction]
     fn sample_without_replacement(
         py: Python<'_>,
         rows: u64,
-        seed: Vec<u32>,
+        state: u128,
+        increment: u128,
         out: &Bound<'_, PyArray1<i64>>,
-    ) -> PyResult<()> {
-        fill(py, out, |out, interrupt| sampling::without_replacement(rows, &seed, out, interrupt))
-    }
-
-    /// `default_rng(seed).integers(0, rows, size=len(out), dtype=int64)`, the seed as little-endian 32-bit words.
-    #[pyfunction]
-    fn sample_with_replacement(
-        py: Python<'_>,
-        rows: u64,
-        seed: Vec<u32>,
-        out: &Bound<'_, PyArray1<i64>>,
-    ) -> PyResult<()> {
-        fill(py, out, |out, interrupt| sampling::with_replacement(rows, &seed, out, interrupt))
-    }
-
-    fn fill(
-        py: Python<'_>,
-        out: &Bound<'_, PyArray1<i64>>,
-        draw: impl FnOnce(&mut [i64], Interrupt<'_>) -> Result<(), Error> + Send,
     ) -> PyResult<()> {
         let mut out = out.try_readwrite().map_err(not_usable("out"))?;
         let out = out.as_slice_mut().map_err(not_usable("out"))?;
-        detached(py, None, |interrupt| draw(out, interrupt))
+        let generator = Generator::new(state, increment);
+        detached(py, None, |interrupt| {
+            sampling::without_replacement(rows, generator, out, interrupt)
+        })
     }
 
     fn element(dtype: &str) -> PyResult<Element> {

@@ -12,12 +12,7 @@ from typing import Any, NamedTuple, Self, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dump_activations._rust import (
-    Cancel,
-    Pool,
-    sample_with_replacement,
-    sample_without_replacement,
-)
+from dump_activations._rust import Cancel, Pool, sample_without_replacement
 from dump_activations.board import CELLS
 from dump_activations.errors import (
     DatasetError,
@@ -122,19 +117,21 @@ class StepsDataset:
         rows = len(self)
         if rows == 0:
             raise DatasetError(f"{self.path}: its shards hold no rows to draw from")
-        try:
-            indices = np.empty(n, np.int64)
-        except (MemoryError, ValueError) as error:
-            raise InvalidArgumentError(f"n_samples is {n}: more than memory can hold") from error
         if n > rows:
             warnings.warn(
                 f"{n} samples asked for, but {self.path} has {rows} rows: drawing with replacement",
                 DumpActivationsWarning,
                 stacklevel=2,
             )
-            sample_with_replacement(rows, _seed_words(seed), indices)
-        else:
-            sample_without_replacement(rows, _seed_words(seed), indices)
+        generator = np.random.default_rng(seed)
+        try:
+            if n > rows:
+                return generator.integers(0, rows, size=n, dtype=np.int64)
+            indices = np.empty(n, np.int64)
+            pcg64 = generator.bit_generator.state["state"]
+            sample_without_replacement(rows, pcg64["state"], pcg64["inc"], indices)
+        except (MemoryError, ValueError) as error:
+            raise InvalidArgumentError(f"n_samples is {n}: more than memory can hold") from error
         return indices
 
     def check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
@@ -244,9 +241,3 @@ def _step_indices(indices: ArrayLike) -> NDArray[np.int64]:
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise IndicesError(f"step index {array.max()} does not fit into int64")
     return np.require(array, np.int64, ["C", "ALIGNED"])
-
-
-def _seed_words(seed: int) -> list[int]:
-    """Split a seed into little-endian 32-bit words, as `numpy.random.SeedSequence` does."""
-    count = max(1, -(-seed.bit_length() // 32))
-    return [seed >> (32 * word) & 0xFFFFFFFF for word in range(count)]
