@@ -1,5 +1,5 @@
 //! Reads pools of 2048 steps: finds shards, draws step indices, decodes boards.
-//! Writes and digests slices of output files.
+//! Writes and digests spans of output files.
 
 pub mod boards;
 pub mod checksum;
@@ -16,7 +16,7 @@ pub mod rows;
 pub mod sampling;
 mod scatter;
 pub mod shards;
-pub mod slices;
+pub mod spans;
 #[cfg(test)]
 mod testing;
 

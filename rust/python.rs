@@ -26,7 +26,7 @@ mod _rust {
     use crate::rows::{self, Column, WholeRows};
     use crate::sampling::{self, Interrupt};
     use crate::shards;
-    use crate::slices;
+    use crate::spans;
 
     pyo3::import_exception!(dump_activations.errors, DatasetError);
     pyo3::import_exception!(dump_activations.errors, DatasetNotFoundError);
@@ -245,7 +245,7 @@ mod _rust {
         ManuallyDrop::new(unsafe { File::from_raw_fd(fd) })
     }
 
-    /// The CRC-32 of two runs of bytes, one after the other.
+    /// The CRC-32 of two spans of bytes, one after the other.
     #[pyfunction]
     fn combine_crc32(first: u32, second: u32, second_len: u64) -> u32 {
         checksum::combine(first, second, second_len)
@@ -254,7 +254,7 @@ mod _rust {
     /// Writes uint8 data at an offset, past the page cache where `direct_fd` is the same file
     /// opened so; returns its (crc32, nan, inf).
     #[pyfunction]
-    fn write_slice(
+    fn write_span(
         py: Python<'_>,
         fd: RawFd,
         direct_fd: Option<RawFd>,
@@ -268,14 +268,14 @@ mod _rust {
         let file = borrow_file(fd);
         let direct = direct_fd.map(borrow_file);
         let digest = py
-            .detach(|| slices::write_slice(&file, direct.as_deref(), offset, bytes, element))
+            .detach(|| spans::write_span(&file, direct.as_deref(), offset, bytes, element))
             .map_err(os_error)?;
         Ok((digest.crc32, digest.nan, digest.inf))
     }
 
     /// Reads bytes at an offset; returns their (crc32, nan, inf).
     #[pyfunction]
-    fn digest_slice(
+    fn digest_span(
         py: Python<'_>,
         fd: RawFd,
         offset: u64,
@@ -285,20 +285,20 @@ mod _rust {
         let element = element(dtype)?;
         let file = borrow_file(fd);
         let digest =
-            py.detach(|| slices::digest_slice(&file, offset, nbytes, element)).map_err(os_error)?;
+            py.detach(|| spans::digest_span(&file, offset, nbytes, element)).map_err(os_error)?;
         Ok((digest.crc32, digest.nan, digest.inf))
     }
 
-    /// Whether the file may be opened past the page cache for `write_slice`.
+    /// Whether the file may be opened past the page cache for `write_span`.
     #[pyfunction]
     fn supports_direct(fd: RawFd) -> bool {
-        slices::supports_direct(&borrow_file(fd))
+        spans::supports_direct(&borrow_file(fd))
     }
 
     /// Takes disk space for a whole file; says whether the file system could.
     #[pyfunction]
     fn reserve(py: Python<'_>, fd: RawFd, size: u64) -> PyResult<bool> {
         let file = borrow_file(fd);
-        py.detach(|| slices::reserve(&file, size)).map_err(os_error)
+        py.detach(|| spans::reserve(&file, size)).map_err(os_error)
     }
 }

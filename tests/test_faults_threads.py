@@ -162,14 +162,14 @@ def target(request, tmp_path):
 @pytest.mark.parametrize("calls", [0, 1, 50, 300])
 def test_writer(calls, target, nothing_stays, model, monkeypatch):
     error = OSError(errno.EIO, os.strerror(errno.EIO))
-    monkeypatch.setattr(_rust, "write_slice", fail_after(calls, _rust.write_slice, error))
+    monkeypatch.setattr(_rust, "write_span", fail_after(calls, _rust.write_span, error))
     message = is_raised(error, lambda: cpu_dump(model, DEMO_POOL, target))
     assert f"cannot write {target}.partial: Input/output error" in message
 
 
 def test_an_error_of_a_writer_that_is_no_system_call(target, nothing_stays, model, monkeypatch):
     error = StageError("in a writer")
-    monkeypatch.setattr(_rust, "write_slice", fail_after(50, _rust.write_slice, error))
+    monkeypatch.setattr(_rust, "write_span", fail_after(50, _rust.write_span, error))
     is_raised(error, lambda: cpu_dump(model, DEMO_POOL, target))
 
 

@@ -163,7 +163,7 @@ def test_a_disk_that_cannot_flush_on_the_way(tmp_path, monkeypatch):
 def test_a_failed_run_can_be_resumed(tmp_path, monkeypatch):
     dump = small_dump(rows=400)
     target = tmp_path / "x.npz"
-    write_slice = _rust.write_slice
+    write_span = _rust.write_span
 
     writes = 0
 
@@ -172,10 +172,10 @@ def test_a_failed_run_can_be_resumed(tmp_path, monkeypatch):
         writes += 1
         if writes > 50:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return write_slice(*arguments)
+        return write_span(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_rust, "write_slice", failing_write)
+        patch.setattr(_rust, "write_span", failing_write)
         with pytest.raises(OutputError, match="Input/output error"):
             write_dump(target, dump, threads=1)
     assert not target.exists()

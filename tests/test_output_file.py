@@ -262,16 +262,16 @@ def test_the_first_error_surfaces_as_itself_with_all_memory_given_back(
     target.write_text("old")
     slots = Slots()
     writes = 0
-    write_slice = _rust.write_slice
+    write_span = _rust.write_span
 
     def failing_write(*arguments):
         nonlocal writes
         writes += 1
         if where == "write" and writes > 20:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return write_slice(*arguments)
+        return write_span(*arguments)
 
-    monkeypatch.setattr(_rust, "write_slice", failing_write)
+    monkeypatch.setattr(_rust, "write_span", failing_write)
     threads_before = threading.active_count()
 
     def write_all(file: OutputFile) -> None:

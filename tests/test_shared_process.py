@@ -155,15 +155,15 @@ def test_a_write_under_way_keeps_its_descriptor(tmp_path, monkeypatch):
     """Given up in the middle of a write, a run's number goes to no other file before its end."""
     described = small_dump()
     begun, go_on = threading.Event(), threading.Event()
-    write_slice = _rust.write_slice
+    write_span = _rust.write_span
 
     def slow(*arguments):
         begun.set()
         assert go_on.wait(30)
-        return write_slice(*arguments)
+        return write_span(*arguments)
 
     file = open_file(tmp_path / "a.pt", described)
-    monkeypatch.setattr(_rust, "write_slice", slow)
+    monkeypatch.setattr(_rust, "write_span", slow)
     writer = threading.Thread(target=file.write, args=("indices", 0, described.data["indices"]))
     writer.start()
     assert begun.wait(30)

@@ -16,10 +16,10 @@ LARGEST_RUN = 4 << 20
 
 @contextmanager
 def undigested() -> Iterator[None]:
-    """Let every slice be written by a plain pwrite inside the context."""
+    """Let every span be written by a plain pwrite inside the context."""
     memory = threading.local()
 
-    def write_slice(
+    def write_span(
         fd: int, direct_fd: int | None, offset: int, data: np.ndarray, _dtype: str
     ) -> tuple[int, int, int]:
         if direct_fd is None or offset % 4096 or data.nbytes % 4096:
@@ -32,5 +32,5 @@ def undigested() -> Iterator[None]:
             data = aligned
         return os.pwrite(direct_fd, data, offset) and (0, 0, 0)
 
-    with mock.patch.object(_rust, "write_slice", write_slice):
+    with mock.patch.object(_rust, "write_span", write_span):
         yield

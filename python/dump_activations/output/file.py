@@ -187,7 +187,7 @@ class OutputFile:
         try:
             offset = self._layout.offsets[name] + start
             direct_fd = None if direct is None else direct.number
-            digest = _rust.write_slice(file.number, direct_fd, offset, data, spec.dtype)
+            digest = _rust.write_span(file.number, direct_fd, offset, data, spec.dtype)
         except OSError as error:
             raise output_error(f"cannot write {self.partial}", error) from error
         finally:

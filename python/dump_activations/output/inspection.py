@@ -121,7 +121,7 @@ def _digest_tensors(fd: int, tensors: Sequence[StoredTensor], threads: int) -> d
         tensor, start = run
         nbytes = min(READ_NBYTES, tensor.nbytes - start)
         assert tensor.offset is not None
-        found = _rust.digest_slice(fd, tensor.offset + start, nbytes, tensor.dtype)
+        found = _rust.digest_span(fd, tensor.offset + start, nbytes, tensor.dtype)
         return Digest(nbytes, *found)
 
     runs = [(tensor, start) for tensor in tensors for start in range(0, tensor.nbytes, READ_NBYTES)]

@@ -39,7 +39,7 @@ def confirmed_batches(
         for name, digest in batches[batch].items():
             spec = specs[name]
             offset = layout.offsets[name] + first_row * spec.row_nbytes
-            found = _rust.digest_slice(fd, offset, digest.nbytes, spec.dtype)
+            found = _rust.digest_span(fd, offset, digest.nbytes, spec.dtype)
             if Digest(digest.nbytes, *found) != digest:
                 return False
         return True
