@@ -3,6 +3,7 @@
 
 pub mod boards;
 pub mod checksum;
+mod descrs;
 mod dtype;
 pub mod error;
 mod file;

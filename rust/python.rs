@@ -18,6 +18,7 @@ mod _rust {
     };
     use pyo3::exceptions::{PyOSError, PyValueError};
     use pyo3::prelude::*;
+    use pyo3::types::{PyList, PyString};
 
     use crate::boards::Boards;
     use crate::checksum::{self, Element};
@@ -138,6 +139,15 @@ mod _rust {
         #[getter]
         fn descr(&self) -> &str {
             self.pool.descr()
+        }
+
+        /// The `descr` text of each shard's header, equal ones as one object.
+        #[getter]
+        fn descrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+            let descrs = self.pool.descrs();
+            let texts: Vec<_> =
+                descrs.distinct().iter().map(|text| PyString::new(py, text)).collect();
+            PyList::new(py, descrs.places().iter().map(|&place| &texts[place]))
         }
 
         #[getter]

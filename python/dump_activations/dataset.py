@@ -117,21 +117,22 @@ class StepsDataset:
         rows = len(self)
         if rows == 0:
             raise DatasetError(f"{self.path}: its shards hold no rows to draw from")
+        generator = np.random.default_rng(seed)
+        try:
+            if n > rows:
+                indices = generator.integers(0, rows, size=n, dtype=np.int64)
+            else:
+                indices = np.empty(n, np.int64)
+                pcg64 = generator.bit_generator.state["state"]
+                sample_without_replacement(rows, pcg64["state"], pcg64["inc"], indices)
+        except (MemoryError, ValueError) as error:
+            raise InvalidArgumentError(f"n_samples is {n}: more than memory can hold") from error
         if n > rows:
             warnings.warn(
                 f"{n} samples asked for, but {self.path} has {rows} rows: drawing with replacement",
                 DumpActivationsWarning,
                 stacklevel=2,
             )
-        generator = np.random.default_rng(seed)
-        try:
-            if n > rows:
-                return generator.integers(0, rows, size=n, dtype=np.int64)
-            indices = np.empty(n, np.int64)
-            pcg64 = generator.bit_generator.state["state"]
-            sample_without_replacement(rows, pcg64["state"], pcg64["inc"], indices)
-        except (MemoryError, ValueError) as error:
-            raise InvalidArgumentError(f"n_samples is {n}: more than memory can hold") from error
         return indices
 
     def check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
