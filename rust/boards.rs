@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::npy::{BoardField, Layout};
+use crate::layout::{BoardField, Layout};
 use crate::rows::Column;
 
 /// Cells of a board, and bytes of a decoded one.

@@ -3,7 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::npy::HeaderError;
+use crate::header_error::HeaderError;
+use crate::interrupt::Interrupted;
 
 /// Everything the crate reports. The text is one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +54,6 @@ pub enum Error {
     #[error("{sample} distinct rows cannot be drawn from {rows}, of which i64 must count all")]
     Sample { sample: u64, rows: u64 },
 
-    /// The caller's own interrupt check asked to stop.
-    #[error("interrupted")]
-    Interrupted,
+    #[error(transparent)]
+    Interrupted(#[from] Interrupted),
 }

@@ -23,9 +23,10 @@ mod _rust {
     use crate::boards::Boards;
     use crate::checksum::{self, Element};
     use crate::error::Error;
+    use crate::interrupt::{Interrupt, Interrupted};
     use crate::random::Generator;
     use crate::rows::{self, Column, WholeRows};
-    use crate::sampling::{self, Interrupt};
+    use crate::sampling;
     use crate::shards;
     use crate::spans;
 
@@ -91,7 +92,7 @@ mod _rust {
             let mut looked = Instant::now();
             work(&mut || {
                 if cancel.is_some_and(|cancel| cancel.asked.load(Ordering::Relaxed)) {
-                    return Err(Error::Interrupted);
+                    return Err(Interrupted);
                 }
                 if !handles_signals || looked.elapsed() < SIGNALS_EVERY {
                     return Ok(());
@@ -100,7 +101,7 @@ mod _rust {
                 looked = Instant::now();
                 signals.map_err(|error| {
                     raised = Some(error);
-                    Error::Interrupted
+                    Interrupted
                 })
             })
         });

@@ -17,9 +17,9 @@ use std::time::Duration;
 
 use crate::error::Error;
 use crate::file::{self, Cached};
-use crate::npy::Layout;
+use crate::interrupt::Interrupt;
+use crate::layout::Layout;
 use crate::order::{self, Order, Packing};
-use crate::sampling::Interrupt;
 use crate::scatter::Scatter;
 use crate::shards::{Pool, Shard};
 
@@ -181,7 +181,7 @@ impl<C: Column> Call<'_, C> {
             let waited = self.helper_left.wait_timeout(helpers, INTERRUPT_PAUSE);
             helpers = waited.unwrap_or_else(PoisonError::into_inner).0;
             if let Err(error) = interrupt() {
-                self.fail(error);
+                self.fail(error.into());
                 return;
             }
         }
@@ -424,6 +424,7 @@ mod tests {
 
     use super::*;
     use crate::boards::{Boards, CELLS};
+    use crate::interrupt::Interrupted;
     use crate::testing::{PACKED, shard, write};
 
     /// Three shards of 46-byte rows, 100,000 in all, and their rows one after the other.
@@ -544,8 +545,8 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let (pool, _) = pool(directory.path());
         let indices: Vec<_> = (0..100_000).collect();
-        let outcome = read_rows(&pool, &indices, &mut || Err(Error::Interrupted));
-        assert!(matches!(outcome, Err(Error::Interrupted)));
+        let outcome = read_rows(&pool, &indices, &mut || Err(Interrupted));
+        assert!(matches!(outcome, Err(Error::Interrupted(_))));
     }
 
     #[test]
@@ -563,9 +564,9 @@ mod tests {
             helpers: Mutex::new(1),
             helper_left: Condvar::new(),
         };
-        call.wait_for_helpers(&mut || Err(Error::Interrupted));
+        call.wait_for_helpers(&mut || Err(Interrupted));
         assert!(call.stop.load(Ordering::Relaxed));
-        assert!(matches!(*lock(&call.failure), Some(Error::Interrupted)));
+        assert!(matches!(*lock(&call.failure), Some(Error::Interrupted(_))));
     }
 
     #[test]

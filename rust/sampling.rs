@@ -1,6 +1,7 @@
 //! NumPy's draws without replacement, bit for bit, in memory that grows with the draw alone.
 
 use crate::error::Error;
+use crate::interrupt::Interrupt;
 use crate::random::Generator;
 
 /// Draws made ahead of their use, so that the memory they need is on its way; also how often the
@@ -12,9 +13,6 @@ const STRETCH: usize = 1 << 20;
 const MIN_TAIL_POPULATION: u64 = 10_000;
 /// ... and the sample larger than the population over this; otherwise it runs Floyd's method.
 const TAIL_CUTOFF: u64 = 50;
-
-/// Asked now and then whether to go on.
-pub type Interrupt<'a> = &'a mut dyn FnMut() -> Result<(), Error>;
 
 /// `Generator.choice(rows, size=out.len(), replace=False)` of the fresh `generator`.
 pub fn without_replacement(
@@ -282,6 +280,7 @@ fn prefetch<T>(slice: &[T], index: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interrupt::Interrupted;
 
     /// Each line's draw, and what NumPy drew: seed, state and increment (hexadecimal), rows, n, and
     /// what follows the colon.
@@ -344,9 +343,9 @@ mod tests {
             let mut questions = 0;
             let outcome = draw(rows, &mut vec![0; n], &mut || {
                 questions += 1;
-                if questions == 3 { Err(Error::Interrupted) } else { Ok(()) }
+                if questions == 3 { Err(Interrupted) } else { Ok(()) }
             });
-            assert!(matches!(outcome, Err(Error::Interrupted)));
+            assert!(matches!(outcome, Err(Error::Interrupted(_))));
             assert_eq!(questions, 3);
         };
         stopped(20 * BLOCK as u64, 10 * BLOCK);

@@ -11,8 +11,10 @@ use std::thread;
 use crate::descrs::Descrs;
 use crate::error::Error;
 use crate::file::{self, FileId};
-use crate::npy::{Header, HeaderError, Layout, Preamble};
-use crate::sampling::Interrupt;
+use crate::header_error::HeaderError;
+use crate::interrupt::{Interrupt, Interrupted};
+use crate::layout::Layout;
+use crate::npy::{Header, Preamble};
 
 /// Threads that open shards: enough to hide the latency of a network file system.
 const OPENERS: usize = 32;
@@ -209,7 +211,7 @@ fn read_headers(
         for other in others {
             batches.extend(other.join().expect("an opener does not panic"));
         }
-        Ok(batches)
+        Ok::<_, Interrupted>(batches)
     })?;
     batches.sort_unstable_by_key(|&(start, _)| start);
     batches.into_iter().flat_map(|(_, headers)| headers).collect()
@@ -350,7 +352,7 @@ mod tests {
         for index in 0..3 * OPEN_BATCH {
             write(directory.path(), &format!("steps-{index:04}.npy"), &shard(PACKED, 1));
         }
-        let outcome = Pool::open(directory.path(), &mut || Err(Error::Interrupted));
-        assert!(matches!(outcome, Err(Error::Interrupted)));
+        let outcome = Pool::open(directory.path(), &mut || Err(Interrupted));
+        assert!(matches!(outcome, Err(Error::Interrupted(_))));
     }
 }
