@@ -1,4 +1,5 @@
-//! The private Python module `dump_activations._rust`: checks arguments, releases the interpreter, maps errors.
+//! The private Python module `dump_activations._rust`: checks arguments, releases the interpreter,
+//! maps errors.
 
 use pyo3::prelude::*;
 
@@ -49,7 +50,8 @@ mod _rust {
         }
     }
 
-    /// How often signals are looked at: attaching to the interpreter may have to wait for its other threads.
+    /// How often signals are looked at: attaching to the interpreter may have to wait for its other
+    /// threads.
     const SIGNALS_EVERY: Duration = Duration::from_millis(20);
 
     /// Tells a read on another thread to end.
@@ -80,7 +82,8 @@ mod _rust {
         threading.call_method0("get_ident")?.eq(main)
     }
 
-    /// Runs `work` with the interpreter released, and raises what a signal handler raises meanwhile.
+    /// Runs `work` with the interpreter released, and raises what a signal handler raises
+    /// meanwhile.
     fn detached<T: Send>(
         py: Python<'_>,
         cancel: Option<&Cancel>,

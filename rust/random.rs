@@ -1,7 +1,7 @@
 //! NumPy's random stream: `PCG64` and bounded integers.
 //!
-//! `PCG64` (XSL-RR 128/64) as in O'Neill's PCG paper; bounded draws by Lemire's method ("Fast Random
-//! Integer Generation in an Interval", 2019), as `numpy.random.Generator` does them.
+//! `PCG64` (XSL-RR 128/64) as in O'Neill's PCG paper; bounded draws by Lemire's method ("Fast
+//! Random Integer Generation in an Interval", 2019), as `numpy.random.Generator` does them.
 
 /// NumPy's `Generator(PCG64)`, as far as bounded integers need it.
 #[derive(Debug, Clone)]

@@ -1,9 +1,9 @@
 //! Reads chosen rows by position, in parallel, into the caller's buffer in the caller's order.
 //!
-//! Rows are taken in the order of the files; neighbours that lie near enough are read in one extent.
-//! An extent that the page cache holds is read at once. One that it does not hold is announced to
-//! the kernel and read later, in turn, so that each thread keeps many reads in flight. No file is
-//! mapped: a shard that shrinks is an error, never a signal.
+//! Rows are taken in the order of the files; neighbours that lie near enough are read in one
+//! extent. An extent that the page cache holds is read at once. One that it does not hold is
+//! announced to the kernel and read later, in turn, so that each thread keeps many reads in flight.
+//! No file is mapped: a shard that shrinks is an error, never a signal.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -207,7 +207,8 @@ struct Extent<'c> {
     length: usize,
 }
 
-/// One thread of a call: its open file, its buffer, and the extents that it has announced to the disk.
+/// One thread of a call: its open file, its buffer, and the extents that it has announced to the
+/// disk.
 struct Reader<'r, 'i, 'c, C> {
     call: &'r Call<'c, C>,
     interrupt: Interrupt<'i>,
@@ -402,7 +403,8 @@ impl<C> Drop for Reader<'_, '_, '_, C> {
     }
 }
 
-/// The first `length` bytes of `buffer`, which grows where it must: a row may claim to be gigabytes.
+/// The first `length` bytes of `buffer`, which grows where it must: a row may claim to be
+/// gigabytes.
 fn room(buffer: &mut Vec<u8>, length: usize) -> io::Result<&mut [u8]> {
     if buffer.len() < length {
         buffer

@@ -7,7 +7,8 @@ use crate::random::Generator;
 /// Draws made ahead of their use, so that the memory they need is on its way; also how often the
 /// caller's interrupt is asked.
 const BLOCK: usize = 1024;
-/// Entries that are passed over at a time, a matter of milliseconds, where there is nothing to draw.
+/// Entries that are passed over at a time, a matter of milliseconds, where there is nothing to
+/// draw.
 const STRETCH: usize = 1 << 20;
 /// `Generator.choice` shuffles the tail of a range when the population is larger than this ...
 const MIN_TAIL_POPULATION: u64 = 10_000;
@@ -34,8 +35,9 @@ pub fn without_replacement(
 
 /// Shuffles positions `rows - 1` down to `rows - n` of the identity over `rows`, and keeps those n.
 ///
-/// The n positions are `out` itself. Of the positions below them only those drawn more than once matter, since what
-/// the first draw leaves there is seen by the second alone; `Repeats` finds them in a first pass over the same draws.
+/// The n positions are `out` itself. Of the positions below them only those drawn more than once
+/// matter, since what the first draw leaves there is seen by the second alone; `Repeats` finds them
+/// in a first pass over the same draws.
 fn tail_shuffle(
     rows: u64,
     generator: Generator,
@@ -116,7 +118,8 @@ struct Word {
     again: u64,
 }
 
-/// Which positions of `[0, head)` are drawn more than once. A tail shuffle has head < 50 n, so this is O(n).
+/// Which positions of `[0, head)` are drawn more than once. A tail shuffle has head < 50 n, so this
+/// is O(n).
 struct Repeats {
     words: Vec<Word>,
 }

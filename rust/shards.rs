@@ -72,7 +72,8 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Opens the directory `path`: its `steps-*.npy` in lexicographic order, or else its `steps.npy`.
+    /// Opens the directory `path`: its `steps-*.npy` in lexicographic order, or else its
+    /// `steps.npy`.
     pub fn open(path: &Path, interrupt: Interrupt<'_>) -> Result<Self, Error> {
         let limits = Limits::of_process();
         let paths = shard_paths(path)?;
@@ -112,7 +113,8 @@ impl Pool {
         &self.descrs
     }
 
-    /// Refuses a pool whose shards agree in the board alone, since its whole rows have no one dtype.
+    /// Refuses a pool whose shards agree in the board alone, since its whole rows have no one
+    /// dtype.
     pub fn check_same_rows(&self) -> Result<(), Error> {
         let Some(odd) = self.descrs.odd() else { return Ok(()) };
         let (path, first) = (self.shards[odd].path.clone(), self.shards[0].path.clone());
@@ -178,8 +180,8 @@ fn check_boards(shards: &[Shard]) -> Result<(), Error> {
     Err(Error::BoardsDiffer { path, first, found, wanted })
 }
 
-/// What the files of `paths` are, and their headers, in order; the error of the first shard that has
-/// one.
+/// What the files of `paths` are, and their headers, in order; the error of the first shard that
+/// has one.
 fn read_headers(
     paths: &[PathBuf],
     openers: usize,
