@@ -1,11 +1,12 @@
 //! Rows -> 16 exponents a board.
 //!
-//! A board is a u64 of 16 nibbles, cell 0 (top left) in the most significant one. A tile of 65536 or more does not fit:
-//! its bit in `tile_65536_mask` is set (bit 0 = cell 0), and it decodes to exponent 16.
+//! A board is a u64 of 16 nibbles, cell 0 (top left) in the most significant one. A tile of 65536
+//! or more does not fit: its bit in `tile_65536_mask` is set (bit 0 = cell 0), and it decodes to
+//! exponent 16.
 
 use std::ops::Range;
 
-use crate::npy::{BoardField, Layout};
+use crate::layout::{BoardField, Layout};
 use crate::rows::Column;
 
 /// Cells of a board, and bytes of a decoded one.

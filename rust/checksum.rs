@@ -1,5 +1,5 @@
 //! Digests of tensor data: CRC-32 (IEEE 802.3, the polynomial of zip files) and counts of NaN and
-//! infinite values, in one pass, joined from slices without a second pass.
+//! infinite values, in one pass, joined from spans without a second pass.
 
 use crc32fast::Hasher;
 
@@ -26,7 +26,7 @@ impl Element {
     }
 }
 
-/// What is known of a run of bytes once it has been seen.
+/// What is known of a span of bytes once it has been seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Digest {
     pub crc32: u32,
@@ -34,7 +34,7 @@ pub struct Digest {
     pub inf: u64,
 }
 
-/// The CRC-32 of two runs of bytes, one after the other, from the CRC-32 of each.
+/// The CRC-32 of two spans of bytes, one after the other, from the CRC-32 of each.
 pub fn combine(first: u32, second: u32, second_len: u64) -> u32 {
     let mut hasher = Hasher::new_with_initial_len(first, 0);
     hasher.combine(&Hasher::new_with_initial_len(second, second_len));
@@ -45,7 +45,7 @@ pub fn combine(first: u32, second: u32, second_len: u64) -> u32 {
 /// can be counted in 16 bits.
 const STEP: usize = 8 << 10;
 
-/// Digests a run of bytes that arrives in blocks.
+/// Digests a span of bytes that arrives in blocks.
 pub struct Digester {
     hasher: Hasher,
     element: Element,
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn slices_combine_to_the_whole() {
+    fn spans_combine_to_the_whole() {
         let data = pattern(3000);
         for cut in [0, 1, 64, 1499, 3000] {
             let (head, tail) = data.split_at(cut);

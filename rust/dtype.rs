@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
+use crate::header_error::HeaderError;
 use crate::literal::Literal;
-use crate::npy::HeaderError;
 
 /// NumPy's own bound on the size of a row.
 const MAX_ITEMSIZE: u64 = i32::MAX as u64;

@@ -3,7 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::npy::HeaderError;
+use crate::header_error::HeaderError;
+use crate::interrupt::Interrupted;
 
 /// Everything the crate reports. The text is one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +51,9 @@ pub enum Error {
     #[error("{}: step {step} cannot be read: {source}; restore the shard and run again", .path.display())]
     Row { path: PathBuf, step: u64, source: io::Error },
 
-    /// The caller's own interrupt check asked to stop.
-    #[error("interrupted")]
-    Interrupted,
+    #[error("{sample} distinct rows cannot be drawn from {rows}, of which i64 must count all")]
+    Sample { sample: u64, rows: u64 },
+
+    #[error(transparent)]
+    Interrupted(#[from] Interrupted),
 }

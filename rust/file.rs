@@ -1,4 +1,5 @@
-//! The system calls on a shard: opening for scattered reads, and reads that do not wait for the disk.
+//! The system calls on a shard: opening for scattered reads, and reads that do not wait for the
+//! disk.
 
 use std::fs::{File, OpenOptions};
 use std::io;

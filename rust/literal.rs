@@ -1,7 +1,8 @@
 //! Parser of the Python literals that a `.npy` header is made of.
 //!
-//! Accepts what NumPy writes: dicts, lists, tuples, strings, unsigned decimal integers, `True`, `False`
-//! and `None`. The text is hostile: nesting is bounded, and no token needs more memory than its text justifies.
+//! Accepts what NumPy writes: dicts, lists, tuples, strings, unsigned decimal integers, `True`,
+//! `False` and `None`. The text is hostile: nesting is bounded, and no token needs more memory than
+//! its text justifies.
 
 /// How deep lists, tuples and dicts may nest.
 const MAX_DEPTH: usize = 32;

@@ -1,63 +1,17 @@
-//! `.npy` header -> where in a row the board, its mask or its exponents lie.
+//! `.npy` header -> where its rows start, how many there are, and what lies in one.
 //!
-//! The format is the one that `numpy.lib.format` documents, versions 1.0, 2.0 and 3.0. A header is hostile: every length
-//! is checked against the file before anything is allocated for it.
+//! The format is the one that `numpy.lib.format` documents, versions 1.0, 2.0 and 3.0. A header is
+//! hostile: every length is checked against the file before anything is allocated for it.
 
-use std::ops::Range;
-
-use crate::dtype::{Fields, quoted};
-use crate::literal::{self, Entry, Literal, SyntaxError};
+use crate::dtype::Fields;
+use crate::header_error::HeaderError;
+use crate::layout::Layout;
+use crate::literal::{self, Entry, Literal};
 
 const MAGIC: &[u8] = b"\x93NUMPY";
-/// Far above what any row needs; NumPy itself refuses headers over 10,000 characters unless told otherwise.
+/// Far above what any row needs; NumPy itself refuses headers over 10,000 characters unless told
+/// otherwise.
 const MAX_TEXT: u64 = 1 << 20;
-/// Fields that an error lists.
-const NAMES_SHOWN: usize = 20;
-
-/// Why a header was refused. The text follows the file's name and ends with the way out.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum HeaderError {
-    #[error("not a .npy file (bad magic); shards are written by numpy.save")]
-    Magic,
-    #[error("truncated in its .npy header; copy the shard again or remove it")]
-    Truncated,
-    #[error(".npy format version {0}.{1} is not supported; write it as 1.0, 2.0 or 3.0")]
-    Version(u8, u8),
-    #[error(
-        "its header claims {length} bytes, more than the {MAX_TEXT} allowed; the shard is damaged"
-    )]
-    TooLong { length: u64 },
-    #[error("its header is not text in the encoding of its version; the shard is damaged")]
-    Encoding,
-    #[error("its header is not a Python literal: expected {} at byte {}; the shard is damaged", .0.expected, .0.at)]
-    Syntax(SyntaxError),
-    #[error("its header has no valid '{0}'; write the shard with numpy.save")]
-    Key(&'static str),
-    #[error(
-        "its header has keys other than descr, fortran_order and shape; write the shard with numpy.save"
-    )]
-    Keys,
-    #[error("its array is in Fortran order; save it in C order")]
-    FortranOrder,
-    #[error("its array has {0} dimensions; a shard is one-dimensional, one row a step")]
-    Dimensions(usize),
-    #[error("its dtype is not structured; a shard's rows have named fields")]
-    NotStructured,
-    #[error("{0} holds pickled Python objects, which are never loaded; save plain numbers")]
-    Pickled(String),
-    #[error("field {field} has the dtype {code}, which NumPy does not write; the shard is damaged")]
-    Dtype { field: String, code: String },
-    #[error("{0} is not a valid dtype entry; the shard is damaged")]
-    Field(String),
-    #[error("two fields are named {0}; the shard is damaged")]
-    Duplicate(String),
-    #[error("its rows or its size are too large to address; the shard is damaged")]
-    TooLarge,
-    #[error("field '{field}' is {found}, not {wanted}; convert it and save the shard again")]
-    Unreadable { field: &'static str, found: String, wanted: &'static str },
-    #[error("its rows have neither 'board' nor 'exps', only {fields}; this is not a pool of steps")]
-    NoBoard { fields: String },
-}
 
 /// What a shard's header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,42 +22,6 @@ pub struct Header {
     /// The source text of the `descr` entry, a Python literal.
     pub descr: String,
     pub layout: Layout,
-}
-
-/// Where the bytes that are read lie in a row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Layout {
-    pub itemsize: usize,
-    pub board: BoardField,
-}
-
-/// Byte offsets in a row of the fields that hold the board.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BoardField {
-    /// `board`, 16 nibbles in a little-endian u64, and `tile_65536_mask`, a little-endian u16.
-    Packed { board: usize, mask: Option<usize> },
-    /// `exps`, 16 bytes.
-    Exponents { exps: usize },
-}
-
-impl BoardField {
-    /// The bytes of a row that hold the board.
-    pub fn span(self) -> Range<usize> {
-        match self {
-            Self::Packed { board, mask: None } => board..board + 8,
-            Self::Packed { board, mask: Some(mask) } => board.min(mask)..(board + 8).max(mask + 2),
-            Self::Exponents { exps } => exps..exps + 16,
-        }
-    }
-
-    /// The names of the fields, wherever they lie.
-    pub fn names(self) -> &'static str {
-        match self {
-            Self::Packed { mask: None, .. } => "'board' without 'tile_65536_mask'",
-            Self::Packed { mask: Some(_), .. } => "'board' with 'tile_65536_mask'",
-            Self::Exponents { .. } => "'exps'",
-        }
-    }
 }
 
 /// The bytes in front of a header's text.
@@ -134,7 +52,7 @@ impl Preamble {
             _ => return Err(HeaderError::Version(version, minor)),
         };
         if text > MAX_TEXT {
-            return Err(HeaderError::TooLong { length: text });
+            return Err(HeaderError::TooLong { length: text, allowed: MAX_TEXT });
         }
         if length as u64 + text > size {
             return Err(HeaderError::Truncated);
@@ -179,12 +97,11 @@ impl Header {
             [_] => return Err(HeaderError::Key("shape")),
             _ => return Err(HeaderError::Dimensions(shape.len())),
         };
-        let fields = Fields::parse(fields)?;
         let header = Self {
             data_offset: preamble.data_offset() as u64,
             rows,
             descr: descr.text.to_owned(),
-            layout: Layout { itemsize: fields.itemsize, board: board_field(&fields)? },
+            layout: Layout::of(&Fields::parse(fields)?)?,
         };
         header.checked_size().ok_or(HeaderError::TooLarge)?;
         Ok(header)
@@ -216,64 +133,10 @@ fn entry<'a, 'b>(
     entries.iter().find(|entry| entry.key == key).ok_or(HeaderError::Key(key))
 }
 
-/// A field that holds a part of the board, as it must be to be read.
-struct Wanted {
-    name: &'static str,
-    code: &'static str,
-    shape: &'static [u64],
-    meaning: &'static str,
-}
-
-const BOARD: Wanted = Wanted {
-    name: "board",
-    code: "<u8",
-    shape: &[],
-    meaning: "a little-endian unsigned 8-byte integer",
-};
-const MASK: Wanted = Wanted {
-    name: "tile_65536_mask",
-    code: "<u2",
-    shape: &[],
-    meaning: "a little-endian unsigned 2-byte integer",
-};
-const EXPS: Wanted =
-    Wanted { name: "exps", code: "|u1", shape: &[16], meaning: "16 unsigned bytes" };
-
-impl Wanted {
-    /// The offset of the field in a row, if it is there.
-    fn find(&self, fields: &Fields) -> Result<Option<usize>, HeaderError> {
-        let Some(field) = fields.named.iter().find(|field| field.name == self.name) else {
-            return Ok(None);
-        };
-        if field.dtype.is(self.code, self.shape) {
-            return Ok(Some(field.offset));
-        }
-        let (found, wanted) = (field.dtype.describe(), self.meaning);
-        Err(HeaderError::Unreadable { field: self.name, found, wanted })
-    }
-}
-
-/// Finds the board: `board` wins over `exps`.
-fn board_field(fields: &Fields) -> Result<BoardField, HeaderError> {
-    if let Some(board) = BOARD.find(fields)? {
-        return Ok(BoardField::Packed { board, mask: MASK.find(fields)? });
-    }
-    if let Some(exps) = EXPS.find(fields)? {
-        return Ok(BoardField::Exponents { exps });
-    }
-    let names = fields.named.iter().take(NAMES_SHOWN).map(|field| quoted(&field.name));
-    let names: Vec<_> = names.collect();
-    let fields = match fields.named.len().saturating_sub(NAMES_SHOWN) {
-        0 if names.is_empty() => "padding".to_owned(),
-        0 => names.join(", "),
-        more => format!("{} and {more} more", names.join(", ")),
-    };
-    Err(HeaderError::NoBoard { fields })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::BoardField;
 
     const PACKED_46: &[u8] = include_bytes!("../tests/data/layouts/packed_46/steps.npy");
     const ALIGNED_48: &[u8] = include_bytes!("../tests/data/layouts/aligned_48/steps.npy");
@@ -414,7 +277,8 @@ mod tests {
         }
     }
 
-    /// Valid headers with bytes changed, cut, repeated and swapped: an error or a layout within the row, no panic.
+    /// Valid headers with bytes changed, cut, repeated and swapped: an error or a layout within the
+    /// row, no panic.
     #[test]
     fn mutated_headers_are_refused_or_sound() {
         let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/header");

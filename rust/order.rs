@@ -1,4 +1,5 @@
-//! Puts the rows of a read into the order of the files, in buckets that can be sorted and read independently.
+//! Puts the rows of a read into the order of the files, in buckets that can be sorted and read
+//! independently.
 
 /// The most rows ordered at once: bounds the memory of a call that asks for more.
 const MAX_ROWS: usize = 1 << 24;

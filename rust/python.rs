@@ -1,4 +1,5 @@
-//! The private Python module `dump_activations._rust`: checks arguments, releases the interpreter, maps errors.
+//! The private Python module `dump_activations._rust`: checks arguments, releases the interpreter,
+//! maps errors.
 
 use pyo3::prelude::*;
 
@@ -18,14 +19,17 @@ mod _rust {
     };
     use pyo3::exceptions::{PyOSError, PyValueError};
     use pyo3::prelude::*;
+    use pyo3::types::{PyList, PyString};
 
     use crate::boards::Boards;
     use crate::checksum::{self, Element};
     use crate::error::Error;
+    use crate::interrupt::{Interrupt, Interrupted};
+    use crate::random::Generator;
     use crate::rows::{self, Column, WholeRows};
-    use crate::sampling::{self, Interrupt};
+    use crate::sampling;
     use crate::shards;
-    use crate::slices;
+    use crate::spans;
 
     pyo3::import_exception!(dump_activations.errors, DatasetError);
     pyo3::import_exception!(dump_activations.errors, DatasetNotFoundError);
@@ -40,12 +44,14 @@ mod _rust {
                 | Error::NotADirectory { .. }
                 | Error::NoShards { .. } => DatasetNotFoundError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
+                Error::Sample { .. } => InvalidArgumentError::new_err(text),
                 _ => DatasetError::new_err(text),
             }
         }
     }
 
-    /// How often signals are looked at: attaching to the interpreter may have to wait for its other threads.
+    /// How often signals are looked at: attaching to the interpreter may have to wait for its other
+    /// threads.
     const SIGNALS_EVERY: Duration = Duration::from_millis(20);
 
     /// Tells a read on another thread to end.
@@ -76,7 +82,8 @@ mod _rust {
         threading.call_method0("get_ident")?.eq(main)
     }
 
-    /// Runs `work` with the interpreter released, and raises what a signal handler raises meanwhile.
+    /// Runs `work` with the interpreter released, and raises what a signal handler raises
+    /// meanwhile.
     fn detached<T: Send>(
         py: Python<'_>,
         cancel: Option<&Cancel>,
@@ -88,7 +95,7 @@ mod _rust {
             let mut looked = Instant::now();
             work(&mut || {
                 if cancel.is_some_and(|cancel| cancel.asked.load(Ordering::Relaxed)) {
-                    return Err(Error::Interrupted);
+                    return Err(Interrupted);
                 }
                 if !handles_signals || looked.elapsed() < SIGNALS_EVERY {
                     return Ok(());
@@ -97,7 +104,7 @@ mod _rust {
                 looked = Instant::now();
                 signals.map_err(|error| {
                     raised = Some(error);
-                    Error::Interrupted
+                    Interrupted
                 })
             })
         });
@@ -136,6 +143,15 @@ mod _rust {
         #[getter]
         fn descr(&self) -> &str {
             self.pool.descr()
+        }
+
+        /// The `descr` text of each shard's header, equal ones as one object.
+        #[getter]
+        fn descrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+            let descrs = self.pool.descrs();
+            let texts: Vec<_> =
+                descrs.distinct().iter().map(|text| PyString::new(py, text)).collect();
+            PyList::new(py, descrs.places().iter().map(|&place| &texts[place]))
         }
 
         #[getter]
@@ -200,36 +216,22 @@ mod _rust {
         move |error| InvalidArgumentError::new_err(format!("{name}: {error}"))
     }
 
-    /// `default_rng(seed).choice(rows, size=len(out), replace=False)`, the seed as little-endian 32-bit words.
+    /// `Generator.choice(rows, size=len(out), replace=False)` of a fresh `default_rng`, by the
+    /// `state` and `inc` of its PCG64.
     #[pyfunction]
     fn sample_without_replacement(
         py: Python<'_>,
         rows: u64,
-        seed: Vec<u32>,
+        state: u128,
+        increment: u128,
         out: &Bound<'_, PyArray1<i64>>,
-    ) -> PyResult<()> {
-        fill(py, out, |out, interrupt| sampling::without_replacement(rows, &seed, out, interrupt))
-    }
-
-    /// `default_rng(seed).integers(0, rows, size=len(out), dtype=int64)`, the seed as little-endian 32-bit words.
-    #[pyfunction]
-    fn sample_with_replacement(
-        py: Python<'_>,
-        rows: u64,
-        seed: Vec<u32>,
-        out: &Bound<'_, PyArray1<i64>>,
-    ) -> PyResult<()> {
-        fill(py, out, |out, interrupt| sampling::with_replacement(rows, &seed, out, interrupt))
-    }
-
-    fn fill(
-        py: Python<'_>,
-        out: &Bound<'_, PyArray1<i64>>,
-        draw: impl FnOnce(&mut [i64], Interrupt<'_>) -> Result<(), Error> + Send,
     ) -> PyResult<()> {
         let mut out = out.try_readwrite().map_err(not_usable("out"))?;
         let out = out.as_slice_mut().map_err(not_usable("out"))?;
-        detached(py, None, |interrupt| draw(out, interrupt))
+        let generator = Generator::new(state, increment);
+        detached(py, None, |interrupt| {
+            sampling::without_replacement(rows, generator, out, interrupt)
+        })
     }
 
     fn element(dtype: &str) -> PyResult<Element> {
@@ -257,7 +259,7 @@ mod _rust {
         ManuallyDrop::new(unsafe { File::from_raw_fd(fd) })
     }
 
-    /// The CRC-32 of two runs of bytes, one after the other.
+    /// The CRC-32 of two spans of bytes, one after the other.
     #[pyfunction]
     fn combine_crc32(first: u32, second: u32, second_len: u64) -> u32 {
         checksum::combine(first, second, second_len)
@@ -266,7 +268,7 @@ mod _rust {
     /// Writes uint8 data at an offset, past the page cache where `direct_fd` is the same file
     /// opened so; returns its (crc32, nan, inf).
     #[pyfunction]
-    fn write_slice(
+    fn write_span(
         py: Python<'_>,
         fd: RawFd,
         direct_fd: Option<RawFd>,
@@ -280,14 +282,14 @@ mod _rust {
         let file = borrow_file(fd);
         let direct = direct_fd.map(borrow_file);
         let digest = py
-            .detach(|| slices::write_slice(&file, direct.as_deref(), offset, bytes, element))
+            .detach(|| spans::write_span(&file, direct.as_deref(), offset, bytes, element))
             .map_err(os_error)?;
         Ok((digest.crc32, digest.nan, digest.inf))
     }
 
     /// Reads bytes at an offset; returns their (crc32, nan, inf).
     #[pyfunction]
-    fn digest_slice(
+    fn digest_span(
         py: Python<'_>,
         fd: RawFd,
         offset: u64,
@@ -297,20 +299,20 @@ mod _rust {
         let element = element(dtype)?;
         let file = borrow_file(fd);
         let digest =
-            py.detach(|| slices::digest_slice(&file, offset, nbytes, element)).map_err(os_error)?;
+            py.detach(|| spans::digest_span(&file, offset, nbytes, element)).map_err(os_error)?;
         Ok((digest.crc32, digest.nan, digest.inf))
     }
 
-    /// Whether the file may be opened past the page cache for `write_slice`.
+    /// Whether the file may be opened past the page cache for `write_span`.
     #[pyfunction]
     fn supports_direct(fd: RawFd) -> bool {
-        slices::supports_direct(&borrow_file(fd))
+        spans::supports_direct(&borrow_file(fd))
     }
 
     /// Takes disk space for a whole file; says whether the file system could.
     #[pyfunction]
     fn reserve(py: Python<'_>, fd: RawFd, size: u64) -> PyResult<bool> {
         let file = borrow_file(fd);
-        py.detach(|| slices::reserve(&file, size)).map_err(os_error)
+        py.detach(|| spans::reserve(&file, size)).map_err(os_error)
     }
 }

@@ -1,9 +1,9 @@
-//! NumPy's random stream: `SeedSequence`, `PCG64` and bounded integers.
+//! NumPy's random stream: `PCG64` and bounded integers.
 //!
-//! `SeedSequence` and `PCG64` (XSL-RR 128/64) as in O'Neill's `randutils` and PCG papers; bounded draws by Lemire's
-//! method ("Fast Random Integer Generation in an Interval", 2019), as `numpy.random.Generator` does them.
+//! `PCG64` (XSL-RR 128/64) as in O'Neill's PCG paper; bounded draws by Lemire's method ("Fast
+//! Random Integer Generation in an Interval", 2019), as `numpy.random.Generator` does them.
 
-/// NumPy's `Generator(PCG64(seed))`, as far as bounded integers need it.
+/// NumPy's `Generator(PCG64)`, as far as bounded integers need it.
 #[derive(Debug, Clone)]
 pub struct Generator {
     state: u128,
@@ -15,15 +15,9 @@ pub struct Generator {
 impl Generator {
     const MULTIPLIER: u128 = 0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645;
 
-    pub fn new(seed: &[u32]) -> Self {
-        let [state_high, state_low, stream_high, stream_low] = seed_state(seed);
-        let wide = |high: u64, low: u64| u128::from(high) << 64 | u128::from(low);
-        let increment = wide(stream_high, stream_low) << 1 | 1;
-        let mut generator = Self { state: 0, increment, half: None };
-        generator.advance();
-        generator.state = generator.state.wrapping_add(wide(state_high, state_low));
-        generator.advance();
-        generator
+    /// Goes on where a fresh generator stands, which keeps no half of a draw.
+    pub fn new(state: u128, increment: u128) -> Self {
+        Self { state, increment, half: None }
     }
 
     fn advance(&mut self) {
@@ -76,43 +70,4 @@ impl Generator {
         }
         (product >> 64) as u64
     }
-}
-
-/// `SeedSequence(seed).generate_state(4, uint64)`.
-fn seed_state(seed: &[u32]) -> [u64; 4] {
-    const POOL: usize = 4;
-    let mut constant: u32 = 0x43b0_d7e5;
-    let mut hash = |value: u32| {
-        let value = value ^ constant;
-        constant = constant.wrapping_mul(0x931e_8875);
-        let value = value.wrapping_mul(constant);
-        value ^ value >> 16
-    };
-    let mix = |one: u32, two: u32| {
-        let mixed = one.wrapping_mul(0xca01_f9dd).wrapping_sub(two.wrapping_mul(0x4973_f715));
-        mixed ^ mixed >> 16
-    };
-    let mut pool: [u32; POOL] =
-        std::array::from_fn(|word| hash(seed.get(word).copied().unwrap_or(0)));
-    for source in 0..POOL {
-        for target in 0..POOL {
-            if source != target {
-                pool[target] = mix(pool[target], hash(pool[source]));
-            }
-        }
-    }
-    for &word in seed.iter().skip(POOL) {
-        for target in &mut pool {
-            *target = mix(*target, hash(word));
-        }
-    }
-
-    let mut constant: u32 = 0x8b51_f9dd;
-    let words: [u32; 2 * POOL] = std::array::from_fn(|word| {
-        let value = pool[word % POOL] ^ constant;
-        constant = constant.wrapping_mul(0x58f3_8ded);
-        let value = value.wrapping_mul(constant);
-        value ^ value >> 16
-    });
-    std::array::from_fn(|word| u64::from(words[2 * word]) | u64::from(words[2 * word + 1]) << 32)
 }

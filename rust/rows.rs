@@ -1,9 +1,9 @@
 //! Reads chosen rows by position, in parallel, into the caller's buffer in the caller's order.
 //!
-//! Rows are taken in the order of the files; neighbours that lie near enough are read in one run. A run that the page
-//! cache holds is read at once. One that it does not hold is announced to the kernel and read later, in turn,
-//! so that each thread keeps many reads in flight. No file is mapped: a shard that shrinks is an error, never
-//! a signal.
+//! Rows are taken in the order of the files; neighbours that lie near enough are read in one
+//! extent. An extent that the page cache holds is read at once. One that it does not hold is
+//! announced to the kernel and read later, in turn, so that each thread keeps many reads in flight.
+//! No file is mapped: a shard that shrinks is an error, never a signal.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,9 +17,9 @@ use std::time::Duration;
 
 use crate::error::Error;
 use crate::file::{self, Cached};
-use crate::npy::Layout;
+use crate::interrupt::Interrupt;
+use crate::layout::Layout;
 use crate::order::{self, Order, Packing};
-use crate::sampling::Interrupt;
 use crate::scatter::Scatter;
 use crate::shards::{Pool, Shard};
 
@@ -27,13 +27,13 @@ use crate::shards::{Pool, Shard};
 const CACHED_GAP: u64 = 10 << 10;
 /// The same where a read waits for the disk.
 const DISK_GAP: u64 = 16 << 10;
-/// Bytes of a run, unless one row is larger; a part of the second-level cache.
-const MAX_RUN: u64 = 256 << 10;
+/// Bytes of an extent, unless one row is larger; a part of the second-level cache.
+const MAX_EXTENT: u64 = 256 << 10;
 /// Rows from which another thread pays off.
 const THREAD_ROWS: usize = 512;
 /// Reads that a thread keeps in flight on a disk.
 const IN_FLIGHT: usize = 256;
-/// Runs between two questions to the caller whether to go on.
+/// Extents between two questions to the caller whether to go on.
 const INTERRUPT_EVERY: u32 = 16;
 /// Time between such questions once the calling thread has nothing left to read.
 const INTERRUPT_PAUSE: Duration = Duration::from_millis(20);
@@ -181,7 +181,7 @@ impl<C: Column> Call<'_, C> {
             let waited = self.helper_left.wait_timeout(helpers, INTERRUPT_PAUSE);
             helpers = waited.unwrap_or_else(PoisonError::into_inner).0;
             if let Err(error) = interrupt() {
-                self.fail(error);
+                self.fail(error.into());
                 return;
             }
         }
@@ -200,24 +200,25 @@ impl<C> Drop for Leaving<'_, '_, C> {
 
 /// Sorted keys of one shard, and the bytes of its file that cover them.
 #[derive(Clone, Copy)]
-struct Run<'c> {
+struct Extent<'c> {
     shard: usize,
     keys: &'c [u64],
     start: u64,
     length: usize,
 }
 
-/// One thread of a call: its open file, its buffer, and the runs that it has announced to the disk.
+/// One thread of a call: its open file, its buffer, and the extents that it has announced to the
+/// disk.
 struct Reader<'r, 'i, 'c, C> {
     call: &'r Call<'c, C>,
     interrupt: Interrupt<'i>,
-    runs: u32,
+    extents: u32,
     file: Option<(usize, Rc<File>)>,
     /// Whether the file at hand can be read from the page cache alone.
     asks_cache: bool,
     buffer: Vec<u8>,
-    announced: VecDeque<(Run<'c>, Rc<File>)>,
-    /// Files that the announced runs keep open.
+    announced: VecDeque<(Extent<'c>, Rc<File>)>,
+    /// Files that the announced extents keep open.
     announced_files: usize,
 }
 
@@ -227,7 +228,7 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         Self {
             call,
             interrupt,
-            runs: 0,
+            extents: 0,
             file: None,
             asks_cache: true,
             buffer: Vec::new(),
@@ -254,60 +255,60 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
 
     /// Whether no other thread has failed; asks the caller now and then.
     fn go_on(&mut self) -> Result<bool, Error> {
-        if self.runs.is_multiple_of(INTERRUPT_EVERY) {
+        if self.extents.is_multiple_of(INTERRUPT_EVERY) {
             (self.interrupt)()?;
         }
-        self.runs = self.runs.wrapping_add(1);
+        self.extents = self.extents.wrapping_add(1);
         Ok(!self.call.stop.load(Ordering::Relaxed))
     }
 
-    /// Deals with the first run of `keys` and gives its number of keys.
+    /// Deals with the first extent of `keys` and gives its number of keys.
     fn read_or_announce(&mut self, keys: &'c [u64]) -> Result<usize, Error> {
-        let run = self.next_run(keys, CACHED_GAP);
-        let file = self.open(run)?;
+        let extent = self.next_extent(keys, CACHED_GAP);
+        let file = self.open(extent)?;
         if self.asks_cache {
-            let buffer = match room(&mut self.buffer, run.length) {
+            let buffer = match room(&mut self.buffer, extent.length) {
                 Ok(buffer) => buffer,
-                Err(source) => return Err(self.row_error(run, 0, source)),
+                Err(source) => return Err(self.row_error(extent, 0, source)),
             };
-            let cached = file::read_cached(&file, buffer, run.start);
+            let cached = file::read_cached(&file, buffer, extent.start);
             if cached == Cached::Filled {
-                self.write(run);
-                return Ok(run.keys.len());
+                self.write(extent);
+                return Ok(extent.keys.len());
             }
             self.asks_cache = cached == Cached::Missing;
         }
-        let run = self.next_run(keys, DISK_GAP);
-        file::announce(&file, run.length, run.start);
+        let extent = self.next_extent(keys, DISK_GAP);
+        file::announce(&file, extent.length, extent.start);
         if self.announced.len() >= IN_FLIGHT {
             self.finish_announced()?;
         }
-        self.announced_files += usize::from(self.last_announced() != Some(run.shard));
-        self.announced.push_back((run, file));
-        Ok(run.keys.len())
+        self.announced_files += usize::from(self.last_announced() != Some(extent.shard));
+        self.announced.push_back((extent, file));
+        Ok(extent.keys.len())
     }
 
     fn last_announced(&self) -> Option<usize> {
-        self.announced.back().map(|(run, _)| run.shard)
+        self.announced.back().map(|(extent, _)| extent.shard)
     }
 
-    /// Waits for the run that was announced first and writes it; false if there is none.
+    /// Waits for the extent that was announced first and writes it; false if there is none.
     fn finish_announced(&mut self) -> Result<bool, Error> {
-        let Some((run, file)) = self.announced.pop_front() else { return Ok(false) };
-        let next = self.announced.front().map(|(run, _)| run.shard);
-        self.announced_files -= usize::from(next != Some(run.shard));
-        room(&mut self.buffer, run.length)
+        let Some((extent, file)) = self.announced.pop_front() else { return Ok(false) };
+        let next = self.announced.front().map(|(extent, _)| extent.shard);
+        self.announced_files -= usize::from(next != Some(extent.shard));
+        room(&mut self.buffer, extent.length)
             .map_err(|source| (0, source))
-            .and_then(|buffer| file::read_full(&file, buffer, run.start))
-            .map_err(|(done, source)| self.row_error(run, done as u64, source))?;
-        self.write(run);
+            .and_then(|buffer| file::read_full(&file, buffer, extent.start))
+            .map_err(|(done, source)| self.row_error(extent, done as u64, source))?;
+        self.write(extent);
         Ok(true)
     }
 
-    /// The file of `run`, opened where it is not the one at hand.
-    fn open(&mut self, run: Run<'c>) -> Result<Rc<File>, Error> {
+    /// The file of `extent`, opened where it is not the one at hand.
+    fn open(&mut self, extent: Extent<'c>) -> Result<Rc<File>, Error> {
         if let Some((shard, file)) = &self.file
-            && *shard == run.shard
+            && *shard == extent.shard
         {
             return Ok(file.clone());
         }
@@ -315,14 +316,14 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         while self.announced_files >= self.files_allowed() {
             self.finish_announced()?;
         }
-        let shard = self.shard(run.shard);
-        let opened = file::open(&shard.path).map_err(|source| self.row_error(run, 0, source))?;
+        let shard = self.shard(extent.shard);
+        let opened = file::open(&shard.path).map_err(|source| self.row_error(extent, 0, source))?;
         if opened.id != shard.file {
             let source = io::Error::other("another file has taken its place");
-            return Err(self.row_error(run, 0, source));
+            return Err(self.row_error(extent, 0, source));
         }
         let file = Rc::new(opened.file);
-        self.file = Some((run.shard, file.clone()));
+        self.file = Some((extent.shard, file.clone()));
         self.asks_cache = true;
         Ok(file)
     }
@@ -344,7 +345,7 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
     }
 
     /// The longest prefix of `keys` that lies in one shard with no gap over `gap`.
-    fn next_run(&self, keys: &'c [u64], gap: u64) -> Run<'c> {
+    fn next_extent(&self, keys: &'c [u64], gap: u64) -> Extent<'c> {
         let step = self.call.packing.step(keys[0]);
         let index = match &self.file {
             Some((index, _)) if self.shard(*index).contains(step) => *index,
@@ -357,7 +358,7 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         let more = keys[1..].iter().take_while(|&&key| {
             let near = shard.contains(self.call.packing.step(key)) && {
                 let offset = self.offset(shard, key);
-                offset <= end + gap && offset + length - start <= MAX_RUN
+                offset <= end + gap && offset + length - start <= MAX_EXTENT
             };
             if near {
                 end = self.offset(shard, key) + length;
@@ -365,15 +366,15 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
             near
         });
         let keys = &keys[..1 + more.count()];
-        Run { shard: index, keys, start, length: (end - start) as usize }
+        Extent { shard: index, keys, start, length: (end - start) as usize }
     }
 
-    /// The error of the first row of `run` that is not within its first `done` bytes.
-    fn row_error(&self, run: Run<'c>, done: u64, source: io::Error) -> Error {
-        let shard = self.shard(run.shard);
+    /// The error of the first row of `extent` that is not within its first `done` bytes.
+    fn row_error(&self, extent: Extent<'c>, done: u64, source: io::Error) -> Error {
+        let shard = self.shard(extent.shard);
         let length = self.call.column.span(shard.layout).len() as u64;
-        let missing = |&&key: &&u64| self.offset(shard, key) + length > run.start + done;
-        let key = run.keys.iter().find(missing).unwrap_or(&run.keys[0]);
+        let missing = |&&key: &&u64| self.offset(shard, key) + length > extent.start + done;
+        let key = extent.keys.iter().find(missing).unwrap_or(&extent.keys[0]);
         let source = match source.kind() {
             io::ErrorKind::UnexpectedEof => io::Error::other("the file was cut short before it"),
             _ => source,
@@ -381,14 +382,14 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         Error::Row { path: shard.path.clone(), step: self.call.packing.step(*key), source }
     }
 
-    /// Writes the rows of `run`, whose bytes are in the buffer, to their places.
-    fn write(&self, run: Run<'c>) {
+    /// Writes the rows of `extent`, whose bytes are in the buffer, to their places.
+    fn write(&self, extent: Extent<'c>) {
         let call = self.call;
-        let shard = self.shard(run.shard);
+        let shard = self.shard(extent.shard);
         let length = call.column.span(shard.layout).len();
-        for &key in run.keys {
-            let at = (self.offset(shard, key) - run.start) as usize;
-            // SAFETY: every position is in one key alone, and every key in one run.
+        for &key in extent.keys {
+            let at = (self.offset(shard, key) - extent.start) as usize;
+            // SAFETY: every position is in one key alone, and every key in one extent.
             #[allow(unsafe_code)]
             let out = unsafe { call.out.place(call.packing.position(key)) };
             call.column.write(shard.layout, &self.buffer[at..at + length], out);
@@ -402,7 +403,8 @@ impl<C> Drop for Reader<'_, '_, '_, C> {
     }
 }
 
-/// The first `length` bytes of `buffer`, which grows where it must: a row may claim to be gigabytes.
+/// The first `length` bytes of `buffer`, which grows where it must: a row may claim to be
+/// gigabytes.
 fn room(buffer: &mut Vec<u8>, length: usize) -> io::Result<&mut [u8]> {
     if buffer.len() < length {
         buffer
@@ -424,6 +426,7 @@ mod tests {
 
     use super::*;
     use crate::boards::{Boards, CELLS};
+    use crate::interrupt::Interrupted;
     use crate::testing::{PACKED, shard, write};
 
     /// Three shards of 46-byte rows, 100,000 in all, and their rows one after the other.
@@ -544,8 +547,8 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let (pool, _) = pool(directory.path());
         let indices: Vec<_> = (0..100_000).collect();
-        let outcome = read_rows(&pool, &indices, &mut || Err(Error::Interrupted));
-        assert!(matches!(outcome, Err(Error::Interrupted)));
+        let outcome = read_rows(&pool, &indices, &mut || Err(Interrupted));
+        assert!(matches!(outcome, Err(Error::Interrupted(_))));
     }
 
     #[test]
@@ -563,9 +566,9 @@ mod tests {
             helpers: Mutex::new(1),
             helper_left: Condvar::new(),
         };
-        call.wait_for_helpers(&mut || Err(Error::Interrupted));
+        call.wait_for_helpers(&mut || Err(Interrupted));
         assert!(call.stop.load(Ordering::Relaxed));
-        assert!(matches!(*lock(&call.failure), Some(Error::Interrupted)));
+        assert!(matches!(*lock(&call.failure), Some(Error::Interrupted(_))));
     }
 
     #[test]

@@ -1,33 +1,31 @@
-//! NumPy's seeded draws of step indices, bit for bit, in memory that grows with the draw alone.
+//! NumPy's draws without replacement, bit for bit, in memory that grows with the draw alone.
 
 use crate::error::Error;
+use crate::interrupt::Interrupt;
 use crate::random::Generator;
 
-/// Draws made ahead of their use, so that the memory they need is on its way; also how often the caller's interrupt is
-/// asked.
+/// Draws made ahead of their use, so that the memory they need is on its way; also how often the
+/// caller's interrupt is asked.
 const BLOCK: usize = 1024;
-/// Entries that are passed over at a time, a matter of milliseconds, where there is nothing to draw.
+/// Entries that are passed over at a time, a matter of milliseconds, where there is nothing to
+/// draw.
 const STRETCH: usize = 1 << 20;
 /// `Generator.choice` shuffles the tail of a range when the population is larger than this ...
 const MIN_TAIL_POPULATION: u64 = 10_000;
 /// ... and the sample larger than the population over this; otherwise it runs Floyd's method.
 const TAIL_CUTOFF: u64 = 50;
 
-/// Asked now and then whether to go on.
-pub type Interrupt<'a> = &'a mut dyn FnMut() -> Result<(), Error>;
-
-/// `default_rng(seed).choice(rows, size=out.len(), replace=False)`.
-///
-/// `seed` is the seed's little-endian 32-bit words, `[0]` for 0. `out` is no longer than `rows`, which is below 2^63.
+/// `Generator.choice(rows, size=out.len(), replace=False)` of the fresh `generator`.
 pub fn without_replacement(
     rows: u64,
-    seed: &[u32],
+    generator: Generator,
     out: &mut [i64],
     interrupt: Interrupt<'_>,
 ) -> Result<(), Error> {
     let sample = out.len() as u64;
-    assert!(sample <= rows && rows <= i64::MAX as u64, "a sample is no larger than its population");
-    let generator = Generator::new(seed);
+    if sample > rows || rows > i64::MAX as u64 {
+        return Err(Error::Sample { sample, rows });
+    }
     if rows > MIN_TAIL_POPULATION && sample > rows / TAIL_CUTOFF {
         tail_shuffle(rows, generator, out, interrupt)
     } else {
@@ -35,26 +33,11 @@ pub fn without_replacement(
     }
 }
 
-/// `default_rng(seed).integers(0, rows, size=out.len(), dtype=int64)`; `rows` is positive and below 2^63.
-pub fn with_replacement(
-    rows: u64,
-    seed: &[u32],
-    out: &mut [i64],
-    interrupt: Interrupt<'_>,
-) -> Result<(), Error> {
-    assert!(rows > 0 && rows <= i64::MAX as u64, "draws need a population");
-    let mut generator = Generator::new(seed);
-    for block in out.chunks_mut(BLOCK) {
-        interrupt()?;
-        block.fill_with(|| generator.bounded(rows - 1) as i64);
-    }
-    Ok(())
-}
-
 /// Shuffles positions `rows - 1` down to `rows - n` of the identity over `rows`, and keeps those n.
 ///
-/// The n positions are `out` itself. Of the positions below them only those drawn more than once matter, since what
-/// the first draw leaves there is seen by the second alone; `Repeats` finds them in a first pass over the same draws.
+/// The n positions are `out` itself. Of the positions below them only those drawn more than once
+/// matter, since what the first draw leaves there is seen by the second alone; `Repeats` finds them
+/// in a first pass over the same draws.
 fn tail_shuffle(
     rows: u64,
     generator: Generator,
@@ -135,7 +118,8 @@ struct Word {
     again: u64,
 }
 
-/// Which positions of `[0, head)` are drawn more than once. A tail shuffle has head < 50 n, so this is O(n).
+/// Which positions of `[0, head)` are drawn more than once. A tail shuffle has head < 50 n, so this
+/// is O(n).
 struct Repeats {
     words: Vec<Word>,
 }
@@ -299,27 +283,24 @@ fn prefetch<T>(slice: &[T], index: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interrupt::Interrupted;
 
-    /// What NumPy drew: replacement, hexadecimal seed, rows, n, and what follows the colon.
+    /// Each line's draw, and what NumPy drew: seed, state and increment (hexadecimal), rows, n, and
+    /// what follows the colon.
     fn numpy_draws(text: &'static str) -> impl Iterator<Item = (Vec<i64>, Vec<u64>)> {
         text.lines().filter(|line| !line.starts_with('#')).map(|line| {
             let (call, values) = line.split_once(": ").expect("a colon");
-            let [kind, seed, rows, n] = call.split(' ').collect::<Vec<_>>()[..] else {
-                panic!("four words before the colon: {call}")
+            let [_, state, increment, rows, n] = call.split(' ').collect::<Vec<_>>()[..] else {
+                panic!("five words before the colon: {call}")
             };
-            let (rows, n) = (rows.parse().expect("rows"), n.parse().expect("n"));
-            let mut out = vec![0; n];
-            let draw = if kind == "with" { with_replacement } else { without_replacement };
-            draw(rows, &seed_words(seed), &mut out, &mut || Ok(())).expect("not interrupted");
+            let wide = |digits| u128::from_str_radix(digits, 16).expect("hexadecimal digits");
+            let generator = Generator::new(wide(state), wide(increment));
+            let mut out = vec![0; n.parse().expect("n")];
+            let rows = rows.parse().expect("rows");
+            without_replacement(rows, generator, &mut out, &mut || Ok(())).expect("a draw");
             let values = values.split(' ').map(|value| value.parse().expect("an integer"));
             (out, values.collect())
         })
-    }
-
-    fn seed_words(hexadecimal: &str) -> Vec<u32> {
-        let digits = hexadecimal.as_bytes().rchunks(8);
-        let word = |digits| u32::from_str_radix(str::from_utf8(digits).expect("ASCII"), 16);
-        digits.map(|digits| word(digits).expect("hexadecimal digits")).collect()
     }
 
     #[test]
@@ -340,27 +321,37 @@ mod tests {
         }
     }
 
-    #[test]
-    fn nothing_is_drawn_for_no_indices() {
-        without_replacement(5, &[0], &mut [], &mut || Ok(())).expect("not interrupted");
-        without_replacement(0, &[0], &mut [], &mut || Ok(())).expect("not interrupted");
+    fn draw(rows: u64, out: &mut [i64], interrupt: Interrupt<'_>) -> Result<(), Error> {
+        without_replacement(rows, Generator::new(1, 1), out, interrupt)
     }
 
-    type Draw = fn(u64, &[u32], &mut [i64], Interrupt<'_>) -> Result<(), Error>;
+    #[test]
+    fn nothing_is_drawn_for_no_indices() {
+        draw(5, &mut [], &mut || Ok(())).expect("a draw");
+        draw(0, &mut [], &mut || Ok(())).expect("a draw");
+    }
+
+    #[test]
+    fn more_than_there_are_or_than_can_be_counted_is_refused() {
+        for (rows, n) in [(0, 1), (4, 5), (1 << 63, 1), (u64::MAX, 1)] {
+            let outcome = draw(rows, &mut vec![0; n], &mut || Ok(()));
+            assert!(matches!(outcome, Err(Error::Sample { .. })), "{n} of {rows}");
+        }
+        draw((1 << 63) - 1, &mut [0; 3], &mut || Ok(())).expect("a draw");
+    }
 
     #[test]
     fn every_way_of_drawing_can_be_interrupted() {
-        let stopped = |draw: Draw, rows, n| {
+        let stopped = |rows, n| {
             let mut questions = 0;
-            let outcome = draw(rows, &[0], &mut vec![0; n], &mut || {
+            let outcome = draw(rows, &mut vec![0; n], &mut || {
                 questions += 1;
-                if questions == 3 { Err(Error::Interrupted) } else { Ok(()) }
+                if questions == 3 { Err(Interrupted) } else { Ok(()) }
             });
-            assert!(matches!(outcome, Err(Error::Interrupted)));
+            assert!(matches!(outcome, Err(Error::Interrupted(_))));
             assert_eq!(questions, 3);
         };
-        stopped(with_replacement, 1000, 10 * BLOCK);
-        stopped(without_replacement, 20 * BLOCK as u64, 10 * BLOCK);
-        stopped(without_replacement, 1 << 40, 10 * BLOCK);
+        stopped(20 * BLOCK as u64, 10 * BLOCK);
+        stopped(1 << 40, 10 * BLOCK);
     }
 }

@@ -8,10 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
+use crate::descrs::Descrs;
 use crate::error::Error;
 use crate::file::{self, FileId};
-use crate::npy::{Header, HeaderError, Layout, Preamble};
-use crate::sampling::Interrupt;
+use crate::header_error::HeaderError;
+use crate::interrupt::{Interrupt, Interrupted};
+use crate::layout::Layout;
+use crate::npy::{Header, Preamble};
 
 /// Threads that open shards: enough to hide the latency of a network file system.
 const OPENERS: usize = 32;
@@ -64,24 +67,22 @@ pub struct Pool {
     path: PathBuf,
     shards: Vec<Shard>,
     rows: u64,
-    descr: String,
-    /// The first shard whose rows are not described as the first shard's.
-    odd_shard: Option<usize>,
+    descrs: Descrs,
     pub(crate) limits: Limits,
 }
 
 impl Pool {
-    /// Opens the directory `path`: its `steps-*.npy` in lexicographic order, or else its `steps.npy`.
+    /// Opens the directory `path`: its `steps-*.npy` in lexicographic order, or else its
+    /// `steps.npy`.
     pub fn open(path: &Path, interrupt: Interrupt<'_>) -> Result<Self, Error> {
         let limits = Limits::of_process();
         let paths = shard_paths(path)?;
         let (files, headers) = read_headers(&paths, limits.files.min(OPENERS), interrupt)?;
-        let descr = headers[0].descr.clone();
-        let odd_shard = headers.iter().position(|header| header.descr != descr);
         let shards = place(paths, &files, &headers)?;
+        let descrs = Descrs::new(headers.into_iter().map(|header| header.descr));
         check_boards(&shards)?;
         let rows = shards.last().map_or(0, |last| last.first + last.rows);
-        Ok(Self { path: path.to_owned(), shards, rows, descr, odd_shard, limits })
+        Ok(Self { path: path.to_owned(), shards, rows, descrs, limits })
     }
 
     pub fn path(&self) -> &Path {
@@ -104,12 +105,18 @@ impl Pool {
 
     /// The dtype of a row of the first shard, as the Python literal in its header.
     pub fn descr(&self) -> &str {
-        &self.descr
+        self.descrs.of(0)
     }
 
-    /// Refuses a pool whose shards agree in the board alone, since its whole rows have no one dtype.
+    /// The same of every shard.
+    pub fn descrs(&self) -> &Descrs {
+        &self.descrs
+    }
+
+    /// Refuses a pool whose shards agree in the board alone, since its whole rows have no one
+    /// dtype.
     pub fn check_same_rows(&self) -> Result<(), Error> {
-        let Some(odd) = self.odd_shard else { return Ok(()) };
+        let Some(odd) = self.descrs.odd() else { return Ok(()) };
         let (path, first) = (self.shards[odd].path.clone(), self.shards[0].path.clone());
         Err(Error::RowsDiffer { path, first })
     }
@@ -173,8 +180,8 @@ fn check_boards(shards: &[Shard]) -> Result<(), Error> {
     Err(Error::BoardsDiffer { path, first, found, wanted })
 }
 
-/// What the files of `paths` are, and their headers, in order; the error of the first shard that has
-/// one.
+/// What the files of `paths` are, and their headers, in order; the error of the first shard that
+/// has one.
 fn read_headers(
     paths: &[PathBuf],
     openers: usize,
@@ -206,7 +213,7 @@ fn read_headers(
         for other in others {
             batches.extend(other.join().expect("an opener does not panic"));
         }
-        Ok(batches)
+        Ok::<_, Interrupted>(batches)
     })?;
     batches.sort_unstable_by_key(|&(start, _)| start);
     batches.into_iter().flat_map(|(_, headers)| headers).collect()
@@ -336,6 +343,7 @@ mod tests {
         write(directory.path(), "steps-0.npy", &shard("[('board', '<u8')]", 2));
         write(directory.path(), "steps-1.npy", &shard("[('x', '|u1'), ('board', '<u8')]", 2));
         let pool = open(directory.path()).expect("a pool");
+        assert_eq!(pool.descrs().of(1), "[('x', '|u1'), ('board', '<u8')]");
         let error = pool.check_same_rows().expect_err("rows that differ").to_string();
         assert!(error.contains("steps-1.npy: its rows have other fields"), "{error}");
     }
@@ -346,7 +354,7 @@ mod tests {
         for index in 0..3 * OPEN_BATCH {
             write(directory.path(), &format!("steps-{index:04}.npy"), &shard(PACKED, 1));
         }
-        let outcome = Pool::open(directory.path(), &mut || Err(Error::Interrupted));
-        assert!(matches!(outcome, Err(Error::Interrupted)));
+        let outcome = Pool::open(directory.path(), &mut || Err(Interrupted));
+        assert!(matches!(outcome, Err(Error::Interrupted(_))));
     }
 }

@@ -1,7 +1,9 @@
-//! Reads scattered pieces of files in a bare loop: what a disk gives, for benchmarks to compare with.
+//! Reads scattered pieces of files in a bare loop: what a disk gives, for benchmarks to compare
+//! with.
 //!
-//! `bare_reads threads|uring LENGTH PLAN FILE...`: PLAN holds pairs of little-endian u64, the number of a file and an
-//! offset in it; LENGTH bytes are read at each. Prints the seconds that took.
+//! `bare_reads threads|uring LENGTH PLAN FILE...`: PLAN holds pairs of little-endian u64, the
+//! number of a file and an offset in it; LENGTH bytes are read at each. Prints the seconds that
+//! took.
 
 use std::error::Error;
 use std::fs::File;
@@ -76,7 +78,8 @@ fn read_with_uring(files: &[File], plan: &[(usize, u64)], length: usize) -> std:
             let read = io_uring::opcode::Read::new(descriptor, buffer.as_mut_ptr(), length as u32)
                 .offset(offset)
                 .build();
-            // SAFETY: the files and buffers outlive the ring's work on them, which is waited for below.
+            // SAFETY: the files and buffers outlive the ring's work on them, which is waited for
+            // below.
             unsafe { ring.submission().push(&read) }.expect("a free entry");
             in_flight += 1;
         }

@@ -278,9 +278,11 @@ def sample_alone(rows: int, n: int, *, numpy: bool) -> tuple[float, float]:
     """Return the seconds of a draw in a process of its own, and the MB it added to the peak."""
     draw = f"np.random.default_rng(0).choice({rows}, {n}, replace=False)"
     if not numpy:
-        draw = (
-            f"indices = np.empty({n}, np.int64); sample_without_replacement({rows}, [0], indices)"
-        )
+        draw = f"""
+        indices = np.empty({n}, np.int64)
+        pcg64 = np.random.default_rng(0).bit_generator.state["state"]
+        sample_without_replacement({rows}, pcg64["state"], pcg64["inc"], indices)
+        """.strip()
     code = f"""
         import time
         import numpy as np

@@ -16,7 +16,7 @@ LARGEST_RUN = 4 << 20
 
 @contextmanager
 def undigested() -> Iterator[None]:
-    """Let every slice be written by a plain pwrite inside the context."""
+    """Let every span be written by a plain pwrite inside the context."""
     memory = threading.local()
 
     def write_span(

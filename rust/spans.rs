@@ -1,4 +1,4 @@
-//! Slices of an output file: written, or read back, and digested in the same pass.
+//! Spans of an output file: written, or read back, and digested in the same pass.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -26,9 +26,9 @@ const MIN_DIRECT: usize = 256 << 10;
 /// Writes `data` at `offset` and digests it.
 ///
 /// `direct` is the same file opened past the page cache, where `supports_direct` says that it can
-/// be; the edges of the slice that do not fill a page go through the cache all the same. A short
+/// be; the edges of the span that do not fill a page go through the cache all the same. A short
 /// write is continued and an interrupted one repeated.
-pub fn write_slice(
+pub fn write_span(
     file: &File,
     direct: Option<&File>,
     offset: u64,
@@ -105,7 +105,8 @@ fn write_direct_block(file: &File, direct: &File, offset: u64, block: &[u8]) -> 
     let written = loop {
         match direct.write_at(block, offset) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // The file system, or the kind of memory, has some further condition; the page cache has none.
+            // The file system, or the kind of memory, has some further condition; the page
+            // cache has none.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EFAULT)) => {
                 break 0;
             }
@@ -117,7 +118,7 @@ fn write_direct_block(file: &File, direct: &File, offset: u64, block: &[u8]) -> 
 }
 
 /// Reads `len` bytes at `offset` and digests them; an end of file before that is an error.
-pub fn digest_slice(file: &File, offset: u64, len: u64, element: Element) -> io::Result<Digest> {
+pub fn digest_span(file: &File, offset: u64, len: u64, element: Element) -> io::Result<Digest> {
     let mut digester = Digester::new(element);
     let mut block = vec![0; BLOCK];
     let mut position = offset;
@@ -154,7 +155,7 @@ pub fn reserve(file: &File, size: u64) -> io::Result<bool> {
     }
 }
 
-/// Whether the file, opened past the page cache, takes writes as `write_slice` makes them.
+/// Whether the file, opened past the page cache, takes writes as `write_span` makes them.
 ///
 /// A file system that does not say (memory-backed ones, most network ones) is taken not to.
 #[allow(unsafe_code)]
@@ -189,7 +190,7 @@ mod tests {
 
     impl Scratch {
         fn new(name: &str) -> io::Result<Self> {
-            let path = std::env::temp_dir().join(format!("slices-{}-{name}", std::process::id()));
+            let path = std::env::temp_dir().join(format!("spans-{}-{name}", std::process::id()));
             let file = File::options().read(true).write(true).create_new(true).open(&path)?;
             let direct = supports_direct(&file)
                 .then(|| File::options().write(true).custom_flags(libc::O_DIRECT).open(&path))
@@ -209,32 +210,32 @@ mod tests {
     }
 
     #[test]
-    fn a_slice_is_read_back_with_the_digest_it_was_written_with() -> io::Result<()> {
+    fn a_span_is_read_back_with_the_digest_it_was_written_with() -> io::Result<()> {
         let scratch = Scratch::new("digest")?;
         reserve(&scratch.file, 2_000_000)?;
         assert_eq!(scratch.file.metadata()?.len(), 2_000_000);
         let data = pattern(1_000_003, 1);
-        let written = write_slice(&scratch.file, None, 77, &data, Element::Integer)?;
+        let written = write_span(&scratch.file, None, 77, &data, Element::Integer)?;
         assert_eq!(written.crc32, crc32fast::hash(&data));
         let len = data.len() as u64;
-        assert_eq!(digest_slice(&scratch.file, 77, len, Element::Integer)?, written);
-        assert!(digest_slice(&scratch.file, 1_999_999, 2, Element::Integer).is_err());
+        assert_eq!(digest_span(&scratch.file, 77, len, Element::Integer)?, written);
+        assert!(digest_span(&scratch.file, 1_999_999, 2, Element::Integer).is_err());
         Ok(())
     }
 
     #[test]
-    fn neighbouring_slices_keep_clear_of_each_other_on_either_way() -> io::Result<()> {
+    fn neighbouring_spans_keep_clear_of_each_other_on_either_way() -> io::Result<()> {
         let scratch = Scratch::new("neighbours")?;
-        // On and off page boundaries in the file; the slices also begin anywhere in memory.
+        // On and off page boundaries in the file; the spans also begin anywhere in memory.
         let lens = [300_000, 4096, 5_000_001, 262_144, 1, 8_388_608, 700_000];
         let content = pattern(lens.iter().sum(), 2);
         reserve(&scratch.file, content.len() as u64)?;
         let mut start = 0;
         for (i, len) in lens.into_iter().enumerate() {
             let direct = scratch.direct.as_ref().filter(|_| i % 3 != 1);
-            let slice = &content[start..start + len];
-            let digest = write_slice(&scratch.file, direct, start as u64, slice, Element::Integer)?;
-            assert_eq!(digest.crc32, crc32fast::hash(slice), "slice {i}");
+            let span = &content[start..start + len];
+            let digest = write_span(&scratch.file, direct, start as u64, span, Element::Integer)?;
+            assert_eq!(digest.crc32, crc32fast::hash(span), "span {i}");
             start += len;
         }
         assert!(std::fs::read(&scratch.path)? == content);
