@@ -31,8 +31,8 @@ mod _rust {
     use crate::shards;
     use crate::spans;
 
-    pyo3::import_exception!(dump_activations.errors, DatasetError);
-    pyo3::import_exception!(dump_activations.errors, DatasetNotFoundError);
+    pyo3::import_exception!(dump_activations.errors, PoolError);
+    pyo3::import_exception!(dump_activations.errors, PoolNotFoundError);
     pyo3::import_exception!(dump_activations.errors, InvalidArgumentError);
     pyo3::import_exception!(dump_activations.errors, StepIndexError);
 
@@ -42,10 +42,10 @@ mod _rust {
             match error {
                 Error::NoDirectory { .. }
                 | Error::NotADirectory { .. }
-                | Error::NoShards { .. } => DatasetNotFoundError::new_err(text),
+                | Error::NoShards { .. } => PoolNotFoundError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
                 Error::Sample { .. } => InvalidArgumentError::new_err(text),
-                _ => DatasetError::new_err(text),
+                _ => PoolError::new_err(text),
             }
         }
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from dump_activations.storage.formats.layout import ITEM_NBYTES, TensorSpec
+from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.writers import WriterPool
 
@@ -83,14 +83,14 @@ def open_file(path: Path, dump: Dump, *, fingerprint: str = "work", **options: b
         dump.metadata,
         batched=dump.batched,
         batch_rows=dump.batch_rows,
-        fingerprint=fingerprint,
+        fingerprint={"work": fingerprint},
         **options,
     )
 
 
 def write_whole_tensors(file: OutputFile, dump: Dump) -> None:
     for name in dump.data.keys() - set(dump.batched):
-        file.write(name, 0, dump.data[name])
+        file.write(name, dump.data[name])
 
 
 def write_batches(
@@ -127,7 +127,7 @@ def no_new_descriptors() -> Iterator[None]:
 
 
 @st.composite
-def dumps(draw: st.DrawFn, dtypes: Sequence[str] = tuple(ITEM_NBYTES)) -> Dump:
+def dumps(draw: st.DrawFn, dtypes: Sequence[str] = tuple(DTYPES)) -> Dump:
     """Draw a dump: names, dtypes, shapes, batch size and metadata."""
     rows = draw(st.integers(1, 40))
     names = st.from_regex(r"[a-z][a-z0-9_]{0,8}(/[a-z0-9_.]{1,12}[a-z])?", fullmatch=True)

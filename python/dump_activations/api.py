@@ -202,6 +202,8 @@ def _shortage_named(batch_size: int) -> Iterator[None]:
             raise
         where = "CUDA out of memory" if "CUDA" in str(error) else "out of memory"
         smaller = option("batch_size", max(batch_size // 2, 1))
+        if getattr(error, "__notes__", []):
+            smaller += f" and {switch('overwrite')}"
         named = DeviceError(
             f"{where} at {option('batch_size', batch_size)}; free some, or try {smaller}"
         )

@@ -37,7 +37,12 @@ def _option(text: str, *, default: Any, check: _Check = lambda _name, value: val
 def _whole_from(least: int) -> _Check:
     def check(name: str, value: Any) -> int:
         # NumPy's integers are as good as Python's own.
-        number = operator.index(value)
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise InvalidArgumentError(
+                f"{option(name)}: must be a whole number, not {value!r}"
+            ) from None
         if number < least:
             raise InvalidArgumentError(f"{option(name)}: must be {least} or more, not {number}")
         return number

@@ -15,7 +15,8 @@ from conftest import DEMO_POOL
 from dump_activations import dump, load_encoder, stream
 from dump_activations.commands.dump import main
 from dump_activations.options import Options
-from dump_activations.pipeline.plan import prepare
+from dump_activations.pipeline.plan import make_plan
+from dump_activations.pipeline.provenance import fingerprint as fingerprint_of
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 from reference.dumps import FORMATS, read_dump
 from reference.pools import make_pool, write_shards
@@ -198,19 +199,8 @@ def test_models_of_the_same_weights_are_other_work(change, tmp_path):
 
     def fingerprint(config):
         save_checkpoint(tmp_path, random_state_dict(BASE), config_json(config))
-        options = Options(
-            outputs=["pooled"],
-            n_samples=3,
-            batch_size=3,
-            seed=0,
-            dtype="fp32",
-            device="cpu",
-            allow_cpu=True,
-            random_init=False,
-            precision="fp32",
-            compile=False,
-        )
-        return prepare(tmp_path, DEMO_POOL, options=options, indices=None).fingerprint()
+        options = Options(outputs=["pooled"], n_samples=3, device="cpu", allow_cpu=True)
+        return fingerprint_of(make_plan(tmp_path, DEMO_POOL, options))
 
     assert fingerprint(BASE) == fingerprint(BASE)
     assert fingerprint(BASE) != fingerprint(replace(BASE, **change))

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from conftest import DEMO_CHECKPOINT, DEMO_POOL
-from dump_activations import StepsDataset, _rust, dump, load_encoder, stream, transfer
+from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
 from dump_activations.errors import OutputError
+from dump_activations.pipeline import transfer
 
 N, BATCH = 2000, 10
 OPTIONS = {"outputs": ["layer_outputs", "pooled"], "n_samples": N, "batch_size": BATCH}

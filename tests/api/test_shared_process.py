@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from conftest import DEMO_CHECKPOINT, DEMO_POOL
-from dump_activations import StepsDataset, _rust, capture, dump, load_encoder, stream
-from dump_activations._rust import Cancel
-from dump_activations.errors import PoolError, DeviceError, OutputError
-from dump_activations.storage.writing import output_file as file_module
-from dump_activations.storage.writing import journal
+from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
+from dump_activations.errors import DeviceError, OutputError, PoolError
+from dump_activations.model import capture
 from dump_activations.pipeline.device import find_device
 from dump_activations.pipeline.interrupts import HeldInterrupts
+from dump_activations.storage.writing import journal
+from dump_activations.storage.writing import output_file as file_module
 from dump_activations.timing import SharedStopwatch
 from output_support import open_file, small_dump, write_batches, write_dump, write_whole_tensors
 from reference.dumps import read_dump
@@ -113,7 +113,7 @@ def test_want_of_memory_names_the_batch_size(model, tmp_path):
         lambda: list(stream(model, DEMO_POOL, **OPTIONS)),
     ]
     for run in runs:
-        with pytest.raises(DeviceError, match=r"CUDA out of memory at --batch-size 8.* 4$"):
+        with pytest.raises(DeviceError, match=r"CUDA out of memory at batch_size=8.*=4$"):
             run()
     assert list(tmp_path.iterdir()) == []
 
@@ -124,7 +124,7 @@ def test_want_of_memory_in_the_middle_says_what_is_kept_and_the_way_out(
     monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
     handle = short_of_memory(model, 4)
     target = tmp_path / "a.pt"
-    with pytest.raises(DeviceError, match="try --batch-size 4 --overwrite") as caught:
+    with pytest.raises(DeviceError, match="try batch_size=4 and overwrite=True") as caught:
         dump(model, DEMO_POOL, target, **OPTIONS)
     assert any("--resume" in note for note in caught.value.__notes__)
     handle.remove()
@@ -164,7 +164,7 @@ def test_a_write_under_way_keeps_its_descriptor(tmp_path, monkeypatch):
 
     file = open_file(tmp_path / "a.pt", described)
     monkeypatch.setattr(_rust, "write_span", slow)
-    writer = threading.Thread(target=file.write, args=("indices", 0, described.data["indices"]))
+    writer = threading.Thread(target=file.write, args=("indices", described.data["indices"]))
     writer.start()
     assert begun.wait(30)
     file.suspend()
@@ -214,7 +214,7 @@ def refuse_directories(monkeypatch, number):
 
 
 def test_a_read_is_cancelled_from_another_thread():
-    cancel = Cancel()
+    cancel = _rust.Cancel()
     dataset = StepsDataset(DEMO_POOL)
     assert len(dataset.read_boards([1, 2], cancel=cancel)) == 2
     cancel.ask()

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from undigested import undigested
 
-from dump_activations.storage.formats.layout import TensorSpec
+from dump_activations.dtypes import TensorSpec
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.inspection import find_damage, inspect
 from dump_activations.storage.writing.output_file import OutputFile
@@ -158,7 +158,7 @@ def write_file(
         free.put(slot)
     started = time.perf_counter()
     file = OutputFile.open(
-        path, specs, {}, batched=names, batch_rows=BATCH_ROWS, fingerprint="", overwrite=True
+        path, specs, {}, batched=names, batch_rows=BATCH_ROWS, fingerprint={}, overwrite=True
     )
     with file:
         with WriterPool(file, threads=options.threads) as writers:

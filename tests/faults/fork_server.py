@@ -18,6 +18,7 @@ from typing import Any
 import dump_activations.api  # imports torch
 import dump_activations.commands.dump
 import dump_activations.commands.inspect
+from dump_activations.pipeline.interrupts import die_of
 from dump_activations.storage.writing import durability
 
 COMMANDS = {
@@ -69,6 +70,8 @@ def run(request: dict[str, Any]) -> None:
     # down torch's modules would take longer than the command.
     threading._shutdown()
     sys.stdout.flush()
+    if code < 0:
+        die_of(-code)
     os._exit(code)
 
 

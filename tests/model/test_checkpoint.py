@@ -90,7 +90,7 @@ def test_random_init_gives_an_untrained_model(tmp_path):
 
 def test_no_weights_is_an_error_that_names_random_init(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_json(BASE)))
-    with pytest.raises(FileNotFoundError, match="random-init") as caught:
+    with pytest.raises(FileNotFoundError, match="random_init=True") as caught:
         load_encoder(tmp_path)
     assert str(tmp_path) in str(caught.value)
 

@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory):
 
 def test_mutated_checkpoints(checkpoints, request):
     count = CASES * request.config.getoption("--faults")
-    worker = Path(__file__).parent / "faults" / "hostile.py"
+    worker = Path(__file__).parents[1] / "faults" / "hostile.py"
     outcomes, failures, first = Counter(), [], 0
     while first < count:
         ended = subprocess.run(

@@ -72,7 +72,7 @@ def hub():
 def session(hub, tmp_path_factory):
     home = tmp_path_factory.mktemp("hub") / "cache"
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("hub_session.py"))],
+        [sys.executable, str(Path(__file__).parents[1] / "hub_session.py")],
         env=hub_environment(hub, home),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 
 from alarm import interrupted_soon
 from dump_activations.errors import (
-    PoolError,
-    PoolNotFoundError,
     IndicesError,
     IndicesNotFoundError,
     InvalidArgumentError,
+    PoolError,
+    PoolNotFoundError,
     StepIndexError,
 )
-from dump_activations.pool.dataset import Shard, StepsDataset, load_indices
+from dump_activations.pool.dataset import Shard, StepsDataset
+from dump_activations.pool.indices import load_indices
 from reference.pools import make_pool, naive_boards, read_pool, write_shards
 
 LAYOUT_NAMES = ["packed_46", "aligned_48", "legacy", "selfplay_v1"]
@@ -190,7 +191,7 @@ def test_more_shards_than_descriptors(tmp_path):
     code = f"""
         import resource
         import numpy as np
-        from dump_activations.pool.dataset import StepsDataset
+        from dump_activations.pool.dataset import Shard, StepsDataset
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         ds = StepsDataset({str(tmp_path / "pool")!r})
         np.save({str(tmp_path / "boards.npy")!r}, ds.read_boards(np.arange(600)[::-1]))

@@ -6,8 +6,8 @@ import signal
 import numpy as np
 import pytest
 
-from dump_activations.commands.dump import main
 from dump_activations.commands import inspect as inspect_cli
+from dump_activations.commands.dump import main
 from reference.pools import make_pool
 
 CPU = ["--allow-cpu", "--device", "cpu"]

@@ -122,7 +122,7 @@ except OSError as error:
     target.write_text("old")
     limited = subprocess.run(
         [sys.executable, "-c", script, str(target)],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dump_activations import _rust
-from dump_activations.chunks import Part
+from dump_activations.chunks import Chunk
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.writing import writers as writers_module
 from dump_activations.storage.writing.output_file import OutputFile
@@ -191,7 +191,7 @@ for suffix in (".safetensors", ".pt", ".npz"):
     write_dump(Path({str(tmp_path)!r}) / f"x{{suffix}}", small_dump())
 sys.exit("torch" in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
 class InjectedError(Exception):
@@ -219,7 +219,7 @@ class Slots:
 
 @pytest.mark.parametrize("least", [1, 1 << 20])
 def test_each_part_is_read_after_its_wait(tmp_path, monkeypatch, least):
-    monkeypatch.setattr(writers_module, "MIN_PART_NBYTES", least)
+    monkeypatch.setattr(writers_module, "MIN_CHUNK_NBYTES", least)
     dump = small_dump()
     waits = []
     with open_file(tmp_path / "x.npz", dump) as file:
@@ -237,7 +237,7 @@ def test_each_part_is_read_after_its_wait(tmp_path, monkeypatch, least):
                         memory[name][start * row : stop * row] = data[start * row : stop * row]
 
                 parts = [
-                    Part(start, min(start + 3, rows), partial(fill, start, min(start + 3, rows)))
+                    Chunk(start, min(start + 3, rows), partial(fill, start, min(start + 3, rows)))
                     for start in range(0, rows, 3)
                 ]
 
@@ -245,7 +245,7 @@ def test_each_part_is_read_after_its_wait(tmp_path, monkeypatch, least):
                     for data in memory.values():
                         data[:] = 255
 
-                writers.submit(first_row, memory, parts=parts, done=wipe)
+                writers.submit(first_row, memory, chunks=parts, done=wipe)
         assert writers.busy_seconds > 0
         file.commit()
     assert set(waits) == {(0, 3), (3, 4)}
@@ -278,7 +278,7 @@ def test_the_first_error_surfaces_as_itself_with_all_memory_given_back(
         with WriterPool(file, threads=3) as writers:
             for first_row in dump.first_rows:
                 fails = where == "wait" and first_row == 40
-                options = {"parts": [Part(0, 4, fail)]} if fails else {}
+                options = {"chunks": [Chunk(0, 4, fail)]} if fails else {}
                 slots.submit(writers, dump, first_row, **options)
                 if where == "done" and first_row == 40:
                     writers.submit(first_row + 4, dump.batch(first_row + 4), done=fail)
@@ -301,7 +301,7 @@ def test_an_error_of_the_caller_is_not_covered_up(tmp_path):
 
     def write_and_fail(file: OutputFile) -> None:
         with WriterPool(file, threads=2) as writers:
-            slots.submit(writers, dump, 0, parts=[Part(0, 4, fail)])
+            slots.submit(writers, dump, 0, chunks=[Chunk(0, 4, fail)])
             raise KeyError("the caller's own")
 
     with open_file(tmp_path / "x.pt", dump) as file, pytest.raises(KeyError):

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.errors import InvalidArgumentError
 from dump_activations.storage.digests import Digest, integrity_text, parse_integrity
-from dump_activations.storage.formats.layout import ITEM_NBYTES, TensorSpec
 from dump_activations.storage.formats.registry import FORMATS, format_of
 from output_support import SUFFIXES, Dump, dumps, make_dump, small_dump, write_dump
 
-NUMPY_DTYPES = [dtype for dtype in ITEM_NBYTES if dtype != "bfloat16"]
+NUMPY_DTYPES = [dtype for dtype in DTYPES if dtype != "bfloat16"]
 SUFFIX_AND_DUMP = st.sampled_from(SUFFIXES).flatmap(
     lambda suffix: st.tuples(st.just(suffix), dumps(NUMPY_DTYPES) if suffix == ".npz" else dumps())
 )
@@ -82,6 +82,7 @@ def test_the_ordinary_reader_finds_every_tensor(drawn, random, threads):
         for name, tensor in expected.items():
             assert same_bits(tensors[name], tensor), name
         integrity = json.loads(metadata.pop("integrity"))
+        assert len(metadata.pop("fingerprint")) == 64
         assert metadata == dump.metadata
         for name, data in dump.data.items():
             assert integrity[name]["crc32"] == f"{zlib.crc32(data):08x}"
@@ -124,12 +125,12 @@ def test_data_is_aligned_and_nothing_overlaps(drawn):
     suffix, dump = drawn
     layout = FORMATS[suffix].layout(dump.specs, dump.metadata, None)
     sizes = {spec.name: spec.nbytes for spec in dump.specs}
-    widths = {spec.name: ITEM_NBYTES[spec.dtype] for spec in dump.specs}
+    widths = {spec.name: DTYPES[spec.dtype].nbytes for spec in dump.specs}
     for name, offset in layout.offsets.items():
         assert offset % (widths[name] if suffix == ".safetensors" else 4096) == 0
     assert suffix != ".safetensors" or min(layout.offsets.values()) % 4096 == 0
     regions = [(offset, sizes[name]) for name, offset in layout.offsets.items()]
-    regions += [(offset, len(piece)) for offset, piece in layout.pieces]
+    regions += [(offset, len(piece)) for offset, piece in layout.skeleton]
     end = 0
     for offset, nbytes in sorted(regions):
         assert offset == end
@@ -174,7 +175,7 @@ def test_tensors_beyond_4_gib(tmp_path, suffix):
             file.write(value.tobytes())
         file.seek(layout.offsets["large"] + large.nbytes - 1)
         file.write(b"\7")
-        for offset, piece in layout.pieces:
+        for offset, piece in layout.skeleton:
             file.seek(offset)
             file.write(piece)
     if suffix == ".safetensors":

@@ -230,7 +230,7 @@ with open_file(target, dump) as file:
         os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run(
-        [sys.executable, "-c", script, str(target)], cwd=Path(__file__).parent, check=False
+        [sys.executable, "-c", script, str(target)], cwd=Path(__file__).parents[1], check=False
     )
     assert killed.returncode == -signal.SIGKILL
     with open_file(target, DUMP, resume=True) as file:

@@ -5,7 +5,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NoReturn
 
 from dump_activations.pipeline.interrupts import die_of, ignore_interrupts
@@ -48,8 +48,9 @@ def keep_freed_memory() -> None:
 def leave(code: int) -> NoReturn:
     """End the process with an exit code, as `sys.exit` does but for taking the interpreter apart.
 
-    What is registered to run at exit runs. What torch made is left to the system, which frees it
-    at once; freed one by one it takes a tenth of a second.
+    A negative code is a signal to die of: a shell's loop stops only where a command did, and a
+    scheduler reads it off too. What is registered to run at exit runs. What torch made is left to
+    the system, which frees it at once; freed one by one it takes a tenth of a second.
     """
     ignore_interrupts()
     atexit._run_exitfuncs()
@@ -57,19 +58,8 @@ def leave(code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):  # The interpreter's own end reports it.
-        sys.exit(code)
-    os._exit(code)
-
-
-def leave_interrupted(interrupt: KeyboardInterrupt) -> NoReturn:
-    """End the process by the signal that interrupted it, after what is registered for its end.
-
-    A shell loop stops only where a command died of the signal, and a scheduler reads it off too.
-    """
-    ignore_interrupts()
-    atexit._run_exitfuncs()
-    with suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    die_of(interrupt)
-    os._exit(1)
+        if code >= 0:
+            sys.exit(code)
+    if code < 0:
+        die_of(-code)
+    os._exit(abs(code))

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from dump_activations.commands.console import print_error, shown_warnings
-from dump_activations.commands.process import leave, leave_interrupted
+from dump_activations.commands.process import leave
 from dump_activations.errors import DumpActivationsError
-from dump_activations.pipeline.interrupts import terminated_like_interrupted
+from dump_activations.pipeline.interrupts import signal_of, terminated_like_interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,22 +22,17 @@ _FAILED = 1
 
 def be_process(command: click.Command) -> NoReturn:
     """Be a command's process: its arguments, its exit code, and its signal where one ended it."""
-    try:
-        code = run_command(command, None)
-    except KeyboardInterrupt as interrupt:
-        leave_interrupted(interrupt)
-    leave(code)
+    leave(run_command(command, None))
 
 
 def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit code: 0, 2 for a wrong call, 1 for everything else.
 
+    Of an interrupted command it is the signal's number, negative.
+
     Args:
         command: what to run.
         arguments: those after the command's name; None takes the process's own.
-
-    Raises:
-        KeyboardInterrupt: the command was interrupted, which it has said.
     """
     try:
         with shown_warnings(), terminated_like_interrupted():
@@ -52,7 +47,7 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
         return error.exit_code
     except KeyboardInterrupt as error:
         print_error(_with_notes("interrupted", error))
-        raise
+        return -signal_of(error)
     except Exception as error:
         # In development mode (python -X dev) the traceback is wanted.
         if sys.flags.dev_mode:

@@ -103,11 +103,12 @@ def ignore_interrupts() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def die_of(interrupt: KeyboardInterrupt) -> None:
-    """End the process by the signal that an interruption stands for, as shells and schedulers see.
+def signal_of(interrupt: KeyboardInterrupt) -> int:
+    """Return the number of the signal that an interruption stands for."""
+    return signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
 
-    Returns only where the signal is blocked.
-    """
-    number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+
+def die_of(number: int) -> None:
+    """End the process by a signal. Returns only where it is blocked."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
