@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use crate::interrupt::Interrupt;
+use crate::memory::{self, OutOfMemory};
 use crate::random::Generator;
 
 /// Draws made ahead of their use, so that the memory they need is on its way; also how often the
@@ -47,8 +48,8 @@ fn tail_shuffle(
     let head = rows - out.len() as u64;
     // Position 0 is not drawn for: a range of one leaves no choice.
     let first = head.max(1);
-    let mut repeats = Repeats::new(head);
-    let mut draws = Descending::new(generator.clone(), first, rows);
+    let mut repeats = Repeats::new(head)?;
+    let mut draws = Descending::new(generator.clone(), first, rows)?;
     while let Some((_, block)) = draws.next_block() {
         interrupt()?;
         for &target in block {
@@ -68,7 +69,7 @@ fn tail_shuffle(
         }
         next += stretch.len() as i64;
     }
-    let mut draws = Descending::new(generator, first, rows);
+    let mut draws = Descending::new(generator, first, rows)?;
     while let Some((top, block)) = draws.next_block() {
         interrupt()?;
         for &target in block {
@@ -95,8 +96,8 @@ struct Descending {
 }
 
 impl Descending {
-    fn new(generator: Generator, first: u64, rows: u64) -> Self {
-        Self { generator, first, next: rows, block: Vec::with_capacity(BLOCK) }
+    fn new(generator: Generator, first: u64, rows: u64) -> Result<Self, OutOfMemory> {
+        Ok(Self { generator, first, next: rows, block: memory::with_capacity(BLOCK)? })
     }
 
     /// The largest i of the next block and its draws, or nothing at the end.
@@ -125,8 +126,8 @@ struct Repeats {
 }
 
 impl Repeats {
-    fn new(head: u64) -> Self {
-        Self { words: vec![Word::default(); head.div_ceil(64) as usize] }
+    fn new(head: u64) -> Result<Self, OutOfMemory> {
+        Ok(Self { words: memory::filled(Word::default(), head.div_ceil(64) as usize)? })
     }
 
     fn prefetch(&self, position: u64) {
@@ -153,7 +154,7 @@ impl Repeats {
                 rank += u64::from(word.again.count_ones());
             }
         }
-        Ok(Displaced { words, values: vec![UNMOVED; rank as usize] })
+        Ok(Displaced { words, values: memory::filled(UNMOVED, rank as usize)? })
     }
 }
 
@@ -193,7 +194,7 @@ fn floyd(
     out: &mut [i64],
     interrupt: Interrupt<'_>,
 ) -> Result<(), Error> {
-    let mut set = Set::new(out.len());
+    let mut set = Set::new(out.len())?;
     let mut next = rows - out.len() as u64;
     for block in out.chunks_mut(BLOCK) {
         interrupt()?;
@@ -212,7 +213,7 @@ fn floyd(
     }
     drop(set);
 
-    let mut draws = Descending::new(generator, 1, out.len().max(1) as u64);
+    let mut draws = Descending::new(generator, 1, out.len().max(1) as u64)?;
     while let Some((top, block)) = draws.next_block() {
         interrupt()?;
         for &target in block {
@@ -234,8 +235,9 @@ struct Set {
 const EMPTY: u64 = u64::MAX;
 
 impl Set {
-    fn new(capacity: usize) -> Self {
-        Self { slots: vec![EMPTY; capacity + capacity / 2 + 1] }
+    fn new(capacity: usize) -> Result<Self, OutOfMemory> {
+        let slots = capacity.saturating_add(capacity / 2 + 1);
+        Ok(Self { slots: memory::filled(EMPTY, slots)? })
     }
 
     /// Where to look first: a mixed value, scaled to the slots.
@@ -338,6 +340,13 @@ mod tests {
             assert!(matches!(outcome, Err(Error::Sample { .. })), "{n} of {rows}");
         }
         draw((1 << 63) - 1, &mut [0; 3], &mut || Ok(())).expect("a draw");
+    }
+
+    #[test]
+    fn tables_larger_than_memory_are_errors() {
+        assert!(Repeats::new(1 << 60).is_err());
+        assert!(Set::new(1 << 55).is_err());
+        assert!(Set::new(usize::MAX).is_err());
     }
 
     #[test]

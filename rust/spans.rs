@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use crate::checksum::{Digest, Digester, Element};
+use crate::memory::{self, room};
 
 /// Digested at a time, so that a block is still in the cache when it is copied.
 const BLOCK: usize = 256 << 10;
@@ -35,6 +36,7 @@ pub fn write_span(
     data: &[u8],
     element: Element,
 ) -> io::Result<Digest> {
+    check_addressable(offset, data.len() as u64, libc::EFBIG)?;
     let mut digester = Digester::new(element);
     let head_len = (offset.next_multiple_of(DIRECT_OFFSETS) - offset) as usize;
     let (head, rest) = data.split_at(head_len.min(data.len()));
@@ -79,7 +81,7 @@ fn write_direct(
             write_direct_block(file, direct, position, block)?;
         } else {
             ALIGNED.with_borrow_mut(|memory| {
-                let aligned = aligned_copy(memory, block, digester);
+                let aligned = aligned_copy(memory, block, digester)?;
                 write_direct_block(file, direct, position, aligned)
             })?;
         }
@@ -89,19 +91,28 @@ fn write_direct(
 }
 
 /// Digests `data` and copies it to a page boundary in `memory`, in one pass.
-fn aligned_copy<'a>(memory: &'a mut Vec<u8>, data: &[u8], digester: &mut Digester) -> &'a [u8] {
+fn aligned_copy<'a>(
+    memory: &'a mut Vec<u8>,
+    data: &[u8],
+    digester: &mut Digester,
+) -> io::Result<&'a [u8]> {
     let alignment = DIRECT_OFFSETS as usize;
-    memory.resize(DIRECT_BLOCK + alignment, 0);
+    let memory = room(memory, DIRECT_BLOCK + alignment)?;
     let start = memory.as_ptr().addr().next_multiple_of(alignment) - memory.as_ptr().addr();
     let aligned = &mut memory[start..start + data.len()];
     for (to, from) in aligned.chunks_mut(BLOCK).zip(data.chunks(BLOCK)) {
         digester.update(from);
         to.copy_from_slice(from);
     }
-    aligned
+    Ok(aligned)
 }
 
-fn write_direct_block(file: &File, direct: &File, offset: u64, block: &[u8]) -> io::Result<()> {
+fn write_direct_block(
+    file: &File,
+    direct: &impl FileExt,
+    offset: u64,
+    block: &[u8],
+) -> io::Result<()> {
     let written = loop {
         match direct.write_at(block, offset) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -119,8 +130,9 @@ fn write_direct_block(file: &File, direct: &File, offset: u64, block: &[u8]) -> 
 
 /// Reads `len` bytes at `offset` and digests them; an end of file before that is an error.
 pub fn digest_span(file: &File, offset: u64, len: u64, element: Element) -> io::Result<Digest> {
+    check_addressable(offset, len, libc::EOVERFLOW)?;
     let mut digester = Digester::new(element);
-    let mut block = vec![0; BLOCK];
+    let mut block = memory::filled(0, BLOCK)?;
     let mut position = offset;
     let end = offset + len;
     while position < end {
@@ -130,6 +142,14 @@ pub fn digest_span(file: &File, offset: u64, len: u64, element: Element) -> io::
         position += want as u64;
     }
     Ok(digester.finish())
+}
+
+/// Refuses, with an error number, a span that ends where no file does.
+fn check_addressable(offset: u64, len: u64, errno: i32) -> io::Result<()> {
+    match offset.checked_add(len) {
+        Some(end) if end <= i64::MAX as u64 => Ok(()),
+        _ => Err(io::Error::from_raw_os_error(errno)),
+    }
 }
 
 /// Takes `size` bytes of disk for the file, and sets its size; says whether it could.
