@@ -113,3 +113,59 @@ impl<'c, C: Column> Extents<'c, C> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::column::WholeRows;
+    use crate::order::Order;
+    use crate::testing;
+
+    /// The extents of `rows` in a file of as many as `count`, each with its number of rows.
+    fn extents(count: usize, itemsize: usize, rows: &[i64], gap: u64) -> Vec<(u64, usize, usize)> {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (files, _) = testing::row_files(directory.path(), &[0, count], itemsize);
+        let highest = *rows.last().expect("rows") as u64;
+        let mut order = Order::new(rows, rows[0] as u64, highest).expect("memory");
+        let column = WholeRows { itemsize };
+        let out = Scatter::new(&mut [], itemsize);
+        let wanted = Extents { files: &files, column: &column, packing: order.packing, out };
+        let mut keys: Vec<u64> = order.buckets().expect("memory").concat();
+        keys.sort_unstable();
+        let (mut found, mut rest) = (Vec::new(), &keys[..]);
+        while !rest.is_empty() {
+            let extent = wanted.next(rest, gap, None);
+            found.push((extent.start - 13, extent.length, extent.keys.len()));
+            rest = &rest[extent.keys.len()..];
+        }
+        found
+    }
+
+    #[test]
+    fn an_extent_ends_before_it_outgrows_the_cache() {
+        let all: Vec<i64> = (0..20_000).collect();
+        let most = MAX_EXTENT as usize / 46;
+        let expected: Vec<_> = (0..20_000)
+            .step_by(most)
+            .map(|first| (first, most.min(20_000 - first)))
+            .map(|(first, rows)| (46 * first as u64, 46 * rows, rows))
+            .collect();
+        assert!(expected.len() > 2);
+        assert_eq!(extents(20_000, 46, &all, 0), expected);
+    }
+
+    #[test]
+    fn a_row_larger_than_an_extent_is_one() {
+        let itemsize = MAX_EXTENT as usize + 1;
+        let expected = [(0, itemsize, 1), (itemsize as u64, itemsize, 1)];
+        assert_eq!(extents(2, itemsize, &[0, 1], u64::MAX / 4), expected);
+    }
+
+    #[test]
+    fn rows_that_lie_near_are_read_together() {
+        let rows = [2, 3, 3, 5, 9, 10];
+        assert_eq!(extents(11, 10, &rows, 0), [(20, 20, 3), (50, 10, 1), (90, 20, 2)]);
+        assert_eq!(extents(11, 10, &rows, 10), [(20, 40, 4), (90, 20, 2)]);
+        assert_eq!(extents(11, 10, &rows, 30), [(20, 90, 6)]);
+    }
+}

@@ -314,6 +314,32 @@ mod tests {
         assert!(matches!(*lock(&call.failure), Some(ReadError::Interrupted(_))));
     }
 
+    /// Files below `directory` that this process has open.
+    #[cfg(target_os = "linux")]
+    fn open_files(directory: &Path) -> usize {
+        let links = fs::read_dir("/proc/self/fd").expect("descriptors");
+        let paths = links.filter_map(|link| fs::read_link(link.ok()?.path()).ok());
+        paths.filter(|path| path.starts_with(directory)).count()
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn extents_that_wait_for_the_disk_keep_few_files_open() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let directory = directory.path().canonicalize().expect("a path");
+        let (files, rows) = testing::row_files(&directory, &[1; 400], ITEMSIZE);
+        let indices: Vec<_> = (0..400).collect();
+        let limits = Limits { cores: 1, files: 40, asks_cache: false };
+        let mut most = 0;
+        let read = read_rows(&files, limits, &indices, &mut || {
+            most = most.max(open_files(&directory));
+            Ok(())
+        });
+        assert!(read.expect("rows") == rows);
+        // Other tests' readers take their part of what one call may have.
+        assert!((2..=limits.files).contains(&most), "{most} files were open");
+    }
+
     #[test]
     fn a_file_replaced_by_another() {
         let directory = tempfile::tempdir().expect("a directory");
