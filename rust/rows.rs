@@ -36,11 +36,13 @@ pub fn read(
     out: &mut [u8],
     interrupt: Interrupt<'_>,
 ) -> Result<(), ReadError> {
-    assert_eq!(out.len(), indices.len() * column.width(), "one place for each row");
+    let wanted = indices.len().checked_mul(column.width());
+    assert_eq!(wanted, Some(out.len()), "one place for each row");
     check_inside(files, indices, 0)?;
     let capacity = order::capacity(0, files.rows().saturating_sub(1));
     let threads = (indices.len() / THREAD_ROWS).clamp(1, limits.cores);
-    let parts = indices.chunks(capacity).zip(out.chunks_mut(capacity * column.width()));
+    let parts =
+        indices.chunks(capacity).zip(out.chunks_mut(capacity.saturating_mul(column.width())));
     for (part, (indices, out)) in parts.enumerate() {
         // A copy: the caller's other threads may write to the array meanwhile.
         let indices = memory::copied(indices)?;

@@ -49,6 +49,7 @@ def test_every_shard_says_what_its_rows_are(tmp_path):
 
 
 STEPS = np.array([0, 1, 2])
+SHARED = np.zeros(48, np.uint8)
 WRONG_READS = [
     (STEPS.astype(np.int32), np.empty(BOARDS, np.uint8)),
     (STEPS.astype(">i8"), np.empty(BOARDS, np.uint8)),
@@ -64,6 +65,8 @@ WRONG_READS = [
     (STEPS, np.empty((6, 16), np.uint8)[EVERY_OTHER]),
     (STEPS, np.empty((16, 3), np.uint8).T),
     (STEPS, read_only(np.empty(BOARDS, np.uint8))),
+    (SHARED[:24].view(np.int64), SHARED.reshape(BOARDS)),
+    (np.frombuffer(bytearray(25), np.int64, 3, 1), np.empty(BOARDS, np.uint8)),
     (STEPS, bytearray(48)),
     (STEPS, None),
     (np.array([0, -1, 2]), np.empty(BOARDS, np.uint8)),
