@@ -18,12 +18,15 @@ mod memory;
 pub mod npy;
 mod order;
 pub mod pool;
+mod prefetch;
 #[cfg(feature = "python")]
 mod python;
 pub mod random;
 mod read_error;
 mod reader;
+mod repeats;
 mod row_files;
+mod row_set;
 mod rows;
 pub mod sampling;
 mod scatter;
