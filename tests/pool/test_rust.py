@@ -261,7 +261,7 @@ LITTLE_MEMORY = """
 
     import numpy as np
     from dump_activations import _rust
-    from dump_activations.errors import DatasetError
+    from dump_activations.errors import PoolError
 
     def leave(megabytes):
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -303,7 +303,7 @@ def test_a_read_without_the_memory_for_it(megabytes, tmp_path):
         leave(int(sys.argv[2]))
         try:
             pool.read_boards(indices, out)
-        except DatasetError as error:
+        except PoolError as error:
             print(error)
         """,
         os.fspath(tmp_path),
