@@ -179,7 +179,7 @@ def test_a_failed_run_can_be_resumed(tmp_path, monkeypatch):
         with pytest.raises(OutputError, match="Input/output error"):
             write_dump(target, dump, threads=1)
     assert not target.exists()
-    with open_file(target, dump, resume=True) as file:
+    with open_file(target, dump) as file:
         assert 0 < file.resumed_rows < dump.rows
         write_whole_tensors(file, dump)
         write_batches(file, dump, range(file.resumed_rows, dump.rows, dump.batch_rows))

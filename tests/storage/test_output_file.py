@@ -16,7 +16,7 @@ from dump_activations.chunks import Chunk
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.writing import writers as writers_module
 from dump_activations.storage.writing.output_file import OutputFile
-from dump_activations.storage.writing.partial import check_output
+from dump_activations.storage.writing.targets import check_output
 from dump_activations.storage.writing.writers import WriterPool
 from output_support import (
     SUFFIXES,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dump_activations.errors import OutputError
 from dump_activations.storage.writing import resume
 from dump_activations.storage.writing.journal import read_journal
-from dump_activations.storage.writing.partial import journal_path, partial_path
+from dump_activations.storage.writing.targets import journal_path, partial_path
 from output_support import (
     SUFFIXES,
     Dump,
@@ -49,7 +49,7 @@ def test_a_resumed_file_is_that_of_an_unbroken_run(tmp_path, suffix, batches):
     interrupt(target, DUMP.first_rows[:batches])
     assert not target.exists()
     written = min(batches * DUMP.batch_rows, DUMP.rows)
-    with no_new_descriptors(), open_file(target, DUMP, resume=True) as file:
+    with no_new_descriptors(), open_file(target, DUMP) as file:
         assert file.resumed_rows == written
         write_whole_tensors(file, DUMP)
         write_batches(file, DUMP, range(written, DUMP.rows, DUMP.batch_rows))
@@ -62,11 +62,11 @@ def test_a_run_may_be_interrupted_and_resumed_many_times(tmp_path):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP.first_rows[:1])
     for batch in range(1, len(DUMP.first_rows)):
-        with open_file(target, DUMP, resume=True) as file:
+        with open_file(target, DUMP) as file:
             assert file.resumed_rows == DUMP.first_rows[batch]
             write_batches(file, DUMP, DUMP.first_rows[batch : batch + 1])
             assert file.suspend() == min(DUMP.rows, (batch + 1) * DUMP.batch_rows)
-    write_dump(target, DUMP, resume=True)
+    write_dump(target, DUMP)
     assert target.read_bytes() == unbroken_bytes(".pt")
 
 
@@ -76,14 +76,14 @@ def test_batches_past_a_gap_are_written_again(tmp_path):
     with open_file(target, DUMP) as file:
         write_batches(file, DUMP, order)
         assert file.suspend() == 3 * DUMP.batch_rows
-    with open_file(target, DUMP, resume=True) as file:
+    with open_file(target, DUMP) as file:
         assert file.resumed_rows == 3 * DUMP.batch_rows
-    write_dump(target, DUMP, resume=True)
+    write_dump(target, DUMP)
     assert target.read_bytes() == unbroken_bytes(".npz")
 
 
 def test_resume_without_anything_left_is_a_fresh_run(tmp_path):
-    assert write_dump(tmp_path / "x.pt", DUMP, resume=True).read_bytes() == unbroken_bytes(".pt")
+    assert write_dump(tmp_path / "x.pt", DUMP).read_bytes() == unbroken_bytes(".pt")
 
 
 def test_a_journal_without_its_file_counts_for_nothing(tmp_path):
@@ -91,7 +91,7 @@ def test_a_journal_without_its_file_counts_for_nothing(tmp_path):
     interrupt(target, DUMP.first_rows[:5])
     partial_path(target).unlink()
     for dump in (DUMP, small_dump(rows=7)):
-        with open_file(target, dump, resume=True) as file:
+        with open_file(target, dump) as file:
             assert file.resumed_rows == 0
         assert not partial_path(target).exists()
 
@@ -105,7 +105,7 @@ def test_a_leftover_is_reported_and_kept(tmp_path):
     assert "--resume" in str(caught.value)
     assert "--overwrite" in str(caught.value)
     assert "\n" not in str(caught.value)
-    write_dump(target, DUMP, resume=True)
+    write_dump(target, DUMP)
 
 
 def test_a_leftover_without_a_journal_is_reported(tmp_path):
@@ -139,7 +139,7 @@ def test_other_work_is_not_resumed(tmp_path):
             no_new_descriptors(),
             pytest.raises(OutputError, match=r"x\.pt\.partial is left over from another dump"),
         ):
-            open_file(target, dump, fingerprint=fingerprint, resume=True)
+            open_file(target, dump, fingerprint=fingerprint)
     assert partial_path(target).read_bytes() == partial
     assert journal_path(target).read_bytes() == journal
 
@@ -160,7 +160,7 @@ def test_a_journal_cut_short_or_damaged_anywhere_costs_no_more_than_batches(data
         left = read_journal(journal_path(target))
         if left is not None:
             assert len(left[1]) <= 9
-        write_dump(target, DUMP, resume=True)
+        write_dump(target, DUMP)
         assert target.read_bytes() == unbroken_bytes(".npz")
 
 
@@ -171,7 +171,7 @@ def test_a_journal_of_something_else_counts_for_nothing(tmp_path, record):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP.first_rows[:5])
     journal_path(target).write_bytes(record + b" %08x\n" % zlib.crc32(record))
-    with open_file(target, DUMP, resume=True) as file:
+    with open_file(target, DUMP) as file:
         assert file.resumed_rows == 0
 
 
@@ -181,7 +181,7 @@ def test_damage_in_the_last_batches_is_found_and_made_good(data):
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory) / "x.pt"
         interrupt(target, DUMP.first_rows[:20])
-        with open_file(target, DUMP, resume=True) as file:
+        with open_file(target, DUMP) as file:
             offsets = dict(file._layout.offsets)
         spec = data.draw(st.sampled_from([s for s in DUMP.specs if s.name in DUMP.batched]))
         first_row = DUMP.first_rows[20 - resume.CHECKED]
@@ -190,9 +190,9 @@ def test_damage_in_the_last_batches_is_found_and_made_good(data):
         partial = bytearray(partial_path(target).read_bytes())
         partial[place + data.draw(st.integers(0, spec.row_nbytes - 1))] ^= 1
         partial_path(target).write_bytes(partial)
-        with open_file(target, DUMP, resume=True) as file:
+        with open_file(target, DUMP) as file:
             assert file.resumed_rows == row // DUMP.batch_rows * DUMP.batch_rows
-        write_dump(target, DUMP, resume=True)
+        write_dump(target, DUMP)
         assert target.read_bytes() == unbroken_bytes(".pt")
 
 
@@ -200,7 +200,7 @@ def test_a_partial_file_of_another_size_counts_for_nothing(tmp_path):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP.first_rows[:5])
     os.truncate(partial_path(target), partial_path(target).stat().st_size - 1)
-    with open_file(target, DUMP, resume=True) as file:
+    with open_file(target, DUMP) as file:
         assert file.resumed_rows == 0
     assert not partial_path(target).exists()
 
@@ -233,7 +233,7 @@ with open_file(target, dump) as file:
         [sys.executable, "-c", script, str(target)], cwd=Path(__file__).parents[1], check=False
     )
     assert killed.returncode == -signal.SIGKILL
-    with open_file(target, DUMP, resume=True) as file:
+    with open_file(target, DUMP) as file:
         assert 0 < file.resumed_rows <= 15 * DUMP.batch_rows
-    write_dump(target, DUMP, resume=True)
+    write_dump(target, DUMP)
     assert target.read_bytes() == unbroken_bytes(suffix)
