@@ -43,7 +43,7 @@ _UNREADABLE = {
 }
 # What differs only because something else does, unless it is alone.
 _DERIVED = frozenset({"dataset_rows", "indices", "tensors"})
-_LONGEST_VALUE = 60
+_LONGEST_VALUE = 200
 
 
 @dataclass(frozen=True)
