@@ -21,6 +21,7 @@ from torch import Tensor
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import (
     DeviceError,
+    DumpActivationsNote,
     DumpActivationsWarning,
     OutputError,
     VocabularyError,
@@ -40,7 +41,9 @@ from dump_activations.pipeline.transfer import ActivationBatch
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
-from dump_activations.storage.writing.partial import check_output
+from dump_activations.storage.writing.partial import tidy
+from dump_activations.storage.writing.targets import check_output
+from dump_activations.storage.writing.work import Existing, Work, find_existing
 from dump_activations.storage.writing.writers import WriterPool
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
@@ -214,24 +217,37 @@ def _shortage_named(batch_size: int) -> Iterator[None]:
 
 def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
     specs = plan.tensor_specs()
+    work = Work.of(
+        path,
+        specs,
+        metadata(plan),
+        batched=[*plan.board_shapes, "boards"],
+        batch_rows=options.batch_size,
+        fingerprint=fingerprint(plan),
+    )
+    existing = find_existing(work.target)
+    if options.resume and existing and existing.is_of(work):
+        tidy(work.target)
+        _note(f"{path} is complete already: there is nothing to do")
+        return _nothing_done(plan, path, existing, started)
     warn_of_large_tensors(specs)
-    batched = [*plan.board_shapes, "boards"]
+    n = len(plan.indices)
     with HeldInterrupts() as interrupts:
         file = OutputFile.open(
-            path,
-            specs,
-            metadata(plan),
-            batched=batched,
-            batch_rows=options.batch_size,
-            fingerprint=fingerprint(plan),
-            resume=options.resume,
+            work,
+            inputs=plan.input_files,
             overwrite=options.overwrite,
+            check=interrupts.check,
         )
         with file:
             _check_resumed_boards(file, plan)
-            with _kept_or_discarded(file, len(plan.indices)):
+            for text in _beginning(file, existing, n):
+                _note(text)
+            with _kept_or_discarded(file, n, overwrite=options.overwrite):
                 for name, tensor in plan.whole_tensors().items():
                     file.write(name, _bytes_of(tensor))
+                if file.resumed_rows and options.progress:
+                    options.progress(file.resumed_rows, n)
                 with (
                     Loop(plan) as loop,
                     WriterPool(file, threads=_WRITER_THREADS) as writers,
@@ -259,6 +275,44 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
     )
 
 
+def _note(text: str) -> None:
+    # Of the call of `dump`.
+    warnings.warn(DumpActivationsNote(text), stacklevel=5)
+
+
+def _beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[str]:
+    """Say what a run finds at its target and beside it."""
+    if file.unusable:
+        yield f"{file.partial} is started anew: {file.unusable}"
+    if file.resumed_rows:
+        yield f"going on with {file.partial} at board {file.resumed_rows:,} of {n:,}"
+    if existing:
+        holds = _size(existing.size)
+        boards = existing.metadata.get("n_samples", "")
+        if boards.isdecimal() and len(boards) < 20:
+            holds += f", {int(boards):,} boards"
+        yield f"{file.target} ({holds}) is replaced when the new file is whole"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _nothing_done(plan: Plan, path: Path, existing: Existing, started: float) -> Summary:
+    return Summary(
+        output=path,
+        boards=0,
+        resumed_boards=len(plan.indices),
+        bytes_written=existing.size,
+        seconds=0.0,
+        setup_seconds=time.perf_counter() - started,
+        commit_seconds=0.0,
+        stage_seconds=dict.fromkeys(("boards", "forward", "copy", "write"), 0.0),
+        waiting_seconds=0.0,
+        nonfinite=_counted(existing.digests),
+    )
+
+
 def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
     """Refuse to go on where the pool's rows are no longer those of the batch resumed last."""
     last = file.last_resumed
@@ -275,11 +329,7 @@ def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
 
 def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
     """Count what is not finite in each tensor that has any, with a warning for each."""
-    counts = {
-        name: {"nan": digest.nan, "inf": digest.inf}
-        for name, digest in digests.items()
-        if digest.nan or digest.inf
-    }
+    counts = _counted(digests)
     for name, count in counts.items():
         warnings.warn(
             DumpActivationsWarning(
@@ -291,8 +341,16 @@ def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
     return counts
 
 
+def _counted(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
+    return {
+        name: {"nan": digest.nan, "inf": digest.inf}
+        for name, digest in digests.items()
+        if digest.nan or digest.inf
+    }
+
+
 @contextmanager
-def _kept_or_discarded(file: OutputFile, boards: int) -> Iterator[None]:
+def _kept_or_discarded(file: OutputFile, boards: int, *, overwrite: bool) -> Iterator[None]:
     """Leave a state to resume where the run could be finished later, and nothing where not."""
     try:
         yield
@@ -306,9 +364,9 @@ def _kept_or_discarded(file: OutputFile, boards: int) -> Iterator[None]:
         with ignored_interrupts():
             kept = file.suspend()
         if kept:
+            again = "the same call without overwrite" if overwrite else "the same call again"
             error.add_note(
-                f"{kept:,} of {boards:,} boards are kept in {file.partial}; the same call again "
-                "does the rest"
+                f"{kept:,} of {boards:,} boards are kept in {file.partial}; {again} does the rest"
             )
         raise
 

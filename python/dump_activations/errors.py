@@ -5,6 +5,8 @@ A text names options through `option`, so that a caller in Python reads argument
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 # Of the private use area: no text has them by accident.
@@ -118,6 +120,17 @@ class OutputError(DumpActivationsError, OSError):
         error.errno = cause.errno
         return error
 
+    @classmethod
+    @contextmanager
+    def when(cls, what: str) -> Iterator[None]:
+        """Turn what the system refuses inside the context into an error that says what failed."""
+        try:
+            yield
+        except DumpActivationsError:
+            raise
+        except OSError as error:
+            raise cls.of_system(what, error) from error
+
 
 class DumpActivationsWarning(UserWarning):
     """Something a user should know that does not stop the run."""
@@ -129,3 +142,7 @@ class DumpActivationsWarning(UserWarning):
     def flags_text(self) -> str:
         """The text as the command shows it."""
         return with_flags(super().__str__())
+
+
+class DumpActivationsNote(DumpActivationsWarning):
+    """Something a user may like to know of a run in which nothing is wrong."""

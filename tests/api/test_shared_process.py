@@ -126,7 +126,7 @@ def test_want_of_memory_in_the_middle_says_what_is_kept_and_the_way_out(
     target = tmp_path / "a.pt"
     with pytest.raises(DeviceError, match="try batch_size=4 and overwrite=True") as caught:
         dump(model, DEMO_POOL, target, **OPTIONS)
-    assert any("--resume" in note for note in caught.value.__notes__)
+    assert any("the same call again does the rest" in note for note in caught.value.__notes__)
     handle.remove()
     dump(model, DEMO_POOL, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
 
@@ -194,7 +194,7 @@ def test_a_directory_that_fails_to_be_flushed_after_the_rename(tmp_path, monkeyp
     assert file.suspend() == 0
     assert target.exists()
     monkeypatch.undo()
-    write_dump(target, described, resume=True)
+    write_dump(target, described)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 

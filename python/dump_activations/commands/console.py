@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dump_activations.errors import DumpActivationsWarning, OutputError
+from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,9 @@ def shown_warnings() -> Iterator[None]:
     """Print this package's warnings as one line each, and no one else's, inside the context."""
 
     def show(message: Warning | str, *_more: Any, **_others: Any) -> None:
-        if isinstance(message, DumpActivationsWarning):
+        if isinstance(message, DumpActivationsNote):
+            print_note(message.flags_text)
+        elif isinstance(message, DumpActivationsWarning):
             print_warning(message.flags_text)
 
     with warnings.catch_warnings():

@@ -18,7 +18,7 @@ from dump_activations.commands.runner import be_process, run_command
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, describe
-from dump_activations.storage.formats.registry import format_of
+from dump_activations.storage.writing.targets import check_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,7 +95,8 @@ def dump_activations(
     if not output or flags["indices"] == "":
         raise InvalidArgumentError(f"{option('output' if not output else 'indices')}: no name")
     if options.write:
-        format_of(Path(output), [STORAGE_DTYPES[options.dtype].name])
+        indices = [Path(flags["indices"])] if flags["indices"] else []
+        check_output(output, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
 
     keep_freed_memory()
     with uncollected_imports():

@@ -4,6 +4,8 @@ Shape letters: B boards in a batch, S cells (16), H hidden size, Q query heads, 
 G query heads that share one key/value head (Q = G K), D size of a head, N bins of a value head.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -122,13 +124,14 @@ class Encoder(nn.Module):
     """The whole model. Module names are those of the checkpoints' state dicts.
 
     `checkpoint` says where the weights came from: what `--init` was given; `random_init` that only
-    the architecture did.
+    the architecture did; `checkpoint_files` lists the files that were read.
     """
 
     def __init__(self, config: EncoderConfig, *, checkpoint: str = "") -> None:
         super().__init__()
         self.config = config
         self.checkpoint = checkpoint
+        self.checkpoint_files: tuple[Path, ...] = ()
         self.random_init = False
         self.tok_emb = nn.Embedding(config.input_vocab_size, config.hidden_size)
         self.pos_emb = PositionEmbedding(config)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from dump_activations.board import CELLS
 from dump_activations.dtypes import STORAGE_DTYPES, TensorSpec
 from dump_activations.errors import DumpActivationsWarning, InvalidArgumentError, option
 from dump_activations.model.activations import BoardActivation, WeightActivation, find_activations
-from dump_activations.model.checkpoint import load_encoder
+from dump_activations.model.checkpoint import load_encoder, preferred_files
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import Options
 from dump_activations.pipeline.device import find_device
@@ -51,6 +52,14 @@ class Plan:
             return "given"
         replaced = len(self.indices) > len(self.pool)
         return "draw with replacement" if replaced else "draw"
+
+    @property
+    def input_files(self) -> list[Path]:
+        """List the files of the model and the pool, and those that would be read in their place."""
+        checkpoint = self.model.checkpoint_files
+        directories = {path.parent for path in checkpoint}
+        preferred = [path for each in directories for path in preferred_files(each)]
+        return [*checkpoint, *preferred, *(shard.path for shard in self.pool.shards)]
 
     @cached_property
     def board_activations(self) -> list[BoardActivation]:
