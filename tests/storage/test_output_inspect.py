@@ -204,7 +204,7 @@ def test_a_pickle_runs_no_code(tmp_path):
     torch.save({"hidden": Exploit(tmp_path / "touched"), "metadata": {}}, path)
     error = damage(path)
     assert isinstance(error, OutputError)
-    assert "it names " in str(error)
+    assert "its data.pkl is no dict of tensors" in str(error)
     assert not (tmp_path / "touched").exists()
 
 
