@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import time
 import warnings
 import zlib
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import (
-    DeviceError,
     DumpActivationsWarning,
+    Note,
     OutputError,
     VocabularyError,
     option,
@@ -31,10 +30,12 @@ from dump_activations.errors import (
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options, describe
 from dump_activations.pipeline.device import current
+from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.pipeline.loop import Loop
 from dump_activations.pipeline.plan import Plan, make_plan, warn_of_large_tensors
 from dump_activations.pipeline.provenance import fingerprint, metadata
+from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.transfer import ActivationBatch
 from dump_activations.pool.dataset import StepsDataset
@@ -43,7 +44,6 @@ from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import check_output
 from dump_activations.storage.writing.writers import WriterPool
 
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 # Enough for some to wait for the disk while others take checksums.
 _WRITER_THREADS = min(8, max(2, (os.cpu_count() or 4) // 2))
 
@@ -184,39 +184,23 @@ def _dump(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Summary:
     started = time.perf_counter()
     if options.write:
         check_output(path, [STORAGE_DTYPES[options.dtype].name])
-    with _shortage_named(options.batch_size):
-        plan = make_plan(init, pool, options)
-        with current(plan.device):
-            if not options.write:
-                return _discard(plan, options, started)
-            return _write(plan, path, options, started)
+    with batch_shortage_named(options.batch_size):
+        return _run(init, pool, path, options, started)
 
 
-@contextmanager
-def _shortage_named(batch_size: int) -> Iterator[None]:
-    """Turn what torch raises for want of memory, on the device or the host, into one error."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
-            raise
-        where = "CUDA out of memory" if "CUDA" in str(error) else "out of memory"
-        smaller = option("batch_size", max(batch_size // 2, 1))
-        if getattr(error, "__notes__", []):
-            smaller += f" and {switch('overwrite')}"
-        named = DeviceError(
-            f"{where} at {option('batch_size', batch_size)}; free some, or try {smaller}"
-        )
-        for note in getattr(error, "__notes__", []):
-            named.add_note(note)
-        raise named from error
+def _run(init: Init, pool: Pool, path: Path, options: DumpOptions, started: float) -> Summary:
+    plan = make_plan(init, pool, options)
+    with current(plan.device):
+        if not options.write:
+            return _discard(plan, options, started)
+        return _write(plan, path, options, started)
 
 
 def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
     specs = plan.tensor_specs()
     warn_of_large_tensors(specs)
     batched = [*plan.board_shapes, "boards"]
-    with HeldInterrupts() as interrupts:
+    with HeldInterrupts() as interrupts, Forward(plan) as forward:
         file = OutputFile.open(
             path,
             specs,
@@ -233,7 +217,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
                 for name, tensor in plan.whole_tensors().items():
                     file.write(name, _bytes_of(tensor))
                 with (
-                    Loop(plan) as loop,
+                    Loop(plan, forward) as loop,
                     WriterPool(file, threads=_WRITER_THREADS) as writers,
                     closing(loop.batches(options.progress, start=file.resumed_rows)) as batches,
                 ):
@@ -286,7 +270,7 @@ def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
                 f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
                 f"infinite ones come from an overflow where {option('dtype')} is fp16"
             ),
-            stacklevel=5,
+            stacklevel=6,
         )
     return counts
 
@@ -307,14 +291,20 @@ def _kept_or_discarded(file: OutputFile, boards: int) -> Iterator[None]:
             kept = file.suspend()
         if kept:
             error.add_note(
-                f"{kept:,} of {boards:,} boards are kept in {file.partial}; the same call again "
-                "does the rest"
+                Note(
+                    f"{kept:,} of {boards:,} boards are kept in {file.partial}; the same call with "
+                    f"{switch('resume')} does the rest"
+                )
             )
         raise
 
 
 def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
-    with HeldInterrupts() as interrupts, Loop(plan, keep=False) as loop:
+    with (
+        HeldInterrupts() as interrupts,
+        Forward(plan) as forward,
+        Loop(plan, forward, keep=False) as loop,
+    ):
         for batch in loop.batches(options.progress):
             batch.release()
             interrupts.check()
@@ -322,34 +312,36 @@ def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
 
 
 def _stream(init: Init, pool: Pool, options: Options) -> Iterator[Batch]:
-    with _shortage_named(options.batch_size):
+    with batch_shortage_named(options.batch_size):
         plan = make_plan(init, pool, options)
-    return _interruptible(_taken_batches(plan), plan)
+    return _interruptible(_taken_batches(plan), plan.device, options.batch_size)
 
 
-def _interruptible(batches: Generator[Batch, None, None], plan: Plan) -> Iterator[Batch]:
+def _interruptible(
+    batches: Generator[Batch, None, None], device: torch.device, batch_size: int
+) -> Iterator[Batch]:
     """Hand on the batches; an interruption between two of them ends the run in order.
 
-    The run's device is current only while a batch is computed, not while the caller has it.
+    The run's device is current only while a batch is computed, not while the caller has it. Of an
+    error's frames this one stays: it holds nothing of the run but the generator.
     """
-    with closing(batches):
+    try:
         while True:
-            with (
-                HeldInterrupts(),
-                _shortage_named(plan.options.batch_size),
-                current(plan.device),
-            ):
+            with HeldInterrupts(), batch_shortage_named(batch_size), current(device):
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
+    finally:
+        with HeldInterrupts(), current(device):
+            batches.close()
 
 
 def _taken_batches(plan: Plan) -> Generator[Batch, None, None]:
     # The CPU is the caller's between two batches.
     ahead = 1 if plan.device.type == "cuda" else 0
     under_way: deque[ActivationBatch] = deque()
-    with Loop(plan) as loop:
+    with Forward(plan) as forward, Loop(plan, forward) as loop:
         for batch in loop.batches():
             under_way.append(batch)
             if len(under_way) > ahead:

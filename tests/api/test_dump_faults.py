@@ -107,7 +107,7 @@ def broken(inputs, tmp_path):
         options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH}
         with pytest.raises(BrokenError) as caught:
             cpu_dump(model, inputs / "pool", target, **options)
-        assert any("--resume" in note for note in caught.value.__notes__)
+        assert any("resume=True" in note for note in caught.value.__notes__)
         assert target.exists() == bool(before)
         return target
 

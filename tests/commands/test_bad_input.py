@@ -531,7 +531,7 @@ def test_impossible_exponents_of_unpacked_rows(exponent, place, capsys):
 
 
 def test_sinks_of_a_model_without_sinks(place, capsys):
-    place.run(capsys, code=1, names=["attn_sinks"], outputs="pooled,attn_sinks")
+    place.run(capsys, code=2, names=["attn_sinks"], outputs="pooled,attn_sinks")
 
 
 def test_output_directory_that_is_not_there(place, capsys):

@@ -82,7 +82,7 @@ def load_encoder(
         try:
             model = _load(directory, random_init=random_init)
         except (CheckpointError, CheckpointNotFoundError) as error:
-            raise type(error)(f"{source}: {error}") from error
+            raise type(error)(f"{source}: {error.args[0]}") from error
     model.checkpoint = source
     model.random_init = random_init
     return model.to(device).eval().requires_grad_(requires_grad=False)
@@ -104,7 +104,7 @@ def _load(path: Path, *, random_init: bool) -> Encoder:
     try:
         config = EncoderConfig.from_dict(checkpoint.config | said)
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.config_origin}: {error}") from error
+        raise CheckpointError(f"{checkpoint.config_origin}: {error.args[0]}") from error
     if random_init:
         return _random_encoder(config)
     return _encoder_with(config, checkpoint)
