@@ -332,6 +332,7 @@ def _interruptible(
             if batch is None:
                 return
             yield batch
+            del batch  # It is the caller's, to keep or not.
     finally:
         with HeldInterrupts(), current(device):
             batches.close()

@@ -1,9 +1,8 @@
 """What torch raises for want of memory or threads, as one error that says of what."""
 
 import re
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -38,20 +37,50 @@ def empty_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         raise PinnedMemoryError(str(error)) from None
 
 
-def shortage(error: BaseException) -> str | None:
+def shortage(error: BaseException | None) -> str | None:
     """Say of what there was too little, where that is what an error means."""
-    if isinstance(error, DumpActivationsError):
-        return None
     if isinstance(error, PinnedMemoryError):
         return "pinned host memory"
     if isinstance(error, MemoryError):
         return "host memory"
+    if not isinstance(error, RuntimeError) or isinstance(error, DumpActivationsError):
+        return None
     text = str(error)
     return next((of for of, found in _SHORTAGES.items() if re.search(found, text)), None)
 
 
-@contextmanager
-def batch_shortage_named(batch_size: int) -> Iterator[None]:
+class _NamedShortage(AbstractContextManager[None]):
+    """Raises one error for what is meant by those that torch and Python have.
+
+    Callers try again where they catch it, while it is alive: it keeps no frame of what failed, and
+    so none of its memory.
+    """
+
+    def __init__(self, advise: Callable[[BaseException], str]) -> None:
+        self._advise = advise
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        del traceback
+        what = shortage(error)
+        if error is None or what is None:
+            return
+        text = f"out of {what}{self._advise(error)}"
+        if what == _THREADS:
+            text = "no more threads can be started; end other programs, or raise `ulimit -u`"
+        named = DeviceError(text)
+        for note in getattr(error, "__notes__", []):
+            named.add_note(note)
+        _drop_tracebacks(error)
+        raise named from error
+
+
+def _drop_tracebacks(error: BaseException | None) -> None:
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def batch_shortage_named(batch_size: int) -> AbstractContextManager[None]:
     """Say that a smaller batch may fit where there is too little of something for this one."""
 
     def advise(error: BaseException) -> str:
@@ -60,41 +89,11 @@ def batch_shortage_named(batch_size: int) -> Iterator[None]:
             smaller += f" and {switch('overwrite')}"
         return f" at {option('batch_size', batch_size)}; free some, or try {smaller}"
 
-    with _named(advise):
-        yield
+    return _NamedShortage(advise)
 
 
-@contextmanager
-def model_shortage_named(device: torch.device) -> Iterator[None]:
+def model_shortage_named(device: torch.device) -> AbstractContextManager[None]:
     """Say that it is the model that does not fit."""
-    with _named(lambda _: f": the model does not fit on {device}; free some, or take another"):
-        yield
-
-
-@contextmanager
-def _named(advise: Callable[[BaseException], str]) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        what = shortage(error)
-        if what is None:
-            raise
-        if what == _THREADS:
-            text = "no more threads can be started; end other programs, or raise `ulimit -u`"
-        else:
-            text = f"out of {what}{advise(error)}"
-        named = DeviceError(text)
-        for note in getattr(error, "__notes__", []):
-            named.add_note(note)
-        _forget_locals(error)
-        raise named from error
-
-
-def _forget_locals(error: BaseException | None) -> None:
-    """Free what the frames of an error hold, so that a retry finds the memory that it needs.
-
-    Callers retry where they catch it, while the error is alive.
-    """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    return _NamedShortage(
+        lambda _: f": the model does not fit on {device}; free some, or take another"
+    )
