@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import time
 import warnings
 import zlib
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import (
-    DeviceError,
     DumpActivationsNote,
     DumpActivationsWarning,
+    Note,
     OutputError,
     VocabularyError,
     option,
@@ -32,10 +31,12 @@ from dump_activations.errors import (
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options, describe
 from dump_activations.pipeline.device import current
+from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.pipeline.loop import Loop
 from dump_activations.pipeline.plan import Plan, make_plan, warn_of_large_tensors
 from dump_activations.pipeline.provenance import fingerprint, metadata
+from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.transfer import ActivationBatch
 from dump_activations.pool.dataset import StepsDataset
@@ -46,7 +47,6 @@ from dump_activations.storage.writing.targets import check_output
 from dump_activations.storage.writing.work import Existing, Work, find_existing
 from dump_activations.storage.writing.writers import WriterPool
 
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 # Enough for some to wait for the disk while others take checksums.
 _WRITER_THREADS = min(8, max(2, (os.cpu_count() or 4) // 2))
 
@@ -187,32 +187,16 @@ def _dump(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Summary:
     started = time.perf_counter()
     if options.write:
         check_output(path, [STORAGE_DTYPES[options.dtype].name])
-    with _shortage_named(options.batch_size):
-        plan = make_plan(init, pool, options)
-        with current(plan.device):
-            if not options.write:
-                return _discard(plan, options, started)
-            return _write(plan, path, options, started)
+    with batch_shortage_named(options.batch_size):
+        return _run(init, pool, path, options, started)
 
 
-@contextmanager
-def _shortage_named(batch_size: int) -> Iterator[None]:
-    """Turn what torch raises for want of memory, on the device or the host, into one error."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
-            raise
-        where = "CUDA out of memory" if "CUDA" in str(error) else "out of memory"
-        smaller = option("batch_size", max(batch_size // 2, 1))
-        if getattr(error, "__notes__", []):
-            smaller += f" and {switch('overwrite')}"
-        named = DeviceError(
-            f"{where} at {option('batch_size', batch_size)}; free some, or try {smaller}"
-        )
-        for note in getattr(error, "__notes__", []):
-            named.add_note(note)
-        raise named from error
+def _run(init: Init, pool: Pool, path: Path, options: DumpOptions, started: float) -> Summary:
+    plan = make_plan(init, pool, options)
+    with current(plan.device):
+        if not options.write:
+            return _discard(plan, options, started)
+        return _write(plan, path, options, started)
 
 
 def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
@@ -232,7 +216,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         return _nothing_done(plan, path, existing, started)
     warn_of_large_tensors(specs)
     n = len(plan.indices)
-    with HeldInterrupts() as interrupts:
+    with HeldInterrupts() as interrupts, Forward(plan) as forward:
         file = OutputFile.open(
             work,
             inputs=plan.input_files,
@@ -249,7 +233,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
                 if file.resumed_rows and options.progress:
                     options.progress(file.resumed_rows, n)
                 with (
-                    Loop(plan) as loop,
+                    Loop(plan, forward) as loop,
                     WriterPool(file, threads=_WRITER_THREADS) as writers,
                     closing(loop.batches(options.progress, start=file.resumed_rows)) as batches,
                 ):
@@ -336,7 +320,7 @@ def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
                 f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
                 f"infinite ones come from an overflow where {option('dtype')} is fp16"
             ),
-            stacklevel=5,
+            stacklevel=6,
         )
     return counts
 
@@ -364,15 +348,22 @@ def _kept_or_discarded(file: OutputFile, boards: int, *, overwrite: bool) -> Ite
         with ignored_interrupts():
             kept = file.suspend()
         if kept:
-            again = "the same call without overwrite" if overwrite else "the same call again"
+            again = f"without {option('overwrite')}" if overwrite else "again"
             error.add_note(
-                f"{kept:,} of {boards:,} boards are kept in {file.partial}; {again} does the rest"
+                Note(
+                    f"{kept:,} of {boards:,} boards are kept in {file.partial}; the same call "
+                    f"{again} does the rest"
+                )
             )
         raise
 
 
 def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
-    with HeldInterrupts() as interrupts, Loop(plan, keep=False) as loop:
+    with (
+        HeldInterrupts() as interrupts,
+        Forward(plan) as forward,
+        Loop(plan, forward, keep=False) as loop,
+    ):
         for batch in loop.batches(options.progress):
             batch.release()
             interrupts.check()
@@ -380,34 +371,37 @@ def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
 
 
 def _stream(init: Init, pool: Pool, options: Options) -> Iterator[Batch]:
-    with _shortage_named(options.batch_size):
+    with batch_shortage_named(options.batch_size):
         plan = make_plan(init, pool, options)
-    return _interruptible(_taken_batches(plan), plan)
+    return _interruptible(_taken_batches(plan), plan.device, options.batch_size)
 
 
-def _interruptible(batches: Generator[Batch, None, None], plan: Plan) -> Iterator[Batch]:
+def _interruptible(
+    batches: Generator[Batch, None, None], device: torch.device, batch_size: int
+) -> Iterator[Batch]:
     """Hand on the batches; an interruption between two of them ends the run in order.
 
-    The run's device is current only while a batch is computed, not while the caller has it.
+    The run's device is current only while a batch is computed, not while the caller has it. Of an
+    error's frames this one stays: it holds nothing of the run but the generator.
     """
-    with closing(batches):
+    try:
         while True:
-            with (
-                HeldInterrupts(),
-                _shortage_named(plan.options.batch_size),
-                current(plan.device),
-            ):
+            with HeldInterrupts(), batch_shortage_named(batch_size), current(device):
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
+            del batch  # It is the caller's, to keep or not.
+    finally:
+        with HeldInterrupts(), current(device):
+            batches.close()
 
 
 def _taken_batches(plan: Plan) -> Generator[Batch, None, None]:
     # The CPU is the caller's between two batches.
     ahead = 1 if plan.device.type == "cuda" else 0
     under_way: deque[ActivationBatch] = deque()
-    with Loop(plan) as loop:
+    with Forward(plan) as forward, Loop(plan, forward) as loop:
         for batch in loop.batches():
             under_way.append(batch)
             if len(under_way) > ahead:

@@ -41,6 +41,22 @@ def with_flags(text: str) -> str:
     return _OPTION.sub(flag, text)
 
 
+class Note(str):
+    """A note on an error, for `add_note`: one line, as Python shows it.
+
+    Attributes:
+        flags_text: the line as the command shows it.
+    """
+
+    flags_text: str
+
+    def __new__(cls, text: str) -> Self:
+        """Render a text of this package."""
+        note = super().__new__(cls, with_arguments(text))
+        note.flags_text = with_flags(text)
+        return note
+
+
 class DumpActivationsError(Exception):
     """Base of every error this package raises on purpose. Its text is one line for the user."""
 
@@ -106,7 +122,7 @@ class VocabularyError(DumpActivationsError, ValueError):
 
 
 class DeviceError(DumpActivationsError, RuntimeError):
-    """A compute device that is not there, or ran out of memory."""
+    """What the machine lacks: a compute device, memory, threads, or what compiling needs."""
 
 
 class OutputError(DumpActivationsError, OSError):

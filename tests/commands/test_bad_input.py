@@ -532,7 +532,7 @@ def test_impossible_exponents_of_unpacked_rows(exponent, place, capsys):
 
 
 def test_sinks_of_a_model_without_sinks(place, capsys):
-    place.run(capsys, code=1, names=["attn_sinks"], outputs="pooled,attn_sinks")
+    place.run(capsys, code=2, names=["attn_sinks"], outputs="pooled,attn_sinks")
 
 
 def test_a_directory_is_not_made_for_a_run_that_cannot_begin(place, capsys):

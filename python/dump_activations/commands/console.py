@@ -7,6 +7,7 @@ when a table or a bar is drawn.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from contextlib import contextmanager, suppress
@@ -19,10 +20,18 @@ from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning,
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import Console
     from rich.table import Table
 
     from dump_activations.options import Progress
     from dump_activations.pipeline.summary import Summary
+
+
+# Where a bar is drawn, if one is: a line that went past its console would break it.
+_live: Console | None = None
+
+# More than any line is long.
+_UNLIMITED_WIDTH = 1 << 30
 
 
 def print_error(text: str) -> None:
@@ -41,9 +50,17 @@ def print_note(text: str) -> None:
 
 
 def _print_line(label: str, colour: str, text: str) -> None:
-    line = click.style(f"{label}: ", fg=colour, bold=True) + printable(" ".join(text.splitlines()))
+    text = printable(" ".join(text.splitlines()))
+    if _live is not None:
+        from rich.text import Text
+
+        _live.print(Text.assemble((f"{label}: ", f"bold {colour}"), text), soft_wrap=True)
+        return
+    label += ": "
+    if not os.environ.get("NO_COLOR"):
+        label = click.style(label, fg=colour, bold=True)
     with suppress(OSError):  # Nobody is left to be told.
-        click.echo(line, err=True)
+        click.echo(label + text, err=True)
 
 
 def printable(text: str) -> str:
@@ -73,6 +90,7 @@ def progress_bar() -> Iterator[Progress | None]:
     if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
+    global _live  # noqa: PLW0603 -- there is one terminal
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -94,7 +112,11 @@ def progress_bar() -> Iterator[Progress | None]:
             rate = f"{speed:,.0f} boards/s" if speed else ""
             bar.update(task, completed=done, total=of, rate=rate)
 
-        yield update
+        _live = bar.console
+        try:
+            yield update
+        finally:
+            _live = None
 
 
 def print_summary(summary: Summary, *, as_json: bool) -> None:
@@ -106,23 +128,35 @@ def print_summary(summary: Summary, *, as_json: bool) -> None:
     try:
         if as_json:
             click.echo(json.dumps(summary.as_dict()))
-        elif sys.stdout is not None:
-            from rich.console import Console
-
-            Console().print(_speed_table(summary))
+        else:
+            print_titled(_title(summary), _speed_table(summary))
     except (OSError, UnicodeError) as error:
         done = f"{summary.output} is complete" if summary.output else "the run is done"
         raise OutputError(f"{done}, but its summary cannot be printed: {error}") from error
 
 
-def _speed_table(summary: Summary) -> Table:
-    from rich.table import Table
+def print_titled(title: str, *tables: Table) -> None:
+    """Print a line and tables on stdout; what is no terminal gets no line in pieces."""
+    if sys.stdout is None:
+        return
+    from rich.console import Console
     from rich.text import Text
 
+    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED_WIDTH)
+    console.print(Text(printable(title)), soft_wrap=True)
+    console.print(*tables)
+
+
+def _title(summary: Summary) -> str:
     where = str(summary.output) if summary.output else "nothing written"
     resumed = f" (and {summary.resumed_boards:,} resumed)" if summary.resumed_boards else ""
-    title = Text(printable(f"{summary.boards:,} boards{resumed}: {where}"))
-    table = Table(title=title, title_justify="left")
+    return f"{summary.boards:,} boards{resumed}: {where}"
+
+
+def _speed_table(summary: Summary) -> Table:
+    from rich.table import Table
+
+    table = Table()
     table.add_column("stage")
     for heading in ("seconds", "share of the run", "boards/s"):
         table.add_column(heading, justify="right")

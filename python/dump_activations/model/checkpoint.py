@@ -83,7 +83,7 @@ def load_encoder(
         try:
             model = _load(directory, random_init=random_init)
         except (CheckpointError, CheckpointNotFoundError) as error:
-            raise type(error)(f"{source}: {error}") from error
+            raise type(error)(f"{source}: {error.args[0]}") from error
     model.checkpoint = source
     model.random_init = random_init
     return model.to(device).eval().requires_grad_(requires_grad=False)
@@ -105,7 +105,7 @@ def _load(path: Path, *, random_init: bool) -> Encoder:
     try:
         config = EncoderConfig.from_dict(checkpoint.config | said)
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.config_origin}: {error}") from error
+        raise CheckpointError(f"{checkpoint.config_origin}: {error.args[0]}") from error
     model = _random_encoder(config) if random_init else _encoder_with(config, checkpoint)
     model.checkpoint_files = checkpoint.files
     return model

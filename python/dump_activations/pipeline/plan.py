@@ -18,8 +18,10 @@ from dump_activations.errors import DumpActivationsWarning, InvalidArgumentError
 from dump_activations.model.activations import BoardActivation, WeightActivation, find_activations
 from dump_activations.model.checkpoint import load_encoder, preferred_files
 from dump_activations.model.encoder import Encoder
+from dump_activations.model.replica import replicate
 from dump_activations.options import Options
-from dump_activations.pipeline.device import find_device
+from dump_activations.pipeline.device import current, find_device
+from dump_activations.pipeline.shortage import model_shortage_named
 from dump_activations.pool.dataset import StepsDataset
 
 _LARGE_TENSOR = 8 << 30
@@ -108,15 +110,16 @@ def make_plan(
     device = find_device(options.device)
     if not isinstance(pool, StepsDataset):
         pool = StepsDataset(pool)
-    if isinstance(init, Encoder):
-        if options.random_init:
-            raise InvalidArgumentError(
-                f"{option('random_init')}: the model is loaded already; give load_encoder "
-                "random_init=True"
-            )
-        model = init.to(device).eval()
-    else:
-        model = load_encoder(init, device=device, random_init=options.random_init)
+    if isinstance(init, Encoder) and options.random_init:
+        raise InvalidArgumentError(
+            f"{option('random_init')}: the model is loaded already; give load_encoder "
+            "random_init=True"
+        )
+    with model_shortage_named(device), current(device):
+        if isinstance(init, Encoder):
+            model = replicate(init, device)
+        else:
+            model = load_encoder(init, device=device, random_init=options.random_init)
     if options.indices is None:
         indices = pool.sample_indices(options.n_samples, seed=options.seed)
     else:

@@ -21,6 +21,7 @@ from dump_activations.chunks import Chunk
 from dump_activations.pipeline.board_feed import BoardBatch
 from dump_activations.pipeline.cuda_timing import CudaStopwatch
 from dump_activations.pipeline.device import current
+from dump_activations.pipeline.shortage import empty_pinned
 from dump_activations.timing import Stopwatch
 
 _HOST_SLOTS = 3
@@ -252,12 +253,11 @@ def _allocate(
     pinned: bool = False,
 ) -> Buffers:
     """Allocate a tensor a key, on the device or in host memory."""
-    if device == _HOST and not pinned:
+    if pinned:
+        return {key: empty_pinned(shape, dtype) for key, shape in shapes.items()}
+    if device == _HOST:
         return {key: _empty_on_pages(shape, dtype) for key, shape in shapes.items()}
-    return {
-        key: torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
-        for key, shape in shapes.items()
-    }
+    return {key: torch.empty(shape, dtype=dtype, device=device) for key, shape in shapes.items()}
 
 
 def _empty_on_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
