@@ -47,19 +47,19 @@ def simulated(policy: Callable[[Device], None]) -> Iterator[Device]:
     if torch.cuda.is_available():
         torch.cuda.init()  # which the stand-in must not keep it from
     device, pinned = Device(policy), PinnedMemory()
-    here = threading.local()
 
     @contextmanager
     def named(_device: object = None) -> Iterator[None]:
-        if getattr(here, "named", False):
+        thread = threading.get_ident()
+        if thread in device.threads:
             yield
             return
-        here.named = True
+        device.threads.add(thread)
         try:
             with Dispatch(device, pinned):
                 yield
         finally:
-            here.named = False
+            device.threads.remove(thread)
 
     stand_ins = {
         "is_available": lambda: True,

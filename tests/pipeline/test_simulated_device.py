@@ -8,6 +8,7 @@ import inspect
 import textwrap
 import threading
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -375,3 +376,12 @@ def test_a_slip_shows_as_a_lost_overlap(slip, simulated_dump, on_cpu, monkeypatc
     tensors, log = simulated_dump(policy)
     assert not wrong(tensors, on_cpu)
     assert forwards_before_copies(log) != ORDERS[policy]
+
+
+@pytest.mark.parametrize("room", [board_feed, transfer], ids=["reader", "writers"])
+def test_a_thread_that_does_not_name_the_device_is_found_out(room, simulated_dump, monkeypatch):
+    if room is board_feed and torch.cuda.is_available():
+        pytest.skip("a real device pins memory in place of the simulated one")
+    monkeypatch.setattr(room, "current", lambda _: nullcontext())
+    with pytest.raises((AssertionError, RuntimeError), match=r"not named|CUDA|NVIDIA|accelerator"):
+        simulated_dump(lazy)

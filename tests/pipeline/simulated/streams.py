@@ -90,6 +90,7 @@ class Device:
     Attributes:
         streams: the default one, then the others in the order in which they were created.
         log: the names of what was run, in order.
+        threads: those that have named the device.
     """
 
     def __init__(self, policy: Callable[["Device"], None]) -> None:
@@ -98,6 +99,7 @@ class Device:
         self._here = threading.local()
         self.streams: list[Stream] = []
         self.log: list[str] = []
+        self.threads: set[int] = set()
         Stream(self)
 
     def submit(self, task: Task) -> Task:
@@ -109,15 +111,16 @@ class Device:
 
     def proceed(self) -> None:
         """Let the policy run what it likes."""
+        assert threading.get_ident() in self.threads, "this thread has not named the device"
         with self._lock:
             self._policy(self)
 
     def finish(self, task: Task) -> None:
         """Run what has to be done for the task to be done, and what the policy likes."""
         with self._lock:
+            self.proceed()
             while not task.done:
                 self.step(task.stream)
-            self.proceed()
 
     def step(self, stream: Stream) -> None:
         """Run a stream's next task, and first what that waits for."""
