@@ -12,6 +12,7 @@ import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -158,9 +159,10 @@ class CudaTransfer:
         self._keep = keep
         self._stream = torch.cuda.Stream(device)
         self.copying: Stopwatch | CudaStopwatch = CudaStopwatch(self._stream)
-        self._device_ring = _Ring(
-            lambda: _CudaSlot(_allocate(shapes, dtype, device=device), torch.cuda.Event()),
-            _DEVICE_SLOTS,
+        # Used in turn, each allocated at its first: the one being copied is the last to be used.
+        self._device_slots = cycle(
+            _CudaSlot(_allocate(shapes, dtype, device=device), torch.cuda.Event())
+            for _ in range(_DEVICE_SLOTS if keep else 1)
         )
         # Writers sleep on this event instead of spinning on a core that others need.
         self._host_ring = _Ring(
@@ -172,14 +174,13 @@ class CudaTransfer:
 
     def capture(self, rows: int) -> Capturing:
         """Begin a batch of so many boards."""
-        slot = self._device_ring.take()
+        slot = next(self._device_slots)
         torch.cuda.current_stream(self._device).wait_event(slot.copied)
         return _CudaCapture(self, slot, rows)
 
     def copy(self, source: _CudaSlot, boards: BoardBatch, rows: int) -> ActivationBatch:
         """Start the copy of a batch whose forward pass is queued."""
         if not self._keep:
-            self._device_ring.give_back(source)
             return ActivationBatch(boards, {}, [Chunk(0, rows)], _nothing)
         target = self._host_ring.take()
         host = _cut(target.buffers, rows)
@@ -189,7 +190,6 @@ class CudaTransfer:
                 host[key].copy_(tensor, non_blocking=True)
             source.copied.record(self._stream)
             target.copied.record(self._stream)
-        self._device_ring.give_back(source)
         whole = Chunk(0, rows, partial(self._wait, target.copied))
         return ActivationBatch(boards, host, [whole], lambda: self._host_ring.give_back(target))
 
