@@ -24,6 +24,7 @@ from dump_activations.errors import (
     DumpActivationsWarning,
     OutputError,
     VocabularyError,
+    note,
     option,
     switch,
     with_arguments,
@@ -34,6 +35,7 @@ from dump_activations.pipeline.device import current
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.pipeline.loop import Loop
 from dump_activations.pipeline.plan import Plan, make_plan, warn_of_large_tensors
+from dump_activations.pipeline.preview import Preview
 from dump_activations.pipeline.provenance import fingerprint, metadata
 from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.transfer import ActivationBatch
@@ -41,6 +43,7 @@ from dump_activations.pool.dataset import StepsDataset
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import check_output
+from dump_activations.storage.writing.room import check_room
 from dump_activations.storage.writing.writers import WriterPool
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
@@ -86,8 +89,8 @@ class Batch:
         first_row: place of the first board in the run.
         indices: global step indices, int64 (B,).
         boards: exponents, uint8 (B, 16).
-        tensors: activation key -> tensor (B, *shape) in the storage dtype; and the parameters that
-            were asked for, by their names in a file.
+        tensors: by their names in a file, the activations (B, *shape) in the storage dtype, and
+            the parameters that were asked for.
     """
 
     first_row: int
@@ -180,6 +183,23 @@ dump = _dump_taking(DumpOptions)
 stream = _stream_taking(Options)
 
 
+def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview:
+    """Check what `dump` checks before its first forward pass, and say what it would write.
+
+    Raises:
+        DumpActivationsError: what `dump` would raise.
+    """
+    if options.write:
+        check_output(path, [STORAGE_DTYPES[options.dtype].name])
+    with _shortage_named(options.batch_size):
+        plan = make_plan(init, pool, options)
+    previewed = Preview.of(plan, path if options.write else None)
+    if options.write:
+        may_exist = options.resume or options.overwrite
+        check_room(path, previewed.nbytes, may_exist=may_exist)
+    return previewed
+
+
 def _dump(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Summary:
     started = time.perf_counter()
     if options.write:
@@ -214,8 +234,9 @@ def _shortage_named(batch_size: int) -> Iterator[None]:
 
 def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
     specs = plan.tensor_specs()
+    note(Preview.of(plan, path).text)
     warn_of_large_tensors(specs)
-    batched = [*plan.board_shapes, "boards"]
+    batched = [*(tensor.name for tensor in plan.board_tensors), "boards"]
     with HeldInterrupts() as interrupts:
         file = OutputFile.open(
             path,

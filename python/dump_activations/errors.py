@@ -5,6 +5,8 @@ A text names options through `option`, so that a caller in Python reads argument
 """
 
 import re
+import warnings
+from contextlib import suppress
 from typing import Self
 
 # Of the private use area: no text has them by accident.
@@ -129,3 +131,16 @@ class DumpActivationsWarning(UserWarning):
     def flags_text(self) -> str:
         """The text as the command shows it."""
         return with_flags(super().__str__())
+
+
+class DumpActivationsNote(DumpActivationsWarning):
+    """Something worth knowing where all is as it should be. A caller from Python has to ask."""
+
+
+warnings.simplefilter("ignore", DumpActivationsNote, append=True)
+
+
+def note(text: str) -> None:
+    """Say something worth knowing; it never ends a run, also where warnings are errors."""
+    with suppress(DumpActivationsNote):
+        warnings.warn(DumpActivationsNote(text), stacklevel=2)

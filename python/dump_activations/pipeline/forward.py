@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dump_activations.chunks import Chunk
-from dump_activations.model.activations import BoardActivation
+from dump_activations.model.board_tensors import BoardTensor
 from dump_activations.model.capture import Capture
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import Options
@@ -36,7 +36,7 @@ class Forward:
 
     Args:
         model: in eval mode, on `device`.
-        activations: what to capture.
+        tensors: what to capture.
         options: the arithmetic, and whether to compile.
         device: where the model runs.
         rows: boards in a full batch.
@@ -45,13 +45,13 @@ class Forward:
     def __init__(
         self,
         model: Encoder,
-        activations: Sequence[BoardActivation],
+        tensors: Sequence[BoardTensor],
         *,
         options: Options,
         device: torch.device,
         rows: int,
     ) -> None:
-        self._capture = Capture(model, activations, compiled_rows=rows if options.compile else None)
+        self._capture = Capture(model, tensors, compiled_rows=rows if options.compile else None)
         self._precision = options.precision
         self._device = device
         on_cuda = device.type == "cuda"
@@ -90,7 +90,7 @@ class Forward:
 
         Args:
             tokens_BS: exponents (B, 16), any integer dtype, on the host; pinned for CUDA.
-            buffers: for each activation's key, a tensor (B, *shape) on the device.
+            buffers: for each tensor's name, one (B, *shape) on the device.
 
         Returns:
             The chunks of the batch, in order. On CUDA there is nothing to wait for: what the stream

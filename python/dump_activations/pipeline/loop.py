@@ -32,14 +32,14 @@ class Loop:
         self._plan = plan
         rows = min(plan.options.batch_size, len(plan.indices))
         self._transfer = make_transfer(
-            {key: (rows, *shape) for key, shape in plan.board_shapes.items()},
+            {tensor.name: (rows, *tensor.shape) for tensor in plan.board_tensors},
             plan.storage_dtype,
             plan.device,
             keep=keep,
         )
         self._forward = Forward(
             plan.model,
-            plan.board_activations,
+            plan.board_tensors,
             options=plan.options,
             device=plan.device,
             rows=rows,
