@@ -19,11 +19,11 @@ from torch import Tensor
 
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import (
-    DumpActivationsNote,
     DumpActivationsWarning,
     Note,
     OutputError,
     VocabularyError,
+    note,
     option,
     switch,
     with_arguments,
@@ -35,6 +35,7 @@ from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.pipeline.loop import Loop
 from dump_activations.pipeline.plan import Plan, make_plan, warn_of_large_tensors
+from dump_activations.pipeline.preview import Preview
 from dump_activations.pipeline.provenance import fingerprint, metadata
 from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
@@ -43,6 +44,7 @@ from dump_activations.pool.dataset import StepsDataset
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import tidy
+from dump_activations.storage.writing.room import check_room, free_space
 from dump_activations.storage.writing.targets import check_output
 from dump_activations.storage.writing.work import Existing, Work, find_existing
 from dump_activations.storage.writing.writers import WriterPool
@@ -89,8 +91,8 @@ class Batch:
         first_row: place of the first board in the run.
         indices: global step indices, int64 (B,).
         boards: exponents, uint8 (B, 16).
-        tensors: activation key -> tensor (B, *shape) in the storage dtype; and the parameters that
-            were asked for, by their names in a file.
+        tensors: by their names in a file, the activations (B, *shape) in the storage dtype, and
+            the parameters that were asked for.
     """
 
     first_row: int
@@ -183,6 +185,23 @@ dump = _dump_taking(DumpOptions)
 stream = _stream_taking(Options)
 
 
+def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview:
+    """Check what `dump` checks before its first forward pass, and say what it would write.
+
+    Raises:
+        DumpActivationsError: what `dump` would raise.
+    """
+    if options.write:
+        check_output(path, [STORAGE_DTYPES[options.dtype].name])
+    plan = make_plan(init, pool, options)
+    if not options.write:
+        return Preview.of(plan)
+    previewed = Preview.of(plan, path, free_space(path))
+    check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
+    check_room(path, previewed.nbytes)
+    return previewed
+
+
 def _dump(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Summary:
     started = time.perf_counter()
     if options.write:
@@ -205,15 +224,16 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         path,
         specs,
         metadata(plan),
-        batched=[*plan.board_shapes, "boards"],
+        batched=[*(tensor.name for tensor in plan.board_tensors), "boards"],
         batch_rows=options.batch_size,
         fingerprint=fingerprint(plan),
     )
     existing = find_existing(work.target)
     if options.resume and existing and existing.is_of(work):
         tidy(work.target)
-        _note(f"{path} is complete already: there is nothing to do")
+        note(f"{path} is complete already: there is nothing to do")
         return _nothing_done(plan, path, existing, started)
+    note(Preview.of(plan, path, free_space(path)).text)
     warn_of_large_tensors(specs)
     n = len(plan.indices)
     with HeldInterrupts() as interrupts, Forward(plan) as forward:
@@ -226,7 +246,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         with file:
             _check_resumed_boards(file, plan)
             for text in _beginning(file, existing, n):
-                _note(text)
+                note(text)
             with _kept_or_discarded(file, n, overwrite=options.overwrite):
                 for name, tensor in plan.whole_tensors().items():
                     file.write(name, _bytes_of(tensor))
@@ -257,11 +277,6 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         write_seconds=writers.busy_seconds,
         nonfinite=nonfinite,
     )
-
-
-def _note(text: str) -> None:
-    # Of the call of `dump`.
-    warnings.warn(DumpActivationsNote(text), stacklevel=5)
 
 
 def _beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[str]:

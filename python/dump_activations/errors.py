@@ -5,8 +5,9 @@ A text names options through `option`, so that a caller in Python reads argument
 """
 
 import re
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Self
 
 # Of the private use area: no text has them by accident.
@@ -161,4 +162,13 @@ class DumpActivationsWarning(UserWarning):
 
 
 class DumpActivationsNote(DumpActivationsWarning):
-    """Something a user may like to know of a run in which nothing is wrong."""
+    """Something worth knowing where all is as it should be. A caller from Python has to ask."""
+
+
+warnings.simplefilter("ignore", DumpActivationsNote, append=True)
+
+
+def note(text: str) -> None:
+    """Say something worth knowing; it never ends a run, also where warnings are errors."""
+    with suppress(DumpActivationsNote):
+        warnings.warn(DumpActivationsNote(text), stacklevel=2)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
+from dump_activations.units import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +71,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Print this package's warnings as one line each, and no one else's, inside the context."""
+    """Print this package's warnings and notes, a line each, and no one else's, in the context."""
 
     def show(message: Warning | str, *_more: Any, **_others: Any) -> None:
         if isinstance(message, DumpActivationsNote):
@@ -173,11 +174,7 @@ def _speed_table(summary: Summary) -> Table:
     add("waiting for boards", summary.waiting_seconds)
     add("whole loop", summary.seconds, "bold")
     table.caption = (
-        f"{_size(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
+        f"{size_text(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
         f"{summary.commit_seconds:.2f} s to commit"
     )
     return table
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

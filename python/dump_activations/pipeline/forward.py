@@ -46,7 +46,7 @@ class Forward:
         self.rows = min(plan.options.batch_size, len(plan.indices))
         on_cuda, compiled = plan.device.type == "cuda", plan.options.compile
         self._capture = Capture(
-            plan.model, plan.board_activations, compiled_rows=self.rows if compiled else None
+            plan.model, plan.board_tensors, compiled_rows=self.rows if compiled else None
         )
         self._computing: Stopwatch | CudaStopwatch = (
             CudaStopwatch(torch.cuda.current_stream(plan.device)) if on_cuda else Stopwatch()
@@ -84,8 +84,10 @@ class Forward:
         plan = self._plan
         tokens_BS = torch.zeros((self.rows, CELLS), dtype=torch.uint8, device="cpu")
         buffers = {
-            key: torch.empty((self.rows, *shape), dtype=plan.storage_dtype, device=plan.device)
-            for key, shape in plan.board_shapes.items()
+            tensor.name: torch.empty(
+                (self.rows, *tensor.shape), dtype=plan.storage_dtype, device=plan.device
+            )
+            for tensor in plan.board_tensors
         }
         try:
             self._fill(tokens_BS, buffers)
@@ -111,7 +113,7 @@ class Forward:
 
         Args:
             tokens_BS: exponents (B, 16), any integer dtype, on the host; pinned for CUDA.
-            buffers: for each activation's key, a tensor (B, *shape) on the device.
+            buffers: for each tensor's name, one (B, *shape) on the device.
 
         Returns:
             The chunks of the batch, in order. On CUDA there is nothing to wait for: what the stream

@@ -33,7 +33,7 @@ class Loop:
         self._plan = plan
         self._forward = forward
         self._transfer = make_transfer(
-            {key: (forward.rows, *shape) for key, shape in plan.board_shapes.items()},
+            {tensor.name: (forward.rows, *tensor.shape) for tensor in plan.board_tensors},
             plan.storage_dtype,
             plan.device,
             keep=keep,

@@ -48,14 +48,14 @@ def check_output(
     with OutputError.when(f"cannot write {os.fspath(path)}"):
         target = target_of(path)
         format_of(target, dtypes)
-        directory = _nearest_directory(target)
+        directory = nearest_directory(target)
         _check_directory(directory, target)
         with suppress(FileNotFoundError):
             _check_replaceable(target, target.lstat(), directory.stat())
         _check_apart(target, inputs)
 
 
-def _nearest_directory(target: Path) -> Path:
+def nearest_directory(target: Path) -> Path:
     """Return the directory that a target goes to, or the one in which that has to be made."""
     for directory in target.parents:
         with suppress(FileNotFoundError):
