@@ -5,23 +5,27 @@ second of the processor, or more than 200 MB.
 """
 
 import io
+import json
 import resource
 import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from dump_activations.errors import CheckpointError, OutputError
 from dump_activations.storage.reading.inspection import find_damage, inspect
-from dump_activations.storage.writing.journal import read_journal
+from dump_activations.storage.writing.journal import Header, JournalError, read_journal
 
 SECONDS = 1.0
 NBYTES = 200 << 20
 
 _DIRECTORY = Path(tempfile.mkdtemp(prefix="fuzz-"))
+
+_HEADER = Header(work={"outputs": "pooled"}, rows=40, batch_rows=8, tensors=("pooled", "boards"))
 
 
 def _inspected(suffix: str) -> Callable[[bytes], None]:
@@ -60,12 +64,18 @@ def _checkpoint(suffix: str) -> Callable[[bytes], None]:
 
 
 def _journal(data: bytes) -> None:
-    """Read a journal as it is, and with the right CRC-32 on every line."""
+    """Read a journal as it is, with the right CRC-32 on every line, and after its own header."""
     path = _DIRECTORY / "x.journal"
-    lines = b"".join(b"%s %08x\n" % (line, zlib.crc32(line)) for line in data.split(b"\n"))
-    for content in (data, lines):
+    header = json.dumps(asdict(_HEADER)).encode()
+    records = _with_crc32s(data.split(b"\n"))
+    for content in (data, records, _with_crc32s([header]) + records):
         path.write_bytes(content)
-        read_journal(path)
+        with suppress(JournalError):
+            read_journal(path, _HEADER)
+
+
+def _with_crc32s(lines: Iterable[bytes]) -> bytes:
+    return b"".join(b"%s %08x\n" % (line, zlib.crc32(line)) for line in lines)
 
 
 def _in_archive(name: str, run: Callable[[bytes], None]) -> Callable[[bytes], None]:
