@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dump_activations import StepsDataset, dump, load_encoder, stream
+from dump_activations import DumpActivationsNote, StepsDataset, dump, load_encoder, stream
 from reference.checkpoints import (
     BASE,
     VARIANTS,
@@ -461,7 +461,8 @@ def test_without_write_nothing_is_written(model, packed, tmp_path, monkeypatch):
 def test_an_existing_file_is_replaced(model, packed, tmp_path):
     path = tmp_path / "twice.safetensors"
     cpu_dump(model, packed.path, path, outputs=["final_hidden"], n_samples=N)
-    cpu_dump(model, packed.path, path, outputs=["pooled"], n_samples=5)
+    with pytest.warns(DumpActivationsNote, match=rf"twice\.safetensors \(.* MB, {N} boards\)"):
+        cpu_dump(model, packed.path, path, outputs=["pooled"], n_samples=5)
     assert set(read_dump(path).tensors) == {"pooled", "indices", "boards"}
     assert read_dump(path).tensors["pooled"].shape == (5, BASE.hidden)
 
@@ -556,7 +557,8 @@ def test_metadata_says_of_a_loaded_model_what_it_is(checkpoints, packed, tmp_pat
     init = checkpoints["gqa-4-2"].init
     for untrained in (False, True):
         model = load_encoder(init, random_init=untrained)
-        cpu_dump(model, packed.path, tmp_path / "a.pt", n_samples=3)
-        assert read_dump(tmp_path / "a.pt").metadata["random_init"] == str(untrained).lower()
+        path = tmp_path / f"{untrained}.pt"
+        cpu_dump(model, packed.path, path, n_samples=3)
+        assert read_dump(path).metadata["random_init"] == str(untrained).lower()
     with pytest.raises(ValueError, match="random_init"):
         cpu_dump(model, packed.path, tmp_path / "b.pt", n_samples=3, random_init=True)

@@ -14,7 +14,12 @@ import torch
 
 from conftest import DEMO_CHECKPOINT, DEMO_POOL
 from dump_activations import StepsDataset, dump, load_encoder, stream
-from dump_activations.errors import DeviceError, InvalidArgumentError, OutputError
+from dump_activations.errors import (
+    DeviceError,
+    DumpActivationsNote,
+    InvalidArgumentError,
+    OutputError,
+)
 from dump_activations.storage.reading.inspection import inspect
 from reference.dumps import read_dump
 from reference.pools import make_pool
@@ -74,9 +79,10 @@ def test_a_pool_with_other_rows_is_not_resumed_from(tmp_path, monkeypatch):
     rows = np.load(shard)
     np.save(shard, rows[::-1])
     with pytest.raises(OutputError, match="other boards"):
-        dump(model, tmp_path / "pool", target, resume=True, **options)
+        dump(model, tmp_path / "pool", target, **options)
     np.save(shard, rows)
-    assert dump(model, tmp_path / "pool", target, resume=True, **options).resumed_boards > 0
+    with pytest.warns(DumpActivationsNote, match="going on"):
+        assert dump(model, tmp_path / "pool", target, **options).resumed_boards > 0
 
 
 def test_an_interruption_at_the_end_says_that_the_file_is_complete(tmp_path):
