@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dump_activations import _rust
 from dump_activations.errors import OutputError, switch
+from dump_activations.paths import check_reachable
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.writing.journal import read_journal, replacement_path
 
@@ -34,6 +35,7 @@ def check_output(path: str | os.PathLike[str], dtypes: Iterable[str]) -> None:
         InvalidArgumentError: the suffix names no format, or one that cannot hold one of `dtypes`.
         OutputError: `path` is a directory, in a directory that cannot be written, or too long.
     """
+    check_reachable(Path(path), OutputError)
     target = Path(os.path.realpath(path))
     format_of(target, dtypes)
     if target.is_dir():
