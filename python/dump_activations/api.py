@@ -1,6 +1,5 @@
 """The two entrances: `dump` writes a run to a file, `stream` hands out its batches."""
 
-import inspect
 import os
 import time
 import warnings
@@ -10,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol
 
 import numpy as np
 import torch
@@ -26,10 +25,9 @@ from dump_activations.errors import (
     note,
     option,
     switch,
-    with_arguments,
 )
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options, describe
+from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
@@ -41,6 +39,7 @@ from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.transfer import ActivationBatch
 from dump_activations.pool.dataset import StepsDataset
+from dump_activations.signatures import documented
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import tidy
@@ -58,12 +57,7 @@ Init = str | os.PathLike[str] | Encoder
 Pool = str | os.PathLike[str] | StepsDataset
 """A steps dataset, or its directory."""
 
-# In the docstrings, where the options of a call are described.
-_PLACE = """            *args: none.
-            **options: as below."""
-
 _P = ParamSpec("_P")
-_F = TypeVar("_F", bound=Callable[..., object])
 
 
 class _Dump(Protocol[_P]):
@@ -105,27 +99,8 @@ class Batch:
         return self.tensors[key]
 
 
-def _documented(options: type[Options]) -> Callable[[_F], _F]:
-    """Give a function that takes an options class's fields their signature and descriptions."""
-
-    def document(function: _F) -> _F:
-        own = inspect.signature(function)
-        names = inspect.signature(options).parameters.values()
-        keywords = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        kept = [each for each in own.parameters.values() if each.kind not in keywords]
-        signature = own.replace(parameters=[*kept, *names])
-        function.__signature__ = signature  # type: ignore[attr-defined]
-        lines = "\n".join(
-            f"            {name}: {with_arguments(text)}." for name, _, text in describe(options)
-        )
-        function.__doc__ = (function.__doc__ or "").replace(_PLACE, lines)
-        return function
-
-    return document
-
-
 def _dump_taking(options_of: Callable[_P, DumpOptions]) -> _Dump[_P]:
-    @_documented(DumpOptions)
+    @documented(DumpOptions)
     def dump(
         init_or_model: Init,
         dataset_or_path: Pool,
@@ -156,7 +131,7 @@ def _dump_taking(options_of: Callable[_P, DumpOptions]) -> _Dump[_P]:
 
 
 def _stream_taking(options_of: Callable[_P, Options]) -> _Stream[_P]:
-    @_documented(Options)
+    @documented(Options)
     def stream(
         init_or_model: Init, dataset_or_path: Pool, *args: _P.args, **options: _P.kwargs
     ) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import warnings
 from dataclasses import dataclass, field, replace
@@ -137,6 +138,9 @@ WRONG_CALLS = {
     "no-such-device": ({"device": "banana"}, ["--device", "banana"]),
     "no-init": ({"init": None}, ["--init"]),
     "no-dataset": ({"dataset": None}, ["--dataset"]),
+    "no-indices-name": ({"indices": ""}, ["--indices", "no name"]),
+    "no-output-name": ({"output": ""}, ["--output", "no name"]),
+    "tf32-on-a-cpu": ({"precision": "tf32"}, ["--precision", "tf32", "CUDA"]),
     "no-such-flag": ({"no_such_flag": True}, ["--no-such-flag"]),
 }
 
@@ -566,6 +570,43 @@ def test_read_only_output_directory(place, capsys):
 
 def test_output_name_too_long(place, capsys):
     place.run(capsys, code=1, names=["aaa"], output=place.root / "out" / ("a" * 300 + ".pt"))
+
+
+@pytest.mark.parametrize("flag", ["init", "dataset", "indices", "output"])
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("a" * 300, "too long"),
+        ("a/" * 2500 + "b", "too long"),
+        ("loop/a", "symbolic links"),
+        ("file/a", "director"),
+    ],
+    ids=["name", "path", "loop", "file"],
+)
+def test_paths_that_lead_nowhere(path, reason, flag, place, capsys):
+    (place.root / "loop").symlink_to(place.root / "loop")
+    (place.root / "file").write_bytes(b"")
+    suffix = {"init": "", "dataset": "", "indices": ".npy", "output": ".pt"}[flag]
+    line = place.run(capsys, code=1, names=[path[:4]], **{flag: place.root / f"{path}{suffix}"})
+    assert reason.lower() in line.lower() or "no such checkpoint" in line or "no directory" in line
+    assert not re.search(r"\w+(Error|Exception)\b", line)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "The NVIDIA driver on your system is too old (found version 11040).\nPlease update",
+        "Found no NVIDIA driver on your system.",
+    ],
+)
+def test_why_cuda_cannot_be_used(reason, place, capsys, monkeypatch):
+    def fail():
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    names = [reason.partition("\n")[0], "--device cpu --allow-cpu"]
+    place.run(capsys, code=1, names=names, device="cuda", allow_cpu=None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -193,6 +193,13 @@ def test_outputs_may_have_blanks_between_them(inputs, tmp_path):
     assert set(read_dump(path).tensors) == {"pooled", "head_logits", "indices", "boards"}
 
 
+def test_outputs_may_be_given_more_than_once(inputs, tmp_path):
+    path = tmp_path / "out.pt"
+    outputs = ["--outputs", "pooled", "--outputs", "head_logits,pooled"]
+    assert main([*inputs, *CPU, "--n-samples", "3", "-o", str(path), *outputs]) == 0
+    assert set(read_dump(path).tensors) == {"pooled", "head_logits", "indices", "boards"}
+
+
 def test_more_samples_than_rows_warn(inputs, tmp_path, capsys):
     path = tmp_path / "out.npz"
     arguments = [*inputs, *CPU, "--outputs", "pooled", "-o", str(path)]

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +74,43 @@ def test_leaving_runs_what_is_registered_and_loses_no_output():
         [sys.executable, "-c", LEAVES], capture_output=True, text=True, check=False
     )
     assert (run.returncode, run.stdout, run.stderr) == (3, "written at exit ", "to both")
+
+
+WAITS = """
+import signal
+import click
+from dump_activations.commands.runner import be_process
+@click.command()
+def wait():
+    print("waiting", flush=True)
+    signal.pause()
+be_process(wait)
+"""
+
+
+def in_a_shell(script):
+    """Start a shell of its own process group that waits in the script's `$wait`."""
+    environment = os.environ | {"wait": f"{sys.executable} -c '{WAITS}'"}
+    shell = subprocess.Popen(
+        ["bash", "-c", script], text=True, stdout=-1, stderr=-1, env=environment, process_group=0
+    )
+    assert shell.stdout.readline() == "waiting\n"
+    return shell
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_ctrl_c_ends_a_shells_loop():
+    shell = in_a_shell('for i in 1 2 3; do eval "$wait"; done; echo survived')
+    os.killpg(shell.pid, signal.SIGINT)  # as a terminal does
+    assert shell.communicate(timeout=60) == ("", "error: interrupted\n")
+    assert shell.returncode == -signal.SIGINT
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_a_scheduler_sees_that_a_command_was_terminated():
+    shell = in_a_shell('eval "exec $wait" & echo $! >&2; wait $!; echo $?')
+    os.kill(int(shell.stderr.readline()), signal.SIGTERM)
+    assert shell.communicate(timeout=60) == ("143\n", "error: interrupted\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

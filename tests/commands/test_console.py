@@ -1,0 +1,99 @@
+"""What is shown where: lines that respect a live bar, colours, and pipes."""
+
+import os
+import pty
+import re
+import select
+import sys
+import warnings
+
+import pytest
+
+from dump_activations import dump
+from dump_activations.commands import console
+from dump_activations.commands.dump import main
+from dump_activations.commands.inspect import main as inspect_main
+from dump_activations.errors import DumpActivationsWarning, option
+
+CPU = ["--allow-cpu", "--device", "cpu"]
+
+
+def read_all(terminal):
+    shown = b""
+    while select.select([terminal], [], [], 0)[0]:
+        shown += os.read(terminal, 1 << 16)
+    return shown.decode()
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Return what makes a terminal of stderr, which returns what reads all that it was sent."""
+    primary, secondary = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with os.fdopen(secondary, "w") as stderr:
+
+        def begin():  # in the test itself: pytest sets stderr anew before each
+            monkeypatch.setattr(sys, "stderr", stderr)
+            return lambda: read_all(primary)
+
+        yield begin
+    os.close(primary)
+
+
+def visible_before(text, shown):
+    """Return what else is on the line on which a text begins."""
+    line = re.split(r"\n|\x1b\[2K", shown[: shown.index(text)])[-1]
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", line)
+
+
+def test_a_warning_leaves_the_bar_whole(terminal):
+    shown_since, long = terminal(), "x" * 200
+    with console.shown_warnings(), console.progress_bar() as progress:
+        progress(5, 10)
+        warnings.warn(DumpActivationsWarning(f"[bold] {option('dtype')} {long}"), stacklevel=1)
+        progress(10, 10)
+    shown = shown_since()
+    assert "10/10" in shown
+    assert f"[bold] --dtype {long}\r\n" in shown
+    assert visible_before("warning: ", shown) == ""
+    console.print_warning("after")
+    assert "after\r\n" in shown_since()
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_no_colour(live, terminal, monkeypatch):
+    shown_since = terminal()
+
+    def lines():
+        with console.progress_bar():
+            if live:
+                console.print_error("red")
+        if not live:
+            console.print_error("red")
+        return shown_since()
+
+    red = re.compile(r"\x1b\[[0-9;]*31m")
+    assert red.search(lines())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not red.search(lines())
+
+
+def test_what_is_no_terminal_gets_whole_lines(demo_checkpoint, demo_pool, tmp_path, capsys):
+    target = tmp_path / ("long" * 30) / "a.safetensors"
+    target.parent.mkdir()
+    options = {"outputs": ["rmsnorm_gammas"], "device": "cpu", "allow_cpu": True}
+    dump(demo_checkpoint, demo_pool, target, **options)
+    assert inspect_main([str(target)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{target}: {target.stat().st_size:,} bytes"
+    found = [line.split() for line in lines]
+    assert ["checkpoint", str(demo_checkpoint)] in found
+    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "64", "256", "0", "0"] in found
+
+
+def test_the_same_warning_twice_is_shown_twice(tmp_path, capsys):
+    for _ in range(2):
+        command = ["--demo", *CPU, "--n-samples", "14139", "--outputs", "pooled", "--no-write"]
+        assert main(command) == 0
+        assert capsys.readouterr().err.count("drawn with replacement") == 1
