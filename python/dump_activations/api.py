@@ -234,8 +234,8 @@ def _shortage_named(batch_size: int) -> Iterator[None]:
 
 def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
     specs = plan.tensor_specs()
-    note(Preview.of(plan, path).text)
     warn_of_large_tensors(specs)
+    previewed = Preview.of(plan, path)
     batched = [*(tensor.name for tensor in plan.board_tensors), "boards"]
     with HeldInterrupts() as interrupts:
         file = OutputFile.open(
@@ -249,6 +249,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
             overwrite=options.overwrite,
         )
         with file:
+            note(previewed.text)
             _check_resumed_boards(file, plan)
             with _kept_or_discarded(file, len(plan.indices)):
                 for name, tensor in plan.whole_tensors().items():

@@ -34,7 +34,7 @@ def run(server, target, arguments, **options):
     """Run a dump; return its exit code and what it printed beside the note on the device."""
     log = target.parent.parent / f"{target.name}.log"
     code, lines = server.run([*arguments, f"-o{target}"], log, **options)
-    return code, [line for line in lines if not line.startswith("note: no CUDA")]
+    return code, [line for line in lines if not line.startswith("note: ")]
 
 
 def fault(call, nth, action, target):
