@@ -1,16 +1,17 @@
 """What a run would write, and what there is to ask for: `--dry-run` and `--list-outputs`."""
 
+import errno
 import json
 import os
 import shutil
 import warnings
 
-import numpy as np
 import pytest
 
 from dump_activations import dump
 from dump_activations.commands.dump import main
 from dump_activations.errors import DumpActivationsNote
+from faults.fixtures import small_disk  # noqa: F401
 from reference.checkpoints import VARIANTS
 from reference.dumps import read_dump
 
@@ -61,25 +62,29 @@ def test_a_dry_run_runs_nothing_and_shows_a_table(tmp_path, capsys, monkeypatch)
     assert "not written" in capsys.readouterr().out
 
 
-def test_a_dry_run_refuses_what_a_run_would(tmp_path, capsys):
-    def refused(*arguments):
-        code = main(["--demo", "--dry-run", *arguments])
-        return code, capsys.readouterr().err
+def refusal(capsys, target, *arguments):
+    """Return the exit code of a dry run and what it says in one line."""
+    code = main(["--demo", "--dry-run", "-o", str(target), *arguments])
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "no CUDA" not in each]
+    return code, line
 
-    code, err = refused("-o", str(tmp_path / "nowhere" / "a.pt"))
-    assert (code, "nowhere" in err) == (1, True)
-    # More than any disk here holds, of few indices.
-    boards = 1 + shutil.disk_usage(tmp_path).free // 200_000
-    np.save(tmp_path / "indices.npy", np.zeros(boards, dtype=np.int64))
-    target = str(tmp_path / "a.pt")
-    code, err = refused("-o", target, "--outputs=*", f"--indices={tmp_path / 'indices.npy'}")
-    assert (code, os.strerror(28) in err, target in err) == (1, True, True)
-    partial = tmp_path / "a.pt.partial"
+
+def test_a_dry_run_refuses_what_a_run_would(tmp_path, capsys):
+    code, line = refusal(capsys, tmp_path / "nowhere" / "a.pt")
+    assert (code, "nowhere" in line) == (1, True)
+    target, partial = tmp_path / "a.pt", tmp_path / "a.pt.partial"
     partial.write_bytes(b"left")
-    code, err = refused("-o", target)
-    assert (code, "--resume" in err, "--overwrite" in err) == (1, True, True)
-    assert main(["--demo", "--dry-run", "--overwrite", "-o", target]) == 0
+    code, line = refusal(capsys, target)
+    assert (code, "--resume" in line, "--overwrite" in line) == (1, True, True)
+    assert main(["--demo", "--dry-run", "--overwrite", "-o", str(target)]) == 0
     assert partial.read_bytes() == b"left"
+
+
+def test_a_dry_run_knows_a_disk_that_is_too_small(small_disk, capsys):  # noqa: F811
+    target = small_disk / "a.pt"
+    code, line = refusal(capsys, target, "--outputs=layer_outputs", "--n-samples=600")
+    assert (code, str(target) in line, os.strerror(errno.ENOSPC) in line) == (1, True, True)
+    assert main(["--demo", "--dry-run", "--outputs=pooled", "-o", str(target)]) == 0
 
 
 def test_a_run_notes_what_it_writes_and_python_callers_ask_for_it(
