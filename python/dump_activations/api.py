@@ -208,8 +208,8 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         tidy(work.target)
         note(f"{path} is complete already: there is nothing to do")
         return _nothing_done(plan, path, existing, started)
-    note(Preview.of(plan, path, free_space(path)).text)
     warn_of_large_tensors(specs)
+    previewed = Preview.of(plan, path, free_space(path))
     n = len(plan.indices)
     with HeldInterrupts() as interrupts, Forward(plan) as forward:
         file = OutputFile.open(
@@ -219,6 +219,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
             check=interrupts.check,
         )
         with file:
+            note(previewed.text)
             _check_resumed_boards(file, plan)
             for text in _beginning(file, existing, n):
                 note(text)

@@ -21,7 +21,13 @@ from reference.checkpoints import (
     save_checkpoint,
 )
 from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
-from reference.model import PER_BOARD_KEYS, assert_close, expected_shapes, naive_dump
+from reference.model import (
+    LAYER_KEYS,
+    PER_BOARD_KEYS,
+    assert_close,
+    expected_shapes,
+    naive_dump,
+)
 from reference.pools import (
     ROW_DTYPES,
     Pool,
@@ -361,7 +367,7 @@ def test_bf16_arithmetic_is_near_fp32(checkpoints, packed, tmp_path):
 def test_compiled_model_gives_the_same_numbers(checkpoints, packed, tmp_path):
     checkpoint = checkpoints["one-layer"]
     path = tmp_path / "compiled.npz"
-    keys = ["layer_outputs", "attn_norm", "head_logits"]
+    keys = [*PER_BOARD_KEYS, *LAYER_KEYS]
     options = {"n_samples": N, "batch_size": BATCH, "compile": True}
     cpu_dump(checkpoint.init, packed.path, path, outputs=keys, **options)
     boards = packed.boards[numpy_indices(len(packed.rows), N, 0)]

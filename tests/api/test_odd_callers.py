@@ -103,7 +103,10 @@ def test_names_that_look_like_markup(name, tmp_path):
     run = subprocess.run(
         [*DEMO, "-o", name], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert (run.returncode, run.stderr) == (0, "")
+    assert run.returncode == 0
+    (note,) = run.stderr.splitlines()
+    assert note.startswith("note: ")
+    assert name in note
     assert name in run.stdout
 
 

@@ -9,6 +9,7 @@ ratios are taken within a round. The sections:
     whole_process  the command against the plain script, demo checkpoint, CPU
     loops_demo     dumps against the plain script and each stage's limit, demo checkpoint, CPU
     loops_50m      the same with a 50M model, which must run as fast as the plain forward loop
+    keys           attn_pattern beside layer_outputs, one layer, a tensor a layer; 50M model, CPU
     digests        dumps with the digests and counts against dumps without, CPU
     start          --help against an empty app; the demo's time outside its loop
     gpu_forward    --no-write against the plain forward loop; forward and copies in a profile
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import digests
 import gpu
+import keys
 import loops
 import memory
 import start
@@ -44,6 +46,7 @@ SECTIONS = {
     "whole_process": whole_process.measure,
     "loops_demo": loops.measure_demo,
     "loops_50m": loops.measure_50m,
+    "keys": keys.measure,
     "digests": digests.measure,
     "start": start.measure,
     "gpu_forward": gpu.measure_forward,

@@ -64,7 +64,7 @@ class Place:
             warnings.simplefilter("always")
             got = main(line)
         out, err = capsys.readouterr()
-        # A warning would be one more line on stderr.
+        # A warning would be one more line on stderr; what a run is going to write is a note.
         assert not [entry.message for entry in warned]
         assert "Traceback" not in out + err
         err = "".join(line for line in err.splitlines(True) if not line.startswith("note: "))
@@ -119,10 +119,28 @@ WRONG_CALLS = {
     "batch-size-negative": ({"batch_size": "-1"}, ["--batch-size", "-1"]),
     "seed-negative": ({"seed": "-1"}, ["--seed", "-1"]),
     "seed-not-a-number": ({"seed": "x"}, ["--seed", "x"]),
-    "unknown-key": ({"outputs": "final_hidden,attn_norms"}, ["--outputs", "attn_norms", *KEYS]),
+    "unknown-key": ({"outputs": "attn_paterns"}, ["--outputs", "attn_paterns", "attn_pattern"]),
+    "like-no-key": ({"outputs": "zzz"}, ["--outputs", "zzz", *KEYS]),
+    "layer-of-a-hook": (
+        {"outputs": "blocks.0.hook_resid_mid"},
+        ["blocks.0.hook_resid_mid", " hook_resid_mid"],
+    ),
+    "glob-of-nothing": ({"outputs": "pooled,attn_x*"}, ["--outputs", "attn_x*"]),
+    "glob-of-what-the-model-lacks": ({"outputs": "attn_sink?"}, ["--outputs", "attn_sink?"]),
+    "glob-of-attn-weights": ({"outputs": "attn_weight*"}, ["--outputs", "attn_weight*"]),
+    "no-such-layer": ({"layers": "0,2"}, ["--layers", "no layer 2", "has 2"]),
+    "no-such-layer-from-the-end": ({"layers": "-3"}, ["--layers", "no layer -3", "has 2"]),
+    "no-layer-left": ({"layers": "2:"}, ["--layers", "none"]),
+    "no-layers": ({"layers": ""}, ["--layers"]),
+    "layers-not-numbers": ({"layers": "0,last"}, ["--layers", "0,last"]),
+    "layers-of-four-parts": ({"layers": "0:1:1:1"}, ["--layers", "0:1:1:1"]),
+    "step-of-zero": ({"layers": "::0"}, ["--layers", "step"]),
     "no-key": ({"outputs": ""}, ["--outputs"]),
     "only-a-comma": ({"outputs": ","}, ["--outputs"]),
-    "attn-weights": ({"outputs": "final_hidden,attn_weights"}, ["attn_weights", "implemented"]),
+    "attn-weights": (
+        {"outputs": "final_hidden,attn_weights"},
+        ["attn_weights", "implemented", "attn_pattern"],
+    ),
     "suffix": ({"output": "out/a.h5"}, ["a.h5", ".safetensors", ".pt", ".npz"]),
     "suffix-upper-case": ({"output": "out/a.PTH"}, ["a.PTH", ".safetensors", ".pt", ".npz"]),
     "no-suffix": ({"output": "out/a"}, ["out/a", ".safetensors", ".pt", ".npz"]),
@@ -663,6 +681,11 @@ def test_an_existing_target_survives_a_failure(suffix, place, capsys):
         ({"indices": np.array([0.5])}, ValueError),
         ({"indices": []}, ValueError),
         ({"outputs": ["attn_sinks"]}, ValueError),
+        ({"layers": [2]}, ValueError),
+        ({"layers": [0.5]}, ValueError),
+        ({"layers": 1}, ValueError),
+        ({"layers": []}, ValueError),
+        ({"layers": [slice(0, 2, 0)]}, ValueError),
         ({"outputs": ["attn_weights"]}, NotImplementedError),
     ],
 )

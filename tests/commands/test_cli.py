@@ -336,6 +336,9 @@ WRONG_CALLS = [
             ["--seed", "-1"],
             ["--outputs", "nonsense"],
             ["--outputs", "attn_weights"],
+            ["--outputs", "attn_x*"],
+            ["--layers", "last"],
+            ["--layers", "::0"],
             ["--outputs", ""],
             ["--dtype", "fp8"],
             ["-o", "a.h5"],
@@ -351,8 +354,13 @@ WRONG_CALLS = [
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [([["--help"]], 0), ([["--version"]], 0), (WRONG_CALLS, 2)],
-    ids=["help", "version", "wrong-calls"],
+    [
+        ([["--help"]], 0),
+        ([["--version"]], 0),
+        ([["--list-outputs", "--json"]], 0),
+        (WRONG_CALLS, 2),
+    ],
+    ids=["help", "version", "list-outputs", "wrong-calls"],
 )
 def test_neither_torch_nor_numpy_is_imported(arguments, code, tmp_path):
     script = PROBE.replace("ARGUMENTS", repr(arguments)).replace("EXPECTED", str(code))

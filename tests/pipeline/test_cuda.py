@@ -10,7 +10,7 @@ from dump_activations import dump, load_encoder, stream
 from dump_activations.commands.dump import main
 from reference.checkpoints import VARIANTS, load_demo
 from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
-from reference.model import PER_BOARD_KEYS, assert_close, naive_dump
+from reference.model import LAYER_KEYS, PER_BOARD_KEYS, assert_close, naive_dump
 from reference.pools import ROW_DTYPES, make_pool, naive_boards, numpy_indices, read_pool
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("disk_takes_no_time")]
@@ -96,6 +96,24 @@ def test_each_key_alone(key, checkpoints, pools, tmp_path):
     path = tmp_path / "a.safetensors"
     run(checkpoint.init, pool.path, path, outputs=[key])
     assert_equals_reference(path, checkpoint, pool, [key])
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", 2e-5), ("tf32", 1e-2), ("bf16", 0.05)]
+)
+def test_every_layer_key(precision, tolerance, checkpoints, pools, tmp_path):
+    checkpoint, pool = checkpoints["sinks-gqa-6-2"], pools["packed_46"]
+    path = tmp_path / "a.safetensors"
+    run(checkpoint.init, pool.path, path, outputs=LAYER_KEYS, precision=precision)
+    found = read_dump(path)
+    boards = pool.boards[numpy_indices(len(pool.rows), SAMPLES, SEED)]
+    expected = naive_dump(checkpoint.state_dict, checkpoint.config, boards, LAYER_KEYS)
+    for key, array in expected.items():
+        assert_close(found.numpy(key), array, tolerance=tolerance)
+    # Whatever the forward rounds, the scores are the products of the queries and keys it made.
+    k_NLSQD = found.numpy("attn_k")[:, :, :, [h % 2 for h in range(6)]]
+    scores_NLQSS = np.einsum("nlsqd,nltqd->nlqst", found.numpy("attn_q"), k_NLSQD) / 8**0.5
+    assert_close(found.numpy("attn_scores"), scores_NLQSS, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 300, 301, 302, 4096])

@@ -1,4 +1,4 @@
-"""The encoder in its plainest form, in float64, and a dump of it through ordinary forward hooks.
+"""The encoder in its plainest form, in float64, and a dump of all that its blocks see.
 
 Shape letters: B boards, S the 16 cells, H hidden size, D head size, I the MLP's width,
 L layers, Q query heads, K key/value heads.
@@ -26,6 +26,25 @@ PER_BOARD_KEYS = (
     "layer_outputs",
     "attn_norm",
     "mlp_input",
+)
+
+LAYER_KEYS = (
+    "resid_pre",
+    "attn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_scores",
+    "attn_pattern",
+    "attn_z",
+    "attn_out",
+    "resid_mid",
+    "mlp_input",
+    "mlp_pre",
+    "mlp_pre_linear",
+    "mlp_post",
+    "mlp_out",
+    "layer_outputs",
 )
 
 
@@ -86,7 +105,7 @@ class Attention(nn.Module):
     def forward(self, x_BSH):
         config, d = self.config, self.config.head_size
         q_BSH, k_BSH, v_BSH = self.wq(x_BSH), self.wk(x_BSH), self.wv(x_BSH)
-        outputs = []
+        heads = defaultdict(list)
         for h in range(config.heads):
             kv = h % config.kv_heads
             q_BSD = q_BSH[..., h * d : (h + 1) * d]
@@ -94,13 +113,24 @@ class Attention(nn.Module):
             v_BSD = v_BSH[..., kv * d : (kv + 1) * d]
             if config.qk_norm:
                 q_BSD, k_BSD = self.q_norm(q_BSD), self.k_norm(k_BSD)
-            exp_BSS = torch.exp(q_BSD @ k_BSD.transpose(1, 2) / math.sqrt(d))
+            scores_BSS = q_BSD @ k_BSD.transpose(1, 2) / math.sqrt(d)
+            exp_BSS = torch.exp(scores_BSS)
             total_BS1 = exp_BSS.sum(dim=-1, keepdim=True)
             if config.sinks:
                 sink = self.sinks[kv * (config.heads // config.kv_heads) + h // config.kv_heads]
                 total_BS1 = total_BS1 + torch.exp(sink)
-            outputs.append((exp_BSS / total_BS1) @ v_BSD)
-        return self.wo(torch.cat(outputs, dim=-1))
+            heads["attn_q"].append(q_BSD)
+            if h < config.kv_heads:
+                heads["attn_k"].append(k_BSD)
+                heads["attn_v"].append(v_BSD)
+            heads["attn_scores"].append(scores_BSS)
+            heads["attn_pattern"].append(exp_BSS / total_BS1)
+            heads["attn_z"].append((exp_BSS / total_BS1) @ v_BSD)
+        # The key's axis of heads: before the queries of a pattern, after the cells of a vector.
+        axis = {"attn_scores": 1, "attn_pattern": 1}
+        self.seen = {key: torch.stack(each, axis.get(key, 2)) for key, each in heads.items()}
+        self.seen["attn_out"] = self.wo(torch.cat(heads["attn_z"], dim=-1))
+        return self.seen["attn_out"]
 
 
 class Mlp(nn.Module):
@@ -111,8 +141,16 @@ class Mlp(nn.Module):
         self.w_down = nn.Linear(config.mlp, config.hidden, bias=False)
 
     def forward(self, x_BSH):
-        gate_BSI = self.w_gate(x_BSH)
-        return self.w_down(gate_BSI / (1 + torch.exp(-gate_BSI)) * self.w_up(x_BSH))
+        gate_BSI, up_BSI = self.w_gate(x_BSH), self.w_up(x_BSH)
+        inner_BSI = gate_BSI / (1 + torch.exp(-gate_BSI)) * up_BSI
+        out_BSH = self.w_down(inner_BSI)
+        self.seen = {
+            "mlp_pre": gate_BSI,
+            "mlp_pre_linear": up_BSI,
+            "mlp_post": inner_BSI,
+            "mlp_out": out_BSH,
+        }
+        return out_BSH
 
 
 class Block(nn.Module):
@@ -124,8 +162,20 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(self, x_BSH):
-        x_BSH = x_BSH + self.attn(self.attn_norm(x_BSH))
-        return x_BSH + self.mlp(self.mlp_norm(x_BSH))
+        normed_BSH = self.attn_norm(x_BSH)
+        mid_BSH = x_BSH + self.attn(normed_BSH)
+        mlp_input_BSH = self.mlp_norm(mid_BSH)
+        out_BSH = mid_BSH + self.mlp(mlp_input_BSH)
+        self.seen = {
+            "resid_pre": x_BSH,
+            "attn_norm": normed_BSH,
+            **self.attn.seen,
+            "resid_mid": mid_BSH,
+            "mlp_input": mlp_input_BSH,
+            **self.mlp.seen,
+            "layer_outputs": out_BSH,
+        }
+        return out_BSH
 
 
 class PositionEmbedding(nn.Module):
@@ -188,20 +238,13 @@ def naive_dump(
     boards: np.ndarray,
     keys: Sequence[str] = PER_BOARD_KEYS,
 ) -> dict[str, np.ndarray]:
-    """Return what a dump of these boards holds, in float64, by hooks that append to lists."""
+    """Return what a dump of these boards holds, in float64, as the plain model's blocks saw it."""
     model = load_reference(state_dict, config)
-    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
-
-    def record(name: str):
-        return lambda module, inputs, output: seen[name].append(output)
-
-    for block in model.blocks:
-        block.register_forward_hook(record("layer_outputs"))
-        block.attn_norm.register_forward_hook(record("attn_norm"))
-        block.mlp_norm.register_forward_hook(record("mlp_input"))
     with torch.no_grad():
         hidden, logits = model(torch.from_numpy(boards.astype(np.int64)))
-    everything = {name: torch.stack(outputs, dim=1) for name, outputs in seen.items()}
+    everything = {
+        key: torch.stack([block.seen[key] for block in model.blocks], dim=1) for key in LAYER_KEYS
+    }
     everything["final_hidden"] = hidden
     everything["pooled"] = hidden.mean(dim=1)
     everything["head_logits"] = logits

@@ -1,0 +1,136 @@
+"""What a run would write, and what there is to ask for: `--dry-run` and `--list-outputs`."""
+
+import errno
+import json
+import os
+import shutil
+import warnings
+
+import pytest
+
+from dump_activations import dump
+from dump_activations.commands.dump import main
+from dump_activations.errors import DumpActivationsNote
+from faults.fixtures import small_disk  # noqa: F401
+from reference.checkpoints import VARIANTS
+from reference.dumps import read_dump
+
+N = 20
+CHOICE = ["--outputs", "*", "--layers", "1:", "--dtype", "fp16", f"--n-samples={N}"]
+
+
+def shown(capsys, *arguments):
+    assert main([*map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("split", [[], ["--split-layers"]], ids=["stacked", "split"])
+def test_a_dry_run_says_what_the_run_writes(split, tmp_path, capsys, demo_pool):
+    init = VARIANTS["sinks-gqa-6-2"](tmp_path / "init").init
+    target = tmp_path / "out" / "a.safetensors"
+    target.parent.mkdir()
+    given = ["--allow-cpu", "--init", init, "--dataset", demo_pool, *CHOICE, *split, "-o", target]
+    said = shown(capsys, *given, "--dry-run", "--json")
+    assert list(target.parent.iterdir()) == []
+    assert main([*map(str, given)]) == 0
+    written = read_dump(target)
+    tensors = {each["key"]: (each["dtype"], each["shape"]) for each in said["tensors"]}
+    assert tensors == {
+        key: (str(tensor.dtype).removeprefix("torch."), [*tensor.shape])
+        for key, tensor in written.tensors.items()
+    }
+    assert [each["bytes"] for each in said["tensors"]] == [
+        written.tensors[each["key"]].nbytes for each in said["tensors"]
+    ]
+    assert said["bytes"] == sum(tensor.nbytes for tensor in written.tensors.values())
+    assert ",".join(sorted(said["keys"])) == written.metadata["outputs"]
+    assert said["boards"] == N
+    assert said["output"] == str(target)
+    assert said["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+
+
+def test_a_dry_run_runs_nothing_and_shows_a_table(tmp_path, capsys, monkeypatch):
+    def no_forward(*_: object) -> None:
+        raise AssertionError("a forward pass")
+
+    monkeypatch.setattr("dump_activations.model.encoder.Encoder.forward", no_forward)
+    assert main(["--demo", *CHOICE, "--dry-run", "-o", str(tmp_path / "a.npz")]) == 0
+    out = capsys.readouterr().out
+    assert "20 boards" in out
+    assert "(20, 3, 4, 16, 16)" in out
+    assert main(["--demo", *CHOICE, "--dry-run", "--no-write"]) == 0
+    assert "not written" in capsys.readouterr().out
+
+
+def refusal(capsys, target, *arguments):
+    """Return the exit code of a dry run and what it says in one line."""
+    code = main(["--demo", "--dry-run", "-o", str(target), *arguments])
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "no CUDA" not in each]
+    return code, line
+
+
+def test_a_dry_run_refuses_what_a_run_would(tmp_path, capsys):
+    code, line = refusal(capsys, tmp_path / "nowhere" / "a.pt")
+    assert (code, "nowhere" in line) == (1, True)
+    target, partial = tmp_path / "a.pt", tmp_path / "a.pt.partial"
+    partial.write_bytes(b"left")
+    code, line = refusal(capsys, target)
+    assert (code, "--resume" in line, "--overwrite" in line) == (1, True, True)
+    assert main(["--demo", "--dry-run", "--overwrite", "-o", str(target)]) == 0
+    assert partial.read_bytes() == b"left"
+
+
+def test_a_dry_run_knows_a_disk_that_is_too_small(small_disk, capsys):  # noqa: F811
+    target = small_disk / "a.pt"
+    code, line = refusal(capsys, target, "--outputs=layer_outputs", "--n-samples=600")
+    assert (code, str(target) in line, os.strerror(errno.ENOSPC) in line) == (1, True, True)
+    assert main(["--demo", "--dry-run", "--outputs=pooled", "-o", str(target)]) == 0
+
+
+def test_a_run_notes_what_it_writes_and_python_callers_ask_for_it(
+    demo_checkpoint, demo_pool, tmp_path, capsys
+):
+    target = tmp_path / "a.pt"
+    assert main(["--demo", "--outputs=pooled", "--n-samples=20", "-o", str(target)]) == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "boards" in line]
+    assert note.startswith(f"note: 20 boards of pooled: 0.01 MB to {target}; ")
+    options = {"outputs": "pooled", "n_samples": 20, "device": "cpu", "allow_cpu": True}
+    with pytest.warns(DumpActivationsNote, match="20 boards of pooled"):
+        dump(demo_checkpoint, demo_pool, target, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dump(demo_checkpoint, demo_pool, target, **options)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_list_of_keys_gives_the_sizes_of_a_model(dtype, tmp_path, capsys, demo_pool):
+    init = VARIANTS["sinks-gqa-6-2"](tmp_path / "init").init
+    given = ["--init", init, "--layers=-1", "--dtype", dtype]
+    listed = {each["key"]: each for each in shown(capsys, *given, "--list-outputs", "--json")}
+    target = tmp_path / "a.pt"
+    run = [f"--dataset={demo_pool}", "--outputs=*", "--n-samples=3", "--allow-cpu", f"-o{target}"]
+    assert main([*map(str, given), *run]) == 0
+    tensors = {
+        key: tensor
+        for key, tensor in read_dump(target).tensors.items()
+        if key not in ("indices", "boards") and not key.startswith("rmsnorm_gammas/")
+    }
+    assert listed.keys() == {*tensors, "rmsnorm_gammas"}
+    for key, tensor in tensors.items():
+        shape = tensor.shape if key == "attn_sinks" else ("N", *tensor.shape[1:])
+        assert listed[key]["shape"] == [*shape]
+        assert listed[key]["bytes"] == (None if key == "attn_sinks" else tensor[0].nbytes)
+    assert listed["attn_pattern"]["alias"] == "attn.hook_pattern"
+
+
+def test_the_list_of_keys_without_a_model_or_of_one_without_sinks(capsys):
+    listed = {each["key"]: each["shape"] for each in shown(capsys, "--list-outputs", "--json")}
+    assert listed["attn_pattern"] == ["N", "L", "Q", 16, 16]
+    assert listed["mlp_post"] == ["N", "L", 16, "I"]
+    assert main(["--list-outputs"]) == 0
+    assert "(N, L, 16, K, D)" in capsys.readouterr().out
+    assert main(["--list-outputs", "--demo"]) == 0
+    out = capsys.readouterr().out
+    assert "(N, 4, 16, 64)" in out
+    assert f"{4 * 16 * 64 * 4:,}" in out
+    assert "this model has no" in out

@@ -1,0 +1,162 @@
+"""Every activation key: against a naive forward, against plain hooks, and against each other."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dump_activations import dump, load_encoder, stream
+from dump_activations.errors import ActivationNotImplementedError, ActivationUnavailableError
+from dump_activations.model.activations import find_activations
+from reference.checkpoints import VARIANTS
+from reference.dumps import read_dump
+from reference.model import LAYER_KEYS, PER_BOARD_KEYS, assert_close, naive_dump
+from reference.pools import make_pool
+
+N, BATCH = 37, 16  # the last batch is short
+KEYS = (*dict.fromkeys((*PER_BOARD_KEYS, *LAYER_KEYS)),)
+MODELS = ["mha", "gqa-6-2", "sinks-gqa-6-2", "qk-norm", "qk-norm-sinks-policy"]
+on_cpu = {"device": "cpu", "allow_cpu": True, "indices": np.arange(N), "batch_size": BATCH}
+cpu_dump, cpu_stream = partial(dump, **on_cpu), partial(stream, **on_cpu)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    return make_pool(tmp_path_factory.mktemp("pool"), "packed_46", n=N)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: VARIANTS[name](root / name) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def sinks(checkpoints):
+    """A model with grouped heads and sinks."""
+    return load_encoder(checkpoints["sinks-gqa-6-2"].init)
+
+
+def streamed(init, pool, **options):
+    """Return all boards of each tensor."""
+    batches = list(cpu_stream(init, pool.path, **options))
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0].tensors}
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_every_key_equals_the_naive_forward_and_its_algebra_holds(
+    variant, checkpoints, pool, tmp_path
+):
+    checkpoint = checkpoints[variant]
+    cpu_dump(checkpoint.init, pool.path, tmp_path / "a.safetensors", outputs="*")
+    found = read_dump(tmp_path / "a.safetensors")
+    asked = [*KEYS, "rmsnorm_gammas", *["attn_sinks"] * checkpoint.config.sinks]
+    expected = naive_dump(checkpoint.state_dict, checkpoint.config, pool.boards, asked)
+    assert found.tensors.keys() == {*expected, "indices", "boards"}
+    assert found.metadata["outputs"] == ",".join(sorted(asked))
+    for key, array in expected.items():
+        assert_close(found.numpy(key), array, tolerance=2e-5)
+
+    layers = {key: found.numpy(key) for key in LAYER_KEYS}
+    assert_close(layers["resid_pre"] + layers["attn_out"], layers["resid_mid"], tolerance=1e-6)
+    assert_close(layers["resid_mid"] + layers["mlp_out"], layers["layer_outputs"], tolerance=1e-6)
+    heads, kv_heads = checkpoint.config.heads, checkpoint.config.kv_heads
+    v_NLSQD = layers["attn_v"][:, :, :, [h % kv_heads for h in range(heads)]]
+    z_NLSQD = np.einsum("nlqst,nltqd->nlsqd", layers["attn_pattern"], v_NLSQD)
+    assert_close(z_NLSQD, layers["attn_z"], tolerance=1e-5)
+    exp_NLQSS, sink_LQ11 = np.exp(layers["attn_scores"]), 0
+    if checkpoint.config.sinks:
+        stored_LQ = found.numpy("attn_sinks")
+        order = [h % kv_heads * (heads // kv_heads) + h // kv_heads for h in range(heads)]
+        sink_LQ11 = np.exp(stored_LQ[:, order, None, None])
+    share_NLQS1 = sink_LQ11 / (exp_NLQSS.sum(-1, keepdims=True) + sink_LQ11)
+    assert_close(
+        layers["attn_pattern"].sum(-1, keepdims=True), 1 - share_NLQS1 + 0 * exp_NLQSS[..., :1]
+    )
+
+
+def test_more_keys_change_no_bit_of_the_others(sinks, pool):
+    together = streamed(sinks, pool, outputs="*")
+    for key in KEYS:
+        assert torch.equal(streamed(sinks, pool, outputs=key)[key], together[key]), key
+
+
+PLAIN_HOOKS = {
+    "resid_pre": ("", "input"),
+    "attn_norm": (".attn_norm", "output"),
+    "attn_q": (".attn.q_norm", "output"),
+    "attn_k": (".attn.k_norm", "output"),
+    "attn_v": (".attn.wv", "output"),
+    "attn_z": (".attn.wo", "input"),
+    "attn_out": (".attn.wo", "output"),
+    "resid_mid": (".mlp_norm", "input"),
+    "mlp_input": (".mlp_norm", "output"),
+    "mlp_pre": (".mlp.w_gate", "output"),
+    "mlp_pre_linear": (".mlp.w_up", "output"),
+    "mlp_post": (".mlp.w_down", "input"),
+    "mlp_out": (".mlp.w_down", "output"),
+    "layer_outputs": ("", "output"),
+}
+
+
+@pytest.mark.parametrize("key", PLAIN_HOOKS)
+def test_a_key_is_what_a_plain_hook_sees(key, demo_checkpoint, pool):
+    model = load_encoder(demo_checkpoint)
+    found = streamed(model, pool, outputs=key, batch_size=N)[key]
+    name, at = PLAIN_HOOKS[key]
+    seen = []
+    for layer in range(model.config.num_hidden_layers):
+        model.get_submodule(f"blocks.{layer}{name}").register_forward_hook(
+            lambda _, inputs, output: seen.append(inputs[0] if at == "input" else output)
+        )
+    with torch.inference_mode():
+        model(torch.from_numpy(pool.boards))
+    assert torch.equal(found, torch.stack(seen, dim=1).view(found.shape))
+
+
+def test_scores_and_pattern_are_of_fp32_where_the_forward_is_not(sinks, pool):
+    found = streamed(sinks, pool, outputs="attn_*", precision="bf16")
+    assert torch.equal(found["attn_q"], found["attn_q"].bfloat16().float())
+    q_NLSQD = found["attn_q"].double()
+    k_NLSQD = found["attn_k"].double()[:, :, :, [h % 2 for h in range(6)]]
+    scores = torch.einsum("nlsqd,nltqd->nlqst", q_NLSQD, k_NLSQD) / 8**0.5
+    assert_close(found["attn_scores"].numpy(), scores.numpy(), tolerance=1e-6)
+    sink_LQ = torch.stack([block.attn.sinks for block in sinks.blocks])[:, [0, 3, 1, 4, 2, 5]]
+    total = scores.exp().sum(-1, keepdim=True) + sink_LQ.double().exp()[..., None, None]
+    assert_close(found["attn_pattern"].numpy(), (scores.exp() / total).numpy(), tolerance=1e-6)
+
+
+def test_bf16_is_near_fp32(sinks, pool):
+    near, exact = (
+        streamed(sinks, pool, outputs=KEYS, layers=[0], precision=precision)
+        for precision in ("bf16", "fp32")
+    )
+    for key in LAYER_KEYS:
+        assert_close(near[key].numpy(), exact[key].double().numpy(), tolerance=0.02)
+
+
+@pytest.mark.parametrize(
+    ("asked", "keys"),
+    [
+        ("mlp_p*", {"mlp_pre", "mlp_pre_linear", "mlp_post"}),
+        ("attn_?,pooled", {"attn_q", "attn_k", "attn_v", "attn_z", "pooled"}),
+        ("attn_[qk]", {"attn_q", "attn_k"}),
+        ("hook_resid_mid", {"resid_mid"}),
+        ("attn.hook_pattern,mlp.hook_post", {"attn_pattern", "mlp_post"}),
+        ("mlp.hook_*", {"mlp_pre", "mlp_pre_linear", "mlp_post"}),
+        ("hook_resid_post,layer_outputs,layer_*", {"layer_outputs"}),
+        ("*", {*KEYS, "rmsnorm_gammas"}),
+    ],
+)
+def test_globs_and_the_names_of_hooks(asked, keys, checkpoints):
+    config = load_encoder(checkpoints["mha"].init).config
+    assert {each.key for each in find_activations(asked.split(","), config)} == keys
+
+
+def test_what_is_not_there(checkpoints):
+    config = load_encoder(checkpoints["mha"].init).config
+    with pytest.raises(ActivationUnavailableError, match="attn_sinks"):
+        find_activations(["*", "attn_sinks"], config)
+    with pytest.raises(ActivationNotImplementedError, match="attn_pattern"):
+        find_activations(["*", "attn_weights"])

@@ -1,0 +1,139 @@
+"""Only the layers asked for: which they are, what is run for them, and where they are stored."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dump_activations import (
+    DumpActivationsWarning,
+    InvalidArgumentError,
+    dump,
+    load_encoder,
+    stream,
+)
+from dump_activations.model.layers import find_layers
+from reference.dumps import FORMATS, read_dump
+
+L = 4  # of the demo checkpoint
+LAYERS, CHOSEN = "3,1,-1,0:2", [0, 1, 3]
+N, BATCH = 37, 16
+on_cpu = {"device": "cpu", "allow_cpu": True, "n_samples": N, "batch_size": BATCH}
+cpu_dump, cpu_stream = partial(dump, **on_cpu), partial(stream, **on_cpu)
+
+
+@pytest.fixture
+def model(demo_checkpoint):
+    return load_encoder(demo_checkpoint)
+
+
+numbers = st.integers(-20, 20)
+bounds = st.one_of(st.none(), numbers)
+
+
+@given(
+    st.lists(st.one_of(numbers, st.tuples(bounds, bounds, bounds)), min_size=1, max_size=4),
+    st.integers(1, 15),
+)
+def test_layers_are_indexed_as_python_does(items, count):
+    values = [item if isinstance(item, int) else slice(*item) for item in items]
+    text = ",".join(
+        str(item)
+        if isinstance(item, int)
+        else ":".join("" if bound is None else str(bound) for bound in item)
+        for item in items
+    )
+    expected = set()
+    try:
+        for value in values:
+            found = range(count)[value]
+            expected |= {found} if isinstance(found, int) else set(found)
+    except (IndexError, ValueError):
+        expected = set()
+    for layers in (values, text):
+        if expected:
+            assert find_layers("layers", layers, count) == tuple(sorted(expected))
+        else:
+            with pytest.raises(InvalidArgumentError, match="layers"):
+                find_layers("layers", layers, count)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_holds_the_chosen_layers_stacked_or_split(suffix, model, demo_pool, tmp_path):
+    keys = ["layer_outputs", "attn_pattern", "pooled"]
+    paths = [tmp_path / f"{name}{suffix}" for name in ("all", "stacked", "split")]
+    choices = [{}, {"layers": LAYERS}, {"layers": LAYERS, "split_layers": True}]
+    for path, choice in zip(paths, choices, strict=True):
+        cpu_dump(model, demo_pool, path, outputs=keys, **choice)
+    everything, stacked, split = map(read_dump, paths)
+    assert everything.metadata["layers"] == "0,1,2,3"
+    assert stacked.metadata["layers"] == split.metadata["layers"] == "0,1,3"
+    assert stacked.tensors.keys() == {*keys, "indices", "boards"}
+    apart = {f"{key}.{layer}" for key in keys[:2] for layer in CHOSEN}
+    assert split.tensors.keys() == {*apart, "pooled", "indices", "boards"}
+    for key in keys[:2]:
+        assert torch.equal(stacked.tensors[key], everything.tensors[key][:, CHOSEN])
+        for i, layer in enumerate(CHOSEN):
+            assert torch.equal(split.tensors[f"{key}.{layer}"], stacked.tensors[key][:, i])
+    assert torch.equal(split.tensors["pooled"], everything.tensors["pooled"])
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_split_dump_is_resumed(suffix, model, demo_pool, tmp_path):
+    options = {"outputs": "attn_*,pooled", "layers": "1:3", "split_layers": True}
+    whole, broken = tmp_path / f"whole{suffix}", tmp_path / f"broken{suffix}"
+    cpu_dump(model, demo_pool, whole, **options)
+
+    def interrupt(done: int, _of: int) -> None:
+        if done > BATCH:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu_dump(model, demo_pool, broken, progress=interrupt, **options)
+    if not broken.with_name(f"{broken.name}.partial").exists():
+        pytest.skip("nothing was on disk yet")
+    summary = cpu_dump(model, demo_pool, broken, resume=True, **options)
+    assert summary.resumed_boards > 0
+    assert broken.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "last", "next_one"),
+    [
+        ("resid_pre", "blocks.0", "blocks.1.attn_norm"),
+        ("attn_pattern", "blocks.1.attn.wv", "blocks.1.attn.dot_product"),
+        ("attn_z", "blocks.1.attn.dot_product", "blocks.1.attn.wo"),
+        ("resid_mid", "blocks.1.attn", "blocks.1.mlp_norm"),
+        ("mlp_post", "blocks.1.mlp.w_up", "blocks.1.mlp.w_down"),
+        ("layer_outputs", "blocks.1", "blocks.2.attn_norm"),
+    ],
+)
+def test_nothing_runs_past_the_last_one_needed(key, last, next_one, model, demo_pool):
+    ran = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
+    list(cpu_stream(model, demo_pool, outputs=key, layers=[0, 1], batch_size=N))
+    assert last in ran
+    assert next_one not in ran
+
+
+def test_layers_of_keys_without_layers(model, demo_pool):
+    with pytest.warns(DumpActivationsWarning, match="layers.*pooled, rmsnorm_gammas"):
+        (batch,) = cpu_stream(
+            model, demo_pool, outputs="rmsnorm_gammas,pooled", layers="0", batch_size=N
+        )
+    assert batch["pooled"].shape == (N, 64)
+
+
+def test_sinks_are_of_the_chosen_layers(tmp_path, demo_pool):
+    from reference.checkpoints import VARIANTS
+
+    checkpoint = VARIANTS["qk-norm-sinks-policy"](tmp_path)
+    (batch,) = cpu_stream(
+        checkpoint.init, demo_pool, outputs="attn_sinks,pooled", layers=[-1], batch_size=N
+    )
+    expected = checkpoint.state_dict["blocks.2.attn.sinks"]
+    np.testing.assert_array_equal(batch["attn_sinks"], expected[None])
