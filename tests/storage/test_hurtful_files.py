@@ -127,6 +127,10 @@ def a_header_of_lists(path: Path) -> None:
     write_safetensors(path, b'{"a":[' + b"[]," * (HUGE // 3) + b"0]}")
 
 
+def a_header_of_the_largest_size(path: Path) -> None:
+    write_safetensors(path, b'{"a":[' + b'{"":[]},' * 262_000 + b"0]}")
+
+
 def lists_within_lists(path: Path) -> None:
     write_safetensors(path, b"[" * 1_000_000)
 
@@ -210,6 +214,7 @@ HURTFUL: dict[str, list[Callable[[Path], None]]] = {
     ],
     ".safetensors": [
         a_header_of_lists,
+        a_header_of_the_largest_size,
         lists_within_lists,
         a_shape_of_a_million_axes,
         a_shape_of_huge_axes,
