@@ -95,6 +95,11 @@ def a_list_of_such_keys_to_make_a_dict_of(path: Path) -> None:
     write_pt(path, dictionary(text("hidden") + made))
 
 
+def a_tensor_that_is_altered(path: Path) -> None:
+    altered = tensor("0", 1, b"K\1\x85") + b"}(" + text("shape") + b"Nub"
+    write_pt(path, dictionary(text("hidden") + altered), 1)
+
+
 def a_pickle_of_empty_lists(path: Path) -> None:
     write_pt(path, b"\x80\x02" + b"]" * HUGE + b".")
 
@@ -206,6 +211,7 @@ HURTFUL: dict[str, list[Callable[[Path], None]]] = {
         keys_that_take_forever_to_hash,
         keys_that_take_the_whole_stack_to_hash,
         a_list_of_such_keys_to_make_a_dict_of,
+        a_tensor_that_is_altered,
         a_pickle_of_empty_lists,
         a_pickle_of_the_largest_size,
         a_tensor_of_a_million_axes,
