@@ -7,6 +7,7 @@ second of the processor, or more than 200 MB.
 import io
 import json
 import resource
+import shutil
 import tempfile
 import time
 import zipfile
@@ -16,13 +17,14 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from dump_activations.errors import CheckpointError, OutputError
+from dump_activations.errors import DumpActivationsError, OutputError
 from dump_activations.storage.reading.inspection import find_damage, inspect
 from dump_activations.storage.writing.journal import Header, JournalError, read_journal
 
 SECONDS = 1.0
 NBYTES = 200 << 20
 
+_CORPUS = Path(__file__).with_name("corpus")
 _DIRECTORY = Path(tempfile.mkdtemp(prefix="fuzz-"))
 
 _HEADER = Header(work={"outputs": "pooled"}, rows=40, batch_rows=8, tensors=("pooled", "boards"))
@@ -47,18 +49,21 @@ def _header(run: Callable[[bytes], None], *, data_nbytes: int) -> Callable[[byte
     return lambda data: run(len(data).to_bytes(8, "little") + data + bytes(data_nbytes))
 
 
-def _checkpoint(suffix: str) -> Callable[[bytes], None]:
-    path = _DIRECTORY / f"weights{suffix}"
+def _checkpoint(name: str) -> Callable[[bytes], None]:
+    """Load a checkpoint with one file fuzzed: `name` in a directory that is right, or a bundle."""
+    directory = _DIRECTORY / name.replace(".", "-")
+    directory.mkdir(exist_ok=True)
+    path = directory / name
+    if name != "bundle.pt":
+        shutil.copy(_CORPUS / "checkpoint_config" / "base", directory / "config.json")
+        shutil.copy(_CORPUS / "checkpoint_safetensors" / "base", directory / "model.safetensors")
 
     def run(data: bytes) -> None:
-        from dump_activations.model import weight_files
+        from dump_activations import load_encoder
 
         path.write_bytes(data)
-        with suppress(CheckpointError):
-            if suffix == ".pt":
-                weight_files.read_bundle(path)
-            else:
-                weight_files.read_safetensors(path)
+        with suppress(DumpActivationsError):
+            load_encoder(path if name == "bundle.pt" else directory)
 
     return run
 
@@ -118,8 +123,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "npz_array": _in_archive("hidden.npy", _inspected(".npz")),
     "npz_metadata": _in_archive("metadata.npy", _inspected(".npz")),
     "journal": _journal,
-    "checkpoint_safetensors": _checkpoint(".safetensors"),
-    "checkpoint_header": _header(_checkpoint(".safetensors"), data_nbytes=24),
-    "checkpoint_bundle": _checkpoint(".pt"),
-    "checkpoint_pickle": _in_archive("archive/data.pkl", _checkpoint(".pt")),
+    "checkpoint_config": _checkpoint("config.json"),
+    "checkpoint_safetensors": _checkpoint("model.safetensors"),
+    "checkpoint_bundle": _checkpoint("bundle.pt"),
+    "checkpoint_pickle": _in_archive("archive/data.pkl", _checkpoint("bundle.pt")),
 }

@@ -95,6 +95,11 @@ def a_list_of_such_keys_to_make_a_dict_of(path: Path) -> None:
     write_pt(path, dictionary(text("hidden") + made))
 
 
+def a_tensor_that_is_altered(path: Path) -> None:
+    altered = tensor("0", 1, b"K\1\x85") + b"}(" + text("shape") + b"Nub"
+    write_pt(path, dictionary(text("hidden") + altered), 1)
+
+
 def a_pickle_of_empty_lists(path: Path) -> None:
     write_pt(path, b"\x80\x02" + b"]" * HUGE + b".")
 
@@ -125,6 +130,10 @@ def tensors_in_one_storage(path: Path) -> None:
 
 def a_header_of_lists(path: Path) -> None:
     write_safetensors(path, b'{"a":[' + b"[]," * (HUGE // 3) + b"0]}")
+
+
+def a_header_of_the_largest_size(path: Path) -> None:
+    write_safetensors(path, b'{"a":[' + b'{"":[]},' * 262_000 + b"0]}")
 
 
 def lists_within_lists(path: Path) -> None:
@@ -202,6 +211,7 @@ HURTFUL: dict[str, list[Callable[[Path], None]]] = {
         keys_that_take_forever_to_hash,
         keys_that_take_the_whole_stack_to_hash,
         a_list_of_such_keys_to_make_a_dict_of,
+        a_tensor_that_is_altered,
         a_pickle_of_empty_lists,
         a_pickle_of_the_largest_size,
         a_tensor_of_a_million_axes,
@@ -210,6 +220,7 @@ HURTFUL: dict[str, list[Callable[[Path], None]]] = {
     ],
     ".safetensors": [
         a_header_of_lists,
+        a_header_of_the_largest_size,
         lists_within_lists,
         a_shape_of_a_million_axes,
         a_shape_of_huge_axes,

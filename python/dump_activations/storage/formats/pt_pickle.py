@@ -162,6 +162,6 @@ def _rebuild_tensor(
 ) -> PickledTensor:
     if not isinstance(storage, PickledTensor) or not is_shape(shape):
         raise pickle.UnpicklingError("it has a tensor without a storage or a shape")
-    if offset != 0 or (shape and tuple(strides) != _strides(shape)):
+    if offset != 0 or (shape and strides != _strides(shape)):
         raise pickle.UnpicklingError("it has a tensor that is a view of another")
     return PickledTensor(storage.dtype, tuple(shape), storage.key)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,7 +49,7 @@ class Inspection:
     size: int
     contents: Contents
 
-    @property
+    @cached_property
     def digests(self) -> dict[str, Digest]:
         """The file's own digests by tensor name, with `nbytes` 0; none if they are damaged."""
         try:
