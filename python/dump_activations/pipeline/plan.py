@@ -13,8 +13,18 @@ from torch import Tensor
 
 from dump_activations.board import CELLS
 from dump_activations.dtypes import STORAGE_DTYPES, TensorSpec
-from dump_activations.errors import DumpActivationsWarning, InvalidArgumentError, option
-from dump_activations.model.activations import BoardActivation, WeightActivation, find_activations
+from dump_activations.errors import (
+    ActivationUnavailableError,
+    DumpActivationsWarning,
+    InvalidArgumentError,
+    option,
+)
+from dump_activations.model.activations import (
+    ACTIVATION_KEYS,
+    BoardActivation,
+    WeightActivation,
+    find_activations,
+)
 from dump_activations.model.checkpoint import load_encoder
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import Options
@@ -118,7 +128,24 @@ def make_plan(
         if isinstance(activation, WeightActivation)
         for name, tensor in activation.tensors(model).items()
     }
-    return Plan(model, pool, indices, weights, options, device)
+    plan = Plan(model, pool, indices, weights, options, device)
+    _check_available(plan)
+    return plan
+
+
+def _check_available(plan: Plan) -> None:
+    """Refuse keys of a head where the model has none."""
+    missing = [key for key, shape in plan.board_shapes.items() if 0 in shape]
+    if missing:
+        there = [
+            each.key
+            for each in find_activations(ACTIVATION_KEYS)
+            if isinstance(each, BoardActivation) and 0 not in each.shape(plan.model.config)
+        ]
+        raise ActivationUnavailableError(
+            f"{option('outputs')}: {', '.join(missing)}: this checkpoint has no head; of a board "
+            f"there are {', '.join(there)}"
+        )
 
 
 def warn_of_large_tensors(specs: Sequence[TensorSpec]) -> None:
