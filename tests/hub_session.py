@@ -23,7 +23,11 @@ def main() -> None:
             model = load_encoder(request["init"])
             with torch.no_grad():
                 _, logits = model(torch.tensor(request["boards"]))
-            answer = {"logits": logits.tolist()}
+            answer = {
+                "logits": logits.tolist(),
+                "commit": model.hub_commit,
+                "tokenizer": model.tokenizer,
+            }
         except Exception as error:
             kinds = [kind.__name__ for kind in type(error).__mro__]
             answer = {"error": str(error), "kinds": kinds}

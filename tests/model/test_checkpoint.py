@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from dataclasses import replace
 
@@ -15,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from dump_activations import load_encoder
-from dump_activations.errors import DumpActivationsError
+from dump_activations.errors import DumpActivationsError, DumpActivationsWarning
 from reference.checkpoints import (
     BASE,
     VARIANTS,
@@ -355,46 +357,128 @@ def test_eps_that_is_no_number(eps, tmp_path):
     assert "layer_norm_eps" in refused(directory)
 
 
-HUGE_SIZES = [
+def _folded_key(path):
+    """Write a bundle whose state dict has a key that takes 2**60 steps to hash."""
+    key = ()
+    for _ in range(60):
+        key = (key, key)
+    body = pickle.dumps(key, 2)[2:-1]
+    rewrite(path, lambda name, data: b"\x80\x02}" + body + b"Ns." if "data.pkl" in name else data)
+
+
+def _bytes_of_a_number(path):
+    data = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+    rewrite(path, lambda name, old: data if "data.pkl" in name else old)
+
+
+def _one_storage_in_every_weight(path):
+    row = torch.zeros(1 << 20)
+    state_dict = {f"blocks.{i}.attn_norm.weight": row for i in range(300)}
+    torch.save(bundle(state_dict, config_json(BASE)), path)
+
+
+def _repeated_member(path):
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        archive.writestr(name, b"\x80\x02}.")
+
+
+def _overlapping_members(path):
+    """Give each entry of the archive's directory the place of the largest member."""
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        start = archive.start_dir
+    sizes = struct.pack("<II", largest.file_size, largest.file_size)
+    while data[start : start + 4] == b"PK\1\2":
+        data[start + 20 : start + 28] = sizes
+        data[start + 42 : start + 46] = struct.pack("<I", largest.header_offset)
+        start += 46 + sum(struct.unpack("<HHH", data[start + 28 : start + 34]))
+    path.write_bytes(data)
+
+
+def rewrite(path, change):
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, change(name, data))
+
+
+HURTING_BUNDLES = [
+    _folded_key,
+    _bytes_of_a_number,
+    _one_storage_in_every_weight,
+    _repeated_member,
+    _overlapping_members,
+]
+_ENTRY = '{"tok_emb.weight": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}'
+HURTING_SAFETENSORS = {
+    "thousands-of-axes": _safetensors((_ENTRY % ", ".join(["1"] * 20_000)).encode(), bytes(4)),
+    "a-million-digits": _safetensors((_ENTRY % ("1" + "0" * 10**6)).encode(), bytes(4)),
+    "header-of-99-MB": _safetensors(b'{"__metadata__": {"a": "' + b"a" * (99 << 20) + b'"}}'),
+}
+HURTING_CONFIGS = [
+    {"num_hidden_layers": 10**6},
     {"num_hidden_layers": 10**9},
     {"hidden_size": 2**40, "num_attention_heads": 1, "num_key_value_heads": 1},
     {"intermediate_size": 2**50},
     {"input_vocab_size": 2**50},
     {"max_position_embeddings": 2**50},
+    {"padding": "a" * (50 << 20)},
 ]
-LOAD_WITH_LITTLE_MEMORY = """
+# Some seconds, which a busy machine may need for what takes a tenth of one.
+LOAD_WITH_LITTLE = """
 import resource, sys
 import torch
 from dump_activations import load_encoder
 from dump_activations.errors import DumpActivationsError
+load_encoder(sys.argv[1])
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
-for init in sys.argv[1:]:
-    try:
-        load_encoder(init)
-    except DumpActivationsError as error:
-        print(error)
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), used + (200 << 20)))
+for init in sys.argv[2:]:
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(spent.ru_utime + spent.ru_stime) + 10
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+    for random_init in (False, True) if "layers" in init else (False,):
+        try:
+            load_encoder(init, random_init=random_init)
+        except DumpActivationsError as error:
+            print(error)
 """
 
 
-def test_sizes_that_the_weights_do_not_justify(tmp_path):
-    """Neither the memory nor the time of a model that the config alone claims is spent."""
-    state_dict = random_state_dict(BASE)
-    directories = [
-        save_checkpoint(tmp_path / next(iter(change)), state_dict, config_json(BASE, **change))
-        for change in HUGE_SIZES
-    ]
+def test_files_made_to_hurt_are_refused_at_little_cost(tmp_path):
+    """Neither the memory nor the time that a small file asks for is spent."""
+    state_dict, config = random_state_dict(BASE), config_json(BASE)
+    good = tmp_path / "good.pt"
+    torch.save(bundle(state_dict, config), good)
+    places = []
+    for hurt in HURTING_BUNDLES:
+        places.append(tmp_path / f"{hurt.__name__}.pt")
+        shutil.copy(good, places[-1])
+        hurt(places[-1])
+    for name, data in HURTING_SAFETENSORS.items():
+        places.append(save_checkpoint(tmp_path / name, state_dict, config))
+        (places[-1] / "model.safetensors").write_bytes(data)
+    for change in HURTING_CONFIGS:
+        name = f"{next(iter(change))}-{len(places)}".replace("num_hidden_", "")
+        places.append(save_checkpoint(tmp_path / name, state_dict, config | change))
     result = subprocess.run(
-        [sys.executable, "-c", LOAD_WITH_LITTLE_MEMORY, *map(str, directories)],
+        [sys.executable, "-c", LOAD_WITH_LITTLE, str(good), *map(str, places)],
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    assert len(lines) == len(directories)
-    assert all(str(directory) in line for directory, line in zip(directories, lines, strict=True))
+    expected = [place for place in places for _ in range(1 + ("layers" in place.name))]
+    assert len(lines) == len(expected), result.stdout
+    for line, place in zip(lines, expected, strict=True):
+        assert str(place) in line
+        assert len(line) < 1000
+        assert "num_hidden_layers" in line or "layers" not in place.name
 
 
 NOT_BUNDLES = {
@@ -435,21 +519,166 @@ def test_a_bundle_that_is_not_one(case, place, tmp_path):
     assert str(init) in refused(init)
 
 
-def test_both_heads_in_one_checkpoint_are_refused(tmp_path):
-    state_dict = random_state_dict(BASE) | {
-        "policy_head.weight": torch.zeros(4, 32),
-        "policy_head.bias": torch.zeros(4),
-    }
-    text = refused(save_checkpoint(tmp_path / "both", state_dict, config_json(BASE)))
-    assert "policy_head" in text
+POLICY = {"policy_head.weight": torch.ones(4, 32), "policy_head.bias": torch.zeros(4)}
+VALUE = {
+    "value_head.weight": torch.zeros(1, 32),
+    "value_head.bins": torch.arange(3),
+    "value_pre_pool_norm.weight": torch.zeros(32),
+    "module.value_pre_pool_mlp.0.weight": torch.zeros(8, 32),
+}
 
 
-def test_no_head_at_all_is_refused(tmp_path):
-    state_dict = {
-        name: value for name, value in random_state_dict(BASE).items() if "ev_heads" not in name
+@pytest.mark.parametrize("weights", ["model.safetensors", "model.pt"])
+def test_what_the_model_has_no_part_for_is_left_out_with_one_warning(weights, tmp_path):
+    state_dict = random_state_dict(BASE)
+    config = config_json(BASE, value_head={"type": "mean"})
+    directory = save_checkpoint(
+        tmp_path / "more", state_dict | POLICY | VALUE, config, weights=weights
+    )
+    with pytest.warns(DumpActivationsWarning) as caught:
+        model = load_encoder(directory)
+    (warning,) = caught
+    for module in ("policy_head", "value_head", "value_pre_pool_norm", "value_pre_pool_mlp"):
+        assert f"{module}," in str(warning.message) or f"{module}:" in str(warning.message)
+    assert "ev_heads" not in str(warning.message)
+    assert_close(forward(model)[1], naive_forward(state_dict, BASE, BOARDS)[1])
+
+
+def test_of_two_heads_the_configs_is_used(tmp_path):
+    policy = replace(BASE, head_type="action_policy")
+    state_dict = random_state_dict(policy)
+    both = random_state_dict(BASE, seed=1) | state_dict
+    with pytest.warns(DumpActivationsWarning, match="ev_heads"):
+        model = load_encoder(save_checkpoint(tmp_path / "both", both, config_json(policy)))
+    assert_close(forward(model)[1], naive_forward(state_dict, policy, BOARDS)[1])
+
+
+@pytest.mark.parametrize("lacking", ["ev_heads.0", "ev_heads.2.bias"])
+def test_half_a_head_is_refused(lacking, tmp_path):
+    weights = {k: v for k, v in random_state_dict(BASE).items() if not k.startswith(lacking)}
+    text = refused(save_checkpoint(tmp_path / "half", weights, config_json(BASE)))
+    assert f"missing {lacking}" in text
+
+
+def test_a_trunk_without_a_head(tmp_path):
+    state_dict = random_state_dict(BASE)
+    trunk = {name: value for name, value in state_dict.items() if "ev_heads" not in name}
+    model = load_encoder(save_checkpoint(tmp_path / "trunk", trunk, config_json(BASE)))
+    hidden, logits = forward(model)
+    assert_close(hidden, naive_forward(state_dict, BASE, BOARDS)[0])
+    assert logits.shape == (len(BOARDS), 0)
+
+
+def test_a_state_dict_of_another_model_says_what_it_has(tmp_path):
+    foreign = {f"encoder.{name}": value for name, value in random_state_dict(BASE).items()}
+    text = refused(save_checkpoint(tmp_path / "foreign", foreign, config_json(BASE)))
+    assert "missing tok_emb.weight" in text
+    assert "not of this model encoder" in text
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model.pt", "step.pt"])
+def test_transformer_engine_is_refused_by_its_name(weights, tmp_path):
+    config = config_json(BASE, model_backend="transformer_engine")
+    foreign = {"blocks.0.layer.qkv_weight": torch.zeros(3)}
+    directory = save_checkpoint(tmp_path / "te", foreign, config, weights=weights)
+    assert "transformer_engine" in refused(
+        directory / weights if weights == "step.pt" else directory
+    )
+
+
+def test_a_directory_without_weights_lists_those_it_does_not_take(tmp_path):
+    names = ["model-step-00001000.pt", "model-step-00002000.pt", "ema.safetensors", "notes.txt"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"not read")
+    for _ in range(2):
+        text = refused(tmp_path)
+        assert all(name in text for name in names[:3])
+        assert "notes.txt" not in text
+        (tmp_path / "config.json").write_text(json.dumps(config_json(BASE)))
+
+
+def save_shards(directory, state_dict, *, count=3):
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config_json(BASE)))
+    weight_map = {}
+    for i in range(count):
+        file = f"model-{i + 1:05}-of-{count:05}.safetensors"
+        names = list(state_dict)[i::count]
+        save_file({name: state_dict[name] for name in names}, directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return weight_map, index
+
+
+def test_sharded_safetensors(tmp_path):
+    state_dict = random_state_dict(BASE)
+    wrapped = {f"_orig_mod.{name}": value for name, value in state_dict.items()}
+    weight_map, index = save_shards(tmp_path / "a", wrapped)
+    save_weights(index.parent / "model.pt", random_state_dict(BASE, seed=1), config_json(BASE))
+    model = load_encoder(index.parent)
+    assert_close(forward(model)[0], naive_forward(state_dict, BASE, BOARDS)[0])
+    assert {path.name for path in model.checkpoint_files} == {
+        "config.json",
+        index.name,
+        *weight_map.values(),
     }
-    text = refused(save_checkpoint(tmp_path / "headless", state_dict, config_json(BASE)))
-    assert "ev_heads" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tok_emb.weight": "../a/model-00001-of-00003.safetensors"},
+        {"tok_emb.weight": "model-00009-of-00003.safetensors"},
+        {"tok_emb.weight": "model-00002-of-00003.safetensors"},
+        {"tok_emb.weight": "config.json"},
+        {"tok_emb.weight": 3},
+        {"nothing": "model-00001-of-00003.safetensors"},
+    ],
+    ids=["elsewhere", "missing", "not-in-it", "config", "number", "unknown"],
+)
+def test_an_index_that_lies(change, tmp_path):
+    weight_map, index = save_shards(tmp_path / "a", random_state_dict(BASE))
+    index.write_text(json.dumps({"weight_map": weight_map | change}))
+    text = refused(index.parent)
+    assert "model.safetensors.index.json" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.pt", "model.safetensors.index.json", "config.json"]
+)
+def test_a_git_lfs_pointer_is_named_as_one(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_json(BASE)))
+    (tmp_path / name).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n"
+    )
+    (tmp_path / "model-stable.pt").write_bytes(b"not read")
+    text = refused(tmp_path)
+    assert "git-LFS pointer" in text
+    assert name in text
+
+
+def test_weights_that_are_not_finite_are_named_once(tmp_path):
+    state_dict = random_state_dict(BASE)
+    state_dict["blocks.1.mlp.w_up.weight"][2, 3:5] = float("nan")
+    state_dict["blocks.0.attn.wq.weight"][0, 0] = float("-inf")
+    with pytest.warns(DumpActivationsWarning) as caught:
+        load_encoder(save_checkpoint(tmp_path / "nan", state_dict, config_json(BASE)))
+    (warning,) = caught
+    assert "blocks.1.mlp.w_up.weight (2 NaN, 0 infinite)" in str(warning.message)
+    assert "blocks.0.attn.wq.weight (0 NaN, 1 infinite)" in str(warning.message)
+
+
+def test_the_tokenizer_beside_a_checkpoint_is_kept_as_its_text(tmp_path):
+    directory = save_checkpoint(tmp_path / "a", random_state_dict(BASE), config_json(BASE))
+    assert load_encoder(directory).tokenizer is None
+    text = '{"bins": [0.5,\r\n 1],\t"name": "é"}'
+    (directory / "tokenizer.json").write_bytes(text.encode())
+    assert load_encoder(directory).tokenizer == text
+    assert load_encoder(directory, random_init=True).tokenizer == text
+    for unfit in (b" " * 70_000, b"\xff\xfe"):
+        (directory / "tokenizer.json").write_bytes(unfit)
+        assert load_encoder(directory).tokenizer is None
 
 
 def test_embedding_smaller_than_the_vocabulary_is_refused(tmp_path):
@@ -520,15 +749,20 @@ def test_a_bundle_that_inflates_is_refused_unread(member, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["blocks." + "9" * 5000 + ".x", "x" * 100_000, "\x1b[31m\nx", "x" * 300 + "\x1b\n"],
+    ["9" * 5000 + ".x", "x" * 100_000, "\x1b[31m\nx", "x" * 300 + "\x1b\n"],
     ids=["number", "long", "control", "both"],
 )
 def test_names_from_the_file_are_quoted_in_one_short_line(name, tmp_path):
-    state_dict = random_state_dict(BASE) | {name: torch.zeros(2)}
-    text = refused(save_checkpoint(tmp_path / "odd", state_dict, config_json(BASE)))
+    state_dict = random_state_dict(BASE)
+    within = state_dict | {f"blocks.{name}": torch.zeros(2)}
+    text = refused(save_checkpoint(tmp_path / "within", within, config_json(BASE)))
     assert "unexpected" in text
-    assert text.isprintable()
-    assert len(text) < 1000
+    outside = state_dict | {name: torch.zeros(2)}
+    with pytest.warns(DumpActivationsWarning) as caught:
+        load_encoder(save_checkpoint(tmp_path / "outside", outside, config_json(BASE)))
+    for line in (text, str(caught[0].message)):
+        assert line.isprintable()
+        assert len(line) < 1000
 
 
 def test_a_path_that_no_file_system_has(tmp_path):

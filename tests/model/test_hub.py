@@ -112,6 +112,52 @@ def checkpoint_files(root, *, seed=0, weights="model.safetensors"):
     return files_under(root), naive_forward(state_dict, BASE, BOARDS)[1]
 
 
+def test_the_commit_and_the_tokenizer_are_kept(hub, session, tmp_path):
+    files, _ = checkpoint_files(tmp_path / "a")
+    files = {f"sub/{name}": data for name, data in files.items()}
+    commit = hub.commit("lab/kept", files | {"sub/tokenizer.json": b'{"bins": [1]}'})
+    later = hub.commit("lab/kept", files | {"README.md": b"x"}, ref="v2")
+    assert session.ask("hf://lab/kept/sub")["tokenizer"] == '{"bins": [1]}'
+    for revision in ("", "@main", f"@{commit}"):
+        assert session.ask(f"hf://lab/kept/sub{revision}")["commit"] == commit
+    moved = session.ask("hf://lab/kept/sub@v2")
+    assert (moved["commit"], moved["tokenizer"]) == (later, None)
+    hub.stop()
+    try:
+        assert session.ask("hf://lab/kept/sub@v2")["commit"] == later
+    finally:
+        hub.start()
+
+
+def test_sharded_repository(hub, session, tmp_path):
+    state_dict = random_state_dict(BASE)
+    shards = {f"model-0000{i}-of-00002.safetensors": list(state_dict)[i - 1 :: 2] for i in (1, 2)}
+    save_checkpoint(tmp_path, {}, config_json(BASE), weights="model-stable.safetensors")
+    for file, names in shards.items():
+        save_weights(tmp_path / file, {name: state_dict[name] for name in names}, {})
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = json.dumps({"weight_map": weight_map}).encode()
+    hub.commit("lab/shards", files_under(tmp_path) | {"model.safetensors.index.json": index})
+    assert_close(session.logits("hf://lab/shards"), naive_forward(state_dict, BASE, BOARDS)[1])
+    assert sorted(hub.downloads) == ["config.json", *shards, "model.safetensors.index.json"]
+
+
+def test_step_checkpoints_of_a_repository_are_named_and_not_downloaded(hub, session):
+    config = json.dumps(config_json(BASE)).encode()
+    hub.commit("lab/steps", {"config.json": config, "model-step-00001000.pt": b"x"})
+    assert "model-step-00001000.pt" in session.error("hf://lab/steps")["error"]
+    assert hub.downloads == []
+
+
+def test_a_subdirectory_whose_name_is_a_pattern(hub, session, tmp_path):
+    files, logits = checkpoint_files(tmp_path / "a")
+    other, _ = checkpoint_files(tmp_path / "b", seed=1)
+    inside = {f"[ab]/{name}": data for name, data in files.items()}
+    hub.commit("lab/pattern", inside | {f"a/{name}": data for name, data in other.items()})
+    assert_close(session.logits("hf://lab/pattern/[ab]"), logits)
+    assert sorted(hub.downloads) == ["[ab]/config.json", "[ab]/model.safetensors"]
+
+
 def test_repository_downloads_only_what_it_needs(hub, session, tmp_path):
     files, logits = checkpoint_files(tmp_path / "a", weights="model.safetensors")
     extra = {
@@ -279,7 +325,7 @@ def test_cached_checkpoint_without_the_hub(hub, session, tmp_path):
     ],
 )
 def test_malformed_names_are_refused_before_any_request(init, hub, session, outside):
-    session.error(init)
+    assert "InvalidArgumentError" in session.error(init)["kinds"]
     assert hub.requests == []
 
 
@@ -312,7 +358,7 @@ def test_code_in_a_downloaded_bundle_does_not_run(hub, session, tmp_path):
 
 
 def test_command_dumps_from_the_hub_and_then_offline(hub, demo_checkpoint, demo_pool, tmp_path):
-    hub.commit("2048former/tiny", files_under(demo_checkpoint, prefix="v0.1/"))
+    commit = hub.commit("2048former/tiny", files_under(demo_checkpoint, prefix="v0.1/"))
     environment = hub_environment(hub, tmp_path / "home")
     command = [sys.executable, "-m", "dump_activations"]
     command += ["--init", "hf://2048former/tiny/v0.1@main", "--dataset", str(demo_pool)]
@@ -333,5 +379,6 @@ def test_command_dumps_from_the_hub_and_then_offline(hub, demo_checkpoint, demo_
         assert result.returncode == 0, result.stderr
         dump = read_dump(path)
         assert dump.metadata["checkpoint"] == "hf://2048former/tiny/v0.1@main"
+        assert dump.metadata["hub_commit"] == commit
         assert_close(dump.numpy("head_logits"), expected["head_logits"])
     assert sorted(hub.downloads) == ["v0.1/config.json", "v0.1/model.safetensors"]

@@ -126,6 +126,7 @@ def _head(key: str, transform: Callable[[Tensor], Tensor] = _unchanged) -> Board
             if config.head_type == "binned_ev"
             else ["policy_head"]
         ),
+        lacking=lambda config: "this checkpoint has no head" if 0 in config.logits_shape else "",
         transform=transform,
     )
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 from dump_activations.board import CELLS, MOVES
 from dump_activations.errors import CheckpointError
 
-HeadType = Literal["binned_ev", "action_policy"]
+HeadType = Literal["binned_ev", "action_policy", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,10 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         for name in _SIZES:
             _check_size(name, getattr(self, name))
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise CheckpointError(
+                f"num_hidden_layers must be at most {_MOST_LAYERS}, not {self.num_hidden_layers}"
+            )
         if self.num_key_value_heads is not None:
             _check_size("num_key_value_heads", self.num_key_value_heads)
         if self.head_type == "binned_ev" and self.output_n_bins is not None:
@@ -104,7 +108,12 @@ class EncoderConfig:
 
     @property
     def logits_shape(self) -> tuple[int, ...]:
-        """Shape of one board's head logits: (4, bins) for binned_ev, (4,) for action_policy."""
+        """Shape of one board's head logits: (4, bins) for binned_ev, (4,) for action_policy.
+
+        Without a head it is (0,).
+        """
+        if self.head_type == "none":
+            return (0,)
         if self.head_type == "action_policy":
             return (MOVES,)
         assert self.output_n_bins is not None
@@ -120,6 +129,7 @@ _REQUIRED = (
 )
 # Far above any real model, and far below sizes whose products overflow.
 _LARGEST_SIZE = 1 << 20
+_MOST_LAYERS = 1024
 _SIZES = (*_REQUIRED[:-1], "input_vocab_size", "max_position_embeddings")
 
 

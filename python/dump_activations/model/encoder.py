@@ -162,8 +162,13 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """The whole model. Module names are those of the checkpoints' state dicts.
 
-    `checkpoint` says where the weights came from: what `--init` was given; `random_init` that only
-    the architecture did; `checkpoint_files` lists the files that were read.
+    Attributes:
+        config: the sizes.
+        checkpoint: where the weights came from: what `--init` was given.
+        checkpoint_files: the files that were read for it.
+        hub_commit: the commit that `hf://` led to.
+        tokenizer: the text of the checkpoint's `tokenizer.json`, if it is small.
+        random_init: that only the architecture came from there.
     """
 
     def __init__(self, config: EncoderConfig, *, checkpoint: str = "") -> None:
@@ -171,6 +176,8 @@ class Encoder(nn.Module):
         self.config = config
         self.checkpoint = checkpoint
         self.checkpoint_files: tuple[Path, ...] = ()
+        self.hub_commit: str | None = None
+        self.tokenizer: str | None = None
         self.random_init = False
         self.tok_emb = nn.Embedding(config.input_vocab_size, config.hidden_size)
         self.pos_emb = PositionEmbedding(config)
@@ -181,7 +188,7 @@ class Encoder(nn.Module):
             self.ev_heads = nn.ModuleList(
                 nn.Linear(config.hidden_size, config.output_n_bins) for _ in range(MOVES)
             )
-        else:
+        elif config.head_type == "action_policy":
             self.policy_head = nn.Linear(config.hidden_size, MOVES)
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +199,7 @@ class Encoder(nn.Module):
 
         Returns:
             The final hidden states, (B, 16, H), and the head logits in the order up, down, left,
-            right: (B, 4, bins) for binned_ev, (B, 4) for action_policy.
+            right: (B, 4, bins) for binned_ev, (B, 4) for action_policy, (B, 0) without a head.
         """
         x_BSH = self.tok_emb(tokens_BS.long()) + self.pos_emb()
         for block in self.blocks:
@@ -203,5 +210,7 @@ class Encoder(nn.Module):
     def _head_logits(self, pooled_BH: Tensor) -> Tensor:
         if self.config.head_type == "binned_ev":
             return torch.stack([head(pooled_BH) for head in self.ev_heads], dim=1)
+        if self.config.head_type == "none":
+            return pooled_BH[:, :0]
         logits_B4: Tensor = self.policy_head(pooled_BH)
         return logits_B4

@@ -1,5 +1,6 @@
 """Checkpoints on the Hugging Face Hub: `hf://org/repo[/subdir][@revision]` to a local directory."""
 
+import glob
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -21,6 +22,7 @@ from dump_activations.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     DumpActivationsWarning,
+    InvalidArgumentError,
 )
 
 _SCHEME = "hf://"
@@ -40,19 +42,19 @@ class HubLocation:
         """Split `hf://org/repo[/subdir][@revision]`.
 
         Raises:
-            CheckpointError: the text is not of that form, or has a part that could leave the cache.
+            InvalidArgumentError: another form, or a part that could leave the cache.
         """
         path, at, revision = uri.removeprefix(_SCHEME).partition("@")
         org, _, rest = path.rstrip("/").partition("/")
         repo, _, subdir = rest.partition("/")
         if not (org and repo):
-            raise CheckpointError(f"{uri}: not of the form {_FORM}")
+            raise InvalidArgumentError(f"{uri}: not of the form {_FORM}")
         try:
             validate_repo_id(f"{org}/{repo}")
         except HFValidationError as error:
-            raise CheckpointError(f"{uri}: not of the form {_FORM}: {error}") from error
+            raise InvalidArgumentError(f"{uri}: not of the form {_FORM}: {error}") from error
         if (subdir and not _stays_inside(subdir)) or (at and not _stays_inside(revision)):
-            raise CheckpointError(f"{uri}: subdir and revision must be plain relative names")
+            raise InvalidArgumentError(f"{uri}: subdir and revision must be plain relative names")
         return cls(f"{org}/{repo}", subdir, revision or None)
 
     def path_of(self, name: str) -> str:
@@ -64,52 +66,62 @@ def _stays_inside(path: str) -> bool:
     return not set("\\\0@") & set(path) and not {"", ".", ".."} & set(path.split("/"))
 
 
-def download_checkpoint(uri: str, choose_files: Callable[[Sequence[str]], Sequence[str]]) -> Path:
-    """Download the files of a checkpoint into the hub's cache and return their directory.
+def download_checkpoint(
+    uri: str, choose_files: Callable[[Sequence[str]], Sequence[str]]
+) -> tuple[Path, str]:
+    """Download the files of a checkpoint into the hub's cache.
 
     Where the hub cannot be reached, a checkpoint that is already in the cache is used.
 
     Args:
         uri: `hf://org/repo[/subdir][@revision]`.
-        choose_files: given the file names in the checkpoint's directory, those to download.
+        choose_files: given the file names in the checkpoint's directory, those to download; raises
+            CheckpointNotFoundError where they make no checkpoint.
+
+    Returns:
+        The directory that holds them, and the commit that they are of.
 
     Raises:
-        CheckpointError: the form of `uri`, or a failed download.
-        CheckpointNotFoundError: no such repository, revision or directory.
+        InvalidArgumentError: the form of `uri`.
+        CheckpointError: a failed download.
+        CheckpointNotFoundError: no such repository, revision or checkpoint.
     """
     location = HubLocation.parse(uri)
-    with _quiet_client():
-        names, offline_reason = _list_names(uri, location)
-    chosen = choose_files(names)
-    if not chosen:
-        raise CheckpointNotFoundError(
-            f"{uri}: the hub cannot be reached and no checkpoint is cached ({offline_reason})"
-            if offline_reason
-            else f"{uri}: no checkpoint there; expected config.json or a .pt bundle"
-        )
-    if offline_reason:
-        warnings.warn(
-            f"{uri}: the hub cannot be reached ({offline_reason}); taking what is in the cache",
-            DumpActivationsWarning,
-            stacklevel=2,
-        )
     try:
-        directories = {
-            Path(
-                hf_hub_download(
-                    location.repo_id,
-                    location.path_of(name),
-                    revision=location.revision,
-                    local_files_only=offline_reason is not None,
-                )
-            ).parent
-            for name in chosen
-        }
+        with _quiet_client():
+            names = _list_names(uri, location)
+    except _UnreachableError as error:
+        return _take_cached(uri, location, choose_files, str(error))
+    chosen = [glob.escape(location.path_of(name)) for name in choose_files(names)]
+    try:
+        snapshot = Path(
+            snapshot_download(location.repo_id, revision=location.revision, allow_patterns=chosen)
+        )
     except Exception as error:
         raise CheckpointError(f"{uri}: download failed: {_first_line(error)}") from error
-    if len(directories) > 1:
-        raise CheckpointError(f"{uri}: the repository changed during the download; run it again")
-    return directories.pop()
+    return snapshot / location.subdir, snapshot.name
+
+
+def _take_cached(
+    uri: str,
+    location: HubLocation,
+    choose_files: Callable[[Sequence[str]], Sequence[str]],
+    reason: str,
+) -> tuple[Path, str]:
+    try:
+        snapshot = _cached_snapshot(location)
+        directory = snapshot / location.subdir
+        choose_files([path.name for path in directory.iterdir()])
+    except (OSError, ValueError) as error:  # Not in the cache, or no name that could be.
+        raise CheckpointNotFoundError(
+            f"{uri}: the hub cannot be reached and no checkpoint is cached ({reason})"
+        ) from error
+    warnings.warn(
+        f"{uri}: the hub cannot be reached ({reason}); taking what is in the cache",
+        DumpActivationsWarning,
+        stacklevel=2,
+    )
+    return directory, snapshot.name
 
 
 @contextmanager
@@ -124,10 +136,14 @@ def _quiet_client() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _list_names(uri: str, location: HubLocation) -> tuple[list[str], str | None]:
-    """Names in the checkpoint's directory; and, where they come from the cache, the reason."""
+class _UnreachableError(Exception):
+    """The hub gives no answer; the text says why."""
+
+
+def _list_names(uri: str, location: HubLocation) -> list[str]:
+    """Names in the checkpoint's directory."""
     try:
-        paths = HfApi().list_repo_files(location.repo_id, revision=location.revision)
+        info = HfApi().model_info(location.repo_id, revision=location.revision)
     except RevisionNotFoundError as error:
         raise CheckpointNotFoundError(f"{uri}: no revision {location.revision}") from error
     except GatedRepoError as error:
@@ -138,23 +154,19 @@ def _list_names(uri: str, location: HubLocation) -> tuple[list[str], str | None]
         ) from error
     except Exception as error:
         # Whatever keeps the hub from answering, a cached checkpoint is still good.
-        return _cached_names(location), _first_line(error)
-    return [
-        name for path in paths if location.path_of(name := path.rpartition("/")[2]) == path
-    ], None
+        raise _UnreachableError(_first_line(error)) from error
+    paths = [file.rfilename for file in info.siblings or []]
+    return [name for path in paths if location.path_of(name := path.rpartition("/")[2]) == path]
 
 
-def _cached_names(location: HubLocation) -> list[str]:
+def _cached_snapshot(location: HubLocation) -> Path:
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(
         repo_id=location.repo_id, repo_type="model"
     )
     revision = location.revision or constants.DEFAULT_REVISION
     ref = folder / "refs" / revision
-    try:
-        commit = ref.read_text().strip() if ref.is_file() else revision
-        return [path.name for path in (folder / "snapshots" / commit / location.subdir).iterdir()]
-    except (OSError, ValueError):  # Not in the cache, or no name that could be.
-        return []
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    return folder / "snapshots" / commit
 
 
 def _first_line(error: Exception) -> str:

@@ -1,21 +1,20 @@
-"""Reads weights from `.safetensors` files and `.pt` bundles, which are not trusted."""
+"""Reads the files of a checkpoint that are not trusted: JSON, and `.safetensors`, one or many."""
 
-import re
-import zipfile
-from collections.abc import Mapping
+import json
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from reprlib import repr as brief
 from typing import Any
 
 import safetensors.torch
-import torch
-from torch import Tensor
 
 from dump_activations.errors import CheckpointError
+from dump_activations.paths import check_ordinary
 
-# torch.compile and DistributedDataParallel name their wrappers so, around any module.
-_WRAPPERS = re.compile(r"\b(?:_orig_mod|module)\.")
-
+SAFETENSORS_SUFFIX = ".safetensors"
+# Hundreds of times any real one; the largest takes some seconds to parse.
+_LARGEST_HEADER = _LARGEST_JSON = 4 << 20
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LONGEST_QUOTE = 200
 
 
@@ -25,117 +24,95 @@ def one_line(text: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a `.safetensors` file by their names, without wrapper prefixes.
+def first_few(names: Sequence[str], *, most: int = 3) -> str:
+    """Quote the first of some names from a file, and count the others."""
+    more = len(names) - most
+    return ", ".join(map(one_line, names[:most])) + (f" and {more} more" if more > 0 else "")
+
+
+def read_head(path: Path) -> bytes:
+    """Read the first bytes of a file; CheckpointError where it only stands for one in git-LFS."""
+    with path.open("rb") as file:
+        head = file.read(len(_LFS_POINTER))
+    if head == _LFS_POINTER:
+        raise CheckpointError(f"{path}: a git-LFS pointer, not the file itself; run git lfs pull")
+    return head
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a small file.
 
     Raises:
-        CheckpointError: the file is damaged or holds something else than weights.
+        CheckpointError: the file is large, not JSON, or something else than an object.
     """
+    check_ordinary(path, CheckpointError)
+    read_head(path)
+    if path.stat().st_size > _LARGEST_JSON:
+        raise CheckpointError(f"{path}: more than {_LARGEST_JSON >> 20} MiB, which none should be")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {one_line(str(error))}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Read the tensors of a `.safetensors` file by their names.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    header_size = int.from_bytes(read_head(path)[:8], "little")
+    if _LARGEST_HEADER < header_size <= path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: its header is {header_size:,} bytes, of which a checkpoint has no need"
+        )
     try:
         # Not load_file, which maps the file: cut short later, it would kill the process.
-        tensors = safetensors.torch.load(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+        return safetensors.torch.load(path.read_bytes())
+    except OSError:
+        raise
     except Exception as error:
         # Of a damaged header torch raises whatever its dtypes and shapes lead to.
         reason = one_line(str(error))
         raise CheckpointError(f"{path}: not a readable safetensors file: {reason}") from error
-    return _clean_weights(tensors, path)
 
 
-def read_bundle(
-    path: Path, *, config_required: bool = True
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the raw config and the weights of a `.pt` bundle. No code in it is run.
-
-    Without `config_required`, a bundle that has no config gives an empty one.
+def read_shards(index: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Read the tensors that an index of sharded safetensors names, and list their files.
 
     Raises:
-        CheckpointError: the file is damaged, is no bundle, or needs code to be loaded.
+        CheckpointError: the index is damaged or names files elsewhere; a file is missing, is
+            damaged, or lacks what the index says is in it.
     """
-    try:
-        _refuse_inflation(path)
-        bundle = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # torch.load raises whatever its unpickler and zip reader meet on a foreign file.
-        raise CheckpointError(f"{path}: {_why_not_loaded(path)}") from error
-    if not isinstance(bundle, dict) or not isinstance(bundle.get("model"), Mapping):
-        raise CheckpointError(f"{path}: not a checkpoint bundle: no state dict under 'model'")
-    return (
-        _bundle_config(bundle, path, required=config_required),
-        _clean_weights(bundle["model"], path),
-    )
+    weights: dict[str, Any] = {}
+    names_of = _shards_of(index)
+    paths = {file: index.parent / file for file in names_of}
+    for file, path in paths.items():
+        if not path.exists():
+            raise CheckpointError(f"{index}: no {one_line(file)}, which it names")
+        check_ordinary(path, CheckpointError)
+        held = read_safetensors(path)
+        missing = [name for name in names_of[file] if name not in held]
+        if missing:
+            raise CheckpointError(f"{path}: lacks {first_few(missing)}, which {index.name} names")
+        weights |= {name: held[name] for name in names_of[file]}
+    return weights, list(paths.values())
 
 
-def _refuse_inflation(path: Path) -> None:
-    """Refuse an archive whose members take more memory than its size: torch.save compresses none.
-
-    Raises:
-        zipfile.BadZipFile: it is a damaged archive.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        inflated = sum(member.file_size for member in archive.infolist())
-    if inflated > path.stat().st_size:
-        raise CheckpointError(
-            f"{path}: its members are compressed; save it with torch.save as it is"
-        )
+def _shards_of(index: Path) -> dict[str, list[str]]:
+    names_of: dict[str, list[str]] = defaultdict(list)
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map, which says what is in which file")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_plain_name(file):
+            raise CheckpointError(f"{index}: {one_line(str(file))} is not the name of a file there")
+        names_of[file].append(name)
+    return dict(sorted(names_of.items()))
 
 
-def _why_not_loaded(path: Path) -> str:
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:
-        foreign = []
-    if not foreign:
-        return "damaged, or not a checkpoint bundle written by torch.save"
-    return (
-        f"holds objects that could run code ({one_line(', '.join(sorted(foreign)))}), which are "
-        "never loaded; save it again with 'model' and 'encoder_config' alone"
-    )
-
-
-def _bundle_config(bundle: dict[str, Any], path: Path, *, required: bool) -> dict[str, Any]:
-    training = bundle.get("training_config")
-    training = training if isinstance(training, Mapping) else {}
-    for config in (bundle.get("encoder_config"), training.get("encoder"), training.get("model")):
-        if isinstance(config, Mapping) and config:
-            # A null is no value, hence none to win over config.json's.
-            return {name: value for name, value in config.items() if value is not None}
-    if required:
-        raise CheckpointError(
-            f"{path}: no encoder_config (nor training_config['encoder'] or ['model'])"
-        )
-    return {}
-
-
-def _clean_weights(weights: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    clean: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        if not isinstance(key, str) or not _is_weight(value):
-            raise CheckpointError(
-                f"{path}: {one_line(brief(key))} is not a dense floating-point tensor"
-            )
-        name = _WRAPPERS.sub("", key)
-        if name in clean:
-            raise CheckpointError(
-                f"{path}: two tensors named {one_line(name)} once wrapper names are stripped"
-            )
-        clean[name] = value
-    return clean
-
-
-def _is_weight(value: object) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.is_floating_point()
-        and value.device.type == "cpu"
-        # A view that repeats a small storage would grow past what the file holds.
-        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
-    )
+def _is_plain_name(file: str) -> bool:
+    return file.endswith(SAFETENSORS_SUFFIX) and not set("/\\\0") & set(file)

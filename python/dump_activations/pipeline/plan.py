@@ -22,7 +22,8 @@ from dump_activations.model.activations import (
     find_activations,
 )
 from dump_activations.model.board_tensors import BoardTensor, board_tensors
-from dump_activations.model.checkpoint import load_encoder, preferred_files
+from dump_activations.model.checkpoint import load_encoder
+from dump_activations.model.checkpoint_files import preferred_files
 from dump_activations.model.encoder import Encoder
 from dump_activations.model.layers import find_layers
 from dump_activations.model.replica import replicate

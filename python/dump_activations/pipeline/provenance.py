@@ -18,15 +18,10 @@ _FORMAT_VERSION = "1"
 
 
 def metadata(plan: Plan) -> dict[str, str]:
-    """Describe a run for its output file, string to string."""
-    model, options = plan.model, plan.options
-    config = model.config
+    """Describe a run for its output file, string to string; what does not apply is left out."""
+    options = plan.options
     return {
-        "checkpoint": model.checkpoint,
-        "hidden_size": str(config.hidden_size),
-        "num_layers": str(config.num_hidden_layers),
-        "head_type": config.head_type,
-        "n_bins": str(config.logits_shape[-1]),
+        **_model_metadata(plan.model),
         "n_samples": str(len(plan.indices)),
         "seed": str(options.seed),
         "dtype": options.dtype,
@@ -34,7 +29,6 @@ def metadata(plan: Plan) -> dict[str, str]:
         "layers": ",".join(map(str, plan.layers)),
         "precision": options.precision,
         "compile": str(options.compile).lower(),
-        "random_init": str(model.random_init).lower(),
         "format_version": _FORMAT_VERSION,
         "dump_activations_version": version("dump-activations"),
         "torch_version": torch.__version__,
@@ -44,8 +38,30 @@ def metadata(plan: Plan) -> dict[str, str]:
         "dataset_rows": str(len(plan.pool)),
         "dataset_sha256": _pool_sha256(plan.pool),
         "indices_from": plan.indices_from,
+    }
+
+
+def _model_metadata(model: Encoder) -> dict[str, str]:
+    config = model.config
+    said = {
+        "checkpoint": model.checkpoint,
+        "hub_commit": model.hub_commit,
+        "hidden_size": str(config.hidden_size),
+        "num_layers": str(config.num_hidden_layers),
+        "head_type": config.head_type,
+        "n_bins": None if config.head_type == "none" else str(config.logits_shape[-1]),
+        "random_init": str(model.random_init).lower(),
+        "tokenizer": model.tokenizer,
+        "weights_dtype": _other_dtypes(model),
         "weights_sha256": _weights_sha256(model),
     }
+    return {key: text for key, text in said.items() if text is not None}
+
+
+def _other_dtypes(model: Encoder) -> str | None:
+    """Name the dtypes of a model's parameters where they are not all fp32."""
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
+    return None if dtypes == {"float32"} else ",".join(sorted(dtypes))
 
 
 def fingerprint(plan: Plan) -> dict[str, str]:

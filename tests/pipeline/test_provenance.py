@@ -1,0 +1,95 @@
+"""What a file says of the model that it is from; and keys that a model does not have."""
+
+import hashlib
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from dump_activations import dump, load_encoder, stream
+from dump_activations.errors import ActivationUnavailableError
+from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
+from reference.dumps import read_dump
+from reference.model import assert_close, naive_dump
+
+ON_CPU = {"device": "cpu", "allow_cpu": True, "n_samples": 7}
+TRUNK_KEYS = ["final_hidden", "pooled", "layer_outputs", "attn_norm", "mlp_input"]
+
+
+@pytest.fixture
+def metadata_of(demo_pool, tmp_path):
+    def metadata(init):
+        path = tmp_path / "a.safetensors"
+        dump(init, demo_pool, path, overwrite=True, **ON_CPU)
+        return read_dump(path).metadata
+
+    return metadata
+
+
+def naive_sha256(state_dict):
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        array = state_dict[name].numpy()
+        digest.update(json.dumps([name, f"torch.{array.dtype}", list(array.shape)]).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    directory = save_checkpoint(tmp_path / "init", random_state_dict(BASE), config_json(BASE))
+    (directory / "tokenizer.json").write_text('{"bins":\n [0.5, "\N{SNOWMAN}"]}')
+    return directory
+
+
+def test_what_does_not_apply_is_left_out(checkpoint, metadata_of):
+    (checkpoint / "tokenizer.json").unlink()
+    assert not {"hub_commit", "weights_dtype", "tokenizer"} & metadata_of(checkpoint).keys()
+
+
+def test_an_edited_model_and_one_of_another_dtype_are_told_apart(checkpoint, metadata_of):
+    plain = metadata_of(checkpoint)
+    assert plain["weights_sha256"] == naive_sha256(random_state_dict(BASE))
+    assert plain["tokenizer"] == '{"bins":\n [0.5, "\N{SNOWMAN}"]}'
+    model = load_encoder(checkpoint)
+    model.final_ln.weight[3] += 1
+    edited = metadata_of(model)
+    assert edited["weights_sha256"] == naive_sha256(model.state_dict())
+    assert edited["tokenizer"] == plain["tokenizer"]
+    assert metadata_of(model.double())["weights_dtype"] == "float64"
+
+
+@pytest.fixture
+def trunk(tmp_path):
+    weights = {k: v for k, v in random_state_dict(BASE).items() if "ev_heads" not in k}
+    return save_checkpoint(tmp_path / "trunk", weights, config_json(BASE))
+
+
+def test_a_trunk_dumps_everything_but_the_heads_keys(trunk, demo_pool, tmp_path):
+    path = tmp_path / "a.npz"
+    dump(trunk, demo_pool, path, outputs=[*TRUNK_KEYS, "rmsnorm_gammas"], **ON_CPU)
+    result = read_dump(path)
+    expected = naive_dump(random_state_dict(BASE), BASE, result.numpy("boards"), TRUNK_KEYS)
+    for key in TRUNK_KEYS:
+        assert_close(result.numpy(key), expected[key])
+    assert result.metadata["head_type"] == "none"
+    assert "n_bins" not in result.metadata
+
+
+@pytest.mark.parametrize("run", [stream, partial(dump, output="a.pt"), partial(dump, write=False)])
+def test_the_heads_keys_of_a_trunk_are_refused(run, trunk, demo_pool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key in ("head_logits", "head_probs"):
+        with pytest.raises(ActivationUnavailableError, match=key) as caught:
+            run(trunk, demo_pool, outputs=["pooled", key], **ON_CPU)
+        assert caught.value.exit_code == 2
+        assert all(there in str(caught.value) for there in TRUNK_KEYS)
+    assert [path.name for path in tmp_path.iterdir()] == ["trunk"]
+
+
+def test_the_order_of_a_state_dict_is_not_its_digest(checkpoint, metadata_of, tmp_path):
+    backwards = dict(reversed(random_state_dict(BASE).items()))
+    torch.save({"model": backwards, "encoder_config": config_json(BASE)}, tmp_path / "b.pt")
+    digests = {metadata_of(init)["weights_sha256"] for init in (checkpoint, tmp_path / "b.pt")}
+    assert len(digests) == 1
