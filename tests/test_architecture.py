@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
-LEAVES = ("board", "chunks", "dtypes", "errors", "paths", "timing")
+LEAVES = ("board", "chunks", "dtypes", "errors", "paths", "pickles", "timing", "units")
 
 # Room -> the rooms and modules that its modules may import, besides one another.
 ARROWS = {
@@ -18,11 +18,11 @@ ARROWS = {
     "__init__": (*LEAVES, "api", "model", "pipeline", "pool"),
     "api": (*LEAVES, "model", "options", "pipeline", "pool", "storage"),
     "pipeline": (*LEAVES, "_rust", "model", "options", "pool"),
-    "options": (*LEAVES, "model.activations"),
+    "options": (*LEAVES, "model.activations", "model.layers"),
     "model": LEAVES,
     "pool": (*LEAVES, "_rust"),
+    "storage.writing": (*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
     "storage.reading": (*LEAVES, "_rust", "storage.digests", "storage.formats"),
-    "storage.writing": (*LEAVES, "_rust", "storage.digests", "storage.formats"),
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
     "demo": (),
