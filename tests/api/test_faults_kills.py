@@ -20,8 +20,8 @@ import pytest
 from faults.commands import Command, CommandServer
 from reference.dumps import FORMATS
 
+# Seconds in which an interrupted command must end; a batch takes milliseconds.
 PROMPTLY = 10
-"""Seconds in which an interrupted command must end; a batch takes milliseconds."""
 
 # 31 MB in 188 batches: about half a second, with five journal entries.
 LONG = ["--demo", "--n-samples=1500", "--batch-size=8", "--outputs=layer_outputs,final_hidden"]

@@ -22,8 +22,8 @@ OPTIONS = {
     "device": "cpu",
     "allow_cpu": True,
 }
+# Bytes that the resident size may vary by: less than 1 kB for each batch.
 DRIFT = 4 << 20
-"""Bytes that the resident size may vary by: less than 1 kB for each batch."""
 
 
 class Gauge:
