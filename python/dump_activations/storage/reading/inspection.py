@@ -22,11 +22,11 @@ from dump_activations.storage.formats.contents import Contents, StoredTensor, re
 from dump_activations.storage.formats.layout import Format
 from dump_activations.storage.formats.registry import format_of
 
-# Bytes that a thread reads at a time.
 READ_NBYTES = 32 << 20
+"""Bytes that a thread reads at a time."""
 
-# Stands among the damaged tensors for all that is neither tensor nor metadata.
 STRUCTURE = "structure"
+"""Stands among the damaged tensors for all that is neither tensor nor metadata."""
 
 
 @dataclass(frozen=True)
