@@ -6,8 +6,8 @@
 
 use std::ops::Range;
 
-use crate::layout::{BoardField, Layout};
-use crate::rows::Column;
+use crate::column::Column;
+use crate::layout::BoardField;
 
 /// Cells of a board, and bytes of a decoded one.
 pub const CELLS: usize = 16;
@@ -44,10 +44,10 @@ fn spread_bits(mask: u16) -> u128 {
 }
 
 impl BoardField {
-    /// The exponents in `bytes`, the bytes of a row that `span` names.
+    /// The exponents in `bytes`, the bytes of a row that `range` names.
     #[inline]
     pub fn decode(self, bytes: &[u8]) -> [u8; CELLS] {
-        let start = self.span().start;
+        let start = self.range().start;
         match self {
             Self::Packed { board, mask } => {
                 let board = u64::from_le_bytes(array(bytes, board - start));
@@ -62,25 +62,33 @@ impl BoardField {
 /// The `N` bytes at `at`.
 #[inline]
 fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    *bytes[at..].first_chunk().expect("a span holds its fields")
+    *bytes[at..].first_chunk().expect("a range holds its fields")
 }
 
 /// The column of decoded boards.
-pub struct Boards;
+pub struct Boards<'p> {
+    /// Where each file's rows hold theirs.
+    pub fields: &'p [BoardField],
+}
 
-impl Column for Boards {
+impl Column for Boards<'_> {
+    type Field = BoardField;
+
     fn width(&self) -> usize {
         CELLS
     }
 
-    #[inline]
-    fn span(&self, layout: Layout) -> Range<usize> {
-        layout.board.span()
+    fn field(&self, file: usize) -> BoardField {
+        self.fields[file]
+    }
+
+    fn range(field: BoardField) -> Range<usize> {
+        field.range()
     }
 
     #[inline]
-    fn write(&self, layout: Layout, bytes: &[u8], out: &mut [u8]) {
-        out.copy_from_slice(&layout.board.decode(bytes));
+    fn write(field: BoardField, bytes: &[u8], out: &mut [u8]) {
+        out.copy_from_slice(&field.decode(bytes));
     }
 }
 
@@ -119,15 +127,15 @@ mod tests {
     }
 
     #[test]
-    fn fields_are_found_in_their_span() {
+    fn fields_are_found_in_their_range() {
         let row: Vec<u8> = (0..32).collect();
-        let spanned = |field: BoardField| field.decode(&row[field.span()]);
+        let ranged = |field: BoardField| field.decode(&row[field.range()]);
         let board = |at: u64| (0..8).fold(0, |board, byte| board | (at + byte) << (8 * byte));
         let before = BoardField::Packed { board: 9, mask: Some(3) };
-        assert_eq!(spanned(before), decode(board(9), 0x0403));
+        assert_eq!(ranged(before), decode(board(9), 0x0403));
         let after = BoardField::Packed { board: 1, mask: Some(30) };
-        assert_eq!(spanned(after), decode(board(1), 0x1f1e));
-        assert_eq!(spanned(BoardField::Packed { board: 24, mask: None }), decode(board(24), 0));
-        assert_eq!(spanned(BoardField::Exponents { exps: 7 })[..], row[7..23]);
+        assert_eq!(ranged(after), decode(board(1), 0x1f1e));
+        assert_eq!(ranged(BoardField::Packed { board: 24, mask: None }), decode(board(24), 0));
+        assert_eq!(ranged(BoardField::Exponents { exps: 7 })[..], row[7..23]);
     }
 }

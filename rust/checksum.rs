@@ -184,6 +184,32 @@ mod tests {
     }
 
     #[test]
+    fn spans_longer_than_32_bits_count_combine() {
+        // By zlib over the bytes themselves: nine digits, then 2^32 + 5 zeros.
+        let (digits, zeros) = (b"123456789", (1_u64 << 32) + 5);
+        let mut doubled = (crc32_bitwise(&[0]), 1_u64);
+        let mut all = (0, 0);
+        while all.1 < zeros {
+            if zeros & doubled.1 != 0 {
+                all = (combine(all.0, doubled.0, doubled.1), all.1 + doubled.1);
+            }
+            doubled = (combine(doubled.0, doubled.0, doubled.1), 2 * doubled.1);
+        }
+        assert_eq!(all.1, zeros);
+        assert_eq!(combine(crc32_bitwise(digits), all.0, zeros), 0x58f8_652e);
+    }
+
+    #[test]
+    fn a_block_may_hold_more_specials_than_16_bits_count() {
+        for (element, infinity) in [(Element::Float16, 0x7c00_u16), (Element::BFloat16, 0x7f80)] {
+            let [nan, infinite] = [infinity + 1, infinity].map(u16::to_le_bytes);
+            let data = [nan.repeat(70_000), infinite.repeat(140_000)].concat();
+            let digest = digest(element, &data, data.len());
+            assert_eq!((digest.nan, digest.inf), (70_000, 140_000), "{element:?}");
+        }
+    }
+
+    #[test]
     fn every_float16_pattern_is_counted_once() {
         let data: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
         // float16 has 10 bits of mantissa, bfloat16 has 7; both signs, less the infinity.

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use crate::memory::{self, OutOfMemory};
+
 /// A text for each shard; equal ones are stored once.
 #[derive(Debug)]
 pub struct Descrs {
@@ -11,18 +13,19 @@ pub struct Descrs {
 }
 
 impl Descrs {
-    pub fn new(texts: impl IntoIterator<Item = String>) -> Self {
+    pub fn new(texts: Vec<String>) -> Result<Self, OutOfMemory> {
+        let mut places = memory::with_capacity(texts.len())?;
         let mut place_of = HashMap::new();
-        let places: Vec<_> = texts
-            .into_iter()
-            .map(|text| {
-                let next = place_of.len();
-                *place_of.entry(text).or_insert(next)
-            })
-            .collect();
-        let mut distinct: Vec<_> = place_of.into_iter().collect();
-        distinct.sort_unstable_by_key(|&(_, place)| place);
-        Self { distinct: distinct.into_iter().map(|(text, _)| text).collect(), places }
+        for text in texts {
+            place_of.try_reserve(1).map_err(|_| OutOfMemory::of::<(String, usize)>(1))?;
+            let next = place_of.len();
+            places.push(*place_of.entry(text).or_insert(next));
+        }
+        let mut distinct = memory::filled(String::new(), place_of.len())?;
+        for (text, place) in place_of {
+            distinct[place] = text;
+        }
+        Ok(Self { distinct, places })
     }
 
     /// The text of a shard.
@@ -52,11 +55,14 @@ mod tests {
 
     #[test]
     fn equal_texts_are_stored_once_and_in_order() {
-        let descrs = Descrs::new(["b", "b", "a", "b", "c", "a"].map(str::to_owned));
+        let new = |texts: &[&str]| {
+            Descrs::new(texts.iter().map(|&text| text.to_owned()).collect()).expect("memory")
+        };
+        let descrs = new(&["b", "b", "a", "b", "c", "a"]);
         assert_eq!(descrs.distinct(), ["b", "a", "c"]);
         assert_eq!(descrs.places(), [0, 0, 1, 0, 2, 1]);
         assert_eq!(descrs.of(5), "a");
         assert_eq!(descrs.odd(), Some(2));
-        assert_eq!(Descrs::new(["b", "b"].map(str::to_owned)).odd(), None);
+        assert_eq!(new(&["b", "b"]).odd(), None);
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use crate::header_error::HeaderError;
 use crate::literal::Literal;
+use crate::memory::{self, OutOfMemory};
 
 /// NumPy's own bound on the size of a row.
 const MAX_ITEMSIZE: u64 = i32::MAX as u64;
@@ -68,10 +69,11 @@ impl Fields {
                 }
                 continue;
             }
+            names.try_reserve(1).map_err(|_| OutOfMemory::of::<&str>(1))?;
             if !names.insert(name) {
                 return Err(HeaderError::Duplicate(quoted(name)));
             }
-            named.push(Field { name: name.to_owned(), offset, dtype });
+            memory::push(&mut named, Field { name: memory::copied_text(name)?, offset, dtype })?;
         }
         Ok(Self { itemsize: itemsize as usize, named })
     }
@@ -136,7 +138,7 @@ fn sub_array(mut dtype: Dtype, shape: &Literal<'_>, field: &str) -> Result<Dtype
         Literal::Tuple(lengths) => lengths,
         _ => return Err(invalid(field)),
     };
-    let mut outer = Vec::with_capacity(lengths.len() + dtype.shape.len());
+    let mut outer = memory::with_capacity(lengths.len() + dtype.shape.len())?;
     for length in lengths {
         let &Literal::Int(length) = length else {
             return Err(invalid(field));
@@ -190,5 +192,5 @@ fn scalar(code: &str, field: &str) -> Result<Dtype, HeaderError> {
         return Err(invalid());
     }
     let size = if kind == 'U' { 4 * size } else { size };
-    Ok(Dtype { code: code.to_owned(), shape: Vec::new(), size })
+    Ok(Dtype { code: memory::copied_text(code)?, shape: Vec::new(), size })
 }

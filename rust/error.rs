@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::header_error::HeaderError;
 use crate::interrupt::Interrupted;
+use crate::memory::OutOfMemory;
 
 /// Everything the crate reports. The text is one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -25,8 +26,8 @@ pub enum Error {
     Header { path: PathBuf, problem: HeaderError },
 
     #[error(
-        "{}: truncated: the header promises {rows} rows ({expected} bytes) but the file has {found} \
-         bytes; copy the shard again or remove it", .path.display()
+        "{}: truncated: the header promises {rows} rows ({expected} bytes) but the file has \
+         {found} bytes; copy the shard again or remove it", .path.display()
     )]
     Truncated { path: PathBuf, rows: u64, expected: u64, found: u64 },
 
@@ -48,8 +49,18 @@ pub enum Error {
     #[error("step index {index} at position {position} is outside the pool, which has {rows} rows")]
     StepIndex { position: usize, index: i64, rows: u64 },
 
-    #[error("{}: step {step} cannot be read: {source}; restore the shard and run again", .path.display())]
+    #[error(
+        "{}: step {step} cannot be read: {source}; restore the shard and run again",
+        .path.display()
+    )]
     Row { path: PathBuf, step: u64, source: io::Error },
+
+    #[error("{}: its rows cannot be read: {source}; read fewer at once", .path.display())]
+    Read { path: PathBuf, source: OutOfMemory },
+
+    /// A draw.
+    #[error("a draw: {0}; draw fewer")]
+    Memory(#[from] OutOfMemory),
 
     #[error("{sample} distinct rows cannot be drawn from {rows}, of which i64 must count all")]
     Sample { sample: u64, rows: u64 },

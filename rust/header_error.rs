@@ -1,6 +1,7 @@
 //! Why a shard's header is refused.
 
-use crate::literal::SyntaxError;
+use crate::literal::{ParseError, SyntaxError};
+use crate::memory::OutOfMemory;
 
 /// Why a header was refused. The text follows the file's name and ends with the way out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -17,12 +18,16 @@ pub enum HeaderError {
     TooLong { length: u64, allowed: u64 },
     #[error("its header is not text in the encoding of its version; the shard is damaged")]
     Encoding,
-    #[error("its header is not a Python literal: expected {} at byte {}; the shard is damaged", .0.expected, .0.at)]
+    #[error(
+        "its header is not a Python literal: expected {} at byte {}; the shard is damaged",
+        .0.expected, .0.at
+    )]
     Syntax(SyntaxError),
     #[error("its header has no valid '{0}'; write the shard with numpy.save")]
     Key(&'static str),
     #[error(
-        "its header has keys other than descr, fortran_order and shape; write the shard with numpy.save"
+        "its header has keys other than descr, fortran_order and shape; \
+         write the shard with numpy.save"
     )]
     Keys,
     #[error("its array is in Fortran order; save it in C order")]
@@ -41,8 +46,24 @@ pub enum HeaderError {
     Duplicate(String),
     #[error("its rows or its size are too large to address; the shard is damaged")]
     TooLarge,
+    #[error(
+        "its rows have {itemsize} bytes, more than the {allowed} allowed; \
+         keep what is not read elsewhere"
+    )]
+    RowTooLarge { itemsize: usize, allowed: usize },
+    #[error(transparent)]
+    Memory(#[from] OutOfMemory),
     #[error("field '{field}' is {found}, not {wanted}; convert it and save the shard again")]
     Unreadable { field: &'static str, found: String, wanted: &'static str },
     #[error("its rows have neither 'board' nor 'exps', only {fields}; this is not a pool of steps")]
     NoBoard { fields: String },
+}
+
+impl From<ParseError> for HeaderError {
+    fn from(error: ParseError) -> Self {
+        match error {
+            ParseError::Syntax(error) => Self::Syntax(error),
+            ParseError::Memory(error) => Self::Memory(error),
+        }
+    }
 }

@@ -5,6 +5,9 @@ use std::ops::Range;
 use crate::dtype::{Fields, quoted};
 use crate::header_error::HeaderError;
 
+/// Bytes of a row: no row of a pool comes near, and whatever lies between `board` and its mask is
+/// read with them.
+const MAX_ITEMSIZE: usize = 1 << 20;
 /// Fields that an error lists.
 const NAMES_SHOWN: usize = 20;
 
@@ -17,6 +20,10 @@ pub struct Layout {
 
 impl Layout {
     pub(crate) fn of(fields: &Fields) -> Result<Self, HeaderError> {
+        if fields.itemsize > MAX_ITEMSIZE {
+            let (itemsize, allowed) = (fields.itemsize, MAX_ITEMSIZE);
+            return Err(HeaderError::RowTooLarge { itemsize, allowed });
+        }
         Ok(Self { itemsize: fields.itemsize, board: board_field(fields)? })
     }
 }
@@ -32,7 +39,7 @@ pub enum BoardField {
 
 impl BoardField {
     /// The bytes of a row that hold the board.
-    pub fn span(self) -> Range<usize> {
+    pub fn range(self) -> Range<usize> {
         match self {
             Self::Packed { board, mask: None } => board..board + 8,
             Self::Packed { board, mask: Some(mask) } => board.min(mask)..(board + 8).max(mask + 2),

@@ -3,24 +3,36 @@
 
 pub mod boards;
 pub mod checksum;
+mod column;
 mod descrs;
 mod dtype;
 pub mod error;
+mod extents;
 mod file;
 mod header_error;
 pub mod interrupt;
 pub mod layout;
+mod limits;
 mod literal;
+mod memory;
 pub mod npy;
 mod order;
+pub mod pool;
+mod prefetch;
 #[cfg(feature = "python")]
 mod python;
 pub mod random;
-pub mod rows;
+mod read_error;
+mod reader;
+mod repeats;
+mod row_files;
+mod row_set;
+mod rows;
 pub mod sampling;
 mod scatter;
-pub mod shards;
+mod shards;
 pub mod spans;
+mod sync;
 #[cfg(test)]
 mod testing;
 

@@ -4,6 +4,8 @@
 //! `False` and `None`. The text is hostile: nesting is bounded, and no token needs more memory than
 //! its text justifies.
 
+use crate::memory::{self, OutOfMemory};
+
 /// How deep lists, tuples and dicts may nest.
 const MAX_DEPTH: usize = 32;
 
@@ -33,8 +35,27 @@ pub struct SyntaxError {
     pub expected: &'static str,
 }
 
+/// Why a text was not parsed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ParseError {
+    Syntax(SyntaxError),
+    Memory(OutOfMemory),
+}
+
+impl From<SyntaxError> for ParseError {
+    fn from(error: SyntaxError) -> Self {
+        Self::Syntax(error)
+    }
+}
+
+impl From<OutOfMemory> for ParseError {
+    fn from(error: OutOfMemory) -> Self {
+        Self::Memory(error)
+    }
+}
+
 /// Parses `text`, which must hold one literal and white space around it.
-pub fn parse(text: &str) -> Result<Literal<'_>, SyntaxError> {
+pub fn parse(text: &str) -> Result<Literal<'_>, ParseError> {
     let mut parser = Parser { text, at: 0, depth: 0 };
     let literal = parser.literal()?;
     parser.skip_space();
@@ -48,8 +69,8 @@ struct Parser<'a> {
 }
 
 impl<'a> Parser<'a> {
-    fn expected(&self, expected: &'static str) -> SyntaxError {
-        SyntaxError { at: self.at, expected }
+    fn expected(&self, expected: &'static str) -> ParseError {
+        ParseError::Syntax(SyntaxError { at: self.at, expected })
     }
 
     fn rest(&self) -> &'a str {
@@ -74,7 +95,7 @@ impl<'a> Parser<'a> {
         found
     }
 
-    fn literal(&mut self) -> Result<Literal<'a>, SyntaxError> {
+    fn literal(&mut self) -> Result<Literal<'a>, ParseError> {
         self.skip_space();
         match self.peek() {
             Some(b'\'' | b'"') => Ok(Literal::Str(self.string()?)),
@@ -88,8 +109,8 @@ impl<'a> Parser<'a> {
 
     fn nested(
         &mut self,
-        body: fn(&mut Self) -> Result<Literal<'a>, SyntaxError>,
-    ) -> Result<Literal<'a>, SyntaxError> {
+        body: fn(&mut Self) -> Result<Literal<'a>, ParseError>,
+    ) -> Result<Literal<'a>, ParseError> {
         if self.depth == MAX_DEPTH {
             return Err(self.expected("less nesting"));
         }
@@ -100,12 +121,12 @@ impl<'a> Parser<'a> {
         Ok(literal)
     }
 
-    fn list(&mut self) -> Result<Literal<'a>, SyntaxError> {
+    fn list(&mut self) -> Result<Literal<'a>, ParseError> {
         Ok(Literal::List(self.items(b']', "',' or ']'")?.0))
     }
 
     /// A parenthesised literal without a comma is that literal, as in Python.
-    fn tuple(&mut self) -> Result<Literal<'a>, SyntaxError> {
+    fn tuple(&mut self) -> Result<Literal<'a>, ParseError> {
         let (mut items, comma) = self.items(b')', "',' or ')'")?;
         match items.pop() {
             Some(only) if items.is_empty() && !comma => Ok(only),
@@ -122,20 +143,20 @@ impl<'a> Parser<'a> {
         &mut self,
         close: u8,
         expected: &'static str,
-    ) -> Result<(Vec<Literal<'a>>, bool), SyntaxError> {
+    ) -> Result<(Vec<Literal<'a>>, bool), ParseError> {
         let mut items = Vec::new();
         let mut comma = true;
         while !self.take(close) {
             if !comma {
                 return Err(self.expected(expected));
             }
-            items.push(self.literal()?);
+            memory::push(&mut items, self.literal()?)?;
             comma = self.take(b',');
         }
         Ok((items, comma))
     }
 
-    fn dict(&mut self) -> Result<Literal<'a>, SyntaxError> {
+    fn dict(&mut self) -> Result<Literal<'a>, ParseError> {
         let mut entries: Vec<Entry<'a>> = Vec::new();
         let mut comma = true;
         while !self.take(b'}') {
@@ -153,13 +174,13 @@ impl<'a> Parser<'a> {
             let start = self.at;
             let value = self.literal()?;
             let text = self.text.get(start..self.at).unwrap_or("");
-            entries.push(Entry { key, value, text });
+            memory::push(&mut entries, Entry { key, value, text })?;
             comma = self.take(b',');
         }
         Ok(Literal::Dict(entries))
     }
 
-    fn word(&mut self) -> Result<Literal<'a>, SyntaxError> {
+    fn word(&mut self) -> Result<Literal<'a>, ParseError> {
         let rest = self.rest();
         let length = rest.bytes().take_while(u8::is_ascii_alphanumeric).count();
         let literal = match rest.get(..length) {
@@ -173,7 +194,7 @@ impl<'a> Parser<'a> {
     }
 
     /// Python takes leading zeros of zero alone.
-    fn integer(&mut self) -> Result<u64, SyntaxError> {
+    fn integer(&mut self) -> Result<u64, ParseError> {
         let padded = self.peek() == Some(b'0');
         let mut value: u64 = 0;
         while let Some(digit @ b'0'..=b'9') = self.peek() {
@@ -189,7 +210,7 @@ impl<'a> Parser<'a> {
         Ok(value)
     }
 
-    fn string(&mut self) -> Result<String, SyntaxError> {
+    fn string(&mut self) -> Result<String, ParseError> {
         let quote = self.peek().map(char::from);
         self.at += 1;
         let mut value = String::new();
@@ -201,14 +222,14 @@ impl<'a> Parser<'a> {
             match next {
                 _ if Some(next) == quote => return Ok(value),
                 '\n' | '\r' | '\0' => return Err(self.expected("a closing quote")),
-                '\\' => value.push(self.escape()?),
-                _ => value.push(next),
+                '\\' => memory::push_char(&mut value, self.escape()?)?,
+                _ => memory::push_char(&mut value, next)?,
             }
         }
     }
 
     /// The character that an escape of Python's `repr` stands for.
-    fn escape(&mut self) -> Result<char, SyntaxError> {
+    fn escape(&mut self) -> Result<char, ParseError> {
         let kind = self.peek();
         self.at += 1;
         match kind {
@@ -219,14 +240,14 @@ impl<'a> Parser<'a> {
             Some(b'x') => self.code_point(2),
             Some(b'u') => self.code_point(4),
             Some(b'U') => self.code_point(8),
-            _ => Err(SyntaxError {
-                at: self.at - 1,
-                expected: "an escape that Python's repr writes",
-            }),
+            _ => {
+                let expected = "an escape that Python's repr writes";
+                Err(SyntaxError { at: self.at - 1, expected }.into())
+            }
         }
     }
 
-    fn code_point(&mut self, digits: usize) -> Result<char, SyntaxError> {
+    fn code_point(&mut self, digits: usize) -> Result<char, ParseError> {
         let text =
             self.rest().get(..digits).filter(|text| text.bytes().all(|b| b.is_ascii_hexdigit()));
         let code = text.and_then(|text| u32::from_str_radix(text, 16).ok());
@@ -318,6 +339,6 @@ mod tests {
 
     #[test]
     fn says_where() {
-        assert_eq!(parse("[1, x]"), Err(SyntaxError { at: 4, expected: "a literal" }));
+        assert_eq!(parse("[1, x]"), Err(SyntaxError { at: 4, expected: "a literal" }.into()));
     }
 }

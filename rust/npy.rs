@@ -7,6 +7,7 @@ use crate::dtype::Fields;
 use crate::header_error::HeaderError;
 use crate::layout::Layout;
 use crate::literal::{self, Entry, Literal};
+use crate::memory;
 
 const MAGIC: &[u8] = b"\x93NUMPY";
 /// Far above what any row needs; NumPy itself refuses headers over 10,000 characters unless told
@@ -70,7 +71,7 @@ impl Header {
     /// Parses the text that `preamble` announced.
     pub fn parse(preamble: Preamble, text: &[u8]) -> Result<Self, HeaderError> {
         let text = decode_text(preamble.version, text)?;
-        let Literal::Dict(entries) = literal::parse(&text).map_err(HeaderError::Syntax)? else {
+        let Literal::Dict(entries) = literal::parse(&text)? else {
             return Err(HeaderError::Keys);
         };
         if entries.len() != 3 {
@@ -100,7 +101,7 @@ impl Header {
         let header = Self {
             data_offset: preamble.data_offset() as u64,
             rows,
-            descr: descr.text.to_owned(),
+            descr: memory::copied_text(descr.text)?,
             layout: Layout::of(&Fields::parse(fields)?)?,
         };
         header.checked_size().ok_or(HeaderError::TooLarge)?;
@@ -121,9 +122,14 @@ impl Header {
 /// Versions 1.0 and 2.0 are latin-1, 3.0 is UTF-8.
 fn decode_text(version: u8, text: &[u8]) -> Result<String, HeaderError> {
     if version < 3 {
-        return Ok(text.iter().copied().map(char::from).collect());
+        let mut decoded = String::new();
+        for &byte in text {
+            memory::push_char(&mut decoded, char::from(byte))?;
+        }
+        return Ok(decoded);
     }
-    String::from_utf8(text.to_vec()).map_err(|_| HeaderError::Encoding)
+    let text = str::from_utf8(text).map_err(|_| HeaderError::Encoding)?;
+    Ok(memory::copied_text(text)?)
 }
 
 fn entry<'a, 'b>(
@@ -180,7 +186,7 @@ mod tests {
         let packed = |board, mask| BoardField::Packed { board, mask };
         let layout = layout_of("[('tile_65536_mask', '<u2'), ('', '|V3'), ('board', '<u8')]");
         assert_eq!((layout.itemsize, layout.board), (13, packed(5, Some(0))));
-        assert_eq!(layout.board.span(), 0..13);
+        assert_eq!(layout.board.range(), 0..13);
         let layout = layout_of("[('m', '<f4', (2, 3)), (('Board', 'board'), '<u8'), ('', '|V1')]");
         assert_eq!((layout.itemsize, layout.board), (33, packed(24, None)));
         let layout =
@@ -267,6 +273,13 @@ mod tests {
             (descr("[('board', 8)]"), "field 'board' is not a valid"),
             (descr("[('board', '<u8', 'x')]"), "field 'board' is not a valid"),
             (descr("[('board', '<u8'), ('x', '|V2147483647')]"), "field 'x' has the dtype"),
+            (
+                descr(
+                    "[('board', '<u8'), ('x', '|u1', (1500000000,)), ('tile_65536_mask', '<u2')]",
+                ),
+                "its rows have 1500000010 bytes, more than the 1048576 allowed",
+            ),
+            (descr("[('board', '<u8'), ('x', '|u1', (1048569,))]"), "have 1048577 bytes"),
             (descr("[('board', '<u8'), ('x', '|u1', (2147483648,))]"), "too large"),
             (descr("[('board', '<u8'), ('x', '|u1', (4294967296, 4294967296))]"), "too large"),
         ];
@@ -316,7 +329,7 @@ mod tests {
                 }
             }
             if let Ok(header) = parse(&file) {
-                assert!(header.layout.board.span().end <= header.layout.itemsize);
+                assert!(header.layout.board.range().end <= header.layout.itemsize);
                 assert!(header.data_offset <= file.len() as u64);
                 sound += 1;
             }

@@ -1,6 +1,8 @@
 //! Puts the rows of a read into the order of the files, in buckets that can be sorted and read
 //! independently.
 
+use crate::memory::{self, OutOfMemory};
+
 /// The most rows ordered at once: bounds the memory of a call that asks for more.
 const MAX_ROWS: usize = 1 << 24;
 /// Rows of a bucket, about.
@@ -38,7 +40,7 @@ pub fn capacity(lowest: u64, highest: u64) -> usize {
 
 impl Order {
     /// Orders at most `capacity` indices, all between `lowest` and `highest`.
-    pub fn new(indices: &[i64], lowest: u64, highest: u64) -> Self {
+    pub fn new(indices: &[i64], lowest: u64, highest: u64) -> Result<Self, OutOfMemory> {
         let span_bits = u64::BITS - (highest - lowest).leading_zeros();
         let position_bits = usize::BITS - indices.len().saturating_sub(1).leading_zeros();
         debug_assert!(span_bits + position_bits <= u64::BITS, "more indices than fit");
@@ -46,7 +48,7 @@ impl Order {
         let shift = span_bits.saturating_sub(buckets.trailing_zeros());
         let bucket_of = |index: i64| ((index as u64 - lowest) >> shift) as usize;
 
-        let mut ends = vec![0; buckets];
+        let mut ends = memory::filled(0, buckets)?;
         for &index in indices {
             ends[bucket_of(index)] += 1;
         }
@@ -54,20 +56,20 @@ impl Order {
         for end in &mut ends {
             start += std::mem::replace(end, start);
         }
-        let mut keys = vec![0; indices.len()];
+        let mut keys = memory::filled(0, indices.len())?;
         for (position, &index) in indices.iter().enumerate() {
             let slot = &mut ends[bucket_of(index)];
             keys[*slot] = (index as u64 - lowest) << position_bits | position as u64;
             *slot += 1;
         }
-        Self { packing: Packing { lowest, position_bits }, keys, ends }
+        Ok(Self { packing: Packing { lowest, position_bits }, keys, ends })
     }
 
     /// The buckets in ascending order, without empty ones.
-    pub fn buckets(&mut self) -> Vec<&mut [u64]> {
+    pub fn buckets(&mut self) -> Result<Vec<&mut [u64]>, OutOfMemory> {
         let mut rest = &mut self.keys[..];
         let mut start = 0;
-        let mut buckets = Vec::with_capacity(self.ends.len());
+        let mut buckets = memory::with_capacity(self.ends.len())?;
         for &end in &self.ends {
             let (bucket, others) = std::mem::take(&mut rest).split_at_mut(end - start);
             if !bucket.is_empty() {
@@ -75,7 +77,7 @@ impl Order {
             }
             (rest, start) = (others, end);
         }
-        buckets
+        Ok(buckets)
     }
 }
 
@@ -87,10 +89,10 @@ mod tests {
         let lowest = *indices.iter().min().expect("indices") as u64;
         let highest = *indices.iter().max().expect("indices") as u64;
         assert!(indices.len() <= capacity(lowest, highest));
-        let mut order = Order::new(indices, lowest, highest);
+        let mut order = Order::new(indices, lowest, highest).expect("memory");
         let packing = order.packing;
         let mut all = Vec::new();
-        for bucket in order.buckets() {
+        for bucket in order.buckets().expect("memory") {
             assert!(!bucket.is_empty());
             bucket.sort_unstable();
             all.extend(bucket.iter().map(|&key| (packing.step(key), packing.position(key))));

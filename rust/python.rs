@@ -17,18 +17,17 @@ mod _rust {
         PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray2,
         PyUntypedArrayMethods,
     };
-    use pyo3::exceptions::{PyOSError, PyValueError};
+    use pyo3::exceptions::{PyMemoryError, PyOSError};
     use pyo3::prelude::*;
     use pyo3::types::{PyList, PyString};
 
-    use crate::boards::Boards;
+    use crate::boards::CELLS;
     use crate::checksum::{self, Element};
     use crate::error::Error;
     use crate::interrupt::{Interrupt, Interrupted};
+    use crate::pool;
     use crate::random::Generator;
-    use crate::rows::{self, Column, WholeRows};
     use crate::sampling;
-    use crate::shards;
     use crate::spans;
 
     pyo3::import_exception!(dump_activations.errors, PoolError);
@@ -44,6 +43,7 @@ mod _rust {
                 | Error::NotADirectory { .. }
                 | Error::NoShards { .. } => PoolNotFoundError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
+                Error::Memory(_) => PyMemoryError::new_err(text),
                 Error::Sample { .. } => InvalidArgumentError::new_err(text),
                 _ => PoolError::new_err(text),
             }
@@ -114,14 +114,14 @@ mod _rust {
     /// A dataset directory whose shards' headers were read.
     #[pyclass(frozen, module = "dump_activations._rust")]
     struct Pool {
-        pool: shards::Pool,
+        pool: pool::Pool,
     }
 
     #[pymethods]
     impl Pool {
         #[new]
         fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-            let pool = detached(py, None, |interrupt| shards::Pool::open(&path, interrupt))?;
+            let pool = detached(py, None, |interrupt| pool::Pool::open(&path, interrupt))?;
             Ok(Self { pool })
         }
 
@@ -142,7 +142,7 @@ mod _rust {
 
         #[getter]
         fn descr(&self) -> &str {
-            self.pool.descr()
+            self.pool.descrs().of(0)
         }
 
         /// The `descr` text of each shard's header, equal ones as one object.
@@ -156,8 +156,12 @@ mod _rust {
 
         #[getter]
         fn shards(&self) -> Vec<(PathBuf, u64, u64)> {
-            let shards = self.pool.shards().iter();
-            shards.map(|shard| (shard.path.clone(), shard.rows, shard.first)).collect()
+            let shards = self.pool.files();
+            let first = |number| shards.first(number);
+            let numbered = shards.files().iter().enumerate();
+            numbered
+                .map(|(number, shard)| (shard.path.clone(), shard.rows, first(number)))
+                .collect()
         }
 
         #[pyo3(signature = (indices, out, cancel=None))]
@@ -168,7 +172,10 @@ mod _rust {
             out: &Bound<'_, PyArray2<u8>>,
             cancel: Option<&Bound<'_, Cancel>>,
         ) -> PyResult<()> {
-            self.read(py, indices, out, &Boards, cancel.map(Bound::get))
+            let cancel = cancel.map(Bound::get);
+            read(py, indices, out, CELLS, cancel, |indices, out, interrupt| {
+                self.pool.read_boards(indices, out, interrupt)
+            })
         }
 
         fn read_rows(
@@ -177,39 +184,38 @@ mod _rust {
             indices: &Bound<'_, PyArray1<i64>>,
             out: &Bound<'_, PyArray2<u8>>,
         ) -> PyResult<()> {
-            self.pool.check_same_rows()?;
-            let rows = WholeRows { itemsize: self.pool.itemsize() };
-            self.read(py, indices, out, &rows, None)
+            read(py, indices, out, self.pool.itemsize(), None, |indices, out, interrupt| {
+                self.pool.read_rows(indices, out, interrupt)
+            })
         }
     }
 
-    impl Pool {
-        fn read(
-            &self,
-            py: Python<'_>,
-            indices: &Bound<'_, PyArray1<i64>>,
-            out: &Bound<'_, PyArray2<u8>>,
-            column: &(impl Column + Send),
-            cancel: Option<&Cancel>,
-        ) -> PyResult<()> {
-            let wanted = [indices.len(), column.width()];
-            if out.shape() != wanted || !out.is_c_contiguous() {
-                let text = format!(
-                    "out: a C-contiguous array of the shape {wanted:?} is wanted, not {:?}",
-                    out.shape()
-                );
-                return Err(InvalidArgumentError::new_err(text));
-            }
-            let indices: PyReadonlyArray1<'_, i64> =
-                indices.try_readonly().map_err(not_usable("indices"))?;
-            let indices = indices.as_slice().map_err(not_usable("indices"))?;
-            let mut out: PyReadwriteArray2<'_, u8> =
-                out.try_readwrite().map_err(not_usable("out"))?;
-            let out = out.as_slice_mut().map_err(not_usable("out"))?;
-            detached(py, cancel, |interrupt| {
-                rows::read(&self.pool, indices, column, out, interrupt)
-            })
+    /// Checks that `out` has `width` bytes for each index, and lets `work` fill it.
+    ///
+    /// The borrows hold references to both arrays, which keep `ndarray.resize` from moving them;
+    /// with `refcheck=False` it moves what any function works on, NumPy's own included.
+    fn read(
+        py: Python<'_>,
+        indices: &Bound<'_, PyArray1<i64>>,
+        out: &Bound<'_, PyArray2<u8>>,
+        width: usize,
+        cancel: Option<&Cancel>,
+        work: impl FnOnce(&[i64], &mut [u8], Interrupt<'_>) -> Result<(), Error> + Send,
+    ) -> PyResult<()> {
+        let wanted = [indices.len(), width];
+        if out.shape() != wanted || !out.is_c_contiguous() {
+            let text = format!(
+                "out: a C-contiguous array of the shape {wanted:?} is wanted, not {:?}",
+                out.shape()
+            );
+            return Err(InvalidArgumentError::new_err(text));
         }
+        let indices: PyReadonlyArray1<'_, i64> =
+            indices.try_readonly().map_err(not_usable("indices"))?;
+        let indices = indices.as_slice().map_err(not_usable("indices"))?;
+        let mut out: PyReadwriteArray2<'_, u8> = out.try_readwrite().map_err(not_usable("out"))?;
+        let out = out.as_slice_mut().map_err(not_usable("out"))?;
+        detached(py, cancel, |interrupt| work(indices, out, interrupt))
     }
 
     fn not_usable<E: std::fmt::Display>(name: &'static str) -> impl Fn(E) -> PyErr {
@@ -236,13 +242,14 @@ mod _rust {
 
     fn element(dtype: &str) -> PyResult<Element> {
         Element::from_dtype(dtype)
-            .ok_or_else(|| PyValueError::new_err(format!("no tensor has dtype {dtype}")))
+            .ok_or_else(|| InvalidArgumentError::new_err(format!("no tensor has dtype {dtype}")))
     }
 
     /// An `OSError` with the system's number and text, as Python itself raises it.
     fn os_error(error: io::Error) -> PyErr {
         let text = error.to_string();
         match error.raw_os_error() {
+            None if error.kind() == io::ErrorKind::OutOfMemory => PyMemoryError::new_err(text),
             Some(number) => {
                 let reason = text.trim_end_matches(&format!(" (os error {number})"));
                 PyOSError::new_err((number, reason.to_owned()))
@@ -253,10 +260,14 @@ mod _rust {
 
     /// The caller's open file, which stays the caller's to close.
     #[allow(unsafe_code)]
-    fn borrow_file(fd: RawFd) -> ManuallyDrop<File> {
+    fn borrow_file(fd: RawFd) -> PyResult<ManuallyDrop<File>> {
+        // Rust's descriptors are never negative.
+        if fd < 0 {
+            return Err(os_error(io::Error::from_raw_os_error(libc::EBADF)));
+        }
         // SAFETY: never closed here; the caller keeps the descriptor open during the call, and a
         // stale one gives EBADF.
-        ManuallyDrop::new(unsafe { File::from_raw_fd(fd) })
+        Ok(ManuallyDrop::new(unsafe { File::from_raw_fd(fd) }))
     }
 
     /// The CRC-32 of two spans of bytes, one after the other.
@@ -277,10 +288,10 @@ mod _rust {
         dtype: &str,
     ) -> PyResult<(u32, u64, u64)> {
         let element = element(dtype)?;
-        let data = data.try_readonly()?;
-        let bytes = data.as_slice()?;
-        let file = borrow_file(fd);
-        let direct = direct_fd.map(borrow_file);
+        let data = data.try_readonly().map_err(not_usable("data"))?;
+        let bytes = data.as_slice().map_err(not_usable("data"))?;
+        let file = borrow_file(fd)?;
+        let direct = direct_fd.map(borrow_file).transpose()?;
         let digest = py
             .detach(|| spans::write_span(&file, direct.as_deref(), offset, bytes, element))
             .map_err(os_error)?;
@@ -297,7 +308,7 @@ mod _rust {
         dtype: &str,
     ) -> PyResult<(u32, u64, u64)> {
         let element = element(dtype)?;
-        let file = borrow_file(fd);
+        let file = borrow_file(fd)?;
         let digest =
             py.detach(|| spans::digest_span(&file, offset, nbytes, element)).map_err(os_error)?;
         Ok((digest.crc32, digest.nan, digest.inf))
@@ -305,14 +316,14 @@ mod _rust {
 
     /// Whether the file may be opened past the page cache for `write_span`.
     #[pyfunction]
-    fn supports_direct(fd: RawFd) -> bool {
-        spans::supports_direct(&borrow_file(fd))
+    fn supports_direct(fd: RawFd) -> PyResult<bool> {
+        Ok(spans::supports_direct(&*borrow_file(fd)?))
     }
 
     /// Takes disk space for a whole file; says whether the file system could.
     #[pyfunction]
     fn reserve(py: Python<'_>, fd: RawFd, size: u64) -> PyResult<bool> {
-        let file = borrow_file(fd);
+        let file = borrow_file(fd)?;
         py.detach(|| spans::reserve(&file, size)).map_err(os_error)
     }
 }

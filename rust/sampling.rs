@@ -2,7 +2,11 @@
 
 use crate::error::Error;
 use crate::interrupt::Interrupt;
+use crate::memory::{self, OutOfMemory};
+use crate::prefetch::prefetch;
 use crate::random::Generator;
+use crate::repeats::Repeats;
+use crate::row_set::RowSet;
 
 /// Draws made ahead of their use, so that the memory they need is on its way; also how often the
 /// caller's interrupt is asked.
@@ -47,8 +51,8 @@ fn tail_shuffle(
     let head = rows - out.len() as u64;
     // Position 0 is not drawn for: a range of one leaves no choice.
     let first = head.max(1);
-    let mut repeats = Repeats::new(head);
-    let mut draws = Descending::new(generator.clone(), first, rows);
+    let mut repeats = Repeats::new(head)?;
+    let mut draws = Descending::new(generator.clone(), first, rows)?;
     while let Some((_, block)) = draws.next_block() {
         interrupt()?;
         for &target in block {
@@ -68,7 +72,7 @@ fn tail_shuffle(
         }
         next += stretch.len() as i64;
     }
-    let mut draws = Descending::new(generator, first, rows);
+    let mut draws = Descending::new(generator, first, rows)?;
     while let Some((top, block)) = draws.next_block() {
         interrupt()?;
         for &target in block {
@@ -95,8 +99,8 @@ struct Descending {
 }
 
 impl Descending {
-    fn new(generator: Generator, first: u64, rows: u64) -> Self {
-        Self { generator, first, next: rows, block: Vec::with_capacity(BLOCK) }
+    fn new(generator: Generator, first: u64, rows: u64) -> Result<Self, OutOfMemory> {
+        Ok(Self { generator, first, next: rows, block: memory::with_capacity(BLOCK)? })
     }
 
     /// The largest i of the next block and its draws, or nothing at the end.
@@ -111,81 +115,6 @@ impl Descending {
     }
 }
 
-/// 64 positions: which were drawn, and which were drawn again.
-#[derive(Clone, Copy, Default)]
-struct Word {
-    seen: u64,
-    again: u64,
-}
-
-/// Which positions of `[0, head)` are drawn more than once. A tail shuffle has head < 50 n, so this
-/// is O(n).
-struct Repeats {
-    words: Vec<Word>,
-}
-
-impl Repeats {
-    fn new(head: u64) -> Self {
-        Self { words: vec![Word::default(); head.div_ceil(64) as usize] }
-    }
-
-    fn prefetch(&self, position: u64) {
-        prefetch(&self.words, (position / 64) as usize);
-    }
-
-    fn see(&mut self, position: u64) {
-        // Positions of the tail are past the end.
-        if let Some(word) = self.words.get_mut((position / 64) as usize) {
-            let bit = 1 << (position % 64);
-            word.again |= word.seen & bit;
-            word.seen |= bit;
-        }
-    }
-
-    /// Gives every repeated position a value of its own, found by its rank among them.
-    fn finish(self, interrupt: Interrupt<'_>) -> Result<Displaced, Error> {
-        let mut words = self.words;
-        let mut rank = 0;
-        for stretch in words.chunks_mut(STRETCH) {
-            interrupt()?;
-            for word in stretch {
-                word.seen = rank;
-                rank += u64::from(word.again.count_ones());
-            }
-        }
-        Ok(Displaced { words, values: vec![UNMOVED; rank as usize] })
-    }
-}
-
-const UNMOVED: i64 = -1;
-
-/// What now stands at the positions that are drawn more than once.
-struct Displaced {
-    /// `seen` counts the repeated positions before the word.
-    words: Vec<Word>,
-    values: Vec<i64>,
-}
-
-impl Displaced {
-    fn prefetch(&self, position: u64) {
-        prefetch(&self.words, (position / 64) as usize);
-    }
-
-    /// Puts `value` at `position` and gives what stood there.
-    fn exchange(&mut self, position: u64, value: i64) -> i64 {
-        let word = self.words[(position / 64) as usize];
-        let bit = 1 << (position % 64);
-        if word.again & bit == 0 {
-            return position as i64;
-        }
-        let rank = word.seen + u64::from((word.again & (bit - 1)).count_ones());
-        match std::mem::replace(&mut self.values[rank as usize], value) {
-            UNMOVED => position as i64,
-            value => value,
-        }
-    }
-}
-
 /// Floyd's method, then a shuffle of its results.
 fn floyd(
     rows: u64,
@@ -193,7 +122,7 @@ fn floyd(
     out: &mut [i64],
     interrupt: Interrupt<'_>,
 ) -> Result<(), Error> {
-    let mut set = Set::new(out.len());
+    let mut set = RowSet::new(out.len())?;
     let mut next = rows - out.len() as u64;
     for block in out.chunks_mut(BLOCK) {
         interrupt()?;
@@ -212,7 +141,7 @@ fn floyd(
     }
     drop(set);
 
-    let mut draws = Descending::new(generator, 1, out.len().max(1) as u64);
+    let mut draws = Descending::new(generator, 1, out.len().max(1) as u64)?;
     while let Some((top, block)) = draws.next_block() {
         interrupt()?;
         for &target in block {
@@ -223,61 +152,6 @@ fn floyd(
         }
     }
     Ok(())
-}
-
-/// A set of step indices: open addressing with linear probing, at most two thirds full.
-struct Set {
-    slots: Vec<u64>,
-}
-
-/// Above every step index.
-const EMPTY: u64 = u64::MAX;
-
-impl Set {
-    fn new(capacity: usize) -> Self {
-        Self { slots: vec![EMPTY; capacity + capacity / 2 + 1] }
-    }
-
-    /// Where to look first: a mixed value, scaled to the slots.
-    fn slot(&self, value: u64) -> usize {
-        let mixed = (value ^ value >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        ((u128::from(mixed) * self.slots.len() as u128) >> 64) as usize
-    }
-
-    fn prefetch(&self, value: u64) {
-        prefetch(&self.slots, self.slot(value));
-    }
-
-    /// Whether `value` is new.
-    fn insert(&mut self, value: u64) -> bool {
-        let mut slot = self.slot(value);
-        loop {
-            match self.slots[slot] {
-                EMPTY => {
-                    self.slots[slot] = value;
-                    return true;
-                }
-                found if found == value => return false,
-                _ => slot = if slot + 1 == self.slots.len() { 0 } else { slot + 1 },
-            }
-        }
-    }
-}
-
-/// Starts loading `slice[index]`, if there is one.
-#[inline]
-fn prefetch<T>(slice: &[T], index: usize) {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(item) = slice.get(index) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing and cannot fault; the address is that of a live item.
-        #[allow(unsafe_code)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(item).cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (slice, index);
 }
 
 #[cfg(test)]

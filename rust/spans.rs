@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use crate::checksum::{Digest, Digester, Element};
+use crate::memory::{self, room};
 
 /// Digested at a time, so that a block is still in the cache when it is copied.
 const BLOCK: usize = 256 << 10;
@@ -35,6 +36,7 @@ pub fn write_span(
     data: &[u8],
     element: Element,
 ) -> io::Result<Digest> {
+    check_addressable(offset, data.len() as u64, libc::EFBIG)?;
     let mut digester = Digester::new(element);
     let head_len = (offset.next_multiple_of(DIRECT_OFFSETS) - offset) as usize;
     let (head, rest) = data.split_at(head_len.min(data.len()));
@@ -79,7 +81,7 @@ fn write_direct(
             write_direct_block(file, direct, position, block)?;
         } else {
             ALIGNED.with_borrow_mut(|memory| {
-                let aligned = aligned_copy(memory, block, digester);
+                let aligned = aligned_copy(memory, block, digester)?;
                 write_direct_block(file, direct, position, aligned)
             })?;
         }
@@ -89,19 +91,28 @@ fn write_direct(
 }
 
 /// Digests `data` and copies it to a page boundary in `memory`, in one pass.
-fn aligned_copy<'a>(memory: &'a mut Vec<u8>, data: &[u8], digester: &mut Digester) -> &'a [u8] {
+fn aligned_copy<'a>(
+    memory: &'a mut Vec<u8>,
+    data: &[u8],
+    digester: &mut Digester,
+) -> io::Result<&'a [u8]> {
     let alignment = DIRECT_OFFSETS as usize;
-    memory.resize(DIRECT_BLOCK + alignment, 0);
+    let memory = room(memory, DIRECT_BLOCK + alignment)?;
     let start = memory.as_ptr().addr().next_multiple_of(alignment) - memory.as_ptr().addr();
     let aligned = &mut memory[start..start + data.len()];
     for (to, from) in aligned.chunks_mut(BLOCK).zip(data.chunks(BLOCK)) {
         digester.update(from);
         to.copy_from_slice(from);
     }
-    aligned
+    Ok(aligned)
 }
 
-fn write_direct_block(file: &File, direct: &File, offset: u64, block: &[u8]) -> io::Result<()> {
+fn write_direct_block(
+    file: &File,
+    direct: &impl FileExt,
+    offset: u64,
+    block: &[u8],
+) -> io::Result<()> {
     let written = loop {
         match direct.write_at(block, offset) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -119,8 +130,9 @@ fn write_direct_block(file: &File, direct: &File, offset: u64, block: &[u8]) -> 
 
 /// Reads `len` bytes at `offset` and digests them; an end of file before that is an error.
 pub fn digest_span(file: &File, offset: u64, len: u64, element: Element) -> io::Result<Digest> {
+    check_addressable(offset, len, libc::EOVERFLOW)?;
     let mut digester = Digester::new(element);
-    let mut block = vec![0; BLOCK];
+    let mut block = memory::filled(0, BLOCK)?;
     let mut position = offset;
     let end = offset + len;
     while position < end {
@@ -130,6 +142,14 @@ pub fn digest_span(file: &File, offset: u64, len: u64, element: Element) -> io::
         position += want as u64;
     }
     Ok(digester.finish())
+}
+
+/// Refuses, with an error number, a span that ends where no file does.
+fn check_addressable(offset: u64, len: u64, errno: i32) -> io::Result<()> {
+    match offset.checked_add(len) {
+        Some(end) if end <= i64::MAX as u64 => Ok(()),
+        _ => Err(io::Error::from_raw_os_error(errno)),
+    }
 }
 
 /// Takes `size` bytes of disk for the file, and sets its size; says whether it could.
@@ -176,8 +196,9 @@ pub fn supports_direct(file: &File) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::os::unix::fs::OpenOptionsExt;
-    use std::path::PathBuf;
+    use std::path::{Path, PathBuf};
 
     use super::*;
 
@@ -239,6 +260,120 @@ mod tests {
             start += len;
         }
         assert!(std::fs::read(&scratch.path)? == content);
+        Ok(())
+    }
+
+    /// A file that takes `limit` bytes of a write and then answers with an error number.
+    struct Refusing {
+        errno: i32,
+        taken: Cell<Option<usize>>,
+        file: File,
+    }
+
+    impl FileExt for Refusing {
+        fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
+            unreachable!("it is written to")
+        }
+
+        fn write_at(&self, block: &[u8], offset: u64) -> io::Result<usize> {
+            match self.taken.take() {
+                Some(taken) => self.file.write_at(&block[..taken], offset),
+                None => Err(io::Error::from_raw_os_error(self.errno)),
+            }
+        }
+    }
+
+    #[test]
+    fn a_direct_write_that_is_refused_goes_through_the_cache() -> io::Result<()> {
+        let data = pattern(3 * 4096, 3);
+        for errno in [libc::EINVAL, libc::EFAULT] {
+            let scratch = Scratch::new(&format!("refused-{errno}"))?;
+            let file = scratch.file.try_clone()?;
+            let direct = Refusing { errno, taken: Cell::new(None), file };
+            write_direct_block(&scratch.file, &direct, 4096, &data)?;
+            assert!(std::fs::read(&scratch.path)?[4096..] == data);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_direct_write_that_is_short_ends_in_the_cache() -> io::Result<()> {
+        let data = pattern(3 * 4096, 4);
+        let scratch = Scratch::new("short")?;
+        let file = scratch.file.try_clone()?;
+        let direct = Refusing { errno: libc::EIO, taken: Cell::new(Some(512)), file };
+        write_direct_block(&scratch.file, &direct, 0, &data)?;
+        assert!(std::fs::read(&scratch.path)? == data);
+        Ok(())
+    }
+
+    #[test]
+    fn any_other_refusal_of_a_direct_write_is_an_error() -> io::Result<()> {
+        let scratch = Scratch::new("failed")?;
+        let file = scratch.file.try_clone()?;
+        let direct = Refusing { errno: libc::ENOSPC, taken: Cell::new(None), file };
+        let error = write_direct_block(&scratch.file, &direct, 0, &[0; 4096]);
+        assert_eq!(error.expect_err("refused").raw_os_error(), Some(libc::ENOSPC));
+        Ok(())
+    }
+
+    /// Whether a page can be written past the page cache, by trying it.
+    fn takes_direct_writes(path: &Path) -> bool {
+        let Ok(direct) = File::options().write(true).custom_flags(libc::O_DIRECT).open(path) else {
+            return false;
+        };
+        let memory = vec![0; 3 * 4096];
+        let start = memory.as_ptr().addr().next_multiple_of(4096) - memory.as_ptr().addr() + 512;
+        direct.write_at(&memory[start..start + 4096], 4096).is_ok()
+    }
+
+    #[test]
+    fn a_file_system_that_takes_direct_writes_and_says_so_gets_them() -> io::Result<()> {
+        let scratch = Scratch::new("direct")?;
+        let takes = takes_direct_writes(&scratch.path);
+        // What a file system does not take is never tried; ext4 says what it takes from Linux 6.1.
+        if !takes || !is_ext4(&scratch.file)? || !kernel_is_at_least(6, 1) {
+            assert!(takes || !supports_direct(&scratch.file));
+            eprintln!("not on ext4 of Linux 6.1 or later: nothing to see here");
+            return Ok(());
+        }
+        assert!(supports_direct(&scratch.file));
+        Ok(())
+    }
+
+    #[allow(unsafe_code)]
+    fn is_ext4(file: &File) -> io::Result<bool> {
+        // SAFETY: `statfs` is plain integers, for which all zeros is a value.
+        let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+        // SAFETY: the descriptor is open, and `stat` outlives the call.
+        if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(stat.f_type == libc::EXT4_SUPER_MAGIC)
+    }
+
+    fn kernel_is_at_least(major: u32, minor: u32) -> bool {
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+        let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0);
+        (next(), next()) >= (major, minor)
+    }
+
+    #[test]
+    fn spans_that_no_file_can_hold_are_errors() -> io::Result<()> {
+        let scratch = Scratch::new("absurd")?;
+        let past = i64::MAX as u64;
+        for (offset, len) in
+            [(past, 1), (past - 1, 2), (u64::MAX, 1), (u64::MAX, u64::MAX), (8, past)]
+        {
+            let error = digest_span(&scratch.file, offset, len, Element::Integer);
+            assert_eq!(error.expect_err("refused").raw_os_error(), Some(libc::EOVERFLOW));
+        }
+        for offset in [past, past - 1, u64::MAX - 1, u64::MAX] {
+            let error = write_span(&scratch.file, None, offset, &[1, 2], Element::Integer);
+            assert_eq!(error.expect_err("refused").raw_os_error(), Some(libc::EFBIG));
+        }
+        assert_eq!(scratch.file.metadata()?.len(), 0);
         Ok(())
     }
 }

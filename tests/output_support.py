@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.storage.writing.output_file import OutputFile
+from dump_activations.storage.writing.work import Work
 from dump_activations.storage.writing.writers import WriterPool
 
 SUFFIXES = (".safetensors", ".pt", ".npz")
@@ -77,14 +78,17 @@ def small_dump(rows: int = 23, batch_rows: int = 4) -> Dump:
 
 
 def open_file(path: Path, dump: Dump, *, fingerprint: str = "work", **options: bool) -> OutputFile:
-    return OutputFile.open(
+    return OutputFile.open(work_of(path, dump, fingerprint=fingerprint), **options)
+
+
+def work_of(path: Path, dump: Dump, *, fingerprint: str = "work") -> Work:
+    return Work.of(
         path,
         dump.specs,
         dump.metadata,
         batched=dump.batched,
         batch_rows=dump.batch_rows,
         fingerprint={"work": fingerprint},
-        **options,
     )
 
 

@@ -12,9 +12,9 @@ fuzz_target!(|file: &[u8]| {
     let (text, rows) = file[preamble.length..].split_at(preamble.text);
     let Ok(header) = Header::parse(preamble, text) else { return };
     let layout = header.layout;
-    assert!(layout.board.span().end <= layout.itemsize);
+    assert!(layout.board.range().end <= layout.itemsize);
     assert_eq!(header.size() - header.data_offset, header.rows * layout.itemsize as u64);
     for row in rows.chunks_exact(layout.itemsize) {
-        layout.board.decode(&row[layout.board.span()]);
+        layout.board.decode(&row[layout.board.range()]);
     }
 });

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import time
 import warnings
 import zlib
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import (
-    DeviceError,
     DumpActivationsWarning,
+    Note,
     OutputError,
     VocabularyError,
+    note,
     option,
     switch,
     with_arguments,
@@ -31,19 +31,24 @@ from dump_activations.errors import (
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options, describe
 from dump_activations.pipeline.device import current
+from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.pipeline.loop import Loop
 from dump_activations.pipeline.plan import Plan, make_plan, warn_of_large_tensors
+from dump_activations.pipeline.preview import Preview
 from dump_activations.pipeline.provenance import fingerprint, metadata
+from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.transfer import ActivationBatch
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
-from dump_activations.storage.writing.partial import check_output
+from dump_activations.storage.writing.partial import tidy
+from dump_activations.storage.writing.room import check_room, free_space
+from dump_activations.storage.writing.targets import check_output
+from dump_activations.storage.writing.work import Existing, Work, find_existing
 from dump_activations.storage.writing.writers import WriterPool
 
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 # Enough for some to wait for the disk while others take checksums.
 _WRITER_THREADS = min(8, max(2, (os.cpu_count() or 4) // 2))
 
@@ -86,8 +91,8 @@ class Batch:
         first_row: place of the first board in the run.
         indices: global step indices, int64 (B,).
         boards: exponents, uint8 (B, 16).
-        tensors: activation key -> tensor (B, *shape) in the storage dtype; and the parameters that
-            were asked for, by their names in a file.
+        tensors: by their names in a file, the activations (B, *shape) in the storage dtype, and
+            the parameters that were asked for.
     """
 
     first_row: int
@@ -180,60 +185,75 @@ dump = _dump_taking(DumpOptions)
 stream = _stream_taking(Options)
 
 
+def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview:
+    """Check what `dump` checks before its first forward pass, and say what it would write.
+
+    Raises:
+        DumpActivationsError: what `dump` would raise.
+    """
+    if options.write:
+        check_output(path, [STORAGE_DTYPES[options.dtype].name])
+    plan = make_plan(init, pool, options)
+    if not options.write:
+        return Preview.of(plan)
+    previewed = Preview.of(plan, path, free_space(path))
+    check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
+    check_room(path, previewed.nbytes)
+    return previewed
+
+
 def _dump(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Summary:
     started = time.perf_counter()
     if options.write:
         check_output(path, [STORAGE_DTYPES[options.dtype].name])
-    with _shortage_named(options.batch_size):
-        plan = make_plan(init, pool, options)
-        with current(plan.device):
-            if not options.write:
-                return _discard(plan, options, started)
-            return _write(plan, path, options, started)
+    with batch_shortage_named(options.batch_size):
+        return _run(init, pool, path, options, started)
 
 
-@contextmanager
-def _shortage_named(batch_size: int) -> Iterator[None]:
-    """Turn what torch raises for want of memory, on the device or the host, into one error."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
-            raise
-        where = "CUDA out of memory" if "CUDA" in str(error) else "out of memory"
-        smaller = option("batch_size", max(batch_size // 2, 1))
-        if getattr(error, "__notes__", []):
-            smaller += f" and {switch('overwrite')}"
-        named = DeviceError(
-            f"{where} at {option('batch_size', batch_size)}; free some, or try {smaller}"
-        )
-        for note in getattr(error, "__notes__", []):
-            named.add_note(note)
-        raise named from error
+def _run(init: Init, pool: Pool, path: Path, options: DumpOptions, started: float) -> Summary:
+    plan = make_plan(init, pool, options)
+    with current(plan.device):
+        if not options.write:
+            return _discard(plan, options, started)
+        return _write(plan, path, options, started)
 
 
 def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
     specs = plan.tensor_specs()
+    work = Work.of(
+        path,
+        specs,
+        metadata(plan),
+        batched=[*(tensor.name for tensor in plan.board_tensors), "boards"],
+        batch_rows=options.batch_size,
+        fingerprint=fingerprint(plan),
+    )
+    existing = find_existing(work.target)
+    if options.resume and existing and existing.is_of(work):
+        tidy(work.target)
+        note(f"{path} is complete already: there is nothing to do")
+        return _nothing_done(plan, path, existing, started)
+    note(Preview.of(plan, path, free_space(path)).text)
     warn_of_large_tensors(specs)
-    batched = [*plan.board_shapes, "boards"]
-    with HeldInterrupts() as interrupts:
+    n = len(plan.indices)
+    with HeldInterrupts() as interrupts, Forward(plan) as forward:
         file = OutputFile.open(
-            path,
-            specs,
-            metadata(plan),
-            batched=batched,
-            batch_rows=options.batch_size,
-            fingerprint=fingerprint(plan),
-            resume=options.resume,
+            work,
+            inputs=plan.input_files,
             overwrite=options.overwrite,
+            check=interrupts.check,
         )
         with file:
             _check_resumed_boards(file, plan)
-            with _kept_or_discarded(file, len(plan.indices)):
+            for text in _beginning(file, existing, n):
+                note(text)
+            with _kept_or_discarded(file, n, overwrite=options.overwrite):
                 for name, tensor in plan.whole_tensors().items():
                     file.write(name, _bytes_of(tensor))
+                if file.resumed_rows and options.progress:
+                    options.progress(file.resumed_rows, n)
                 with (
-                    Loop(plan) as loop,
+                    Loop(plan, forward) as loop,
                     WriterPool(file, threads=_WRITER_THREADS) as writers,
                     closing(loop.batches(options.progress, start=file.resumed_rows)) as batches,
                 ):
@@ -259,6 +279,39 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
     )
 
 
+def _beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[str]:
+    """Say what a run finds at its target and beside it."""
+    if file.unusable:
+        yield f"{file.partial} is started anew: {file.unusable}"
+    if file.resumed_rows:
+        yield f"going on with {file.partial} at board {file.resumed_rows:,} of {n:,}"
+    if existing:
+        holds = _size(existing.size)
+        boards = existing.metadata.get("n_samples", "")
+        if boards.isdecimal() and len(boards) < 20:
+            holds += f", {int(boards):,} boards"
+        yield f"{file.target} ({holds}) is replaced when the new file is whole"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _nothing_done(plan: Plan, path: Path, existing: Existing, started: float) -> Summary:
+    return Summary(
+        output=path,
+        boards=0,
+        resumed_boards=len(plan.indices),
+        bytes_written=existing.size,
+        seconds=0.0,
+        setup_seconds=time.perf_counter() - started,
+        commit_seconds=0.0,
+        stage_seconds=dict.fromkeys(("boards", "forward", "copy", "write"), 0.0),
+        waiting_seconds=0.0,
+        nonfinite=_counted(existing.digests),
+    )
+
+
 def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
     """Refuse to go on where the pool's rows are no longer those of the batch resumed last."""
     last = file.last_resumed
@@ -275,24 +328,28 @@ def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
 
 def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
     """Count what is not finite in each tensor that has any, with a warning for each."""
-    counts = {
-        name: {"nan": digest.nan, "inf": digest.inf}
-        for name, digest in digests.items()
-        if digest.nan or digest.inf
-    }
+    counts = _counted(digests)
     for name, count in counts.items():
         warnings.warn(
             DumpActivationsWarning(
                 f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
                 f"infinite ones come from an overflow where {option('dtype')} is fp16"
             ),
-            stacklevel=5,
+            stacklevel=6,
         )
     return counts
 
 
+def _counted(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
+    return {
+        name: {"nan": digest.nan, "inf": digest.inf}
+        for name, digest in digests.items()
+        if digest.nan or digest.inf
+    }
+
+
 @contextmanager
-def _kept_or_discarded(file: OutputFile, boards: int) -> Iterator[None]:
+def _kept_or_discarded(file: OutputFile, boards: int, *, overwrite: bool) -> Iterator[None]:
     """Leave a state to resume where the run could be finished later, and nothing where not."""
     try:
         yield
@@ -306,15 +363,22 @@ def _kept_or_discarded(file: OutputFile, boards: int) -> Iterator[None]:
         with ignored_interrupts():
             kept = file.suspend()
         if kept:
+            again = f"without {option('overwrite')}" if overwrite else "again"
             error.add_note(
-                f"{kept:,} of {boards:,} boards are kept in {file.partial}; the same call again "
-                "does the rest"
+                Note(
+                    f"{kept:,} of {boards:,} boards are kept in {file.partial}; the same call "
+                    f"{again} does the rest"
+                )
             )
         raise
 
 
 def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
-    with HeldInterrupts() as interrupts, Loop(plan, keep=False) as loop:
+    with (
+        HeldInterrupts() as interrupts,
+        Forward(plan) as forward,
+        Loop(plan, forward, keep=False) as loop,
+    ):
         for batch in loop.batches(options.progress):
             batch.release()
             interrupts.check()
@@ -322,34 +386,37 @@ def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
 
 
 def _stream(init: Init, pool: Pool, options: Options) -> Iterator[Batch]:
-    with _shortage_named(options.batch_size):
+    with batch_shortage_named(options.batch_size):
         plan = make_plan(init, pool, options)
-    return _interruptible(_taken_batches(plan), plan)
+    return _interruptible(_taken_batches(plan), plan.device, options.batch_size)
 
 
-def _interruptible(batches: Generator[Batch, None, None], plan: Plan) -> Iterator[Batch]:
+def _interruptible(
+    batches: Generator[Batch, None, None], device: torch.device, batch_size: int
+) -> Iterator[Batch]:
     """Hand on the batches; an interruption between two of them ends the run in order.
 
-    The run's device is current only while a batch is computed, not while the caller has it.
+    The run's device is current only while a batch is computed, not while the caller has it. Of an
+    error's frames this one stays: it holds nothing of the run but the generator.
     """
-    with closing(batches):
+    try:
         while True:
-            with (
-                HeldInterrupts(),
-                _shortage_named(plan.options.batch_size),
-                current(plan.device),
-            ):
+            with HeldInterrupts(), batch_shortage_named(batch_size), current(device):
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
+            del batch  # It is the caller's, to keep or not.
+    finally:
+        with HeldInterrupts(), current(device):
+            batches.close()
 
 
 def _taken_batches(plan: Plan) -> Generator[Batch, None, None]:
     # The CPU is the caller's between two batches.
     ahead = 1 if plan.device.type == "cuda" else 0
     under_way: deque[ActivationBatch] = deque()
-    with Loop(plan) as loop:
+    with Forward(plan) as forward, Loop(plan, forward) as loop:
         for batch in loop.batches():
             under_way.append(batch)
             if len(under_way) > ahead:

@@ -5,6 +5,9 @@ A text names options through `option`, so that a caller in Python reads argument
 """
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Self
 
 # Of the private use area: no text has them by accident.
@@ -37,6 +40,22 @@ def with_flags(text: str) -> str:
         return f"--no-{name}" if value == "False" else f"--{name} {value.strip(chr(39))}"
 
     return _OPTION.sub(flag, text)
+
+
+class Note(str):
+    """A note on an error, for `add_note`: one line, as Python shows it.
+
+    Attributes:
+        flags_text: the line as the command shows it.
+    """
+
+    flags_text: str
+
+    def __new__(cls, text: str) -> Self:
+        """Render a text of this package."""
+        note = super().__new__(cls, with_arguments(text))
+        note.flags_text = with_flags(text)
+        return note
 
 
 class DumpActivationsError(Exception):
@@ -104,7 +123,7 @@ class VocabularyError(DumpActivationsError, ValueError):
 
 
 class DeviceError(DumpActivationsError, RuntimeError):
-    """A compute device that is not there, or ran out of memory."""
+    """What the machine lacks: a compute device, memory, threads, or what compiling needs."""
 
 
 class OutputError(DumpActivationsError, OSError):
@@ -118,6 +137,17 @@ class OutputError(DumpActivationsError, OSError):
         error.errno = cause.errno
         return error
 
+    @classmethod
+    @contextmanager
+    def when(cls, what: str) -> Iterator[None]:
+        """Turn what the system refuses inside the context into an error that says what failed."""
+        try:
+            yield
+        except DumpActivationsError:
+            raise
+        except OSError as error:
+            raise cls.of_system(what, error) from error
+
 
 class DumpActivationsWarning(UserWarning):
     """Something a user should know that does not stop the run."""
@@ -129,3 +159,16 @@ class DumpActivationsWarning(UserWarning):
     def flags_text(self) -> str:
         """The text as the command shows it."""
         return with_flags(super().__str__())
+
+
+class DumpActivationsNote(DumpActivationsWarning):
+    """Something worth knowing where all is as it should be. A caller from Python has to ask."""
+
+
+warnings.simplefilter("ignore", DumpActivationsNote, append=True)
+
+
+def note(text: str) -> None:
+    """Say something worth knowing; it never ends a run, also where warnings are errors."""
+    with suppress(DumpActivationsNote):
+        warnings.warn(DumpActivationsNote(text), stacklevel=2)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
-from dump_activations.model.activations import ACTIVATION_KEYS, find_activations
+from dump_activations.model.activations import find_activations
+from dump_activations.model.layers import Layers, parse_layers
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -62,6 +63,7 @@ def _one_of(choices: Collection[str]) -> _Check:
 
 
 def _keys(_name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return what was asked for, as it was: a model says what a glob stands for."""
     lists = [value] if isinstance(value, str) else value
     keys = tuple(key.strip() for text in lists for key in text.split(",") if key.strip())
     find_activations(keys)
@@ -85,9 +87,18 @@ class Options:
     """
 
     outputs: str | Sequence[str] = _option(
-        f"comma-separated activation keys: {', '.join(ACTIVATION_KEYS)}",
+        "comma-separated activation keys, globs of them (quoted: 'attn_*') or names of "
+        "TransformerLens hooks without a layer",
         default=("final_hidden",),
         check=_keys,
+    )
+    layers: Layers | None = _option(
+        f"layers to keep, as Python indexes them: {option('layers', '0,3,-1,4:8')}; all by default",
+        default=None,
+        check=parse_layers,
+    )
+    split_layers: bool = _option(
+        "one tensor a layer, KEY.LAYER, in place of a stacked one", default=False
     )
     n_samples: int = _option(
         f"number of samples to draw (ignored if {option('indices')} is given)",

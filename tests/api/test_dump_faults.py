@@ -1,9 +1,11 @@
 """Broken runs of the whole tool: what is left, what resumes it, and how failing stages end."""
 
 import gc
+import re
 import resource
+import signal
 import threading
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import DEMO_POOL
 from dump_activations import dump, load_encoder, stream
 from dump_activations.commands.dump import main
-from dump_activations.options import Options
-from dump_activations.pipeline.plan import make_plan
-from dump_activations.pipeline.provenance import fingerprint as fingerprint_of
-from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
+from dump_activations.errors import DumpActivationsNote
+from dump_activations.model.checkpoint import WEIGHT_NAMES
+from dump_activations.storage.writing.output_file import OutputFile
+from reference.checkpoints import BASE, bundle, config_json, random_state_dict, save_checkpoint
 from reference.dumps import FORMATS, read_dump
 from reference.pools import make_pool, write_shards
 
@@ -105,9 +106,10 @@ def broken(inputs, tmp_path):
         model = load_encoder(inputs / "checkpoint")
         break_after(model, DONE)
         options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH}
-        with pytest.raises(BrokenError) as caught:
+        noted = pytest.warns(DumpActivationsNote, match="is replaced") if before else nullcontext()
+        with noted, pytest.raises(BrokenError) as caught:
             cpu_dump(model, inputs / "pool", target, **options)
-        assert any("--resume" in note for note in caught.value.__notes__)
+        assert any("the same call again does the rest" in n for n in caught.value.__notes__)
         assert target.exists() == bool(before)
         return target
 
@@ -119,58 +121,103 @@ def contents(directory):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_leftover_is_reported_and_kept(suffix, broken, command):
+def test_the_same_call_does_only_the_rest_and_says_so(suffix, broken, command, unbroken):
     target = broken(suffix)
-    before = contents(target.parent)
     code, lines = command(f"--output={target}")
-    assert code == 1
+    assert code == 0, lines
     (line,) = lines
-    for word in (str(target), "--resume", "--overwrite", str(N)):
-        assert word in line
-    assert contents(target.parent) == before
+    going_on = re.fullmatch(rf"note: going on with {target}\.partial at board (\d+) of {N}", line)
+    # Batches that were under way are lost; those that were written are not.
+    assert going_on, line
+    assert 0 < int(going_on[1]) <= DONE * BATCH
+    assert contents(target.parent) == {target.name: unbroken(suffix)}
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_overwrite_drops_the_leftover(suffix, broken, command, unbroken):
     target = broken(suffix)
-    code, lines = command(f"--output={target}", "--overwrite")
-    assert code == 0, lines
+    assert command(f"--output={target}", "--overwrite") == (0, [])
     assert contents(target.parent) == {target.name: unbroken(suffix)}
+
+
+def test_a_leftover_that_is_of_no_use_is_started_anew_with_a_note(broken, command, unbroken):
+    target = broken(".pt")
+    Path(f"{target}.partial.journal").write_bytes(b"nonsense")
+    code, lines = command(f"--output={target}")
+    assert (code, lines) == (0, [f"note: {target}.partial is started anew: its journal is damaged"])
+    assert contents(target.parent) == {target.name: unbroken(".pt")}
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_resume_does_only_the_rest(suffix, broken, model, inputs, unbroken):
+def test_no_forward_is_run_twice_and_progress_ends_at_the_total(
+    suffix, broken, model, inputs, unbroken
+):
     target = broken(suffix)
     forwards = break_after(model, N)
+    progress = []
     options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH}
-    cpu_dump(model, inputs / "pool", target, resume=True, **options)
+    with pytest.warns(DumpActivationsNote, match="going on"):
+        summary = cpu_dump(
+            model, inputs / "pool", target, progress=lambda *at: progress.append(at), **options
+        )
     assert contents(target.parent) == {target.name: unbroken(suffix)}
-    # Batches that were under way are lost; those that were written are not.
-    assert N // BATCH - DONE <= len(forwards) < N // BATCH
+    assert len(forwards) == (N - summary.resumed_boards) // BATCH < N // BATCH
+    steps = range(summary.resumed_boards, N + 1, BATCH)
+    assert progress == [(boards, N) for boards in steps]
 
 
-def test_resume_of_nothing_is_a_whole_run(command, unbroken, tmp_path):
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_resume_of_what_is_complete_does_nothing(suffix, broken, command, unbroken):
+    target = broken(suffix)
+    assert command(f"--output={target}", "--resume")[0] == 0
+    before = target.stat()
+    # What a run leaves that was killed as soon as its file had its name.
+    Path(f"{target}.partial.journal").write_text("left")
+    done = [f"note: {target} is complete already: there is nothing to do"]
+    assert command(f"--output={target}", "--resume") == (0, done)
+    after = target.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert contents(target.parent) == {target.name: unbroken(suffix)}
+
+
+def test_resume_leaves_the_partial_file_of_other_work_beside_a_complete_one(broken, command):
+    target = broken(".pt", before=b"old")
+    assert command(f"--output={target}")[0] == 0
+    Path(f"{target}.partial").write_text("other")
+    before = contents(target.parent)
+    assert command(f"--output={target}", "--resume")[0] == 0
+    assert contents(target.parent) == before
+
+
+def test_resume_makes_what_is_of_other_work(command, unbroken, tmp_path):
     target = tmp_path / "a.npz"
+    assert command(f"--output={target}", "--seed=1", "--resume") == (0, [])
     code, lines = command(f"--output={target}", "--resume")
-    assert code == 0, lines
+    size = f"{len(unbroken('.npz')) / 1e6:.1f} MB"
+    replaced = f"note: {target} ({size}, {N} boards) is replaced when the new file is whole"
+    assert (code, lines) == (0, [replaced])
     assert target.read_bytes() == unbroken(".npz")
 
 
 OTHER_WORK = {
-    "seed": ["--seed=1"],
-    "samples": ["--n-samples=399"],
-    "batch": ["--batch-size=16"],
-    "keys": ["--outputs=layer_outputs"],
-    "dtype": ["--dtype=fp16"],
+    "seed": (["--seed=1"], "--seed (0 there, 1 here);"),
+    "samples": (["--n-samples=399"], "--n-samples (400 there, 399 here);"),
+    "batch": (["--batch-size=16"], "--batch-size (8 there, 16 here);"),
+    "keys": (["--outputs=pooled"], f"--outputs ({','.join(sorted(KEYS))} there,"),
+    "dtype": (["--dtype=fp16"], "--dtype (fp32 there, fp16 here);"),
+    "precision": (["--precision=bf16"], "--precision (fp32 there, bf16 here);"),
+    "weights": ([], "the weights"),
+    "pool": ([], "the pool's shards or their rows' layout;"),
+    "indices": ([], "indices from (draw there, given here);"),
 }
 
 
-@pytest.mark.parametrize("case", [*OTHER_WORK, "weights", "pool", "indices"])
-def test_other_work_is_not_resumed(case, broken, inputs, command, unbroken):
+@pytest.mark.parametrize("case", OTHER_WORK)
+def test_other_work_is_not_resumed_and_named(case, broken, inputs, command, unbroken):
     target = broken(".safetensors")
     before = contents(target.parent)
     other = inputs / f"other-{case}"
-    changes = OTHER_WORK.get(case, [])
+    changes, named = OTHER_WORK[case]
     if case == "weights":
         state_dict = random_state_dict(BASE)
         state_dict["blocks.1.mlp.w_up.weight"][3, 3] += 1e-3
@@ -183,27 +230,15 @@ def test_other_work_is_not_resumed(case, broken, inputs, command, unbroken):
         other.mkdir()
         np.save(other / "indices.npy", np.arange(N))
         changes = [f"--indices={other / 'indices.npy'}"]
-    code, lines = command(*changes, f"--output={target}", "--resume")
-    assert code == 1
-    assert len(lines) == 1
-    assert str(target) in lines[0]
+    for more in ([], ["--resume"]):
+        code, (line,) = command(*changes, f"--output={target}", *more)
+        assert code == 1
+        assert f"{target}.partial is left over from other work" in line
+        assert named in line
     assert contents(target.parent) == before
-    code, lines = command(f"--output={target}", "--resume")
+    code, lines = command(f"--output={target}")
     assert code == 0, lines
     assert target.read_bytes() == unbroken(".safetensors")
-
-
-@pytest.mark.parametrize("change", [{"eps": 0.5}, {"heads": 2, "kv_heads": 1}])
-def test_models_of_the_same_weights_are_other_work(change, tmp_path):
-    """What a config says that no weight's shape shows determines the file's bytes too."""
-
-    def fingerprint(config):
-        save_checkpoint(tmp_path, random_state_dict(BASE), config_json(config))
-        options = Options(outputs=["pooled"], n_samples=3, device="cpu", allow_cpu=True)
-        return fingerprint_of(make_plan(tmp_path, DEMO_POOL, options))
-
-    assert fingerprint(BASE) == fingerprint(BASE)
-    assert fingerprint(BASE) != fingerprint(replace(BASE, **change))
 
 
 def test_a_second_run_to_the_same_target_is_refused(model, inputs, command, unbroken, tmp_path):
@@ -229,9 +264,111 @@ def test_a_second_run_to_the_same_target_is_refused(model, inputs, command, unbr
 def test_an_existing_target_lasts_until_the_new_file_is_whole(suffix, broken, command, unbroken):
     target = broken(suffix, before=b"old")
     assert target.read_bytes() == b"old"
-    code, lines = command(f"--output={target}", "--resume")
+    code, lines = command(f"--output={target}")
     assert code == 0, lines
+    assert lines[1:] == [f"note: {target} (0.0 MB) is replaced when the new file is whole"]
     assert contents(target.parent) == {target.name: unbroken(suffix)}
+
+
+def test_a_partial_file_removed_under_a_run_is_an_error(model, inputs, tmp_path):
+    target = tmp_path / "a.pt"
+
+    def remove(done, _of):
+        if done == N // 2:
+            target.with_name("a.pt.partial").unlink()
+
+    options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH, "progress": remove}
+    with pytest.raises(OSError, match=r"a\.pt\.partial was removed .* nothing is kept") as caught:
+        cpu_dump(model, inputs / "pool", target, **options)
+    assert not hasattr(caught.value, "__notes__")
+    assert contents(tmp_path) == {}
+
+
+def test_a_second_interruption_does_not_cost_what_is_done(model, inputs, tmp_path, monkeypatch):
+    suspend = OutputFile.suspend
+
+    def interrupted_suspend(file):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        return suspend(file)
+
+    monkeypatch.setattr(OutputFile, "suspend", interrupted_suspend)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not ignored"))
+
+    def interrupt(done, _of):
+        if done == N // 2:
+            signal.raise_signal(signal.SIGINT)
+
+    options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH, "progress": interrupt}
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            cpu_dump(model, inputs / "pool", tmp_path / "a.pt", **options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (note,) = caught.value.__notes__
+    assert "are kept in" in note
+    assert contents(tmp_path).keys() == {"a.pt.partial", "a.pt.partial.journal"}
+
+
+# --- What a run reads is not what it writes.
+
+
+@pytest.fixture
+def bundle_path(tmp_path):
+    path = tmp_path / "checkpoint" / "run.pt"
+    path.parent.mkdir()
+    torch.save(bundle(random_state_dict(BASE), config_json(BASE)), path)
+    return path
+
+
+def is_refused(command, output, **inputs):
+    before = contents(output.parent)
+    flags = [f"--{name}={path}" for name, path in inputs.items()]
+    code, (line,) = command(*flags, f"--output={output}")
+    assert code == 2
+    assert f"{output.resolve()} is read by this run, or would be taken for what is" in line
+    assert contents(output.parent) == before
+
+
+def test_a_checkpoint_is_not_written_over(command, bundle_path):
+    is_refused(command, bundle_path, init=bundle_path)
+    code, lines = command(f"--init={bundle_path}", f"--output={bundle_path.with_name('model.pt')}")
+    assert (code, lines) == (0, [])
+
+
+@pytest.mark.parametrize("own", ["model.safetensors", "model.pt", None])
+def test_a_checkpoints_directory_would_not_take_the_dump_for_its_weights(own, command, tmp_path):
+    state_dict, init = random_state_dict(BASE), tmp_path / "checkpoint"
+    save_checkpoint(init, state_dict, config_json(BASE))
+    (init / "model.safetensors").rename(tmp_path / "weights")
+    if own == "model.pt":
+        torch.save(bundle(state_dict, config_json(BASE)), init / own)
+    elif own:
+        (tmp_path / "weights").rename(init / own)
+    rank = WEIGHT_NAMES.index(own) if own else len(WEIGHT_NAMES)
+    flags = ["--random-init"] if own is None else []
+    for name in WEIGHT_NAMES[: rank + 1]:
+        code, (line,) = command(*flags, f"--init={init}", f"--output={init / name}")
+        assert code == 2, name
+        assert f"{init / name} is read by this run" in line
+    code, lines = command(*flags, f"--init={init}", f"--output={init / 'model-step-1.pt'}")
+    assert code == 0, lines
+    for name in WEIGHT_NAMES[rank + 1 :][:1]:
+        assert command(f"--init={init}", f"--output={init / name}") == (0, [])
+
+
+def test_a_shard_and_the_indices_are_not_written_over(command, inputs, tmp_path):
+    shard = next((inputs / "pool").iterdir())
+    moved = shard.rename(tmp_path / "rows.pt")
+    shard.symlink_to(moved)
+    try:
+        is_refused(command, moved)
+    finally:
+        shard.unlink()
+        moved.rename(shard)
+    with (tmp_path / "indices.npz").open("wb") as file:
+        np.save(file, np.arange(5))
+    is_refused(command, tmp_path / "indices.npz", indices=tmp_path / "indices.npz")
 
 
 # --- Failures of one stage end the others.
@@ -306,6 +443,7 @@ def test_thousands_of_batches_take_no_more_than_hundreds(model, inputs, tmp_path
 
     run(300)
     before = resident()
+    (tmp_path / "a.safetensors").unlink()
     run(3000)
     assert resident() - before < 16 * 2**20
 
@@ -325,3 +463,13 @@ def test_counts_of_values_that_are_not_finite(tmp_path, inputs):
     assert not np.isfinite(values).all()
     count = str(int((~np.isfinite(values)).sum()))
     assert any(count in text for text in read_dump(narrow).metadata.values())
+
+
+def test_nan_without_infinities_is_warned_of(tmp_path, inputs):
+    state_dict = random_state_dict(BASE)
+    state_dict["final_ln.weight"][3] = float("nan")
+    save_checkpoint(tmp_path / "broken", state_dict, config_json(BASE))
+    options = {"outputs": ["final_hidden"], "n_samples": 50, "batch_size": 16}
+    with pytest.warns(UserWarning, match=r"final_hidden: 800 NaN and 0 infinite values"):
+        summary = cpu_dump(tmp_path / "broken", inputs / "pool", tmp_path / "a.pt", **options)
+    assert summary.nonfinite == {"final_hidden": {"nan": 800, "inf": 0}}

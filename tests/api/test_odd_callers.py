@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import DEMO_CHECKPOINT, DEMO_POOL
-from dump_activations import dump, load_encoder, stream
+from dump_activations import StepsDataset, dump, load_encoder, stream
 from dump_activations.commands.dump import main
 from dump_activations.errors import DeviceError, InvalidArgumentError, OutputError
 from dump_activations.storage.reading.inspection import inspect
@@ -33,6 +33,13 @@ def test_integers_devices_and_keys_of_other_types(tmp_path):
     metadata = read_dump(tmp_path / "a.pt").metadata
     assert (metadata["n_samples"], metadata["seed"]) == ("21", "3")
     assert metadata["outputs"] == "head_logits,pooled"
+
+
+def test_indices_in_fortran_order():
+    indices = np.asfortranarray([[5, 7, 9], [11, 2, 4]])
+    (batch,) = stream(DEMO_CHECKPOINT, DEMO_POOL, outputs=["pooled"], indices=indices, **CPU)
+    assert batch.indices.tolist() == [5, 7, 9, 11, 2, 4]
+    assert np.array_equal(batch.boards, StepsDataset(DEMO_POOL).read_boards([5, 7, 9, 11, 2, 4]))
 
 
 def test_contradictions_in_a_call(tmp_path):

@@ -1,6 +1,7 @@
 """A run shares its process: the model, the device, signals, memory and descriptors of a program."""
 
 import errno
+import gc
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ from dump_activations.errors import DeviceError, OutputError, PoolError
 from dump_activations.model import capture
 from dump_activations.pipeline.device import find_device
 from dump_activations.pipeline.interrupts import HeldInterrupts
+from dump_activations.pipeline.shortage import batch_shortage_named, empty_pinned
 from dump_activations.storage.writing import journal
 from dump_activations.storage.writing import output_file as file_module
 from dump_activations.timing import SharedStopwatch
@@ -105,15 +107,152 @@ def short_of_memory(model, batches):
     return model.blocks[0].register_forward_hook(fail)
 
 
-def test_want_of_memory_names_the_batch_size(model, tmp_path):
-    short_of_memory(model, 0)
-    runs = [
-        lambda: dump(model, DEMO_POOL, tmp_path / "a.pt", **OPTIONS),
+def failing(message, kind=RuntimeError):
+    def fail(*_):
+        raise kind(message)
+
+    return fail
+
+
+def uses(model, path):
+    """Return each way to run the model."""
+    return [
+        lambda: dump(model, DEMO_POOL, path, **OPTIONS),
         lambda: dump(model, DEMO_POOL, write=False, **OPTIONS),
         lambda: list(stream(model, DEMO_POOL, **OPTIONS)),
     ]
-    for run in runs:
-        with pytest.raises(DeviceError, match=r"CUDA out of memory at batch_size=8.*=4$"):
+
+
+def state_of(model):
+    return [
+        [(module.training, len(module._forward_hooks)) for module in model.modules()],
+        [(weight, weight.device, weight.requires_grad) for weight in model.parameters()],
+    ]
+
+
+def test_the_callers_model_is_as_it_was(model, tmp_path):
+    model.train().requires_grad_()
+    model.blocks[1].eval()
+    hook = model.blocks[0].register_forward_hook(lambda *_: None)
+    before = state_of(model)
+    for run in uses(model, tmp_path / "a.pt"):
+        run()
+        assert state_of(model) == before
+    batches = stream(model, DEMO_POOL, **OPTIONS)
+    next(batches)
+    assert state_of(model) == before
+    del batches
+    assert state_of(model) == before
+    hook.remove()
+    model.blocks[0].register_forward_hook(failing("broken", ZeroDivisionError))
+    for run in uses(model, tmp_path / "b.pt"):
+        with pytest.raises(ZeroDivisionError):
+            run()
+        assert state_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of device memory at"),
+        (RuntimeError("CUDA error: out of memory\nmore"), "out of device memory at"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            "out of device memory for the workspace of cuBLAS at",
+        ),
+        (
+            RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+            "out of device memory for the workspace of cuDNN at",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 5 bytes"),
+            "out of host memory at",
+        ),
+        (MemoryError("Unable to allocate 2 TiB"), "out of host memory at"),
+    ],
+)
+def test_what_a_batch_is_short_of(error, text, model):
+    model.blocks[0].register_forward_hook(failing(str(error), type(error)))
+    with pytest.raises(DeviceError, match=f"^{text} batch_size=8; free some, or try batch_size=4$"):
+        list(stream(model, DEMO_POOL, **OPTIONS))
+
+
+def test_pinned_memory_is_not_the_devices(monkeypatch):
+    def refuse(*_, **options):
+        assert options["pin_memory"]
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with (
+        pytest.raises(DeviceError, match=r"^out of pinned host memory at batch_size=8; "),
+        batch_shortage_named(8),
+    ):
+        empty_pinned((2, 16), torch.uint8)
+
+
+def test_a_model_that_does_not_fit(model, monkeypatch):
+    short = failing("CUDA out of memory. Tried to allocate 2.00 GiB.", torch.OutOfMemoryError)
+    monkeypatch.setattr("dump_activations.pipeline.plan.replicate", short)
+    for run in uses(model, "a.pt"):
+        with pytest.raises(DeviceError, match=r"^out of device memory: the model does not fit on"):
+            run()
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_no_more_threads(model, tmp_path, monkeypatch, nth):
+    """Whichever thread of a run cannot be started."""
+    before = threading.active_count()
+    start, left = threading.Thread.start, [nth]
+
+    def refuse(self):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    torch.set_num_threads(2)
+    try:
+        for run in uses(model, tmp_path / "a.pt"):
+            left[0] = nth
+            with pytest.raises(DeviceError, match=r"^no more threads can be started; .*ulimit -u"):
+                run()
+            assert threading.active_count() == before
+    finally:
+        torch.set_num_threads(1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def live_tensors():
+    return {id(each) for each in gc.get_objects() if issubclass(type(each), torch.Tensor)}
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_nothing_of_a_run_that_lacked_memory_is_alive(cores, model, tmp_path):
+    """Where the error is caught, and without a look for cycles: there a caller tries again."""
+    torch.set_num_threads(cores)
+    gc.collect()
+    gc.disable()
+    try:
+        for run in uses(model, tmp_path / "a.pt"):
+            handle = short_of_memory(model, 3)
+            before = live_tensors()
+            try:
+                run()
+            except DeviceError:
+                assert live_tensors() <= before
+            else:
+                raise AssertionError
+            handle.remove()
+    finally:
+        gc.enable()
+        torch.set_num_threads(1)
+
+
+def test_want_of_memory_names_the_batch_size(model, tmp_path):
+    short_of_memory(model, 0)
+    for run in uses(model, tmp_path / "a.pt"):
+        with pytest.raises(DeviceError, match=r"out of device memory at batch_size=8.*=4$"):
             run()
     assert list(tmp_path.iterdir()) == []
 
@@ -126,7 +265,7 @@ def test_want_of_memory_in_the_middle_says_what_is_kept_and_the_way_out(
     target = tmp_path / "a.pt"
     with pytest.raises(DeviceError, match="try batch_size=4 and overwrite=True") as caught:
         dump(model, DEMO_POOL, target, **OPTIONS)
-    assert any("--resume" in note for note in caught.value.__notes__)
+    assert any("the same call again does the rest" in note for note in caught.value.__notes__)
     handle.remove()
     dump(model, DEMO_POOL, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
 
@@ -194,7 +333,7 @@ def test_a_directory_that_fails_to_be_flushed_after_the_rename(tmp_path, monkeyp
     assert file.suspend() == 0
     assert target.exists()
     monkeypatch.undo()
-    write_dump(target, described, resume=True)
+    write_dump(target, described)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 

@@ -62,7 +62,8 @@ class CommandServer:
             log: where all that it prints goes; made when the command itself begins.
             command: its name.
             environment: variables set beside those of this process.
-            limits: resource limits by their names in `resource`.
+            limits: resource limits by their names in `resource`; RLIMIT_DATA beyond what the server
+                holds already.
             sync_interval: seconds between flushes of the output, in place of the command's own.
         """
         log.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import dump_activations.api  # imports torch
@@ -57,7 +58,8 @@ def run(request: dict[str, Any]) -> None:
     if request["sync_interval"] is not None:
         durability.SYNC_INTERVAL = request["sync_interval"]
     for name, limit in request["limits"].items():
-        resource.setrlimit(getattr(resource, name), (limit, limit))
+        used = used_memory() if name == "RLIMIT_DATA" else 0
+        resource.setrlimit(getattr(resource, name), (used + limit, used + limit))
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -73,6 +75,12 @@ def run(request: dict[str, Any]) -> None:
     if code < 0:
         die_of(-code)
     os._exit(code)
+
+
+def used_memory() -> int:
+    """Return the bytes that count for RLIMIT_DATA."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmData:")[2].split()[0])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-/* A library to preload: fails or kills the process in a chosen system call on a chosen file.
+/* A library to preload: fails, kills the process in or traces chosen system calls on chosen files.
  *
  * FAULT=<call>:<nth>:<action>:<part of the path>
  *   call    pwrite, write, sync (fsync and fdatasync), rename, unlink, truncate, allocate, or any
  *   nth     counted from 1 over the calls that match, in all threads; 0 for every one of them
  *   action  kill; short (half of a write is done); or the number of an errno
+ *
+ * TRACE=<log>:<part of the path>
+ *   appends a line for each write, when it is done, and for each fsync, fdatasync and rename, when
+ *   it begins: call, offset (-1 where there is none), length, path
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -38,44 +42,71 @@ static int decide(const char *call, const char *path) {
     return FAIL;
 }
 
-static int decide_fd(const char *call, int fd) {
-    char link[64], path[4096];
+static int path_of(int fd, char *path, size_t size) {
+    char link[64];
     ssize_t length;
-    if (!getenv("FAULT"))
-        return GO_ON;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    length = readlink(link, path, sizeof path - 1);
+    length = readlink(link, path, size - 1);
     if (length < 0)
-        return GO_ON;
+        return 0;
     path[length] = 0;
-    return decide(call, path);
+    return 1;
+}
+
+static int decide_fd(const char *call, int fd) {
+    char path[4096];
+    return getenv("FAULT") && path_of(fd, path, sizeof path) ? decide(call, path) : GO_ON;
+}
+
+static void trace(const char *call, const char *path, long long at, long long length) {
+    char log[4096], part[4096];
+    const char *wanted = getenv("TRACE");
+    int saved = errno, fd;
+    if (!wanted || sscanf(wanted, "%4095[^:]:%4095[^\n]", log, part) != 2 || !strstr(path, part))
+        return;
+    fd = open(log, O_WRONLY | O_CREAT | O_APPEND, 0600);
+    dprintf(fd, "%s %lld %lld %s\n", call, at, length, path);
+    close(fd);
+    errno = saved;
+}
+
+static void trace_fd(const char *call, int fd, long long at, long long length) {
+    char path[4096];
+    if (getenv("TRACE") && path_of(fd, path, sizeof path))
+        trace(call, path, at, length);
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-#define WRITE(name, call, parameters, arguments)                                                   \
+#define WRITE(name, call, parameters, arguments, at)                                               \
     ssize_t name parameters {                                                                      \
+        ssize_t done;                                                                              \
         switch (decide_fd(call, fd)) {                                                             \
         case FAIL: return -1;                                                                      \
         case SHORT: length = (length + 1) / 2;                                                     \
         }                                                                                          \
-        return REAL(name) arguments;                                                               \
+        done = REAL(name) arguments;                                                               \
+        trace_fd(call, fd, at, done);                                                              \
+        return done;                                                                               \
     }
 
 #define ON_FD(name, call, parameters, arguments)                                                   \
     int name parameters {                                                                          \
+        trace_fd(#name, fd, -1, 0);                                                                \
         return decide_fd(call, fd) == FAIL ? -1 : REAL(name) arguments;                            \
     }
 
 #define ON_PATH(name, call, parameters, arguments)                                                 \
     int name parameters {                                                                          \
+        trace(#name, path, -1, 0);                                                                 \
         return decide(call, path) == FAIL ? -1 : REAL(name) arguments;                             \
     }
 
-WRITE(write, "write", (int fd, const void *data, size_t length), (fd, data, length))
-WRITE(pwrite, "pwrite", (int fd, const void *data, size_t length, off_t at), (fd, data, length, at))
+WRITE(write, "write", (int fd, const void *data, size_t length), (fd, data, length), -1)
+WRITE(pwrite, "pwrite", (int fd, const void *data, size_t length, off_t at), (fd, data, length, at),
+      at)
 WRITE(pwrite64, "pwrite", (int fd, const void *data, size_t length, off64_t at),
-      (fd, data, length, at))
+      (fd, data, length, at), at)
 ON_FD(fsync, "sync", (int fd), (fd))
 ON_FD(fdatasync, "sync", (int fd), (fd))
 ON_FD(ftruncate, "truncate", (int fd, off_t size), (fd, size))

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -36,6 +37,36 @@ def test_pieces_land_in_their_places(cores, demo_checkpoint, demo_pool, tmp_path
             found.numpy(key), expected.numpy(key), rtol=0, atol=1e-5 * scale, err_msg=key
         )
     assert np.array_equal(found.numpy("boards"), expected.numpy("boards"))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_batches_smaller_than_the_cores(batch, cores, demo_checkpoint, demo_pool):
+    options = {"outputs": ["pooled"], "n_samples": 9} | CPU
+    batches = [*stream(demo_checkpoint, demo_pool, batch_size=batch, **options)]
+    (whole,) = stream(demo_checkpoint, demo_pool, batch_size=9, **options)
+    assert [len(each.indices) for each in batches][:-1] == [batch] * (-(-9 // batch) - 1)
+    found = torch.cat([each["pooled"] for each in batches])
+    torch.testing.assert_close(found, whole["pooled"], rtol=1e-5, atol=1e-5)
+
+
+def threads_of_a_fresh_thread():
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(torch.get_num_threads).result()
+
+
+def test_the_callers_thread_count_is_as_before(cores, demo_checkpoint, demo_pool, tmp_path):
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    dump(demo_checkpoint, demo_pool, tmp_path / "a.pt", n_samples=N, **CPU)
+    assert threads_of_a_fresh_thread() == torch.get_num_threads() == cores
+    batches = stream(demo_checkpoint, demo_pool, n_samples=N, batch_size=BATCH, **CPU)
+    next(batches)
+    batches.close()
+    assert threads_of_a_fresh_thread() == torch.get_num_threads() == cores
+    with pytest.raises(KeyboardInterrupt):
+        dump(demo_checkpoint, demo_pool, write=False, n_samples=N, progress=fail, **CPU)
+    assert threads_of_a_fresh_thread() == torch.get_num_threads() == cores
 
 
 def test_several_threads_run_the_model(cores, demo_checkpoint, demo_pool):

@@ -79,6 +79,19 @@ def test_a_full_disk_is_found_where_no_space_can_be_reserved(small_disk, monkeyp
     assert list(small_disk.iterdir()) == []
 
 
+def test_a_resumed_file_needs_no_second_space_where_none_can_be_reserved(small_disk, monkeypatch):
+    monkeypatch.setattr(_rust, "reserve", make_sparse)
+    dump = small_dump(rows=5000, batch_rows=1000)  # two thirds of the disk
+    target = small_disk / "x.npz"
+    with open_file(target, dump) as file:
+        write_batches(file, dump, dump.first_rows[:4])
+    with open_file(target, dump) as file:
+        assert file.resumed_rows == 4000
+        write_whole_tensors(file, dump)
+        write_batches(file, dump, dump.first_rows[4:])
+        file.commit()
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
 def test_a_disk_that_fills_up_meanwhile(small_disk, monkeypatch, suffix):
     monkeypatch.setattr(_rust, "reserve", lambda fd, size: make_sparse(fd, size) or True)
@@ -179,7 +192,7 @@ def test_a_failed_run_can_be_resumed(tmp_path, monkeypatch):
         with pytest.raises(OutputError, match="Input/output error"):
             write_dump(target, dump, threads=1)
     assert not target.exists()
-    with open_file(target, dump, resume=True) as file:
+    with open_file(target, dump) as file:
         assert 0 < file.resumed_rows < dump.rows
         write_whole_tensors(file, dump)
         write_batches(file, dump, range(file.resumed_rows, dump.rows, dump.batch_rows))

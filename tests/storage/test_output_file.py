@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dump_activations.chunks import Chunk
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.writing import writers as writers_module
 from dump_activations.storage.writing.output_file import OutputFile
-from dump_activations.storage.writing.partial import check_output
+from dump_activations.storage.writing.targets import check_output, journal_path
 from dump_activations.storage.writing.writers import WriterPool
 from output_support import (
     SUFFIXES,
@@ -86,7 +87,7 @@ def test_a_second_dump_to_one_target_is_refused(tmp_path):
     dump = small_dump()
     target = tmp_path / "x.safetensors"
     with open_file(target, dump) as file:
-        for options in ({}, {"resume": True}, {"overwrite": True}):
+        for options in ({}, {"overwrite": True}):
             with (
                 no_new_descriptors(),
                 pytest.raises(OutputError, match=r"another dump to .*x\.safetensors is running"),
@@ -117,15 +118,6 @@ def test_a_target_that_is_a_link_is_written_through_it(tmp_path):
     assert real.is_file()
 
 
-def test_a_link_planted_where_the_partial_file_goes_is_not_followed(tmp_path):
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    (tmp_path / "x.pt.partial").symlink_to(victim)
-    with no_new_descriptors(), pytest.raises(OutputError, match=r"x\.pt\.partial"):
-        open_file(tmp_path / "x.pt", small_dump(), overwrite=True)
-    assert victim.read_text() == "precious"
-
-
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -141,11 +133,159 @@ def test_a_target_that_is_something_else_is_refused(tmp_path, make, reason):
     assert names_in(tmp_path) == {"x.pt"}
 
 
-def test_a_directory_that_is_missing_is_refused(tmp_path):
-    with pytest.raises(OutputError, match="nowhere is no directory"):
-        open_file(tmp_path / "nowhere" / "x.pt", small_dump())
-    with pytest.raises(OutputError, match="nowhere is no directory"):
-        check_output(tmp_path / "nowhere" / "x.pt", ["float32"])
+def test_missing_directories_are_made_with_the_file(tmp_path):
+    target = tmp_path / "not" / "there" / "x.SafeTensors"
+    check_output(target, ["float32"])
+    assert names_in(tmp_path) == set()
+    write_dump(target, small_dump())
+    other = write_dump(tmp_path / "x.safetensors", small_dump())
+    assert target.read_bytes() == other.read_bytes()
+
+
+def in_a_loop(directory: Path) -> Path:
+    (directory / "x.pt").symlink_to("x.pt")
+    return directory / "x.pt"
+
+
+def below_a_file(directory: Path) -> Path:
+    (directory / "file").touch()
+    return directory / "file" / "deep" / "x.pt"
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        (lambda directory: directory / ("d" * 300) / "x.pt", "File name too long"),
+        (lambda directory: Path(f"{directory}{'/d' * 3000}/x.pt"), "File name too long"),
+        (in_a_loop, "is not an ordinary file"),
+        (below_a_file, "Not a directory"),
+    ],
+    ids=["long-name", "long-path", "loop", "below-a-file"],
+)
+def test_a_path_that_leads_nowhere_is_refused(tmp_path, place, reason):
+    target = place(tmp_path)
+    for use in (lambda: check_output(target, ["uint8"]), lambda: open_file(target, small_dump())):
+        with pytest.raises(OutputError, match=reason) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_write_protected_target_is_refused(tmp_path):
+    target = tmp_path / "x.pt"
+    target.write_text("old")
+    target.chmod(0o444)
+    with pytest.raises(OutputError, match=r"x\.pt is write-protected"):
+        open_file(target, small_dump())
+    assert names_in(tmp_path) == {"x.pt"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_mode_is_that_of_the_replaced_file_or_of_any_new_one(tmp_path, umask):
+    dump = small_dump()
+    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
+    old.touch()
+    old.chmod(0o640)
+    before = os.umask(umask)
+    try:
+        for target in (old, new):
+            with open_file(target, dump) as file:
+                write_whole_tensors(file, dump)
+                write_batches(file, dump, dump.first_rows)
+                for path in (file.partial, journal_path(target)):
+                    assert path.stat().st_mode & 0o777 == 0o600
+                file.commit()
+    finally:
+        os.umask(before)
+    assert old.stat().st_mode & 0o777 == 0o640
+    assert new.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("spelling", ["itself", "link", "hard-link", "dots"])
+def test_an_input_is_no_output(tmp_path, spelling):
+    read = tmp_path / "run.pt"
+    read.write_text("weights")
+    target = tmp_path / "x.pt"
+    match spelling:
+        case "itself":
+            target = read
+        case "link":
+            target.symlink_to(read)
+        case "hard-link":
+            target.hardlink_to(read)
+        case "dots":
+            target = tmp_path / ".." / tmp_path.name / "run.pt"
+    with pytest.raises(InvalidArgumentError, match=r"is read by this run"):
+        open_file(target, small_dump(), inputs=[tmp_path / "another.pt", read])
+    assert read.read_text() == "weights"
+
+
+def test_a_name_that_must_not_appear_is_no_output(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="would be taken for"):
+        check_output(tmp_path / "link" / "x.pt", [], inputs=[tmp_path / "x.pt"])
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("ending", ["commit", "suspend"])
+def test_a_partial_file_removed_meanwhile_is_an_error(tmp_path, ending, replaced):
+    """And what has taken its name is neither published nor removed."""
+    dump = small_dump()
+    target = tmp_path / "x.pt"
+    target.write_text("old")
+    file = open_file(target, dump)
+    write_whole_tensors(file, dump)
+    file.partial.unlink()
+    if replaced:
+        file.partial.write_text("another's")
+
+    def finish() -> None:
+        write_batches(file, dump, dump.first_rows)
+        file.commit()
+
+    with pytest.raises(OutputError, match="nothing is kept"):
+        finish()
+    if ending == "suspend":
+        assert file.suspend() == 0
+    else:
+        file.discard()
+    left = {"x.pt", "x.pt.partial"} if replaced else {"x.pt"}
+    assert names_in(tmp_path) == left
+    assert target.read_text() == "old"
+
+
+def test_a_partial_file_replaced_just_before_the_rename_is_not_published(tmp_path):
+    dump = small_dump()
+    target = tmp_path / "x.pt"
+    with open_file(target, dump) as file:
+        write_whole_tensors(file, dump)
+        write_batches(file, dump, dump.first_rows)
+        file._stop_sync()
+        file.partial.rename(tmp_path / "aside")
+        file.partial.write_text("another's")
+        with pytest.raises(OutputError, match="nothing is kept"):
+            file.commit()
+    assert names_in(tmp_path) == {"aside", "x.pt.partial"}
+
+
+def test_direct_writes_go_to_the_file_that_was_opened(tmp_path, monkeypatch):
+    """Whatever has taken its name when it is opened once more."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(bytes(1 << 20))
+    supports_direct = _rust.supports_direct
+
+    def exchange(fd: int) -> bool:
+        partial = tmp_path / "x.safetensors.partial"
+        partial.rename(tmp_path / "aside")
+        partial.symlink_to(victim)
+        return supports_direct(fd)
+
+    monkeypatch.setattr(_rust, "supports_direct", exchange)
+    dump = make_dump({"boards": ("uint8", (1 << 20, 1))}, batched=["boards"], batch_rows=1 << 20)
+    with open_file(tmp_path / "x.safetensors", dump) as file:
+        if file._file._direct is None:
+            pytest.skip("no direct writes here")
+        file.write_span(0, "boards", 0, dump.data["boards"])
+    assert victim.read_bytes() == bytes(1 << 20)
 
 
 @pytest.mark.parametrize("length", [255, 247, 239, 236])
@@ -293,6 +433,34 @@ def test_the_first_error_surfaces_as_itself_with_all_memory_given_back(
     assert set(slots.given_back.values()) == {1}
     assert threading.active_count() == threads_before
     assert target.read_text() == "old"
+
+
+def test_a_writers_error_stops_the_next_submit(tmp_path, monkeypatch):
+    """A caller that never runs out of memory to hand over would go on to the end otherwise."""
+    dump = small_dump(rows=400)
+    failed = threading.Event()
+
+    def failing_write(*_):
+        failed.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def submit_all(writers: WriterPool) -> None:
+        for first_row in dump.first_rows:
+            submitted.append(first_row)
+            writers.submit(first_row, dump.batch(first_row), done=lambda: None)
+            failed.wait()
+            while writers._error is None:
+                time.sleep(0.001)
+
+    submitted: list[int] = []
+    monkeypatch.setattr(_rust, "write_span", failing_write)
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        open_file(tmp_path / "x.pt", dump) as file,
+        WriterPool(file, threads=1) as writers,
+    ):
+        submit_all(writers)
+    assert submitted == [0, 4]
 
 
 def test_an_error_of_the_caller_is_not_covered_up(tmp_path):

@@ -1,7 +1,10 @@
 """Files of every format, opened by their ordinary readers and tools."""
 
+import io
 import json
+import pickle
 import shutil
+import struct
 import subprocess
 import tempfile
 import zipfile
@@ -18,7 +21,9 @@ from safetensors import safe_open
 from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.errors import InvalidArgumentError
 from dump_activations.storage.digests import Digest, integrity_text, parse_integrity
+from dump_activations.storage.formats.pt_pickle import dump_pickle
 from dump_activations.storage.formats.registry import FORMATS, format_of
+from dump_activations.storage.formats.zip_layout import Member, zip_layout
 from output_support import SUFFIXES, Dump, dumps, make_dump, small_dump, write_dump
 
 NUMPY_DTYPES = [dtype for dtype in DTYPES if dtype != "bfloat16"]
@@ -157,10 +162,51 @@ def test_the_layout_does_not_depend_on_what_is_known_last(drawn, data):
     assert (first.size, first.offsets) == (final.size, final.offsets)
 
 
+@pytest.mark.parametrize("counts", [(10, 10), (0, 20), (20, 0), (9, 11)])
+def test_counts_of_most_digits_fit_into_the_text_that_holds_their_place(counts):
+    spec = TensorSpec("hidden", "float32", (4, 5))
+    digest = Digest(0, 2**32 - 1, *counts)
+    text = integrity_text([spec], {}, {"hidden": digest})
+    assert len(text) == len(integrity_text([spec], {}, None))
+    assert parse_integrity(text) == {"hidden": digest}
+
+
+@pytest.mark.parametrize("length", [2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40])
+def test_lengths_of_31_bits_and_more_in_a_pickle(length):
+    """As Python's own unpickler reads them; the four-byte integers of a pickle have a sign."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            return lambda *arguments: arguments
+
+        def persistent_load(self, pid):
+            return pid
+
+    spec = TensorSpec("hidden", "uint8", (3, length))
+    (tensor, _metadata) = (
+        Unpickler(io.BytesIO(dump_pickle([spec], {}, {"hidden": "0"}))).load().values()
+    )
+    storage, _offset, shape, strides, *_ = tensor
+    assert storage[-1] == 3 * length
+    assert (shape, strides) == ((3, length), (length, 1))
+
+
+def test_an_archive_of_more_members_than_16_bits_count():
+    count = (1 << 16) + 3
+    archive = io.BytesIO()
+    for offset, piece in zip_layout([Member(f"{i}", b"") for i in range(count)]).skeleton:
+        archive.seek(offset)
+        archive.write(piece)
+    end = archive.getvalue().rindex(b"PK\6\6")
+    counts = struct.unpack_from("<2Q", archive.getvalue(), end + 24)  # APPNOTE 4.3.14
+    assert counts == (count, count)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_tensors_beyond_4_gib(tmp_path, suffix):
+@pytest.mark.parametrize("nbytes", [(2 << 30) + 5000, (4 << 30) + 5000])
+def test_tensors_beyond_2_and_4_gib(tmp_path, suffix, nbytes):
     """A sparse file stands for the data, whose ends and neighbours are looked at."""
-    large = TensorSpec("large", "uint8", ((4 << 30) + 5000, 1))
+    large = TensorSpec("large", "uint8", (nbytes, 1))
     before = TensorSpec("before", "float32", (3,))
     after = TensorSpec("after", "uint8", (4096,))
     values = {"before": np.arange(3, dtype=np.float32), "after": np.arange(4096).astype(np.uint8)}
@@ -189,7 +235,7 @@ def test_tensors_beyond_4_gib(tmp_path, suffix):
     else:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in values}
-            assert arrays.zip.getinfo("large.npy").file_size > 4 << 30
+            assert arrays.zip.getinfo("large.npy").file_size > nbytes
         last_large = np.memmap(path, np.uint8, "r", layout.offsets["large"], large.shape)[-2:]
     assert last_large.ravel().tolist() == [0, 7]
     for name, value in values.items():

@@ -1,7 +1,9 @@
 """`inspect-activations`: what it lists, the damage it finds, and files that are no dumps."""
 
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,8 +20,16 @@ from safetensors.torch import save_file
 from dump_activations.commands.inspect import main
 from dump_activations.errors import OutputError
 from dump_activations.storage.formats.pt_pickle import load_pickle
+from dump_activations.storage.reading import inspection as reading
 from dump_activations.storage.reading.inspection import find_damage, inspect
-from output_support import SUFFIXES, make_dump, small_dump, write_dump
+from output_support import (
+    SUFFIXES,
+    make_dump,
+    open_file,
+    small_dump,
+    write_batches,
+    write_dump,
+)
 
 DUMP = small_dump()
 
@@ -142,6 +152,12 @@ def test_damage_is_one_line_and_exit_1(files, tmp_path, capsys):
         (["missing.pt"], 1),
         (["directory.npz"], 1),
         (["empty.safetensors"], 1),
+        (["empty.pt"], 1),
+        (["empty.npz", "--verify"], 1),
+        (["x.npz.partial"], 2),
+        (["unfinished.safetensors"], 1),
+        (["unfinished.pt", "--verify"], 1),
+        (["unfinished.npz"], 1),
         (["text.pt"], 1),
         (["text.npz", "--verify"], 1),
         (["text.safetensors", "--json"], 1),
@@ -150,8 +166,11 @@ def test_damage_is_one_line_and_exit_1(files, tmp_path, capsys):
 def test_wrong_calls_and_files_end_in_one_line(tmp_path, monkeypatch, capsys, arguments, code):
     monkeypatch.chdir(tmp_path)
     Path("directory.npz").mkdir()
-    Path("empty.safetensors").touch()
     for suffix in SUFFIXES:
+        Path(f"empty{suffix}").touch()
+        with open_file(Path(f"x{suffix}"), DUMP) as file:
+            write_batches(file, DUMP, DUMP.first_rows)
+        shutil.copy(f"x{suffix}.partial", f"unfinished{suffix}")
         Path(f"text{suffix}").write_text("a text is no dump\n" * 20)
     assert main(arguments) == code
     output, errors = capsys.readouterr()
@@ -159,6 +178,36 @@ def test_wrong_calls_and_files_end_in_one_line(tmp_path, monkeypatch, capsys, ar
     assert len(errors.splitlines()) == 1
     if len(arguments) == 1:
         assert arguments[0] in errors
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_replaced_by_a_shorter_one(tmp_path, suffix):
+    """Between the two readings of it: what the headers said holds of it no more."""
+    path = write_dump(tmp_path / f"x{suffix}", DUMP)
+    inspection = inspect(path)
+    write_dump(path, small_dump(rows=5))
+    with pytest.raises(OutputError, match="another file than it was"):
+        find_damage(inspection, threads=2)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OutputError, match="not an ordinary file"):
+        find_damage(inspection, threads=2)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("when", ["digest_span", "combine_crc32"])
+def test_a_file_cut_short_while_it_is_verified(tmp_path, monkeypatch, suffix, when):
+    """Before the data of a tensor is read, or after that of all, before the skeleton is."""
+    path = write_dump(tmp_path / f"x{suffix}", DUMP)
+    read = getattr(reading._rust, when)
+
+    def cut_then_read(*arguments):
+        os.truncate(path, 100)
+        return read(*arguments)
+
+    monkeypatch.setattr(reading._rust, when, cut_then_read)
+    result = damage(path)
+    assert isinstance(result, OutputError) or "structure" in result
 
 
 def test_files_of_other_writers_are_listed_but_not_verified(tmp_path, capsys):
@@ -204,7 +253,7 @@ def test_a_pickle_runs_no_code(tmp_path):
     torch.save({"hidden": Exploit(tmp_path / "touched"), "metadata": {}}, path)
     error = damage(path)
     assert isinstance(error, OutputError)
-    assert "it names " in str(error)
+    assert "its data.pkl is no dict of tensors" in str(error)
     assert not (tmp_path / "touched").exists()
 
 

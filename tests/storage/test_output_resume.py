@@ -1,21 +1,23 @@
 """Unfinished files: reported, resumed to the byte, or dropped."""
 
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dump_activations import _rust
 from dump_activations.errors import OutputError
-from dump_activations.storage.writing import resume
-from dump_activations.storage.writing.journal import read_journal
-from dump_activations.storage.writing.partial import journal_path, partial_path
+from dump_activations.storage.writing.targets import journal_path, partial_path
 from output_support import (
     SUFFIXES,
     Dump,
@@ -49,7 +51,7 @@ def test_a_resumed_file_is_that_of_an_unbroken_run(tmp_path, suffix, batches):
     interrupt(target, DUMP.first_rows[:batches])
     assert not target.exists()
     written = min(batches * DUMP.batch_rows, DUMP.rows)
-    with no_new_descriptors(), open_file(target, DUMP, resume=True) as file:
+    with no_new_descriptors(), open_file(target, DUMP) as file:
         assert file.resumed_rows == written
         write_whole_tensors(file, DUMP)
         write_batches(file, DUMP, range(written, DUMP.rows, DUMP.batch_rows))
@@ -62,11 +64,11 @@ def test_a_run_may_be_interrupted_and_resumed_many_times(tmp_path):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP.first_rows[:1])
     for batch in range(1, len(DUMP.first_rows)):
-        with open_file(target, DUMP, resume=True) as file:
+        with open_file(target, DUMP) as file:
             assert file.resumed_rows == DUMP.first_rows[batch]
             write_batches(file, DUMP, DUMP.first_rows[batch : batch + 1])
             assert file.suspend() == min(DUMP.rows, (batch + 1) * DUMP.batch_rows)
-    write_dump(target, DUMP, resume=True)
+    write_dump(target, DUMP)
     assert target.read_bytes() == unbroken_bytes(".pt")
 
 
@@ -76,14 +78,10 @@ def test_batches_past_a_gap_are_written_again(tmp_path):
     with open_file(target, DUMP) as file:
         write_batches(file, DUMP, order)
         assert file.suspend() == 3 * DUMP.batch_rows
-    with open_file(target, DUMP, resume=True) as file:
+    with open_file(target, DUMP) as file:
         assert file.resumed_rows == 3 * DUMP.batch_rows
-    write_dump(target, DUMP, resume=True)
+    write_dump(target, DUMP)
     assert target.read_bytes() == unbroken_bytes(".npz")
-
-
-def test_resume_without_anything_left_is_a_fresh_run(tmp_path):
-    assert write_dump(tmp_path / "x.pt", DUMP, resume=True).read_bytes() == unbroken_bytes(".pt")
 
 
 def test_a_journal_without_its_file_counts_for_nothing(tmp_path):
@@ -91,29 +89,28 @@ def test_a_journal_without_its_file_counts_for_nothing(tmp_path):
     interrupt(target, DUMP.first_rows[:5])
     partial_path(target).unlink()
     for dump in (DUMP, small_dump(rows=7)):
-        with open_file(target, dump, resume=True) as file:
+        with open_file(target, dump) as file:
             assert file.resumed_rows == 0
         assert not partial_path(target).exists()
 
 
-def test_a_leftover_is_reported_and_kept(tmp_path):
+def test_a_leftover_without_a_journal_is_started_anew(tmp_path):
     target = tmp_path / "x.safetensors"
+    partial_path(target).write_bytes(bytes(1 << 20))  # larger than the file will be
+    with open_file(target, DUMP) as file:
+        assert (file.resumed_rows, file.unusable) == (0, "it has no journal")
+    partial_path(target).write_bytes(bytes(1 << 20))
+    assert write_dump(target, DUMP).read_bytes() == unbroken_bytes(".safetensors")
+
+
+def test_a_leftover_without_a_whole_batch_is_started_anew(tmp_path):
+    target = tmp_path / "x.npz"
     interrupt(target, DUMP.first_rows[:5])
-    with no_new_descriptors(), pytest.raises(OutputError) as caught:
-        open_file(target, DUMP)
-    assert "20 of 95 boards" in str(caught.value)
-    assert "--resume" in str(caught.value)
-    assert "--overwrite" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    write_dump(target, DUMP, resume=True)
-
-
-def test_a_leftover_without_a_journal_is_reported(tmp_path):
-    target = tmp_path / "x.safetensors"
-    partial_path(target).write_text("someone's")
-    with pytest.raises(OutputError, match="left over"):
-        open_file(target, DUMP)
-    assert partial_path(target).read_text() == "someone's"
+    size = partial_path(target).stat().st_size
+    partial_path(target).write_bytes(b"\xff" * size)
+    with open_file(target, DUMP) as file:
+        assert (file.resumed_rows, file.unusable) == (0, "no batch of it is whole")
+        assert partial_path(target).read_bytes() == bytes(size)
 
 
 def test_overwrite_drops_a_leftover(tmp_path):
@@ -125,21 +122,24 @@ def test_overwrite_drops_a_leftover(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
-def test_other_work_is_not_resumed(tmp_path):
+def test_other_work_is_not_resumed_and_named(tmp_path):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP.first_rows[:5])
     partial = partial_path(target).read_bytes()
     journal = journal_path(target).read_bytes()
-    for dump, fingerprint in [
-        (DUMP, "other weights"),
-        (small_dump(rows=95, batch_rows=5), "work"),
-        (small_dump(rows=96), "work"),
+    seed = replace(DUMP, metadata=DUMP.metadata | {"seed": "7"})
+    for dump, fingerprint, named in [
+        (DUMP, "other", "work (work there, other here);"),
+        (seed, "work", "seed (0 there, 7 here);"),
+        (small_dump(rows=95, batch_rows=5), "work", "batch_size (4 there, 5 here);"),
+        (small_dump(rows=96), "work", "the tensors;"),
     ]:
-        with (
-            no_new_descriptors(),
-            pytest.raises(OutputError, match=r"x\.pt\.partial is left over from another dump"),
-        ):
-            open_file(target, dump, fingerprint=fingerprint, resume=True)
+        with no_new_descriptors(), pytest.raises(OutputError) as caught:
+            open_file(target, dump, fingerprint=fingerprint)
+        assert f"x.pt.partial is left over from other work, which differs in {named}" in str(
+            caught.value
+        )
+        assert "--overwrite" in caught.value.flags_text
     assert partial_path(target).read_bytes() == partial
     assert journal_path(target).read_bytes() == journal
 
@@ -157,50 +157,141 @@ def test_a_journal_cut_short_or_damaged_anywhere_costs_no_more_than_batches(data
         else:
             del journal[place:]
         journal_path(target).write_bytes(journal)
-        left = read_journal(journal_path(target))
-        if left is not None:
-            assert len(left[1]) <= 9
-        write_dump(target, DUMP, resume=True)
+        with open_file(target, DUMP) as file:
+            assert file.resumed_rows <= 9 * DUMP.batch_rows
+        write_dump(target, DUMP)
         assert target.read_bytes() == unbroken_bytes(".npz")
 
 
 @pytest.mark.parametrize(
-    "record", [b"null", b"[]", b"{}", b'"x"', b'{"work": 1, "tensors": 2}', b"[[[[[[", b"\xff"]
+    "record",
+    [
+        b"null",
+        b"[]",
+        b"{}",
+        b'"x"',
+        b'{"work": 1, "tensors": 2}',
+        b"[[[[[[",
+        b"[" * 500_000,
+        b"\xff",
+    ],
+    ids=range(8),
 )
 def test_a_journal_of_something_else_counts_for_nothing(tmp_path, record):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP.first_rows[:5])
     journal_path(target).write_bytes(record + b" %08x\n" % zlib.crc32(record))
-    with open_file(target, DUMP, resume=True) as file:
-        assert file.resumed_rows == 0
+    with open_file(target, DUMP) as file:
+        assert (file.resumed_rows, file.unusable) == (0, "its journal is damaged")
+
+
+def test_a_batch_of_other_length_than_the_journal_may_hold_is_not_taken(tmp_path):
+    target = tmp_path / "x.pt"
+    interrupt(target, DUMP.first_rows[:5])
+    header, *entries = journal_path(target).read_bytes().split(b"\n")
+    batch = json.loads(entries[1].rpartition(b" ")[0])
+    for field, value in ((0, -1), (0, 10**30), (1, "x"), (2, None), (3, 1.5)):
+        changed = [batch[0], [*batch[1][:field], value, *batch[1][field + 1 :]], *batch[2:]]
+        record = json.dumps(changed).encode()
+        line = record + b" %08x" % zlib.crc32(record)
+        (tmp_path / "journal").write_bytes(b"\n".join([header, entries[0], line, *entries[2:]]))
+        (tmp_path / "partial").write_bytes(partial_path(target).read_bytes())
+        for name, path in (("journal", journal_path(target)), ("partial", partial_path(target))):
+            (tmp_path / name).chmod(0o600)
+            path.unlink(missing_ok=True)
+            (tmp_path / name).rename(path)
+        with open_file(target, DUMP) as file:
+            assert file.resumed_rows == batch[0] * DUMP.batch_rows
+        journal_path(target).unlink()
+        interrupt(target, DUMP.first_rows[:5])
+
+
+def test_a_journal_longer_than_its_batches_is_not_read(tmp_path, monkeypatch):
+    target = tmp_path / "x.pt"
+    interrupt(target, DUMP.first_rows[:5])
+    os.truncate(journal_path(target), 60 << 30)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, limit[1]))
+    try:
+        with open_file(target, DUMP) as file:
+            assert (file.resumed_rows, file.unusable) == (0, "its journal is damaged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 @settings(max_examples=40)
 @given(st.data())
-def test_damage_in_the_last_batches_is_found_and_made_good(data):
+def test_damage_in_any_batch_is_found_and_made_good(data):
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory) / "x.pt"
         interrupt(target, DUMP.first_rows[:20])
-        with open_file(target, DUMP, resume=True) as file:
+        with open_file(target, DUMP) as file:
             offsets = dict(file._layout.offsets)
         spec = data.draw(st.sampled_from([s for s in DUMP.specs if s.name in DUMP.batched]))
-        first_row = DUMP.first_rows[20 - resume.CHECKED]
-        row = data.draw(st.integers(first_row, 20 * DUMP.batch_rows - 1))
+        row = data.draw(st.integers(0, 20 * DUMP.batch_rows - 1))
         place = offsets[spec.name] + row * spec.row_nbytes
-        partial = bytearray(partial_path(target).read_bytes())
-        partial[place + data.draw(st.integers(0, spec.row_nbytes - 1))] ^= 1
-        partial_path(target).write_bytes(partial)
-        with open_file(target, DUMP, resume=True) as file:
+        with partial_path(target).open("r+b") as partial:
+            partial.seek(place + data.draw(st.integers(0, spec.row_nbytes - 1)))
+            (byte,) = partial.read(1)
+            partial.seek(-1, os.SEEK_CUR)
+            partial.write(bytes([byte ^ 1]))
+        with open_file(target, DUMP) as file:
             assert file.resumed_rows == row // DUMP.batch_rows * DUMP.batch_rows
-        write_dump(target, DUMP, resume=True)
+        write_dump(target, DUMP)
         assert target.read_bytes() == unbroken_bytes(".pt")
+
+
+def test_the_cache_is_dropped_before_batches_are_read_back(tmp_path, monkeypatch):
+    """It may hold what never came to the disk."""
+    target = tmp_path / "x.pt"
+    interrupt(target, DUMP.first_rows[:5])
+    calls = []
+    fadvise, digest_span = os.posix_fadvise, _rust.digest_span
+
+    def noted_fadvise(fd, offset, length, advice):
+        calls.append(("fadvise", os.fstat(fd).st_ino, offset, length, advice))
+        fadvise(fd, offset, length, advice)
+
+    def noted_digest(fd, *arguments):
+        calls.append(("read", os.fstat(fd).st_ino))
+        return digest_span(fd, *arguments)
+
+    monkeypatch.setattr(os, "posix_fadvise", noted_fadvise)
+    monkeypatch.setattr(_rust, "digest_span", noted_digest)
+    with open_file(target, DUMP):
+        inode = partial_path(target).stat().st_ino
+    assert calls[0] == ("fadvise", inode, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert calls[1:] == [("read", inode)] * (5 * len(DUMP.batched))
+
+
+def test_an_interruption_ends_the_reading_back(tmp_path, monkeypatch):
+    dump = small_dump(rows=400)
+    target = tmp_path / "x.pt"
+    interrupt(target, dump.first_rows, dump)
+    reads = []
+    digest_span = _rust.digest_span
+
+    def noted_digest(*arguments):
+        reads.append(1)
+        return digest_span(*arguments)
+
+    def check():
+        if reads:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_rust, "digest_span", noted_digest)
+    with no_new_descriptors(), pytest.raises(KeyboardInterrupt):
+        open_file(target, dump, check=check)
+    assert len(reads) < len(dump.first_rows)
+    with open_file(target, dump) as file:
+        assert file.resumed_rows == dump.rows
 
 
 def test_a_partial_file_of_another_size_counts_for_nothing(tmp_path):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP.first_rows[:5])
     os.truncate(partial_path(target), partial_path(target).stat().st_size - 1)
-    with open_file(target, DUMP, resume=True) as file:
+    with open_file(target, DUMP) as file:
         assert file.resumed_rows == 0
     assert not partial_path(target).exists()
 
@@ -212,8 +303,6 @@ def test_a_killed_run_is_resumed_from_its_journal(tmp_path, suffix):
 import os, signal, sys, time
 from pathlib import Path
 from dump_activations.storage.writing import durability
-from dump_activations.storage.writing.journal import read_journal
-from dump_activations.storage.writing.partial import journal_path
 from dump_activations.storage.writing.writers import WriterPool
 from output_support import open_file, small_dump, write_whole_tensors
 durability.SYNC_INTERVAL = 0
@@ -225,7 +314,7 @@ with open_file(target, dump) as file:
         for first_row in dump.first_rows[:15]:
             writers.submit(first_row, dump.batch(first_row), done=lambda: None)
         # Two writers: the first batch may reach the journal after others, which count for nothing.
-        while not ((left := read_journal(journal_path(target))) and left[1]):
+        while 0 not in file._journal.batches:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -233,7 +322,7 @@ with open_file(target, dump) as file:
         [sys.executable, "-c", script, str(target)], cwd=Path(__file__).parents[1], check=False
     )
     assert killed.returncode == -signal.SIGKILL
-    with open_file(target, DUMP, resume=True) as file:
+    with open_file(target, DUMP) as file:
         assert 0 < file.resumed_rows <= 15 * DUMP.batch_rows
-    write_dump(target, DUMP, resume=True)
+    write_dump(target, DUMP)
     assert target.read_bytes() == unbroken_bytes(suffix)

@@ -7,6 +7,7 @@ when a table or a bar is drawn.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from contextlib import contextmanager, suppress
@@ -14,15 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dump_activations.errors import DumpActivationsWarning, OutputError
+from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
+from dump_activations.units import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import Console
     from rich.table import Table
 
     from dump_activations.options import Progress
     from dump_activations.pipeline.summary import Summary
+
+
+# Where a bar is drawn, if one is: a line that went past its console would break it.
+_live: Console | None = None
+
+# More than any line is long.
+_UNLIMITED_WIDTH = 1 << 30
 
 
 def print_error(text: str) -> None:
@@ -41,9 +51,17 @@ def print_note(text: str) -> None:
 
 
 def _print_line(label: str, colour: str, text: str) -> None:
-    line = click.style(f"{label}: ", fg=colour, bold=True) + printable(" ".join(text.splitlines()))
+    text = printable(" ".join(text.splitlines()))
+    if _live is not None:
+        from rich.text import Text
+
+        _live.print(Text.assemble((f"{label}: ", f"bold {colour}"), text), soft_wrap=True)
+        return
+    label += ": "
+    if not os.environ.get("NO_COLOR"):
+        label = click.style(label, fg=colour, bold=True)
     with suppress(OSError):  # Nobody is left to be told.
-        click.echo(line, err=True)
+        click.echo(label + text, err=True)
 
 
 def printable(text: str) -> str:
@@ -53,10 +71,12 @@ def printable(text: str) -> str:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Print this package's warnings as one line each, and no one else's, inside the context."""
+    """Print this package's warnings and notes, a line each, and no one else's, in the context."""
 
     def show(message: Warning | str, *_more: Any, **_others: Any) -> None:
-        if isinstance(message, DumpActivationsWarning):
+        if isinstance(message, DumpActivationsNote):
+            print_note(message.flags_text)
+        elif isinstance(message, DumpActivationsWarning):
             print_warning(message.flags_text)
 
     with warnings.catch_warnings():
@@ -71,6 +91,7 @@ def progress_bar() -> Iterator[Progress | None]:
     if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
+    global _live  # noqa: PLW0603 -- there is one terminal
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -92,7 +113,11 @@ def progress_bar() -> Iterator[Progress | None]:
             rate = f"{speed:,.0f} boards/s" if speed else ""
             bar.update(task, completed=done, total=of, rate=rate)
 
-        yield update
+        _live = bar.console
+        try:
+            yield update
+        finally:
+            _live = None
 
 
 def print_summary(summary: Summary, *, as_json: bool) -> None:
@@ -104,23 +129,35 @@ def print_summary(summary: Summary, *, as_json: bool) -> None:
     try:
         if as_json:
             click.echo(json.dumps(summary.as_dict()))
-        elif sys.stdout is not None:
-            from rich.console import Console
-
-            Console().print(_speed_table(summary))
+        else:
+            print_titled(_title(summary), _speed_table(summary))
     except (OSError, UnicodeError) as error:
         done = f"{summary.output} is complete" if summary.output else "the run is done"
         raise OutputError(f"{done}, but its summary cannot be printed: {error}") from error
 
 
-def _speed_table(summary: Summary) -> Table:
-    from rich.table import Table
+def print_titled(title: str, *tables: Table) -> None:
+    """Print a line and tables on stdout; what is no terminal gets no line in pieces."""
+    if sys.stdout is None:
+        return
+    from rich.console import Console
     from rich.text import Text
 
+    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED_WIDTH)
+    console.print(Text(printable(title)), soft_wrap=True)
+    console.print(*tables)
+
+
+def _title(summary: Summary) -> str:
     where = str(summary.output) if summary.output else "nothing written"
     resumed = f" (and {summary.resumed_boards:,} resumed)" if summary.resumed_boards else ""
-    title = Text(printable(f"{summary.boards:,} boards{resumed}: {where}"))
-    table = Table(title=title, title_justify="left")
+    return f"{summary.boards:,} boards{resumed}: {where}"
+
+
+def _speed_table(summary: Summary) -> Table:
+    from rich.table import Table
+
+    table = Table()
     table.add_column("stage")
     for heading in ("seconds", "share of the run", "boards/s"):
         table.add_column(heading, justify="right")
@@ -137,11 +174,7 @@ def _speed_table(summary: Summary) -> Table:
     add("waiting for boards", summary.waiting_seconds)
     add("whole loop", summary.seconds, "bold")
     table.caption = (
-        f"{_size(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
+        f"{size_text(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
         f"{summary.commit_seconds:.2f} s to commit"
     )
     return table
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

@@ -13,12 +13,13 @@ from click.core import ParameterSource
 
 from dump_activations import demo
 from dump_activations.commands.console import print_note, print_summary, progress_bar
+from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
 from dump_activations.commands.runner import be_process, run_command
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, describe
-from dump_activations.storage.formats.registry import format_of
+from dump_activations.storage.writing.targets import check_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,8 +54,9 @@ def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any] | None:
         )
     if isinstance(default, bool):
         return click.option(flag, is_flag=True, help=help_text)
-    if isinstance(default, int | str):
-        return click.option(flag, type=type(default), default=default, help=help_text)
+    if name == "layers" or isinstance(default, int | str):
+        kind = str if default is None else type(default)
+        return click.option(flag, type=kind, default=default, help=help_text)
     return None
 
 
@@ -82,30 +84,51 @@ def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
     is_flag=True,
     help="Use the embedded checkpoint and pool; --allow-cpu is implied.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option(
+    "--list-outputs", is_flag=True, help="Show every key, with the sizes of --init, exit."
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, show what it would write, exit.")
+@click.option("--json", "as_json", is_flag=True, help="Print what is shown at the end as JSON.")
 @click.version_option(package_name="dump-activations")
 @click.pass_context
 def dump_activations(
-    context: click.Context, /, *, use_demo: bool, as_json: bool, output: str, **flags: Any
+    context: click.Context,
+    /,
+    *,
+    use_demo: bool,
+    list_outputs: bool,
+    dry_run: bool,
+    as_json: bool,
+    output: str,
+    **flags: Any,
 ) -> None:
     """Dump selected transformer activations to one file for offline analysis."""
-    init, pool = _sources(flags.pop("init"), flags.pop("dataset"), use_demo=use_demo)
+    init, pool = flags.pop("init"), flags.pop("dataset")
     flags["allow_cpu"] |= use_demo
+    if list_outputs:
+        print_keys(demo.CHECKPOINT if use_demo else init, DumpOptions(**flags), as_json=as_json)
+        return
+    init, pool = _sources(init, pool, use_demo=use_demo)
     options = DumpOptions(**flags)
     if not output or flags["indices"] == "":
         raise InvalidArgumentError(f"{option('output' if not output else 'indices')}: no name")
     if options.write:
-        format_of(Path(output), [STORAGE_DTYPES[options.dtype].name])
+        indices = [Path(flags["indices"])] if flags["indices"] else []
+        check_output(output, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
 
     keep_freed_memory()
     with uncollected_imports():
-        from dump_activations.api import dump
+        from dump_activations.api import dump, preview
         from dump_activations.pool.indices import load_indices
 
     if options.allow_cpu and context.get_parameter_source("device") is ParameterSource.DEFAULT:
         flags["device"] = _device_there_is(options.device)
     if flags["indices"] is not None:
         flags["indices"] = load_indices(flags["indices"])
+    if dry_run:
+        previewed = preview(init, pool, Path(output), DumpOptions(**flags))
+        print_preview(previewed, as_json=as_json)
+        return
     with progress_bar() as progress:
         summary = dump(init, pool, output, progress=progress, **flags)
     print_summary(summary, as_json=as_json)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dump_activations.commands.console import printable
+from dump_activations.commands.console import print_titled, printable
 from dump_activations.commands.runner import be_process, run_command
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import INTEGRITY_KEY
@@ -55,7 +55,8 @@ def inspect_activations(file: Path, *, verify: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_as_dict(inspection, damaged)))
     else:
-        _print_tables(inspection, damaged)
+        title = f"{inspection.path}: {inspection.size:,} bytes"
+        print_titled(title, _tensor_table(inspection, damaged), _metadata_table(inspection))
     if damaged:
         raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
 
@@ -79,21 +80,13 @@ def _as_dict(inspection: Inspection, damaged: list[str] | None) -> dict[str, obj
     return content if damaged is None else {**content, "damaged": damaged}
 
 
-def _print_tables(inspection: Inspection, damaged: list[str] | None) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console.print(_tensor_table(inspection, damaged), _metadata_table(inspection))
-
-
 def _tensor_table(inspection: Inspection, damaged: list[str] | None) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     digests = inspection.digests
-    title = f"{inspection.path}: {inspection.size:,} bytes"
-    table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("key", overflow="fold")
     table.add_column("dtype", no_wrap=True)
     table.add_column("shape", no_wrap=True)

@@ -64,4 +64,5 @@ def _invoke(command: click.Command, arguments: Sequence[str]) -> None:
 
 
 def _with_notes(text: str, error: BaseException) -> str:
-    return "; ".join([text, *getattr(error, "__notes__", [])])
+    notes = getattr(error, "__notes__", [])
+    return "; ".join([text, *(getattr(note, "flags_text", note) for note in notes)])

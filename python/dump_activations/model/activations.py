@@ -1,16 +1,19 @@
 """The registry of activation keys: each key's name, shape, and where it comes from.
 
-A new key is one new entry in `BOARD_ACTIVATIONS` or `WEIGHT_ACTIVATIONS`.
-Importing this module does not import torch, so that usage errors are quick.
+A new key is one new entry in `ACTIVATIONS`. Importing this module does not import torch, so that
+usage errors are quick.
 
-Shape letters: B boards, L layers, S cells (16), H hidden size, Q query heads.
+Shape letters: B boards, L layers, S cells (16), H hidden size, Q query heads, K key/value heads,
+D size of a head, I inner size of the MLP, O the head's logits (one axis or two).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal
 
 from dump_activations.board import CELLS, MOVES
 from dump_activations.errors import (
@@ -27,55 +30,89 @@ if TYPE_CHECKING:
     from dump_activations.model.encoder import Encoder
 
 
-def _unchanged(output: Tensor) -> Tensor:
-    return output
+def _unchanged(value: Tensor) -> Tensor:
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoardActivation:
-    """An activation with one value a board, captured from the outputs of modules.
+class Activation:
+    """A key of the registry.
 
     Attributes:
         key: the name users ask for and the tensor's name in the file.
-        shape: config -> shape of one board's value.
-        modules: config -> names of the modules to hook, as `named_modules()` names them. If there
-            are several, the i-th fills index i of the value's first axis.
-        stacked: whether the first axis runs over the modules.
-        transform: module output -> what is stored of it.
+        alias: the TransformerLens hook, without its layer, that holds the same.
+        shape: letters of one value's axes.
+        per_layer: whether there is a value a layer, stacked before the axes of `shape`.
+        lacking: config -> why a model does not have it; empty if it has.
     """
 
     key: str
-    shape: Callable[[EncoderConfig], tuple[int, ...]]
-    modules: Callable[[EncoderConfig], Sequence[str]]
-    stacked: Callable[[EncoderConfig], bool]
-    transform: Callable[[Tensor], Tensor] = _unchanged
+    alias: str = ""
+    shape: str
+    per_layer: bool = False
+    lacking: Callable[[EncoderConfig], str] = lambda _: ""
+
+    def shape_in(self, config: EncoderConfig) -> tuple[int, ...]:
+        """Return one value's shape: of a board, or of a layer of one where there are layers."""
+        if self.shape == "O":
+            return config.logits_shape
+        sizes = {
+            "S": CELLS,
+            "H": config.hidden_size,
+            "Q": config.num_attention_heads,
+            "K": config.kv_heads,
+            "D": config.head_size,
+            "I": config.intermediate_size,
+        }
+        return tuple(sizes[letter] for letter in self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightActivation:
+class BoardActivation(Activation):
+    """An activation with one value a board, captured where values enter or leave modules.
+
+    Attributes:
+        modules: config -> names of the modules to hook: in a block where `per_layer`, else as
+            `named_modules()` names them. If there are several, the i-th fills index i of the
+            value's first axis.
+        at: whether the modules' inputs are captured or their output.
+        transform: the inputs or the output -> what is stored of them.
+    """
+
+    modules: Callable[[EncoderConfig], Sequence[str]]
+    at: Literal["input", "output"] = "output"
+    transform: Callable[..., Tensor] = _unchanged
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightActivation(Activation):
     """A key that dumps the model's own parameters, whatever the boards.
 
     Attributes:
-        key: the name users ask for.
-        tensors: model -> tensors by their names in the file.
+        tensors: model, numbers of the wanted layers -> tensors by their names in the file.
     """
 
-    key: str
-    tensors: Callable[[Encoder], Mapping[str, Tensor]]
+    tensors: Callable[[Encoder, Sequence[int]], Mapping[str, Tensor]]
 
 
-Activation = BoardActivation | WeightActivation
-
-
-def _layer_hidden(key: str, module: str) -> BoardActivation:
-    """Describe hidden states (B, L, S, H) taken from one module of every block."""
+def _in_block(
+    key: str,
+    at: Literal["input", "output"],
+    module: str,
+    shape: str = "SH",
+    *,
+    alias: str = "",
+    transform: Callable[..., Tensor] = _unchanged,
+) -> BoardActivation:
+    """Describe what enters or leaves one module of every block; "" is the block itself."""
     return BoardActivation(
         key=key,
-        shape=lambda config: (config.num_hidden_layers, CELLS, config.hidden_size),
-        modules=lambda config: [
-            f"blocks.{layer}{module}" for layer in range(config.num_hidden_layers)
-        ],
-        stacked=lambda _: True,
+        alias=alias,
+        shape=shape,
+        per_layer=True,
+        modules=lambda _: [module],
+        at=at,
+        transform=transform,
     )
 
 
@@ -83,18 +120,31 @@ def _head(key: str, transform: Callable[[Tensor], Tensor] = _unchanged) -> Board
     """Describe head outputs: a linear a move for binned_ev, one for all for action_policy."""
     return BoardActivation(
         key=key,
-        shape=lambda config: config.logits_shape,
+        shape="O",
         modules=lambda config: (
             [f"ev_heads.{move}" for move in range(MOVES)]
             if config.head_type == "binned_ev"
             else ["policy_head"]
         ),
-        stacked=lambda config: config.head_type == "binned_ev",
         transform=transform,
     )
 
 
-def _rmsnorm_gammas(model: Encoder) -> dict[str, Tensor]:
+def _attention_scores(q_BSQD: Tensor, k_BSKD: Tensor, *_: Tensor | None) -> Tensor:
+    from dump_activations.model.encoder import DotProduct
+
+    return DotProduct.scores(q_BSQD, k_BSKD)
+
+
+def _attention_pattern(
+    q_BSQD: Tensor, k_BSKD: Tensor, _v_BSKD: Tensor, sinks_Q: Tensor | None
+) -> Tensor:
+    from dump_activations.model.encoder import DotProduct
+
+    return DotProduct.pattern(q_BSQD, k_BSKD, sinks_Q)
+
+
+def _rmsnorm_gammas(model: Encoder, _layers: Sequence[int]) -> dict[str, Tensor]:
     from torch import nn
 
     return {
@@ -104,72 +154,144 @@ def _rmsnorm_gammas(model: Encoder) -> dict[str, Tensor]:
     }
 
 
-def _attention_sinks(model: Encoder) -> dict[str, Tensor]:
+def _attention_sinks(model: Encoder, layers: Sequence[int]) -> dict[str, Tensor]:
     """Return the sink logits (L, Q) as the checkpoint stores them: by key/value head first."""
     import torch
 
-    if not model.config.use_attention_sinks:
-        raise ActivationUnavailableError(
-            f"{option('outputs')}: attn_sinks: this model has no attention sinks; leave the key out"
-        )
-    return {
-        "attn_sinks": torch.stack(
-            [
-                model.get_parameter(f"blocks.{layer}.attn.sinks")
-                for layer in range(model.config.num_hidden_layers)
-            ]
-        )
-    }
+    sinks_LQ = torch.stack([model.get_parameter(f"blocks.{layer}.attn.sinks") for layer in layers])
+    return {"attn_sinks": sinks_LQ}
 
 
-BOARD_ACTIVATIONS = (
-    BoardActivation(
-        key="final_hidden",
-        shape=lambda config: (CELLS, config.hidden_size),
-        modules=lambda _: ["final_ln"],
-        stacked=lambda _: False,
-    ),
+ACTIVATIONS: tuple[Activation, ...] = (
+    BoardActivation(key="final_hidden", shape="SH", modules=lambda _: ["final_ln"]),
     BoardActivation(
         key="pooled",
-        shape=lambda config: (config.hidden_size,),
+        shape="H",
         modules=lambda _: ["final_ln"],
-        stacked=lambda _: False,
         transform=lambda hidden_BSH: hidden_BSH.mean(dim=1),
     ),
     _head("head_logits"),
     _head("head_probs", lambda logits: logits.float().softmax(dim=-1)),
-    _layer_hidden("layer_outputs", ""),
-    _layer_hidden("attn_norm", ".attn_norm"),
-    _layer_hidden("mlp_input", ".mlp_norm"),
+    _in_block("resid_pre", "input", "", alias="hook_resid_pre"),
+    _in_block("attn_norm", "output", "attn_norm"),
+    _in_block(
+        "attn_q",
+        "input",
+        "attn.dot_product",
+        "SQD",
+        alias="attn.hook_q",
+        transform=lambda q_BSQD, _k, _v, _sinks: q_BSQD,
+    ),
+    _in_block(
+        "attn_k",
+        "input",
+        "attn.dot_product",
+        "SKD",
+        alias="attn.hook_k",
+        transform=lambda _q, k_BSKD, _v, _sinks: k_BSKD,
+    ),
+    _in_block(
+        "attn_v",
+        "input",
+        "attn.dot_product",
+        "SKD",
+        alias="attn.hook_v",
+        transform=lambda _q, _k, v_BSKD, _sinks: v_BSKD,
+    ),
+    _in_block(
+        "attn_scores",
+        "input",
+        "attn.dot_product",
+        "QSS",
+        alias="attn.hook_attn_scores",
+        transform=_attention_scores,
+    ),
+    _in_block(
+        "attn_pattern",
+        "input",
+        "attn.dot_product",
+        "QSS",
+        alias="attn.hook_pattern",
+        transform=_attention_pattern,
+    ),
+    _in_block("attn_z", "output", "attn.dot_product", "SQD", alias="attn.hook_z"),
+    _in_block("attn_out", "output", "attn", alias="hook_attn_out"),
+    _in_block("resid_mid", "input", "mlp_norm", alias="hook_resid_mid"),
+    _in_block("mlp_input", "output", "mlp_norm"),
+    _in_block("mlp_pre", "output", "mlp.w_gate", "SI", alias="mlp.hook_pre"),
+    _in_block("mlp_pre_linear", "output", "mlp.w_up", "SI", alias="mlp.hook_pre_linear"),
+    _in_block("mlp_post", "input", "mlp.w_down", "SI", alias="mlp.hook_post"),
+    _in_block("mlp_out", "output", "mlp", alias="hook_mlp_out"),
+    _in_block("layer_outputs", "output", "", alias="hook_resid_post"),
+    WeightActivation(key="rmsnorm_gammas", shape="", tensors=_rmsnorm_gammas),
+    WeightActivation(
+        key="attn_sinks",
+        shape="Q",
+        per_layer=True,
+        lacking=lambda config: (
+            "" if config.use_attention_sinks else "this model has no attention sinks"
+        ),
+        tensors=_attention_sinks,
+    ),
 )
-WEIGHT_ACTIVATIONS = (
-    WeightActivation(key="rmsnorm_gammas", tensors=_rmsnorm_gammas),
-    WeightActivation(key="attn_sinks", tensors=_attention_sinks),
-)
-_NOT_IMPLEMENTED = ("attn_weights",)
-_REGISTRY: dict[str, Activation] = {
-    activation.key: activation for activation in (*BOARD_ACTIVATIONS, *WEIGHT_ACTIVATIONS)
-}
-ACTIVATION_KEYS = tuple(_REGISTRY)
+_NOT_IMPLEMENTED = {"attn_weights": "attn_pattern"}
+_GLOB_CHARACTERS = "*?["
 
 
-def find_activations(keys: Sequence[str]) -> list[Activation]:
-    """Return the registry's entries for the given keys, each once, in the registry's order.
+def find_activations(
+    outputs: Sequence[str], config: EncoderConfig | None = None
+) -> list[Activation]:
+    """Return the registry's entries for what was asked for, each once, in the registry's order.
+
+    Args:
+        outputs: keys, TransformerLens names, or globs of either.
+        config: of the model that is to give them. A glob leaves out what it does not have.
 
     Raises:
-        InvalidArgumentError: an unknown key, or none at all; the text lists the valid ones.
+        InvalidArgumentError: nothing asked for, a name that is none, or a glob of nothing.
         ActivationNotImplementedError: a key that is reserved but not implemented.
+        ActivationUnavailableError: a key asked for by name that the model does not have.
     """
-    for key in keys:
-        if key in _NOT_IMPLEMENTED:
-            raise ActivationNotImplementedError(f"{option('outputs')}: {key} is not implemented")
-        if key not in _REGISTRY:
-            raise InvalidArgumentError(
-                f"{option('outputs')}: unknown key {key!r}; the keys are "
-                f"{', '.join(ACTIVATION_KEYS)}"
-            )
-    if not keys:
-        raise InvalidArgumentError(
-            f"{option('outputs')}: no keys; choose from {', '.join(ACTIVATION_KEYS)}"
+    if not outputs:
+        raise InvalidArgumentError(f"{option('outputs')}: no keys; choose from {_all_keys()}")
+    found = {activation.key for name in outputs for activation in _matches(name, config)}
+    return [activation for activation in ACTIVATIONS if activation.key in found]
+
+
+def _matches(name: str, config: EncoderConfig | None) -> list[Activation]:
+    if name in _NOT_IMPLEMENTED:
+        raise ActivationNotImplementedError(
+            f"{option('outputs')}: {name} is not implemented; {_NOT_IMPLEMENTED[name]} holds the "
+            "weights"
         )
-    return [activation for key, activation in _REGISTRY.items() if key in keys]
+    found = [
+        each
+        for each in ACTIVATIONS
+        if fnmatchcase(each.key, name) or (each.alias and fnmatchcase(each.alias, name))
+    ]
+    lacking = {each.key: each.lacking(config) for each in found} if config is not None else {}
+    if any(character in name for character in _GLOB_CHARACTERS):
+        found = [each for each in found if not lacking.get(each.key)]
+        if not found:
+            raise InvalidArgumentError(
+                f"{option('outputs')}: {name!r} matches no key; the keys are {_all_keys()}"
+            )
+        return found
+    if not found:
+        raise InvalidArgumentError(f"{option('outputs')}: unknown key {name!r}; {_nearest(name)}")
+    for key, reason in lacking.items():
+        if reason:
+            raise ActivationUnavailableError(
+                f"{option('outputs')}: {key}: {reason}; leave the key out"
+            )
+    return found
+
+
+def _nearest(name: str) -> str:
+    names = [name for each in ACTIVATIONS for name in (each.key, each.alias) if name]
+    near = get_close_matches(name, names)
+    return f"did you mean {' or '.join(near)}?" if near else f"the keys are {_all_keys()}"
+
+
+def _all_keys() -> str:
+    return ", ".join(activation.key for activation in ACTIVATIONS)

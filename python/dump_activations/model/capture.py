@@ -1,17 +1,17 @@
-"""Forward hooks that store activations straight into preallocated batch buffers.
+"""Hooks that store activations straight into preallocated batch buffers.
 
 Shape letters: B boards in a batch, S cells (16).
 """
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dump_activations.model.activations import BoardActivation
+from dump_activations.model.board_tensors import BoardTensor
 from dump_activations.model.encoder import Encoder
 
 
@@ -28,7 +28,7 @@ class _Pass(threading.local):
 
 
 class Capture:
-    """Hooks for a set of activations on one model, as a context manager.
+    """Hooks for a set of tensors on one model, as a context manager.
 
     Inside the context, `run` is a forward pass that fills buffers and stops as soon as all of
     them are full. Each hook is one copy that casts and places: nothing is kept or stacked. Several
@@ -36,7 +36,7 @@ class Capture:
 
     Args:
         model: the model to hook.
-        activations: what to capture.
+        tensors: what to capture.
         compiled_rows: number of boards in the batches to run through `torch.compile`; batches of
             any other length, which would each compile anew, run as they are. None compiles nothing.
     """
@@ -44,12 +44,12 @@ class Capture:
     def __init__(
         self,
         model: Encoder,
-        activations: Sequence[BoardActivation],
+        tensors: Sequence[BoardTensor],
         *,
         compiled_rows: int | None = None,
     ) -> None:
         self._model = model
-        self._activations = activations
+        self._tensors = tensors
         self._compiled_rows = compiled_rows
         if compiled_rows is not None:
             self._compiled = torch.compile(self._forward, fullgraph=True, dynamic=False)
@@ -58,11 +58,10 @@ class Capture:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        for activation in self._activations:
-            stacked = activation.stacked(self._model.config)
-            for i, name in enumerate(activation.modules(self._model.config)):
-                hook = self._hook(activation, i if stacked else None)
-                self._handles.append(self._model.get_submodule(name).register_forward_hook(hook))
+        for tensor in self._tensors:
+            for i, name in enumerate(tensor.modules):
+                module = self._model.get_submodule(name)
+                self._handles.append(self._hook(module, tensor, i if tensor.stacked else None))
         self._hook_count = len(self._handles)
         return self
 
@@ -79,7 +78,7 @@ class Capture:
 
         Args:
             tokens_BS: exponents (B, 16), any integer dtype, on the model's device.
-            buffers: for each activation's key, a tensor (B, *shape) of any floating dtype.
+            buffers: for each tensor's name, one (B, *shape) of any floating dtype.
         """
         if self._hook_count == 0:
             return
@@ -98,18 +97,20 @@ class Capture:
     def _forward(self, tokens_BS: Tensor) -> None:
         self._model(tokens_BS)
 
-    def _hook(self, activation: BoardActivation, index: int | None) -> Any:
-        def store(_module: nn.Module, _args: object, output: Tensor) -> None:
+    def _hook(self, module: nn.Module, tensor: BoardTensor, index: int | None) -> RemovableHandle:
+        def store(*values: Tensor) -> None:
             # The model may be run by others meanwhile: by the consumer, or for another run.
-            if activation.key not in self._now.buffers:
+            if tensor.name not in self._now.buffers:
                 return
-            buffer = self._now.buffers[activation.key]
+            buffer = self._now.buffers[tensor.name]
             target = buffer if index is None else buffer[:, index]
-            target.copy_(activation.transform(output))
+            target.copy_(tensor.activation.transform(*values))
             # A compiled forward computes only what the buffers need, and cannot raise.
             if not torch.compiler.is_compiling():
                 self._now.hooks_left -= 1
                 if self._now.hooks_left == 0:
                     raise _AllCaptured
 
-        return store
+        if tensor.activation.at == "input":
+            return module.register_forward_pre_hook(lambda _module, inputs: store(*inputs))
+        return module.register_forward_hook(lambda _module, _inputs, output: store(output))

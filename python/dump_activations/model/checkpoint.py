@@ -45,13 +45,14 @@ _KEYS_LISTED = 3
 class _Checkpoint:
     """What the files hold: raw config values, and the weights where there are any.
 
-    `config_origin` and `weights_origin` name the files for messages.
+    `config_origin` and `weights_origin` name the files for messages; `files` are all of them.
     """
 
     config: dict[str, Any]
     config_origin: str
     weights: dict[str, Tensor] | None
     weights_origin: str
+    files: tuple[Path, ...]
 
 
 def load_encoder(
@@ -82,7 +83,7 @@ def load_encoder(
         try:
             model = _load(directory, random_init=random_init)
         except (CheckpointError, CheckpointNotFoundError) as error:
-            raise type(error)(f"{source}: {error}") from error
+            raise type(error)(f"{source}: {error.args[0]}") from error
     model.checkpoint = source
     model.random_init = random_init
     return model.to(device).eval().requires_grad_(requires_grad=False)
@@ -104,10 +105,10 @@ def _load(path: Path, *, random_init: bool) -> Encoder:
     try:
         config = EncoderConfig.from_dict(checkpoint.config | said)
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.config_origin}: {error}") from error
-    if random_init:
-        return _random_encoder(config)
-    return _encoder_with(config, checkpoint)
+        raise CheckpointError(f"{checkpoint.config_origin}: {error.args[0]}") from error
+    model = _random_encoder(config) if random_init else _encoder_with(config, checkpoint)
+    model.checkpoint_files = checkpoint.files
+    return model
 
 
 def _read_file(path: Path) -> _Checkpoint:
@@ -119,7 +120,7 @@ def _read_file(path: Path) -> _Checkpoint:
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: give the directory that holds {CONFIG_NAME} and this file")
     config, weights = read_bundle(path)
-    return _Checkpoint(config, str(path), weights, str(path))
+    return _Checkpoint(config, str(path), weights, str(path), (path,))
 
 
 def _files_needed(names: Sequence[str]) -> list[str]:
@@ -128,6 +129,17 @@ def _files_needed(names: Sequence[str]) -> list[str]:
     bundles = [name for name in weights if name.endswith(_BUNDLE_SUFFIX)]
     config = [CONFIG_NAME] if CONFIG_NAME in names else bundles[:1]
     return list(dict.fromkeys([*config, *weights[:1]]))
+
+
+def preferred_files(directory: Path) -> list[Path]:
+    """List the files that a checkpoint's directory lacks and would be read from if it had them."""
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except OSError:  # No checkpoint could be read from it either.
+        return []
+    needed = _files_needed(names)
+    preferred = [name for name in WEIGHT_NAMES if _files_needed([*names, name]) != needed]
+    return [directory / name for name in preferred] if needed else []
 
 
 def _read_directory(directory: Path) -> _Checkpoint:
@@ -152,7 +164,8 @@ def _read_directory(directory: Path) -> _Checkpoint:
             weights = read_safetensors(path)
     if not origins:
         raise CheckpointNotFoundError(f"{directory}: no {CONFIG_NAME}")
-    return _Checkpoint(config, " and ".join(origins), weights, str(directory / needed[-1]))
+    files = tuple(directory / name for name in needed)
+    return _Checkpoint(config, " and ".join(origins), weights, str(files[-1]), files)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

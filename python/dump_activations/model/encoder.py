@@ -4,6 +4,9 @@ Shape letters: B boards in a batch, S cells (16), H hidden size, Q query heads, 
 G query heads that share one key/value head (Q = G K), D size of a head, N bins of a value head.
 """
 
+import math
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,11 +27,64 @@ class PositionEmbedding(nn.Module):
         return self.pos_emb.weight[:CELLS]
 
 
-class Attention(nn.Module):
-    """Bidirectional grouped-query attention whose query head h reads key/value head h % K.
+class DotProduct(nn.Module):
+    """Softmax attention in which query head h reads key/value head h % K.
 
     With attention sinks, each query head has one more logit in its softmax that carries no value.
+    Fused attention keeps no weights; `scores` and `pattern` compute them from the same inputs.
     """
+
+    def forward(
+        self, q_BSQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, sinks_Q: Tensor | None
+    ) -> Tensor:
+        """Return the values weighted by the pattern, (B, S, Q, D)."""
+        q_heads = q_BSQD.shape[2]
+        q_BQSD, k_BQSD, v_BQSD = (
+            q_BSQD.transpose(1, 2),
+            _spread(k_BSKD, q_heads),
+            _spread(v_BSKD, q_heads),
+        )
+        bias_Q1T = None
+        if sinks_Q is not None:
+            # A zero key scores 0 on every query, so the bias alone is the sink's logit; its value
+            # is zero too, so it only takes weight away.
+            k_BQSD, v_BQSD = F.pad(k_BQSD, (0, 0, 0, 1)), F.pad(v_BQSD, (0, 0, 0, 1))
+            bias_Q1T = F.pad(sinks_Q.to(q_BSQD.dtype).view(-1, 1, 1), (CELLS, 0))
+        z_BQSD: Tensor = F.scaled_dot_product_attention(q_BQSD, k_BQSD, v_BQSD, attn_mask=bias_Q1T)
+        return z_BQSD.transpose(1, 2)
+
+    @staticmethod
+    def scores(q_BSQD: Tensor, k_BSKD: Tensor) -> Tensor:
+        """Return the scaled dot products (B, Q, S, S) in fp32, whatever the forward's precision."""
+        # CUDA rounds the factors of fp32 products where TF32 is on, and never those of fp64; what
+        # has fewer bits than fp32 loses none in either.
+        on_cuda = q_BSQD.is_cuda and q_BSQD.dtype == torch.float32
+        dtype = torch.float64 if on_cuda else torch.float32
+        with torch.autocast(q_BSQD.device.type, enabled=False):
+            q_BQSD = q_BSQD.transpose(1, 2).to(dtype)
+            k_BQSD = _spread(k_BSKD, q_BSQD.shape[2]).to(dtype)
+            scores_BQSS = q_BQSD @ k_BQSD.transpose(2, 3) / math.sqrt(q_BQSD.shape[3])
+            return scores_BQSS.float()
+
+    @staticmethod
+    def pattern(q_BSQD: Tensor, k_BSKD: Tensor, sinks_Q: Tensor | None) -> Tensor:
+        """Return the softmax (B, Q, S, S) in fp32; a row sums to 1 less the sink's share."""
+        scores_BQSS = DotProduct.scores(q_BSQD, k_BSKD)
+        if sinks_Q is None:
+            return scores_BQSS.softmax(dim=-1)
+        sinks_BQS1 = sinks_Q.float().view(1, -1, 1, 1).expand(*scores_BQSS.shape[:3], 1)
+        return torch.cat([scores_BQSS, sinks_BQS1], dim=-1).softmax(dim=-1)[..., :CELLS]
+
+
+def _spread(x_BSKD: Tensor, q_heads: int) -> Tensor:
+    """Give each query head its key/value head, (B, Q, S, D)."""
+    x_BKSD = x_BSKD.transpose(1, 2)
+    groups = q_heads // x_BSKD.shape[2]
+    return x_BKSD if groups == 1 else x_BKSD.repeat(1, groups, 1, 1)
+
+
+class Attention(nn.Module):
+    """Bidirectional grouped-query attention, with sinks where the config has them."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -45,6 +101,7 @@ class Attention(nn.Module):
         if config.use_qk_norm:
             self.q_norm = nn.RMSNorm(config.head_size, eps=config.layer_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_size, eps=config.layer_norm_eps)
+        self.dot_product = DotProduct()
         self.sinks: nn.Parameter | None = None
         if config.use_attention_sinks:
             self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads))
@@ -55,26 +112,10 @@ class Attention(nn.Module):
         q_BSQD = self.q_norm(self.wq(x_BSH).view(B, CELLS, self.q_heads, self.head_size))
         k_BSKD = self.k_norm(self.wk(x_BSH).view(B, CELLS, self.kv_heads, self.head_size))
         v_BSKD = self.wv(x_BSH).view(B, CELLS, self.kv_heads, self.head_size)
-        q_BQSD, k_BQSD, v_BQSD = (
-            q_BSQD.transpose(1, 2),
-            self._spread(k_BSKD),
-            self._spread(v_BSKD),
-        )
-        bias_Q1T = None
-        if self.sinks is not None:
-            # A zero key scores 0 on every query, so the bias alone is the sink's logit; its value
-            # is zero too, so it only takes weight away.
-            k_BQSD, v_BQSD = F.pad(k_BQSD, (0, 0, 0, 1)), F.pad(v_BQSD, (0, 0, 0, 1))
-            bias_Q1T = F.pad(self.sinks_by_head().to(x_BSH.dtype).view(-1, 1, 1), (CELLS, 0))
-        out_BQSD = F.scaled_dot_product_attention(q_BQSD, k_BQSD, v_BQSD, attn_mask=bias_Q1T)
-        out_BSH: Tensor = self.wo(out_BQSD.transpose(1, 2).flatten(2))
+        sinks_Q = None if self.sinks is None else self.sinks_by_head()
+        z_BSQD = self.dot_product(q_BSQD, k_BSKD, v_BSKD, sinks_Q)
+        out_BSH: Tensor = self.wo(z_BSQD.flatten(2))
         return out_BSH
-
-    def _spread(self, x_BSKD: Tensor) -> Tensor:
-        """Give each query head its key/value head, (B, Q, S, D)."""
-        x_BKSD = x_BSKD.transpose(1, 2)
-        groups = self.q_heads // self.kv_heads
-        return x_BKSD if groups == 1 else x_BKSD.repeat(1, groups, 1, 1)
 
     def sinks_by_head(self) -> Tensor:
         """Return the sink logits in the order of the query heads, (Q,).
@@ -122,13 +163,14 @@ class Encoder(nn.Module):
     """The whole model. Module names are those of the checkpoints' state dicts.
 
     `checkpoint` says where the weights came from: what `--init` was given; `random_init` that only
-    the architecture did.
+    the architecture did; `checkpoint_files` lists the files that were read.
     """
 
     def __init__(self, config: EncoderConfig, *, checkpoint: str = "") -> None:
         super().__init__()
         self.config = config
         self.checkpoint = checkpoint
+        self.checkpoint_files: tuple[Path, ...] = ()
         self.random_init = False
         self.tok_emb = nn.Embedding(config.input_vocab_size, config.hidden_size)
         self.pos_emb = PositionEmbedding(config)

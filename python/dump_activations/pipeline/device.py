@@ -37,7 +37,7 @@ def _why_no_cuda() -> str:
     try:
         torch.cuda.init()
     except Exception as error:  # torch raises several kinds, each with the reason in its text
-        return str(error).partition("\n")[0] or type(error).__name__
+        return str(error).strip().partition("\n")[0] or type(error).__name__
     return "torch sees none"
 
 

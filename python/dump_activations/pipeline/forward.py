@@ -3,7 +3,6 @@
 Shape letters: B boards in a batch, S cells (16).
 """
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Self
@@ -11,13 +10,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from dump_activations.board import CELLS
 from dump_activations.chunks import Chunk
-from dump_activations.model.activations import BoardActivation
+from dump_activations.errors import DeviceError, option
 from dump_activations.model.capture import Capture
-from dump_activations.model.encoder import Encoder
-from dump_activations.options import Options
 from dump_activations.pipeline.cuda_timing import CudaStopwatch
+from dump_activations.pipeline.plan import Plan
 from dump_activations.pipeline.precision import arithmetic
+from dump_activations.pipeline.shortage import shortage
 from dump_activations.pipeline.transfer import Buffers
 from dump_activations.timing import Stopwatch
 
@@ -34,48 +34,71 @@ class Forward:
     busy with something else. A batch is only queued, so that no core waits for the end of one
     before the chunks of the next.
 
+    Entering compiles the model, if the plan wants that, and so comes before a run's loop and before
+    its file.
+
     Args:
-        model: in eval mode, on `device`.
-        activations: what to capture.
-        options: the arithmetic, and whether to compile.
-        device: where the model runs.
-        rows: boards in a full batch.
+        plan: what to run.
     """
 
-    def __init__(
-        self,
-        model: Encoder,
-        activations: Sequence[BoardActivation],
-        *,
-        options: Options,
-        device: torch.device,
-        rows: int,
-    ) -> None:
-        self._capture = Capture(model, activations, compiled_rows=rows if options.compile else None)
-        self._precision = options.precision
-        self._device = device
-        on_cuda = device.type == "cuda"
-        self._computing: Stopwatch | CudaStopwatch = (
-            CudaStopwatch(torch.cuda.current_stream(device)) if on_cuda else Stopwatch()
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.rows = min(plan.options.batch_size, len(plan.indices))
+        on_cuda, compiled = plan.device.type == "cuda", plan.options.compile
+        self._capture = Capture(
+            plan.model, plan.board_tensors, compiled_rows=self.rows if compiled else None
         )
-        self.workers = 1 if on_cuda or options.compile else torch.get_num_threads()
-        self._chunk_rows = rows if self.workers == 1 else min(_CHUNK_ROWS, -(-rows // self.workers))
-        self._exits = ExitStack()
+        self._computing: Stopwatch | CudaStopwatch = (
+            CudaStopwatch(torch.cuda.current_stream(plan.device)) if on_cuda else Stopwatch()
+        )
+        self.workers = 1 if on_cuda or compiled else torch.get_num_threads()
+        # Chunks are for workers; without them a batch is run as a whole.
+        self._chunk_rows = min(_CHUNK_ROWS, -(-self.rows // self.workers))
         self._executor: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        self._exits.enter_context(self._capture)
-        if self.workers > 1:
-            # A thread takes its number of threads from the process's setting when it begins.
-            self._exits.callback(torch.set_num_threads, self.workers)
-            self._executor = ThreadPoolExecutor(
-                self.workers,
-                thread_name_prefix="forward",
-                initializer=torch.set_num_threads,
-                initargs=(1,),
-            )
-            self._exits.callback(self._executor.shutdown, wait=True, cancel_futures=True)
+        """Make ready to run.
+
+        Raises:
+            DeviceError: torch cannot compile the model on this machine.
+        """
+        with ExitStack() as exits:
+            exits.enter_context(self._capture)
+            if self._plan.options.compile:
+                self._compile()
+            if self.workers > 1:
+                # A thread takes its number of threads from the process's setting when it begins.
+                exits.callback(torch.set_num_threads, self.workers)
+                self._executor = ThreadPoolExecutor(
+                    self.workers,
+                    thread_name_prefix="forward",
+                    initializer=torch.set_num_threads,
+                    initargs=(1,),
+                )
+                exits.callback(self._executor.shutdown, wait=True, cancel_futures=True)
+            self._exits = exits.pop_all()
         return self
+
+    def _compile(self) -> None:
+        """Run a full batch of empty boards, for torch to compile the model meanwhile."""
+        plan = self._plan
+        tokens_BS = torch.zeros((self.rows, CELLS), dtype=torch.uint8, device="cpu")
+        buffers = {
+            tensor.name: torch.empty(
+                (self.rows, *tensor.shape), dtype=plan.storage_dtype, device=plan.device
+            )
+            for tensor in plan.board_tensors
+        }
+        try:
+            self._fill(tokens_BS, buffers)
+        except Exception as error:
+            if shortage(error):
+                raise
+            reason = getattr(error, "inner_exception", error)
+            raise DeviceError(
+                f"{option('compile')}: torch.compile fails here ({type(reason).__name__}: "
+                f"{str(reason).strip().partition(chr(10))[0]}); leave it out"
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         self._exits.close()
@@ -90,7 +113,7 @@ class Forward:
 
         Args:
             tokens_BS: exponents (B, 16), any integer dtype, on the host; pinned for CUDA.
-            buffers: for each activation's key, a tensor (B, *shape) on the device.
+            buffers: for each tensor's name, one (B, *shape) on the device.
 
         Returns:
             The chunks of the batch, in order. On CUDA there is nothing to wait for: what the stream
@@ -114,9 +137,10 @@ class Forward:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _run_chunk(self, tokens_BS: Tensor, buffers: Buffers) -> None:
-        with (
-            self._computing,
-            torch.inference_mode(),
-            arithmetic(self._precision, self._device),
-        ):
-            self._capture.run(tokens_BS.to(self._device, non_blocking=True), buffers)
+        with self._computing:
+            self._fill(tokens_BS, buffers)
+
+    def _fill(self, tokens_BS: Tensor, buffers: Buffers) -> None:
+        plan = self._plan
+        with torch.inference_mode(), arithmetic(plan.options.precision, plan.device):
+            self._capture.run(tokens_BS.to(plan.device, non_blocking=True), buffers)

@@ -20,29 +20,23 @@ from dump_activations.timing import Stopwatch
 class Loop:
     """One run's forward passes and the buffers they fill, as a context manager.
 
-    Leaving the context ends the reading ahead, removes the hooks and waits for the device. The
-    run's device is to be the thread's current one.
+    Leaving the context ends the reading ahead and waits for the device. The run's device is to be
+    the thread's current one.
 
     Args:
         plan: what to run.
+        forward: the plan's, entered.
         keep: whether the activations are wanted on the host; else they are discarded.
     """
 
-    def __init__(self, plan: Plan, *, keep: bool = True) -> None:
+    def __init__(self, plan: Plan, forward: Forward, *, keep: bool = True) -> None:
         self._plan = plan
-        rows = min(plan.options.batch_size, len(plan.indices))
+        self._forward = forward
         self._transfer = make_transfer(
-            {key: (rows, *shape) for key, shape in plan.board_shapes.items()},
+            {tensor.name: (forward.rows, *tensor.shape) for tensor in plan.board_tensors},
             plan.storage_dtype,
             plan.device,
             keep=keep,
-        )
-        self._forward = Forward(
-            plan.model,
-            plan.board_activations,
-            options=plan.options,
-            device=plan.device,
-            rows=rows,
         )
         self._reading = Stopwatch()
         self._waiting = Stopwatch()
@@ -51,7 +45,6 @@ class Loop:
     def __enter__(self) -> Self:
         self._started = time.perf_counter()
         self._exits.callback(self._transfer.close)
-        self._exits.enter_context(self._forward)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +15,20 @@ from torch import Tensor
 from dump_activations.board import CELLS
 from dump_activations.dtypes import STORAGE_DTYPES, TensorSpec
 from dump_activations.errors import DumpActivationsWarning, InvalidArgumentError, option
-from dump_activations.model.activations import BoardActivation, WeightActivation, find_activations
-from dump_activations.model.checkpoint import load_encoder
+from dump_activations.model.activations import (
+    Activation,
+    BoardActivation,
+    WeightActivation,
+    find_activations,
+)
+from dump_activations.model.board_tensors import BoardTensor, board_tensors
+from dump_activations.model.checkpoint import load_encoder, preferred_files
 from dump_activations.model.encoder import Encoder
+from dump_activations.model.layers import find_layers
+from dump_activations.model.replica import replicate
 from dump_activations.options import Options
-from dump_activations.pipeline.device import find_device
+from dump_activations.pipeline.device import current, find_device
+from dump_activations.pipeline.shortage import model_shortage_named
 from dump_activations.pool.dataset import StepsDataset
 
 _LARGE_TENSOR = 8 << 30
@@ -32,6 +42,8 @@ class Plan:
         model: in eval mode, on `device`.
         pool: where the boards come from.
         indices: global step indices, int64 (n,), all of them inside the pool.
+        activations: what was asked for.
+        layers: numbers of the layers it is wanted of, ascending.
         weights: the asked-for parameters by their names in the file, on the host.
         options: what to compute and how.
         device: where the model runs.
@@ -40,6 +52,8 @@ class Plan:
     model: Encoder
     pool: StepsDataset
     indices: NDArray[np.int64]
+    activations: list[Activation]
+    layers: tuple[int, ...]
     weights: dict[str, Tensor]
     options: Options
     device: torch.device
@@ -52,16 +66,24 @@ class Plan:
         replaced = len(self.indices) > len(self.pool)
         return "draw with replacement" if replaced else "draw"
 
-    @cached_property
-    def board_activations(self) -> list[BoardActivation]:
-        """The asked-for activations that have one value a board."""
-        found = find_activations(self.options.outputs)
-        return [each for each in found if isinstance(each, BoardActivation)]
-
     @property
-    def board_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one board's value for each asked-for board activation."""
-        return {each.key: each.shape(self.model.config) for each in self.board_activations}
+    def input_files(self) -> list[Path]:
+        """List the files of the model and the pool, and those that would be read in their place."""
+        checkpoint = self.model.checkpoint_files
+        directories = {path.parent for path in checkpoint}
+        preferred = [path for each in directories for path in preferred_files(each)]
+        return [*checkpoint, *preferred, *(shard.path for shard in self.pool.shards)]
+
+    @cached_property
+    def board_tensors(self) -> list[BoardTensor]:
+        """The tensors that have one value a board."""
+        config, split = self.model.config, self.options.split_layers
+        return [
+            tensor
+            for activation in self.activations
+            if isinstance(activation, BoardActivation)
+            for tensor in board_tensors(activation, config, layers=self.layers, split=split)
+        ]
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -79,7 +101,7 @@ class Plan:
         """Return every tensor of the output file; the first axis of all but the parameters is n."""
         n, dtype = len(self.indices), STORAGE_DTYPES[self.options.dtype].name
         return [
-            *(TensorSpec(key, dtype, (n, *shape)) for key, shape in self.board_shapes.items()),
+            *(TensorSpec(each.name, dtype, (n, *each.shape)) for each in self.board_tensors),
             *(TensorSpec(name, dtype, tuple(w.shape)) for name, w in self.weights.items()),
             TensorSpec("indices", "int64", (n,)),
             TensorSpec("boards", "uint8", (n, CELLS)),
@@ -99,26 +121,35 @@ def make_plan(
     device = find_device(options.device)
     if not isinstance(pool, StepsDataset):
         pool = StepsDataset(pool)
-    if isinstance(init, Encoder):
-        if options.random_init:
-            raise InvalidArgumentError(
-                f"{option('random_init')}: the model is loaded already; give load_encoder "
-                "random_init=True"
-            )
-        model = init.to(device).eval()
-    else:
-        model = load_encoder(init, device=device, random_init=options.random_init)
+    if isinstance(init, Encoder) and options.random_init:
+        raise InvalidArgumentError(
+            f"{option('random_init')}: the model is loaded already; give load_encoder "
+            "random_init=True"
+        )
+    with model_shortage_named(device), current(device):
+        if isinstance(init, Encoder):
+            model = replicate(init, device)
+        else:
+            model = load_encoder(init, device=device, random_init=options.random_init)
     if options.indices is None:
         indices = pool.sample_indices(options.n_samples, seed=options.seed)
     else:
         indices = pool.check_indices(options.indices)
+    activations = find_activations(options.outputs, model.config)
+    layers = find_layers("layers", options.layers, model.config.num_hidden_layers)
+    if options.layers is not None and not any(each.per_layer for each in activations):
+        keys = ", ".join(each.key for each in activations)
+        warnings.warn(
+            DumpActivationsWarning(f"{option('layers')}: no layers to choose from in {keys}"),
+            stacklevel=2,
+        )
     weights = {
         name: tensor.detach().cpu()
-        for activation in find_activations(options.outputs)
+        for activation in activations
         if isinstance(activation, WeightActivation)
-        for name, tensor in activation.tensors(model).items()
+        for name, tensor in activation.tensors(model, layers).items()
     }
-    return Plan(model, pool, indices, weights, options, device)
+    return Plan(model, pool, indices, activations, layers, weights, options, device)
 
 
 def warn_of_large_tensors(specs: Sequence[TensorSpec]) -> None:

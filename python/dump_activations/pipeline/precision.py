@@ -1,8 +1,8 @@
 """The arithmetic of the forward pass: `--precision`."""
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -52,21 +52,26 @@ def _restoring() -> Callable[[], None]:
 
 _HIGHEST, _HIGH = _Fp32Matmuls("highest"), _Fp32Matmuls("high")
 
-# `fp32` computes in IEEE single precision whatever the process's own setting is; `tf32` lets CUDA
-# round the factors of matrix products to 10 bits of mantissa; `bf16` runs matrix products in bf16
-# and keeps weights, norms and the residual stream in fp32.
-_CONTEXTS: dict[str, Callable[[torch.device], AbstractContextManager[None]]] = {
-    "fp32": lambda _: _HIGHEST,
-    "tf32": lambda _: _HIGH,
-    "bf16": lambda device: torch.autocast(device.type, dtype=torch.bfloat16),
-}
 
+@contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Run a forward pass inside the context in a precision, whatever the caller's settings are.
 
-def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which a forward pass runs in the given precision.
+    `fp32` computes in IEEE single precision; `tf32` lets CUDA round the factors of matrix products
+    to 10 bits of mantissa; `bf16` runs matrix products in bf16 and keeps weights, norms and the
+    residual stream in fp32.
 
     Args:
         precision: one of `options.PRECISIONS`.
         device: where the model runs.
     """
-    return _CONTEXTS[precision](device)
+    # Autocast keeps the weights that it casts until the caller's own autocast ends, and uses them
+    # again whatever dtype is wanted then.
+    autocast = torch.autocast(
+        device.type,
+        dtype=torch.bfloat16,
+        enabled=precision == "bf16",
+        cache_enabled=False,
+    )
+    with autocast, _HIGH if precision == "tf32" else _HIGHEST:
+        yield

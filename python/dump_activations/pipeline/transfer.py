@@ -12,6 +12,7 @@ import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from dump_activations.chunks import Chunk
 from dump_activations.pipeline.board_feed import BoardBatch
 from dump_activations.pipeline.cuda_timing import CudaStopwatch
 from dump_activations.pipeline.device import current
+from dump_activations.pipeline.shortage import empty_pinned
 from dump_activations.timing import Stopwatch
 
 _HOST_SLOTS = 3
@@ -157,9 +159,10 @@ class CudaTransfer:
         self._keep = keep
         self._stream = torch.cuda.Stream(device)
         self.copying: Stopwatch | CudaStopwatch = CudaStopwatch(self._stream)
-        self._device_ring = _Ring(
-            lambda: _CudaSlot(_allocate(shapes, dtype, device=device), torch.cuda.Event()),
-            _DEVICE_SLOTS,
+        # Used in turn, each allocated at its first: the one being copied is the last to be used.
+        self._device_slots = cycle(
+            _CudaSlot(_allocate(shapes, dtype, device=device), torch.cuda.Event())
+            for _ in range(_DEVICE_SLOTS if keep else 1)
         )
         # Writers sleep on this event instead of spinning on a core that others need.
         self._host_ring = _Ring(
@@ -171,14 +174,13 @@ class CudaTransfer:
 
     def capture(self, rows: int) -> Capturing:
         """Begin a batch of so many boards."""
-        slot = self._device_ring.take()
+        slot = next(self._device_slots)
         torch.cuda.current_stream(self._device).wait_event(slot.copied)
         return _CudaCapture(self, slot, rows)
 
     def copy(self, source: _CudaSlot, boards: BoardBatch, rows: int) -> ActivationBatch:
         """Start the copy of a batch whose forward pass is queued."""
         if not self._keep:
-            self._device_ring.give_back(source)
             return ActivationBatch(boards, {}, [Chunk(0, rows)], _nothing)
         target = self._host_ring.take()
         host = _cut(target.buffers, rows)
@@ -188,7 +190,6 @@ class CudaTransfer:
                 host[key].copy_(tensor, non_blocking=True)
             source.copied.record(self._stream)
             target.copied.record(self._stream)
-        self._device_ring.give_back(source)
         whole = Chunk(0, rows, partial(self._wait, target.copied))
         return ActivationBatch(boards, host, [whole], lambda: self._host_ring.give_back(target))
 
@@ -252,12 +253,11 @@ def _allocate(
     pinned: bool = False,
 ) -> Buffers:
     """Allocate a tensor a key, on the device or in host memory."""
-    if device == _HOST and not pinned:
+    if pinned:
+        return {key: empty_pinned(shape, dtype) for key, shape in shapes.items()}
+    if device == _HOST:
         return {key: _empty_on_pages(shape, dtype) for key, shape in shapes.items()}
-    return {
-        key: torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
-        for key, shape in shapes.items()
-    }
+    return {key: torch.empty(shape, dtype=dtype, device=device) for key, shape in shapes.items()}
 
 
 def _empty_on_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

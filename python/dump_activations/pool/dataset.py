@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Self, SupportsIndex
+from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,14 @@ from dump_activations.errors import (
 from dump_activations.pool.draws import draw
 from dump_activations.pool.indices import step_indices
 
+if TYPE_CHECKING:
+    # For a `DataLoader`'s types. What it needs are the methods; a pool needs no torch.
+    from torch.utils.data import Dataset
+
+    _Dataset = Dataset[NDArray[np.uint8]]
+else:
+    _Dataset = object
+
 
 class Shard(NamedTuple):
     """One file of a pool: its path, its rows, and the global step index of its first row."""
@@ -33,7 +41,7 @@ class Shard(NamedTuple):
     first: int
 
 
-class StepsDataset:
+class StepsDataset(_Dataset):
     """A pool of steps: the rows of the `steps-*.npy` shards of a directory, or of its `steps.npy`.
 
     A global step index counts rows through the shards in the lexicographic order of their names.

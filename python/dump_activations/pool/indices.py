@@ -37,7 +37,7 @@ def load_indices(path: str | os.PathLike[str]) -> NDArray[np.int64]:
     try:
         return step_indices(array.reshape(-1))
     except IndicesError as error:
-        raise IndicesError(f"{os.fspath(path)}: {error}") from None
+        raise IndicesError(f"{os.fspath(path)}: {error.args[0]}") from None
 
 
 def step_indices(indices: ArrayLike) -> NDArray[np.int64]:

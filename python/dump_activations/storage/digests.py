@@ -1,6 +1,7 @@
 """Digests of tensors, and the text in which a finished file carries them."""
 
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ INTEGRITY_KEY = "integrity"
 
 # The entry in that table for all other metadata: its CRC-32, as JSON. No tensor has the name.
 METADATA_NAME = "metadata"
+
+
+_CRC32 = re.compile("[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,19 @@ def parse_integrity(text: str) -> dict[str, Digest]:
     """
     try:
         return {
-            name: Digest(0, int(fields["crc32"], 16), int(fields["nan"]), int(fields["inf"]))
+            name: _parse_digest(fields)
             for name, fields in json.loads(text).items()
             if name != METADATA_NAME
         }
-    except (AttributeError, KeyError, TypeError, RecursionError):
+    except (AttributeError, RecursionError):
         raise ValueError("it is no table of digests") from None
+
+
+def _parse_digest(fields: object) -> Digest:
+    match fields:
+        case {"crc32": str(crc32), "nan": int(nan), "inf": int(inf)} if _CRC32.fullmatch(crc32):
+            return Digest(0, int(crc32, 16), nan, inf)
+    raise ValueError("it has something else than a digest")
 
 
 def _table(

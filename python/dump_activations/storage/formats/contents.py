@@ -1,8 +1,15 @@
 """What a finished file says it holds, as the readers of all formats return it."""
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
+
+MAX_JSON_CHARACTERS = 2 << 20
+"""Of JSON that is parsed. The objects made of it may take forty times as much memory; a dump's own
+has some kilobytes, and this much describes 15,000 tensors."""
+
+MAX_AXES = 64  # as many as NumPy and torch have
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,16 @@ def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> bytes:
     return data
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; ValueError for anything else, and for more than a file has reason to hold."""
+    if len(text) > MAX_JSON_CHARACTERS:
+        raise ValueError("its description is too large to be that of a dump")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("its description is no JSON") from None
+
+
 def text_metadata(metadata: Any) -> dict[str, str]:
     """Return metadata as string to string; ValueError if it is no mapping."""
     if not isinstance(metadata, Mapping):
@@ -52,7 +69,27 @@ def text_metadata(metadata: Any) -> dict[str, str]:
 
 
 def is_shape(value: Any) -> bool:
-    """Say whether a list or tuple holds lengths of axes."""
-    return isinstance(value, (list, tuple)) and all(
-        type(length) is int and length >= 0 for length in value
+    """Say whether a list or tuple holds lengths of axes: few, and none beyond 63 bits.
+
+    The product of others would take minutes.
+    """
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) <= MAX_AXES
+        and all(type(length) is int and 0 <= length < 1 << 63 for length in value)
     )
+
+
+def data_ranges(tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
+    """Say where the data of tensors lies, (start, stop) each; left out where it is compressed."""
+    return [(t.offset, t.offset + t.nbytes) for t in tensors if t.offset is not None]
+
+
+def are_disjoint(ranges: Iterable[tuple[int, int]]) -> bool:
+    """Say whether no two ranges, (start, stop), have a place in common."""
+    end = 0
+    for start, stop in sorted(ranges):
+        if start < end:
+            return False
+        end = stop
+    return True

@@ -50,8 +50,11 @@ class Format:
 
 
 def fits(dtype: str, shape: Sequence[int], nbytes: int) -> bool:
-    """Whether a tensor takes up so many bytes; true of any number for a dtype not stored here."""
-    return dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].nbytes == nbytes
+    """Whether a tensor takes up so many bytes, or may, of a dtype that dumps do not use."""
+    numel = math.prod(shape)
+    if dtype in DTYPES:
+        return numel * DTYPES[dtype].nbytes == nbytes
+    return numel <= 8 * nbytes  # no element is less than a bit
 
 
 def storage_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:

@@ -4,31 +4,33 @@ Format of a .npy file: numpy.lib.format, version 1.0. `metadata` is a 0-d array 
 bytes a character.
 """
 
-import io
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.storage.formats.contents import (
+    MAX_JSON_CHARACTERS,
     Contents,
     StoredTensor,
     is_shape,
+    parse_json,
     text_metadata,
 )
-from dump_activations.storage.formats.layout import ALIGNMENT, Format, Layout, storage_order
+from dump_activations.storage.formats.layout import ALIGNMENT, Format, Layout, fits, storage_order
 from dump_activations.storage.formats.zip_layout import Member, zip_layout
-from dump_activations.storage.formats.zip_reader import (
-    StoredMember,
-    open_archive,
-    read_head,
-    read_members,
-)
+from dump_activations.storage.formats.zip_reader import StoredMember, read_head, read_members
 
 HEADER_ALIGNMENT = 64  # what numpy.lib.format pads its headers to
-MAX_HEADER_NBYTES = 1 << 16
-MAX_METADATA_NBYTES = 100_000_000
+MAX_HEADER_NBYTES = 10_000  # what NumPy reads of one that it does not trust
+MAX_METADATA_NBYTES = MAX_HEADER_NBYTES + 4 * MAX_JSON_CHARACTERS
+HEADER = re.compile(
+    r"\{'descr': ?(?P<dtype>.+), ?'fortran_order': ?(?:True|False), ?"
+    r"'shape': ?\((?P<shape>[0-9, ]*)\) ?,? ?\} *\n",
+    re.DOTALL,
+)
+NAMES = {dtype.npy: name for name, dtype in DTYPES.items()}
 
 
 def layout(
@@ -71,39 +73,39 @@ def read(file: BinaryIO, size: int) -> Contents:
     """Read the .npy headers in an .npz file, and its metadata."""
     tensors = []
     metadata: dict[str, str] = {}
-    with open_archive(file) as archive:
-        for member in read_members(archive, file, size):
-            head = read_head(archive, file, member, MAX_HEADER_NBYTES)
-            array = _stored_array(head, member)
-            if array.name == "metadata" and array.dtype.startswith("str") and not array.shape:
-                content = read_head(archive, file, member, MAX_METADATA_NBYTES)
-                metadata = _metadata(content[member.nbytes - array.nbytes :])
-            else:
-                tensors.append(array)
+    for member in read_members(file, size).values():
+        array = _stored_array(read_head(file, member, MAX_HEADER_NBYTES), member)
+        if array.name == "metadata" and array.dtype.startswith("<U") and not array.shape:
+            metadata = _metadata(file, member, array.nbytes)
+        else:
+            tensors.append(array)
     return Contents(tensors, metadata)
 
 
 def _stored_array(head: bytes, member: StoredMember) -> StoredTensor:
-    from numpy.lib import format as npy
-
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    stream = io.BytesIO(head)
-    try:
-        shape, _is_fortran, dtype = readers[npy.read_magic(stream)](stream)
-    except Exception:  # NumPy evaluates the header as Python literals
-        raise ValueError(f"its member {member.name} is no array") from None
-    nbytes = member.nbytes - stream.tell()
-    if dtype.hasobject or not is_shape(shape) or math.prod(shape) * dtype.itemsize != nbytes:
+    """Read a .npy header as NumPy and others write it; no part of it is evaluated."""
+    length_nbytes = 2 if head[6:7] == b"\x01" else 4
+    data_start = 8 + length_nbytes + int.from_bytes(head[8 : 8 + length_nbytes], "little")
+    header = HEADER.fullmatch(head[8 + length_nbytes : data_start].decode("latin-1"))
+    if not head.startswith(b"\x93NUMPY") or not header:
+        raise ValueError(f"its member {member.name} is no array")
+    dtype = header["dtype"].strip("'")
+    dtype = NAMES.get(dtype, dtype)
+    shape = tuple(int(length) for length in header["shape"].split(",") if length.strip())
+    nbytes = member.nbytes - data_start
+    if "|O" in dtype or not is_shape(shape) or not fits(dtype, shape, nbytes):
         raise ValueError(f"its array {member.name} is damaged, or holds objects")
-    offset = None if member.offset is None else member.offset + stream.tell()
-    return StoredTensor(member.name.removesuffix(".npy"), dtype.name, shape, nbytes, offset)
+    offset = None if member.offset is None else member.offset + data_start
+    return StoredTensor(member.name.removesuffix(".npy"), dtype, shape, nbytes, offset)
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    try:
-        return text_metadata(json.loads(content.decode("utf-32-le").rstrip("\0")))
-    except RecursionError:
-        raise ValueError("its metadata is no JSON") from None
+def _metadata(file: BinaryIO, member: StoredMember, nbytes: int) -> dict[str, str]:
+    """Read the text of a 0-d array, the last `nbytes` bytes of a member."""
+    if member.nbytes > MAX_METADATA_NBYTES:
+        raise ValueError("its metadata is too large to be that of a dump")
+    content = read_head(file, member, member.nbytes)
+    text = content[member.nbytes - nbytes :].decode("utf-32-le")
+    return text_metadata(parse_json(text.rstrip("\0")))
 
 
 FORMAT = Format(

@@ -14,10 +14,11 @@ from dump_activations.storage.formats.contents import Contents, StoredTensor, re
 from dump_activations.storage.formats.layout import ALIGNMENT, Format, Layout, fits, storage_order
 from dump_activations.storage.formats.pt_pickle import dump_pickle, load_pickle
 from dump_activations.storage.formats.zip_layout import Member, zip_layout
-from dump_activations.storage.formats.zip_reader import open_archive, read_members
+from dump_activations.storage.formats.zip_reader import read_members
 
 ROOT = "archive"
-MAX_PICKLE_NBYTES = 100_000_000
+MAX_PICKLE_NBYTES = 512 << 10
+"""Of a pickle that is read: 2,000 of a dump's tensors, and as much as is checked in a second."""
 
 
 def layout(
@@ -52,15 +53,14 @@ def _member_name(key: str) -> str:
 
 def read(file: BinaryIO, size: int) -> Contents:
     """Read the pickle of a .pt file without torch, and without running anything in it."""
-    with open_archive(file) as archive:
-        members = {member.name: member for member in read_members(archive, file, size)}
-        pickles = [name for name in members if PurePosixPath(name).name == "data.pkl"]
-        if len(pickles) != 1:
-            raise ValueError("it has no data.pkl")
-        data = members[pickles[0]]
-        if data.offset is None or data.nbytes > MAX_PICKLE_NBYTES:
-            raise ValueError("its data.pkl is compressed, or too large")
-        content = load_pickle(read_exactly(file, data.offset, data.nbytes))
+    members = read_members(file, size)
+    pickles = [name for name in members if PurePosixPath(name).name == "data.pkl"]
+    if len(pickles) != 1:
+        raise ValueError("it has no data.pkl")
+    data = members[pickles[0]]
+    if data.is_packed or data.nbytes > MAX_PICKLE_NBYTES:
+        raise ValueError("its data.pkl is compressed, or too large to be that of a dump")
+    content = load_pickle(read_exactly(file, data.start, data.nbytes))
     root = PurePosixPath(data.name).parent
     tensors = []
     for name, tensor in content.tensors.items():

@@ -8,21 +8,21 @@ by an unpickler that knows these names and no others. Neither needs torch.
 
 import io
 import pickle
-import pickletools
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dump_activations.dtypes import DTYPES, TensorSpec
+from dump_activations.pickles import check_pickle
 from dump_activations.storage.formats.contents import is_shape, text_metadata
 
 PROTOCOL = 2  # what torch.load(weights_only=True) reads
 DTYPE_NAMES = {dtype.torch_storage: name for name, dtype in DTYPES.items()}
+REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
+ORDERED_DICT = ("collections", "OrderedDict")
 
 
-@dataclass(frozen=True)
-class PickledTensor:
+class PickledTensor(NamedTuple):
     """Stands for a tensor whose data is in the archive, in the storage named `key`."""
 
     dtype: str
@@ -55,7 +55,7 @@ def load_pickle(data: bytes) -> PickledDump:
         ValueError: it is something else.
     """
     try:
-        _refuse_large_memo(data)
+        check_pickle(data)
         content = _Unpickler(io.BytesIO(data)).load()
     except Exception as error:  # whatever the pickle can bring about
         raise ValueError(f"its data.pkl is no dict of tensors: {error}") from None
@@ -63,7 +63,9 @@ def load_pickle(data: bytes) -> PickledDump:
         raise ValueError("its data.pkl is no dict")
     metadata = text_metadata(content.pop("metadata", {}))
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, PickledTensor):
+        if not isinstance(name, str):
+            raise ValueError("its data.pkl has names that are no text")
+        if not isinstance(value, PickledTensor):
             raise ValueError(f"its entry {name!r} is no tensor")
     return PickledDump(content, metadata)
 
@@ -76,7 +78,7 @@ def _tensor(spec: TensorSpec, key: str) -> bytes:
         _text("cpu"),
         _int(spec.numel),
     )
-    no_hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    no_hooks = _global(*ORDERED_DICT) + pickle.EMPTY_TUPLE + pickle.REDUCE
     arguments = _tuple(
         storage + pickle.BINPERSID,
         _int(0),
@@ -85,7 +87,7 @@ def _tensor(spec: TensorSpec, key: str) -> bytes:
         pickle.NEWFALSE,
         no_hooks,
     )
-    return _global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+    return _global(*REBUILD_TENSOR) + arguments + pickle.REDUCE
 
 
 def _dict(entries: Sequence[bytes]) -> bytes:
@@ -121,25 +123,38 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Unpickler(pickle.Unpickler):
+    """Makes stand-ins that have no attributes a pickle could set."""
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name.endswith("Storage"):
-            return _StorageClass(DTYPE_NAMES.get(name, name))
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        is_storage = module == "torch" and name.endswith("Storage")
+        if not is_storage and (module, name) not in (REBUILD_TENSOR, ORDERED_DICT):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return _Global(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
-            case ("storage", _StorageClass(dtype=dtype), str(key), str(), int()):
-                return PickledTensor(dtype, (), key)
+            case ("storage", _Global("torch", name), str(key), str(), int()):
+                return PickledTensor(DTYPE_NAMES.get(name, name), (), key)
         raise pickle.UnpicklingError("it refers to something that is no storage")
 
 
-@dataclass(frozen=True)
-class _StorageClass:
-    dtype: str
+class _Global(NamedTuple):
+    """Stands for a function or class that the pickle names."""
+
+    module: str
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self == REBUILD_TENSOR:
+            return _rebuild_tensor(*arguments)
+        if self == ORDERED_DICT and not arguments:
+            return _OrderedDict()
+        raise pickle.UnpicklingError(f"it calls {self.module}.{self.name}")
+
+
+class _OrderedDict(dict[Any, Any]):
+    def __setstate__(self, state: Any) -> None:
+        """Do without the attributes that a module's state dict has."""
 
 
 def _rebuild_tensor(
@@ -150,10 +165,3 @@ def _rebuild_tensor(
     if offset != 0 or (shape and tuple(strides) != _strides(shape)):
         raise pickle.UnpicklingError("it has a tensor that is a view of another")
     return PickledTensor(storage.dtype, tuple(shape), storage.key)
-
-
-def _refuse_large_memo(data: bytes) -> None:
-    """Raise ValueError for a pickle that would make the unpickler allocate more than its size."""
-    for opcode, argument, _position in pickletools.genops(data):
-        if "PUT" in opcode.name and argument is not None and argument > len(data):
-            raise ValueError("its memo is larger than itself")

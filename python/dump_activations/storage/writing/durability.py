@@ -1,10 +1,10 @@
 """A thread that brings written batches to disk as the run goes, and journals them."""
 
-import os
 import threading
 import time
 
 from dump_activations.storage.writing.journal import BatchDigests, Journal
+from dump_activations.storage.writing.partial import Partial
 
 SYNC_INTERVAL = 0.5
 """Seconds between two flushes: how much work a crash may cost, against the cost of a flush."""
@@ -16,8 +16,8 @@ class BackgroundSync:
     A batch enters the journal after its data is on disk. A failure surfaces from the next call.
     """
 
-    def __init__(self, fd: int, journal: Journal) -> None:
-        self._fd = fd
+    def __init__(self, partial: Partial, journal: Journal) -> None:
+        self._partial = partial
         self._journal = journal
         self._written: dict[int, BatchDigests] = {}
         self._changed = threading.Condition()
@@ -46,7 +46,7 @@ class BackgroundSync:
     def _run(self) -> None:
         try:
             while batches := self._next_batches():
-                os.fdatasync(self._fd)
+                self._partial.sync()
                 self._journal.append(batches)
         except Exception as error:  # raised by the next call
             with self._changed:

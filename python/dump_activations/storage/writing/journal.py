@@ -12,11 +12,18 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass
-from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest
+from dump_activations.storage.writing.private_files import create, is_at, open_ours
+from dump_activations.storage.writing.targets import replacement_path
+
+_MAX_HEADER_NBYTES = 1 << 20
+# In a batch's record: its number and the CRC; and four numbers a tensor, of up to 20 digits.
+_MAX_NBYTES_OF_BATCH = 64
+_MAX_NBYTES_OF_TENSOR = 96
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class Header:
     batch_rows: int
     tensors: tuple[str, ...]
 
+    @property
+    def batches(self) -> int:
+        """Batches in all."""
+        return -(-self.rows // self.batch_rows)
+
     def rows_in(self, batches: int) -> int:
         """Count the boards in so many batches, counted from the first."""
         return min(batches * self.batch_rows, self.rows)
@@ -43,31 +55,42 @@ class Header:
 BatchDigests = Mapping[str, Digest]
 
 
+class JournalError(ValueError):
+    """There is nothing in a journal to go on from; the text says why."""
+
+
 class Journal:
-    """Records batches; each call returns once the records are on disk."""
+    """Records batches; each call returns once the records are on disk.
+
+    Attributes:
+        batches: numbers of those that are recorded.
+    """
 
     def __init__(self, path: Path, header: Header) -> None:
+        self.batches: set[int] = set()
         self._path = path
         self._new_path = replacement_path(path)
         self._header = header
         self._fd: int | None = None
 
-    def append(self, batches: Mapping[int, BatchDigests]) -> None:
-        """Record batches, whose data is on disk already."""
-        if self._fd is None:
-            self.restart(batches)
-        else:
-            self._write(self._fd, self._entries(batches))
-
-    def restart(self, batches: Mapping[int, BatchDigests]) -> None:
+    def start(self, batches: Mapping[int, BatchDigests]) -> None:
         """Put a journal of these batches alone in the place of what is there, in one step."""
-        self.close()
-        self._fd = os.open(
-            self._new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666
-        )
-        self._write(self._fd, [asdict(self._header), *self._entries(batches)])
+        self._new_path.unlink(missing_ok=True)
+        self._fd = create(self._new_path, os.O_WRONLY | os.O_APPEND)
+        self._write([asdict(self._header)])
+        self.append(batches)
         self._new_path.replace(self._path)
         sync_directory(self._path.parent)
+
+    def append(self, batches: Mapping[int, BatchDigests]) -> None:
+        """Record batches, whose data is on disk already."""
+        self._write(
+            [batch, *(astuple(digests[name]) for name in self._header.tensors)]
+            for batch, digests in batches.items()
+        )
+        assert self._fd is not None
+        os.fsync(self._fd)
+        self.batches |= batches.keys()
 
     def close(self) -> None:
         """Leave the journal where it is."""
@@ -76,57 +99,70 @@ class Journal:
             self._fd = None
 
     def remove(self) -> None:
-        """Remove the journal, if there is one."""
+        """Close the journal, and remove it if its name still leads to it."""
+        if self._fd is not None:
+            for path in (self._new_path, self._path):
+                if is_at(self._fd, path):
+                    path.unlink()
         self.close()
-        self._new_path.unlink(missing_ok=True)
-        self._path.unlink(missing_ok=True)
 
-    def _entries(self, batches: Mapping[int, BatchDigests]) -> list[Any]:
-        return [
-            [batch, *(astuple(digests[name]) for name in self._header.tensors)]
-            for batch, digests in batches.items()
-        ]
-
-    def _write(self, fd: int, records: Iterable[Any]) -> None:
+    def _write(self, records: Iterable[Any]) -> None:
+        assert self._fd is not None
         data = b"".join(map(_line, records))
         while data:
-            data = data[os.write(fd, data) :]
-        os.fsync(fd)
+            data = data[os.write(self._fd, data) :]
 
 
-def replacement_path(path: Path) -> Path:
-    """Say where a journal is written anew before it takes the place of the one at `path`."""
-    return path.with_name(path.name + ".new")
+def read_journal(path: Path, header: Header) -> tuple[Header, dict[int, BatchDigests]]:
+    """Read the header of a journal and, if it is `header`, the batches that are recorded.
 
-
-def read_journal(path: Path) -> tuple[Header, dict[int, dict[str, Digest]]] | None:
-    """Read the header of a journal and the batches that have no gap before them, in order.
-
-    Several writers finish batches out of order; those past a gap are few, and are written again.
-    None if there is no journal, or nothing in it that is one.
+    Raises:
+        JournalError: there is no journal, or none that can be read.
+        OutputError: there is one that is not this user's alone.
     """
-    if not path.is_file():  # A named pipe would be waited for.
-        return None
     try:
-        return _parse(path.read_bytes())
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return None
+        with os.fdopen(open_ours(path, os.O_RDONLY), "rb") as file:
+            found = _read_header(file)
+            batches = _read_batches(file, header) if found == header else {}
+    except OutputError:
+        raise
+    except FileNotFoundError:
+        raise JournalError("it has no journal") from None
+    except OSError as error:
+        raise JournalError(f"its journal cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise JournalError("its journal is damaged") from None
+    return found, batches
 
 
-def _parse(data: bytes) -> tuple[Header, dict[int, dict[str, Digest]]]:
-    records = []
-    for line in data.split(b"\n"):
-        text, _, crc32 = line.rpartition(b" ")
-        if crc32 != _crc32(text):
-            break
-        records.append(json.loads(text))
-    fields, *entries = records
+def _read_header(file: BinaryIO) -> Header:
+    fields = _record(file.readline(_MAX_HEADER_NBYTES))
     header = Header(**{**fields, "tensors": tuple(fields["tensors"])})
-    batches = {
-        batch: {name: Digest(*digest) for name, digest in zip(header.tensors, digests, strict=True)}
-        for batch, *digests in entries
-    }
-    return header, {batch: batches[batch] for batch in takewhile(batches.__contains__, count())}
+    texts = [*header.work, *header.work.values(), *header.tensors]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("no header")
+    return header
+
+
+def _read_batches(file: BinaryIO, header: Header) -> dict[int, BatchDigests]:
+    nbytes = os.fstat(file.fileno()).st_size - file.tell()
+    of_record = _MAX_NBYTES_OF_BATCH + len(header.tensors) * _MAX_NBYTES_OF_TENSOR
+    if nbytes > header.batches * of_record:
+        raise ValueError("longer than its batches can be")
+    batches: dict[int, BatchDigests] = {}
+    for line in file.read(nbytes).split(b"\n"):
+        if (record := _record(line)) is None:
+            break
+        batch, *digests = record
+        named = zip(header.tensors, digests, strict=True)
+        batches[batch] = {name: Digest(*digest) for name, digest in named}
+    return batches
+
+
+def _record(line: bytes) -> Any:
+    """Return what a line holds; None if it is cut short or damaged."""
+    text, _, crc32 = line.removesuffix(b"\n").rpartition(b" ")
+    return json.loads(text) if crc32 == _crc32(text) else None
 
 
 def sync_directory(path: Path) -> None:

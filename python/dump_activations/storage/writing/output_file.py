@@ -1,10 +1,7 @@
 """An output file under construction: reserved whole, written at offsets, renamed when complete."""
 
-import hashlib
-import json
-import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -12,43 +9,25 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from dump_activations import _rust
-from dump_activations.dtypes import TensorSpec
-from dump_activations.errors import OutputError, switch
+from dump_activations.errors import OutputError
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest, RunningDigest, integrity_text
-from dump_activations.storage.formats.layout import RESERVED_NAMES, Layout
+from dump_activations.storage.formats.layout import Layout
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.writing.durability import BackgroundSync
 from dump_activations.storage.writing.journal import (
     BatchDigests,
-    Header,
     Journal,
-    read_journal,
+    JournalError,
     sync_directory,
 )
-from dump_activations.storage.writing.partial import (
-    check_output,
-    journal_path,
-    open_direct,
-    open_partial,
-    partial_path,
-    reserve,
-)
-from dump_activations.storage.writing.resume import confirmed_batches
+from dump_activations.storage.writing.partial import Partial
+from dump_activations.storage.writing.resume import resumable_batches, until_gap
+from dump_activations.storage.writing.targets import check_output, journal_path
+from dump_activations.storage.writing.work import Work
 
 
-class _Descriptor:
-    """An open file, closed when the last to use it lets go of it.
-
-    A write that is still under way when the run is given up must not find another file under the
-    number of its own.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
+def _nothing() -> None:
+    pass
 
 
 class OutputFile:
@@ -57,80 +36,87 @@ class OutputFile:
     Until then the data is in `NAME.partial` beside the target, with a journal beside that, and an
     existing target stays as it is. Use as a context manager: leaving it without a commit is
     `suspend()`. No writer may still be at work when the file is committed or left.
+
+    Attributes:
+        target: the file's name once it is complete.
+        partial: its name until then.
+        unusable: why a partial file that was there was dropped; None if none was.
+        is_committed: whether it is complete.
     """
 
     def __init__(
         self,
-        target: Path,
-        *,
-        specs: Sequence[TensorSpec],
-        metadata: Mapping[str, str],
-        header: Header,
+        work: Work,
+        partial: Partial,
         layout: Layout,
-        fd: int,
+        batches: Mapping[int, BatchDigests],
+        *,
+        unusable: str | None,
     ) -> None:
         """Private: `OutputFile.open` makes one."""
-        self.target = target
-        self.partial = partial_path(target)
-        self._specs = {spec.name: spec for spec in specs}
-        self._metadata = metadata
-        self._header = header
-        self._layout = layout
-        self._file: _Descriptor | None = _Descriptor(fd)
-        direct_fd = open_direct(fd, self.partial)
-        self._direct = None if direct_fd is None else _Descriptor(direct_fd)
+        self.target = work.target
+        self.partial = partial.path
+        self.unusable = unusable
         self.is_committed = False
-        self._journal = Journal(journal_path(target), header)
+        self._work = work
+        self._header = work.header
+        self._specs = {spec.name: spec for spec in work.specs}
+        self._layout = layout
+        self._file = partial
+        self._is_open = True
+        self._journal = Journal(journal_path(work.target), work.header)
         self._sync: BackgroundSync | None = None
         self._lock = threading.Lock()
-        self._digests = {spec.name: RunningDigest() for spec in specs}
-        self._resumed_rows = 0
-        self._last_resumed: tuple[int, BatchDigests] | None = None
+        self._digests = {spec.name: RunningDigest() for spec in work.specs}
+        self._resumed = batches
+        for batch, digests in batches.items():
+            self._note_batch(batch * self._header.batch_rows, digests)
 
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
-        metadata: Mapping[str, str],
+        work: Work,
         *,
-        batched: Sequence[str],
-        batch_rows: int,
-        fingerprint: Mapping[str, str],
-        resume: bool = False,
+        inputs: Iterable[Path] = (),
         overwrite: bool = False,
+        check: Callable[[], object] = _nothing,
     ) -> Self:
         """Take the space of the whole file; nothing else may fail for want of it later.
 
+        A partial file of the same work is gone on with.
+
         Args:
-            path: the target; its suffix selects the format.
-            specs: all tensors.
-            metadata: stored beside them; the digests are added under `INTEGRITY_KEY`.
-            batched: tensors that come in batches of `batch_rows` rows, all of equal length; the
-                others are given whole to `write`, also when a run is resumed.
-            batch_rows: rows of a batch; the last may be short.
-            fingerprint: by name, all that determines the data beside the metadata.
-            resume: go on with a partial file of the same work, if there is one.
+            work: what the file is to hold.
+            inputs: files that the target must not be.
             overwrite: drop a partial file, if there is one.
+            check: called now and then while a partial file is verified; may raise.
 
         Raises:
-            InvalidArgumentError: the suffix names no format, or one that cannot hold a dtype.
+            InvalidArgumentError: the format cannot hold a dtype, or the target is an input.
             OutputError: the file cannot be made, another process is making it, or there is a
-                partial file that neither `resume` nor `overwrite` applies to.
+                partial file of other work, or one that others can change.
         """
-        target = Path(os.path.realpath(path))
-        check_output(target, [spec.dtype for spec in specs])
-        metadata = {key: _plain_text(value) for key, value in metadata.items()}
-        work = {**metadata, **fingerprint}
-        header = _header(target, specs, batched, batch_rows, work)
-        metadata["fingerprint"] = _sha256(header.work)
-        layout = _layout(target, specs, metadata, None)
-        fd = open_partial(target, may_exist=resume or overwrite)
-        file = cls(target, specs=specs, metadata=metadata, header=header, layout=layout, fd=fd)
+        target = work.target
+        check_output(target, [spec.dtype for spec in work.specs], inputs=inputs)
+        layout = _layout(work, None)
+        with OutputError.when(f"cannot make {target.parent}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Partial.open(target, anew=overwrite)
+        unusable = None
+        batches: Mapping[int, BatchDigests] = {}
         try:
-            file._begin(file._resumable() if resume else {})
+            if not partial.is_new:
+                try:
+                    with OutputError.when(f"cannot read {partial.path}"):
+                        batches = resumable_batches(partial, work, layout, check)
+                except JournalError as error:
+                    unusable = str(error)
+                    partial.close()
+                    partial = Partial.open(target, anew=True)
+            file = cls(work, partial, layout, batches, unusable=unusable)
+            file._begin()
         except BaseException:
-            file._close()
+            partial.close()
             raise
         return file
 
@@ -138,7 +124,7 @@ class OutputFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
+        if self._is_open:
             self.suspend()
 
     @property
@@ -149,12 +135,15 @@ class OutputFile:
     @property
     def resumed_rows(self) -> int:
         """Rows, from the first, that the run being resumed has written; 0 if none is."""
-        return self._resumed_rows
+        return self._header.rows_in(len(self._resumed))
 
     @property
     def last_resumed(self) -> tuple[int, BatchDigests] | None:
         """First row and digests of the last batch that the run being resumed has written."""
-        return self._last_resumed
+        if not self._resumed:
+            return None
+        last = max(self._resumed)
+        return last * self._header.batch_rows, self._resumed[last]
 
     def write(self, name: str, data: npt.NDArray[np.uint8]) -> None:
         """Write the bytes of a tensor that does not come in batches.
@@ -183,17 +172,7 @@ class OutputFile:
     def _write_bytes(self, name: str, start: int, data: npt.NDArray[np.uint8]) -> Digest:
         spec = self._specs[name]
         assert start + data.nbytes <= spec.nbytes, name
-        file, direct = self._file, self._direct
-        assert file is not None
-        try:
-            offset = self._layout.offsets[name] + start
-            direct_fd = None if direct is None else direct.number
-            digest = _rust.write_span(file.number, direct_fd, offset, data, spec.dtype)
-        except OSError as error:
-            raise OutputError.of_system(f"cannot write {self.partial}", error) from error
-        finally:
-            del file, direct  # Which a traceback would keep open.
-        return Digest(data.nbytes, *digest)
+        return self._file.write_span(self._layout.offsets[name] + start, data, spec.dtype)
 
     def finish_batch(self, first_row: int, digests: BatchDigests) -> None:
         """Note that all of the batch at `first_row` was written by `write_span`.
@@ -206,11 +185,9 @@ class OutputFile:
         with self._lock:
             self._note_batch(first_row, digests)
             if self._sync is None:
-                self._sync = BackgroundSync(self._fd, self._journal)
-        try:
+                self._sync = BackgroundSync(self._file, self._journal)
+        with OutputError.when(f"cannot write {self.partial}"):
             self._sync.add(batch, digests)
-        except OSError as error:
-            raise OutputError.of_system(f"cannot write {self.partial}", error) from error
 
     def commit(self) -> dict[str, Digest]:
         """Complete the file and gives it the target's name; returns each tensor's digest.
@@ -221,26 +198,19 @@ class OutputFile:
         digests = {name: running.whole for name, running in self._digests.items()}
         for name, spec in self._specs.items():
             assert digests[name].nbytes == spec.nbytes, f"{name} is not complete"
-        layout = _layout(self.target, list(self._specs.values()), self._metadata, digests)
+        layout = _layout(self._work, digests)
         assert (layout.size, layout.offsets) == (self._layout.size, self._layout.offsets)
-        try:
+        with OutputError.when(f"cannot write {self.target}"):
             self._stop_sync()
             for offset, data in layout.skeleton:
-                _write_all(self._fd, offset, data)
-            os.fsync(self._fd)
-            self.partial.replace(self.target)
-        except OSError as error:
-            raise OutputError.of_system(f"cannot write {self.target}", error) from error
+                self._file.write_bytes(offset, data)
+            self._file.publish()
         self.is_committed = True
+        what = f"{self.target} is complete, but its directory cannot be brought to disk or tidied"
         try:
-            sync_directory(self.target.parent)
-            self._journal.remove()
-        except OSError as error:
-            what = (
-                f"{self.target} is complete, but its directory cannot be brought to disk or "
-                "tidied, which the same call again does"
-            )
-            raise OutputError.of_system(what, error) from error
+            with OutputError.when(what):
+                sync_directory(self.target.parent)
+                self._journal.remove()
         finally:
             self._close()
         return digests
@@ -254,63 +224,34 @@ class OutputFile:
             return 0
         with suppress(OSError):  # What the journal has is on disk; the rest is written again.
             self._stop_sync()
-        left = read_journal(journal_path(self.target))
-        boards = self._header.rows_in(len(left[1])) if left else 0
-        if boards:
+        batches = len(list(until_gap(self._journal.batches)))
+        if batches and self._file.is_in_place():
             self._close()
-        else:
-            self.discard()
-        return boards
+            return self._header.rows_in(batches)
+        self.discard()
+        return 0
 
     def discard(self) -> None:
         """Remove what was written; an existing target stays."""
         with suppress(OSError):
             self._stop_sync()
-        self._remove()
+        with suppress(OSError):
+            self._remove()
         self._close()
 
-    @property
-    def _fd(self) -> int:
-        assert self._file is not None
-        return self._file.number
-
-    def _begin(self, batches: Mapping[int, BatchDigests]) -> None:
-        """Reserve the file and takes over the batches that it has."""
+    def _begin(self) -> None:
+        """Take the space of the file, and begin its journal with the batches that it has."""
         try:
-            if batches:
-                self._journal.restart(batches)
+            with OutputError.when(f"cannot reserve {self.size:,} bytes for {self.target}"):
+                self._file.reserve(self.size)
+            with OutputError.when(f"cannot write the journal of {self.target}"):
+                self._journal.start(self._resumed)
+        except OutputError:
+            if self._resumed:
+                self._close()
             else:
-                self._journal.remove()
-                os.ftruncate(self._fd, 0)
-            reserve(self._fd, self.size)
-        except OSError as error:
-            if not batches:
-                with suppress(OSError):
-                    self._remove()
-            what = f"cannot reserve {self.size:,} bytes for {self.target}"
-            raise OutputError.of_system(what, error) from error
-        for batch, digests in batches.items():
-            self._note_batch(batch * self._header.batch_rows, digests)
-            self._last_resumed = batch * self._header.batch_rows, digests
-        self._resumed_rows = self._header.rows_in(len(batches))
-
-    def _resumable(self) -> Mapping[int, BatchDigests]:
-        """Return the batches of the partial file that need not be written again."""
-        left = read_journal(journal_path(self.target))
-        # A journal may have outlived its file.
-        if left is None or os.fstat(self._fd).st_size == 0:
-            return {}
-        header, batches = left
-        if header != self._header:
-            raise OutputError(
-                f"{self.partial} is left over from another dump; repeat that dump's options with "
-                f"it, or drop it with {switch('overwrite')}"
-            )
-        specs = self._specs
-        try:
-            return confirmed_batches(self._fd, self._layout, specs, self._header, batches)
-        except OSError as error:
-            raise OutputError.of_system(f"cannot read {self.partial}", error) from error
+                self.discard()
+            raise
 
     def _note_batch(self, first_row: int, digests: BatchDigests) -> None:
         assert digests.keys() == set(self._header.tensors)
@@ -323,58 +264,17 @@ class OutputFile:
             sync.close()
 
     def _remove(self) -> None:
-        self.partial.unlink(missing_ok=True)
+        self._file.remove()
         self._journal.remove()
 
     def _close(self) -> None:
         self._journal.close()
-        self._file = self._direct = None
+        self._file.close()
+        self._is_open = False
 
 
-def _layout(
-    target: Path,
-    specs: Sequence[TensorSpec],
-    metadata: Mapping[str, str],
-    digests: Mapping[str, Digest] | None,
-) -> Layout:
-    file_format = format_of(target, [spec.dtype for spec in specs])
+def _layout(work: Work, digests: Mapping[str, Digest] | None) -> Layout:
+    file_format = format_of(work.target, [spec.dtype for spec in work.specs])
     crc32s = {name: digest.crc32 for name, digest in digests.items()} if digests else None
-    return file_format.layout(
-        specs, {**metadata, INTEGRITY_KEY: integrity_text(specs, metadata, digests)}, crc32s
-    )
-
-
-def _header(
-    target: Path,
-    specs: Sequence[TensorSpec],
-    batched: Sequence[str],
-    batch_rows: int,
-    work: Mapping[str, str],
-) -> Header:
-    shapes = {spec.name: spec.shape for spec in specs}
-    assert len(shapes) == len(specs), "two tensors of one name"
-    assert not RESERVED_NAMES & shapes.keys(), "a tensor with the name of the metadata"
-    (rows,) = {shapes[name][0] for name in batched}
-    tensors = json.dumps([(spec.name, spec.dtype, spec.shape) for spec in specs])
-    return Header(
-        work={**work, "format": format_of(target).name, "tensors": tensors},
-        rows=rows,
-        batch_rows=batch_rows,
-        tensors=tuple(batched),
-    )
-
-
-def _sha256(work: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
-
-
-def _plain_text(value: str) -> str:
-    """Return text that every format can hold: bytes of a file name that are no text are escaped."""
-    return value.encode("utf-8", "backslashreplace").decode()
-
-
-def _write_all(fd: int, offset: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+    integrity = integrity_text(work.specs, work.metadata, digests)
+    return file_format.layout(work.specs, {**work.metadata, INTEGRITY_KEY: integrity}, crc32s)

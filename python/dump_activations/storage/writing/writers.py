@@ -37,12 +37,15 @@ class WriterPool:
         self._room = threading.Semaphore(BATCHES_AHEAD)
         self._error: BaseException | None = None
         self._writing = SharedStopwatch()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"writer-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for i in range(threads):
+                thread = threading.Thread(target=self._work, name=f"writer-{i}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self._join()
+            raise
 
     def __enter__(self) -> Self:
         return self

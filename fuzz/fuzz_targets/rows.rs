@@ -1,0 +1,60 @@
+//! Boards and rows of a pool whose two shards are the hostile bytes.
+//!
+//! `cargo +nightly fuzz run rows -- -dict=fuzz/header.dict -max_len=2048`
+
+#![no_main]
+
+use std::fs;
+use std::path::Path;
+
+use dump_activations::Error;
+use dump_activations::boards::CELLS;
+use dump_activations::pool::Pool;
+use libfuzzer_sys::fuzz_target;
+use tempfile::TempDir;
+
+thread_local! {
+    static DIRECTORY: TempDir = tempfile::tempdir().expect("a directory");
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    DIRECTORY.with(|directory| read(directory.path(), bytes));
+});
+
+fn read(directory: &Path, bytes: &[u8]) {
+    for name in ["steps-0.npy", "steps-1.npy"] {
+        fs::write(directory.join(name), bytes).expect("a writable directory");
+    }
+    let Ok(pool) = Pool::open(directory, &mut || Ok(())) else { return };
+    let shard = &pool.files().files()[0];
+    let (itemsize, rows) = (shard.itemsize, pool.rows() as i64);
+    assert_eq!(rows as u64, 2 * shard.rows);
+    let data = &bytes[shard.data_offset as usize..][..shard.rows as usize * itemsize];
+
+    // Rows that the bytes choose, and one past each end among them.
+    let chosen = bytes.iter().rev().take(64).enumerate();
+    let indices: Vec<i64> =
+        chosen.map(|(at, &byte)| (at as i64 + 7919 * i64::from(byte)) % (rows + 2) - 1).collect();
+    let inside: Vec<i64> = indices.iter().copied().filter(|row| (0..rows).contains(row)).collect();
+    let mut boards = vec![0; indices.len() * CELLS];
+    let outcome = pool.read_boards(&indices, &mut boards, &mut || Ok(()));
+    match outcome {
+        Ok(()) => assert_eq!(inside.len(), indices.len()),
+        Err(Error::StepIndex { position, index, .. }) => {
+            assert!(indices[position] == index && !(0..rows).contains(&index));
+        }
+        Err(error) => panic!("{error}"),
+    }
+
+    let boards = &mut boards[..inside.len() * CELLS];
+    pool.read_boards(&inside, boards, &mut || Ok(())).expect("boards");
+    let mut read = vec![0; inside.len() * itemsize];
+    pool.read_rows(&inside, &mut read, &mut || Ok(())).expect("rows");
+    let field = pool.boards()[0];
+    let rows = read.chunks_exact(itemsize).zip(boards.chunks_exact(CELLS));
+    for (&index, (row, board)) in inside.iter().zip(rows) {
+        let expected = &data[(index as u64 % shard.rows) as usize * itemsize..][..itemsize];
+        assert_eq!(row, expected);
+        assert_eq!(board, field.decode(&expected[field.range()]));
+    }
+}

@@ -1,0 +1,118 @@
+"""What `--list-outputs` and `--dry-run` show: the keys there are, and the tensors of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dump_activations.commands.console import printable
+from dump_activations.dtypes import STORAGE_DTYPES
+from dump_activations.model.activations import ACTIVATIONS, Activation, WeightActivation
+from dump_activations.model.layers import find_layers
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from dump_activations.model.config import EncoderConfig
+    from dump_activations.options import Options
+    from dump_activations.pipeline.preview import Preview
+
+_LEGEND = (
+    "N boards, L layers, H hidden size, I of the MLP, Q query and K key/value heads of size D; "
+    "with --init in numbers"
+)
+# Letters that say less than this without a model.
+_AXES = {"S": (16,), "O": (4, "bins")}
+
+
+def print_keys(init: str | os.PathLike[str] | None, options: Options, *, as_json: bool) -> None:
+    """Print every key with its shape and, of a model, its bytes a board.
+
+    Args:
+        init: the model's checkpoint; without one the shapes are letters.
+        options: which layers, and the storage dtype.
+        as_json: print JSON instead of a table.
+
+    Raises:
+        DumpActivationsError: the checkpoint cannot be loaded, or has no such layer.
+    """
+    config = None
+    if init is not None:
+        from dump_activations.model.checkpoint import load_encoder
+
+        config = load_encoder(init, random_init=options.random_init).config
+    rows = [_describe(activation, config, options) for activation in ACTIVATIONS]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    _print_table(
+        _LEGEND if init is None else f"{init}, {options.dtype}",
+        ("key", "TransformerLens", "shape", "bytes a board"),
+        [
+            [row["key"], row["alias"], row["lacking"] or _shape_text(row["shape"]), row["bytes"]]
+            for row in rows
+        ],
+    )
+
+
+def _describe(
+    activation: Activation, config: EncoderConfig | None, options: Options
+) -> dict[str, Any]:
+    """Describe a key: shape with letters for what is not known, bytes a board where they are."""
+    of_boards = not isinstance(activation, WeightActivation)
+    lacking = "" if config is None else activation.lacking(config)
+    axes: list[int | str]
+    nbytes = None
+    if config is None:
+        axes = ["L"] * activation.per_layer
+        axes += [size for letter in activation.shape for size in _AXES.get(letter, (letter,))]
+    else:
+        layers = find_layers("layers", options.layers, config.num_hidden_layers)
+        sizes = [len(layers)] * activation.per_layer + [*activation.shape_in(config)]
+        axes = [*sizes]
+        if of_boards:
+            nbytes = math.prod(sizes) * STORAGE_DTYPES[options.dtype].nbytes
+    return {
+        "key": activation.key,
+        "alias": activation.alias,
+        "shape": ["N", *axes] if of_boards else axes,
+        "bytes": nbytes,
+        "lacking": lacking,
+    }
+
+
+def _shape_text(shape: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, shape))})" if shape else "a tensor a norm"
+
+
+def print_preview(preview: Preview, *, as_json: bool) -> None:
+    """Print what a run is going to write, tensor by tensor: a table, or JSON for scripts."""
+    if as_json:
+        click.echo(json.dumps(preview.as_dict()))
+        return
+    _print_table(
+        preview.text,
+        ("tensor", "dtype", "shape", "bytes"),
+        [[each.name, each.dtype, _shape_text(each.shape), each.nbytes] for each in preview.tensors],
+    )
+
+
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows whose last column holds numbers, or None for nothing."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings[:-1]:
+        table.add_column(heading, overflow="fold")
+    table.add_column(headings[-1], justify="right", no_wrap=True)
+    for *texts, number in rows:
+        cells = [*texts, "" if number is None else f"{number:,}"]
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    Console().print(table)

@@ -1,0 +1,157 @@
+"""What a file is to hold and what determines its bytes, by which two runs are told apart."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from dump_activations.dtypes import TensorSpec
+from dump_activations.errors import OutputError, option
+from dump_activations.storage.digests import Digest
+from dump_activations.storage.formats.layout import RESERVED_NAMES
+from dump_activations.storage.formats.registry import format_of
+from dump_activations.storage.reading.inspection import inspect
+from dump_activations.storage.writing.journal import Header
+from dump_activations.storage.writing.targets import target_of
+
+FINGERPRINT_KEY = "fingerprint"
+"""Metadata key: SHA-256 of everything that determines the file's bytes, as 64 hex digits."""
+
+_OPTIONS = frozenset(
+    {
+        "batch_size",
+        "compile",
+        "device",
+        "dtype",
+        "n_samples",
+        "outputs",
+        "precision",
+        "random_init",
+        "seed",
+    }
+)
+# Names of entries whose values nobody can read.
+_UNREADABLE = {
+    "config": "the model's config",
+    "dataset_sha256": "the pool's shards or their rows' layout",
+    "indices": "the step indices",
+    "tensors": "the tensors",
+    "weights_sha256": "the weights",
+}
+# What differs only because something else does, unless it is alone.
+_DERIVED = frozenset({"dataset_rows", "indices", "tensors"})
+_LONGEST_VALUE = 200
+
+
+@dataclass(frozen=True)
+class Work:
+    """A file that is to be made.
+
+    Attributes:
+        target: where, past all links.
+        specs: all its tensors.
+        metadata: stored beside them, the fingerprint included.
+        header: what determines its bytes, and its batches.
+    """
+
+    target: Path
+    specs: Sequence[TensorSpec]
+    metadata: Mapping[str, str]
+    header: Header
+
+    @classmethod
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str],
+        *,
+        batched: Sequence[str],
+        batch_rows: int,
+        fingerprint: Mapping[str, str],
+    ) -> Self:
+        """Describe a file.
+
+        Args:
+            path: the target; its suffix selects the format.
+            specs: all tensors.
+            metadata: stored beside them; the fingerprint and the digests are added.
+            batched: tensors that come in batches of `batch_rows` rows, all of equal length.
+            batch_rows: rows of a batch; the last may be short.
+            fingerprint: by name, all that determines the data beside the metadata.
+        """
+        target = target_of(path)
+        shapes = {spec.name: spec.shape for spec in specs}
+        assert len(shapes) == len(specs), "two tensors of one name"
+        assert not RESERVED_NAMES & shapes.keys(), "a tensor with the name of the metadata"
+        (rows,) = {shapes[name][0] for name in batched}
+        metadata = {key: _plain_text(value) for key, value in metadata.items()}
+        work = {
+            **metadata,
+            **fingerprint,
+            "batch_size": str(batch_rows),
+            "format": format_of(target).name,
+            "tensors": json.dumps([(spec.name, spec.dtype, spec.shape) for spec in specs]),
+        }
+        metadata[FINGERPRINT_KEY] = _sha256(work)
+        return cls(target, specs, metadata, Header(work, rows, batch_rows, tuple(batched)))
+
+    def differences(self, theirs: Mapping[str, str]) -> str:
+        """Name what differs in other work, options as such."""
+        ours = self.header.work
+        differing = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+        named = [name for name in differing if name not in _DERIVED] or differing
+        return ", ".join(_difference(name, theirs.get(name), ours.get(name)) for name in named)
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A file that is at a target before it is written.
+
+    Attributes:
+        size: its bytes.
+        metadata: its own; none where it is no dump, or a damaged one.
+        digests: its own, of each tensor.
+    """
+
+    size: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, Digest] = field(default_factory=dict)
+
+    def is_of(self, work: Work) -> bool:
+        """Whether it is complete and of this work."""
+        return self.metadata.get(FINGERPRINT_KEY) == work.metadata[FINGERPRINT_KEY]
+
+
+def find_existing(target: Path) -> Existing | None:
+    """Look at the headers of what is at a target; None where nothing is."""
+    try:
+        found = inspect(target)
+    except OutputError:
+        return Existing(target.stat().st_size) if target.exists() else None
+    return Existing(found.size, found.contents.metadata, found.digests)
+
+
+def _difference(name: str, theirs: str | None, ours: str | None) -> str:
+    if name in _UNREADABLE:
+        return _UNREADABLE[name]
+    word = option(name) if name in _OPTIONS else name.replace("_", " ")
+    return f"{word} ({_shown(theirs)} there, {_shown(ours)} here)"
+
+
+def _shown(value: str | None) -> str:
+    if value is None:
+        return "none"
+    return value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
+
+
+def _sha256(work: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+
+
+def _plain_text(value: str) -> str:
+    """Return text that every format can hold: bytes of a file name that are no text are escaped."""
+    return value.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,330 @@
+//! A pool: the shards of a directory, read by global step index.
+
+use std::path::{Path, PathBuf};
+
+use crate::boards::Boards;
+use crate::column::{Column, WholeRows};
+use crate::descrs::Descrs;
+use crate::error::Error;
+use crate::file::FileId;
+use crate::interrupt::Interrupt;
+use crate::layout::BoardField;
+use crate::limits::Limits;
+use crate::memory::{self, OutOfMemory};
+use crate::npy::Header;
+use crate::read_error::ReadError;
+use crate::row_files::{RowFile, RowFiles};
+use crate::rows;
+use crate::shards;
+
+/// Threads that open shards: enough to hide the latency of a network file system.
+const OPENERS: usize = 32;
+
+/// The shards of a dataset directory in order; their headers are read, no file is kept open.
+#[derive(Debug)]
+pub struct Pool {
+    path: PathBuf,
+    files: RowFiles,
+    /// Where the rows of each shard hold the board.
+    boards: Vec<BoardField>,
+    descrs: Descrs,
+    pub(crate) limits: Limits,
+}
+
+impl Pool {
+    /// Opens the directory `path`.
+    pub fn open(path: &Path, interrupt: Interrupt<'_>) -> Result<Self, Error> {
+        let limits = Limits::of_process();
+        let paths = shards::shard_paths(path)?;
+        let headers = shards::read_headers(&paths, limits.files.min(OPENERS), interrupt)?;
+        let pool = Self::new(path, limits, paths, headers)?;
+        pool.check_boards()?;
+        Ok(pool)
+    }
+
+    fn new(
+        path: &Path,
+        limits: Limits,
+        paths: Vec<PathBuf>,
+        headers: Vec<(FileId, Header)>,
+    ) -> Result<Self, Error> {
+        let no_memory =
+            |error: OutOfMemory| Error::Open { path: path.to_owned(), source: error.into() };
+        let mut files = RowFiles::with_capacity(paths.len()).map_err(no_memory)?;
+        let mut boards = memory::with_capacity(paths.len()).map_err(no_memory)?;
+        let mut descrs = memory::with_capacity(paths.len()).map_err(no_memory)?;
+        for (path, (id, header)) in paths.into_iter().zip(headers) {
+            let Header { rows, data_offset, layout, descr } = header;
+            let refused = Error::TooManyRows { path: path.clone() };
+            let file = RowFile { path, id, rows, data_offset, itemsize: layout.itemsize };
+            files.push(file).map_err(|_| refused)?;
+            boards.push(layout.board);
+            descrs.push(descr);
+        }
+        let descrs = Descrs::new(descrs).map_err(no_memory)?;
+        Ok(Self { path: path.to_owned(), files, boards, descrs, limits })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The shards.
+    pub fn files(&self) -> &RowFiles {
+        &self.files
+    }
+
+    /// Rows in all shards.
+    pub fn rows(&self) -> u64 {
+        self.files.rows()
+    }
+
+    /// Bytes of a row of the first shard.
+    pub fn itemsize(&self) -> usize {
+        self.files.files()[0].itemsize
+    }
+
+    /// Where the rows of each shard hold the board.
+    pub fn boards(&self) -> &[BoardField] {
+        &self.boards
+    }
+
+    /// The dtype of a row of each shard, as the Python literal in its header.
+    pub fn descrs(&self) -> &Descrs {
+        &self.descrs
+    }
+
+    /// Writes the 16 exponents of board `indices[i]` to the i-th 16 bytes of `out`.
+    pub fn read_boards(
+        &self,
+        indices: &[i64],
+        out: &mut [u8],
+        interrupt: Interrupt<'_>,
+    ) -> Result<(), Error> {
+        self.read(indices, &Boards { fields: &self.boards }, out, interrupt)
+    }
+
+    /// Writes row `indices[i]` to the i-th `itemsize` bytes of `out`, unless rows differ.
+    pub fn read_rows(
+        &self,
+        indices: &[i64],
+        out: &mut [u8],
+        interrupt: Interrupt<'_>,
+    ) -> Result<(), Error> {
+        self.check_same_rows()?;
+        self.read(indices, &WholeRows { itemsize: self.itemsize() }, out, interrupt)
+    }
+
+    fn read(
+        &self,
+        indices: &[i64],
+        column: &impl Column,
+        out: &mut [u8],
+        interrupt: Interrupt<'_>,
+    ) -> Result<(), Error> {
+        rows::read(&self.files, self.limits, indices, column, out, interrupt)
+            .map_err(|error| self.named(error))
+    }
+
+    /// The error with the names that its numbers stand for.
+    fn named(&self, error: ReadError) -> Error {
+        match error {
+            ReadError::Outside { position, row } => {
+                Error::StepIndex { position, index: row, rows: self.rows() }
+            }
+            ReadError::Row { file, row, source } => {
+                Error::Row { path: self.files.files()[file].path.clone(), step: row, source }
+            }
+            ReadError::Memory(source) => Error::Read { path: self.path.clone(), source },
+            ReadError::Interrupted(interrupted) => interrupted.into(),
+        }
+    }
+
+    /// Refuses a pool whose shards agree in the board alone: its whole rows have no one dtype.
+    fn check_same_rows(&self) -> Result<(), Error> {
+        let Some(odd) = self.descrs.odd() else { return Ok(()) };
+        let files = self.files.files();
+        Err(Error::RowsDiffer { path: files[odd].path.clone(), first: files[0].path.clone() })
+    }
+
+    /// Refuses shards that differ in the fields that hold the board.
+    fn check_boards(&self) -> Result<(), Error> {
+        let wanted = self.boards[0].names();
+        let Some(odd) = self.boards.iter().position(|board| board.names() != wanted) else {
+            return Ok(());
+        };
+        let found = self.boards[odd].names();
+        let files = self.files.files();
+        let (path, first) = (files[odd].path.clone(), files[0].path.clone());
+        Err(Error::BoardsDiffer { path, first, found, wanted })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::boards::{CELLS, decode};
+    use crate::interrupt::Interrupted;
+    use crate::shards::OPEN_BATCH;
+    use crate::testing::{PACKED, shard, write};
+
+    fn open(path: &Path) -> Result<Pool, Error> {
+        Pool::open(path, &mut || Ok(()))
+    }
+
+    fn names(pool: &Pool) -> Vec<String> {
+        let names = pool.files().files().iter().map(|shard| shard.path.file_name());
+        names.map(|name| name.expect("a name").to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn shards_come_in_lexicographic_order_and_before_steps_npy() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for (name, rows) in [("steps-2.npy", 3), ("steps-10.npy", 2), ("steps.npy", 9)] {
+            write(directory.path(), name, &shard(PACKED, rows));
+        }
+        write(directory.path(), "annotations-0.npy", b"not a shard");
+        write(directory.path(), "steps-0.npy.partial", b"not a shard");
+        let pool = open(directory.path()).expect("a pool");
+        assert_eq!(names(&pool), ["steps-10.npy", "steps-2.npy"]);
+        assert_eq!(pool.rows(), 5);
+        let shards: Vec<_> = (0..5).map(|step| pool.files().holder(step)).collect();
+        assert_eq!(shards, [0, 0, 1, 1, 1]);
+    }
+
+    #[test]
+    fn steps_npy_alone_and_empty_shards() {
+        let directory = tempfile::tempdir().expect("a directory");
+        write(directory.path(), "steps.npy", &shard(PACKED, 4));
+        assert_eq!(names(&open(directory.path()).expect("a pool")), ["steps.npy"]);
+        for (name, rows) in [("steps-0.npy", 0), ("steps-1.npy", 1), ("steps-2.npy", 0)] {
+            write(directory.path(), name, &shard(PACKED, rows));
+        }
+        let pool = open(directory.path()).expect("a pool");
+        assert_eq!((pool.rows(), pool.files().holder(0)), (1, 1));
+    }
+
+    #[test]
+    fn many_shards_keep_their_order() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for index in 0..1000 {
+            write(directory.path(), &format!("steps-{index:04}.npy"), &shard(PACKED, index % 3));
+        }
+        let pool = open(directory.path()).expect("a pool");
+        let rows: Vec<_> = pool.files().files().iter().map(|shard| shard.rows).collect();
+        assert!(rows.into_iter().eq((0..1000).map(|index| index % 3)));
+    }
+
+    #[test]
+    fn trailing_bytes_are_tolerated_and_missing_ones_are_not() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut bytes = shard(PACKED, 4);
+        bytes.extend(b"more");
+        write(directory.path(), "steps.npy", &bytes);
+        assert_eq!(open(directory.path()).expect("a pool").rows(), 4);
+        write(directory.path(), "steps.npy", &bytes[..bytes.len() - 5]);
+        let error = open(directory.path()).expect_err("a truncated shard");
+        assert!(error.to_string().contains("truncated: the header promises 4 rows"), "{error}");
+    }
+
+    #[test]
+    fn a_header_longer_than_the_first_read() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let extra: String = (0..200).map(|field| format!("('field_{field}', '<f4'), ")).collect();
+        let fields = format!("[{extra}('board', '<u8')]");
+        write(directory.path(), "steps.npy", &shard(&fields, 2));
+        assert_eq!(open(directory.path()).expect("a pool").itemsize(), 808);
+    }
+
+    #[test]
+    fn what_is_not_a_pool() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let refused = |path: &Path, expected: &str| {
+            let error = open(path).expect_err(expected).to_string();
+            assert!(error.contains(expected), "{error:?} should say {expected:?}");
+        };
+        refused(&directory.path().join("none"), "no such directory");
+        refused(directory.path(), "no shards");
+        write(directory.path(), "steps-0.npy", &shard("[('board', '<u8')]", 2));
+        refused(&directory.path().join("steps-0.npy"), "not a directory");
+        write(directory.path(), "steps-1.npy", &shard("[('exps', '|u1', (16,))]", 2));
+        refused(directory.path(), "steps-1.npy: its rows have 'exps', but those of");
+        fs::remove_file(directory.path().join("steps-1.npy")).expect("removed");
+        fs::create_dir(directory.path().join("steps-1.npy")).expect("created");
+        refused(directory.path(), "steps-1.npy: cannot be opened: not a regular file");
+    }
+
+    #[test]
+    fn shards_may_differ_in_what_is_not_read() {
+        let directory = tempfile::tempdir().expect("a directory");
+        write(directory.path(), "steps-0.npy", &shard("[('board', '<u8')]", 2));
+        write(directory.path(), "steps-1.npy", &shard("[('x', '|u1'), ('board', '<u8')]", 2));
+        let pool = open(directory.path()).expect("a pool");
+        assert_eq!(pool.descrs().of(1), "[('x', '|u1'), ('board', '<u8')]");
+        let error = pool.check_same_rows().expect_err("rows that differ").to_string();
+        assert!(error.contains("steps-1.npy: its rows have other fields"), "{error}");
+    }
+
+    #[test]
+    fn opening_can_be_interrupted() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for index in 0..3 * OPEN_BATCH {
+            write(directory.path(), &format!("steps-{index:04}.npy"), &shard(PACKED, 1));
+        }
+        let outcome = Pool::open(directory.path(), &mut || Err(Interrupted));
+        assert!(matches!(outcome, Err(Error::Interrupted(_))));
+    }
+
+    #[test]
+    fn boards_and_rows_of_shards_that_hold_them_elsewhere() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let other = "[('x', '|u1'), ('tile_65536_mask', '<u2'), ('y', '<f4'), ('board', '<u8')]";
+        let shards = [("steps-0.npy", shard(PACKED, 900)), ("steps-1.npy", shard(other, 800))];
+        for (name, bytes) in &shards {
+            write(directory.path(), name, bytes);
+        }
+        let pool = open(directory.path()).expect("a pool");
+        let indices: Vec<i64> = (0..1700).map(|at| (at * 37) % 1700).collect();
+        let mut boards = vec![0; indices.len() * CELLS];
+        pool.read_boards(&indices, &mut boards, &mut || Ok(())).expect("boards");
+        for (&index, board) in indices.iter().zip(boards.chunks(CELLS)) {
+            let (shard, row, size, at, mask_at) =
+                if index < 900 { (0, index, 46, 8, 20) } else { (1, index - 900, 15, 7, 1) };
+            let bytes = &shards[shard].1;
+            let rows = &bytes[bytes.len() - size * if shard == 0 { 900 } else { 800 }..];
+            let row = &rows[row as usize * size..][..size];
+            let packed = u64::from_le_bytes(row[at..at + 8].try_into().expect("8 bytes"));
+            let mask = u16::from_le_bytes([row[mask_at], row[mask_at + 1]]);
+            assert_eq!(board, decode(packed, mask));
+        }
+
+        fs::remove_file(directory.path().join("steps-1.npy")).expect("removed");
+        let pool = open(directory.path()).expect("a pool");
+        let mut rows = vec![0; 2 * 46];
+        pool.read_rows(&[899, 0], &mut rows, &mut || Ok(())).expect("rows");
+        let bytes = &shards[0].1;
+        let data = &bytes[bytes.len() - 900 * 46..];
+        assert_eq!(rows, [&data[899 * 46..], &data[..46]].concat());
+    }
+
+    #[test]
+    fn errors_name_the_shard_and_the_step() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for (name, rows) in [("steps-0.npy", 5), ("steps-1.npy", 5)] {
+            write(directory.path(), name, &shard(PACKED, rows));
+        }
+        let pool = open(directory.path()).expect("a pool");
+        let refused = |index: i64| {
+            let outcome = pool.read_boards(&[index], &mut [0; CELLS], &mut || Ok(()));
+            outcome.expect_err("no such row").to_string()
+        };
+        assert_eq!(
+            refused(10),
+            "step index 10 at position 0 is outside the pool, which has 10 rows"
+        );
+        fs::remove_file(directory.path().join("steps-1.npy")).expect("removed");
+        assert!(refused(7).contains("steps-1.npy: step 7 cannot be read: No such file"));
+    }
+}

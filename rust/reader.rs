@@ -1,0 +1,193 @@
+//! One thread of a read.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::rc::Rc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use crate::column::Column;
+use crate::extents::{Extent, Extents};
+use crate::file::{self, Cached};
+use crate::interrupt::Interrupt;
+use crate::limits::Limits;
+use crate::memory::{OutOfMemory, room};
+use crate::read_error::ReadError;
+use crate::sync::lock;
+
+/// Bytes between two rows up to which reading them too costs less than another call.
+const CACHED_GAP: u64 = 10 << 10;
+/// The same where a read waits for the disk.
+const DISK_GAP: u64 = 16 << 10;
+/// Reads that a thread keeps in flight on a disk.
+const IN_FLIGHT: usize = 256;
+/// Extents between two questions to the caller whether to go on.
+const INTERRUPT_EVERY: u32 = 16;
+
+/// Threads of all calls in this process that are reading, which share its descriptors.
+static READERS: AtomicUsize = AtomicUsize::new(0);
+
+/// What the threads of a call share.
+pub struct Work<'c, C> {
+    pub extents: Extents<'c, C>,
+    pub limits: Limits,
+    /// Keys that no thread has taken.
+    pub buckets: Mutex<std::vec::IntoIter<&'c mut [u64]>>,
+    /// Whether all threads are to end.
+    pub stop: AtomicBool,
+}
+
+/// A thread's open file, its buffer, and the extents that it has announced to the disk.
+pub struct Reader<'r, 'i, 'c, C> {
+    work: &'r Work<'c, C>,
+    interrupt: Interrupt<'i>,
+    turns: u32,
+    file: Option<(usize, Rc<File>)>,
+    /// Whether the file at hand can be read from the page cache alone.
+    asks_cache: bool,
+    buffer: Vec<u8>,
+    announced: VecDeque<(Extent<'c>, Rc<File>)>,
+    /// Files that the announced extents keep open.
+    announced_files: usize,
+}
+
+impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
+    pub fn new(work: &'r Work<'c, C>, interrupt: Interrupt<'i>) -> Self {
+        READERS.fetch_add(1, Ordering::Relaxed);
+        Self {
+            work,
+            interrupt,
+            turns: 0,
+            file: None,
+            asks_cache: work.limits.asks_cache,
+            buffer: Vec::new(),
+            announced: VecDeque::new(),
+            announced_files: 0,
+        }
+    }
+
+    /// Takes and reads buckets until there are none.
+    pub fn read_buckets(&mut self) -> Result<(), ReadError> {
+        while let Some(bucket) = self.next_bucket() {
+            bucket.sort_unstable();
+            let mut keys: &'c [u64] = bucket;
+            while !keys.is_empty() && self.go_on()? {
+                keys = &keys[self.read_or_announce(keys)?..];
+            }
+        }
+        while self.go_on()? && self.finish_announced()? {}
+        Ok(())
+    }
+
+    fn next_bucket(&self) -> Option<&'c mut [u64]> {
+        lock(&self.work.buckets).next()
+    }
+
+    /// Whether no other thread has failed; asks the caller now and then.
+    fn go_on(&mut self) -> Result<bool, ReadError> {
+        if self.turns.is_multiple_of(INTERRUPT_EVERY) {
+            (self.interrupt)()?;
+        }
+        self.turns = self.turns.wrapping_add(1);
+        Ok(!self.work.stop.load(Ordering::Relaxed))
+    }
+
+    /// Deals with the first extent of `keys` and gives its number of keys.
+    fn read_or_announce(&mut self, keys: &'c [u64]) -> Result<usize, ReadError> {
+        let extent = self.next_extent(keys, CACHED_GAP);
+        let file = self.open(extent)?;
+        if self.asks_cache {
+            let buffer = room(&mut self.buffer, extent.length)?;
+            let cached = file::read_cached(&file, buffer, extent.start);
+            if cached == Cached::Filled {
+                self.write(extent);
+                return Ok(extent.keys.len());
+            }
+            self.asks_cache = cached == Cached::Missing;
+        }
+        let extent = self.next_extent(keys, DISK_GAP);
+        file::announce(&file, extent.length, extent.start);
+        if self.announced.len() >= IN_FLIGHT {
+            self.finish_announced()?;
+        }
+        self.announced.try_reserve(1).map_err(|_| OutOfMemory::of::<(Extent<'c>, Rc<File>)>(1))?;
+        self.announced_files += usize::from(self.last_announced() != Some(extent.file));
+        self.announced.push_back((extent, file));
+        Ok(extent.keys.len())
+    }
+
+    fn next_extent(&self, keys: &'c [u64], gap: u64) -> Extent<'c> {
+        self.work.extents.next(keys, gap, self.file.as_ref().map(|&(file, _)| file))
+    }
+
+    fn last_announced(&self) -> Option<usize> {
+        self.announced.back().map(|(extent, _)| extent.file)
+    }
+
+    /// Waits for the extent that was announced first and writes it; false if there is none.
+    fn finish_announced(&mut self) -> Result<bool, ReadError> {
+        let Some((extent, file)) = self.announced.pop_front() else { return Ok(false) };
+        let next = self.announced.front().map(|(extent, _)| extent.file);
+        self.announced_files -= usize::from(next != Some(extent.file));
+        let buffer = room(&mut self.buffer, extent.length)?;
+        file::read_full(&file, buffer, extent.start)
+            .map_err(|(done, source)| self.row_error(extent, done as u64, source))?;
+        self.write(extent);
+        Ok(true)
+    }
+
+    /// The file of `extent`, opened where it is not the one at hand.
+    fn open(&mut self, extent: Extent<'c>) -> Result<Rc<File>, ReadError> {
+        if let Some((number, file)) = &self.file
+            && *number == extent.file
+        {
+            return Ok(file.clone());
+        }
+        self.file = None;
+        while self.announced_files >= self.files_allowed() {
+            self.finish_announced()?;
+        }
+        let wanted = &self.work.extents.files.files()[extent.file];
+        let opened =
+            file::open(&wanted.path).map_err(|source| self.row_error(extent, 0, source))?;
+        if opened.id != wanted.id {
+            let source = io::Error::other("another file has taken its place");
+            return Err(self.row_error(extent, 0, source));
+        }
+        let file = Rc::new(opened.file);
+        self.file = Some((extent.file, file.clone()));
+        self.asks_cache = self.work.limits.asks_cache;
+        Ok(file)
+    }
+
+    /// Files that this thread may keep open.
+    fn files_allowed(&self) -> usize {
+        (self.work.limits.files / READERS.load(Ordering::Relaxed).max(1)).max(1)
+    }
+
+    /// The error of the first row of `extent` that is not within its first `done` bytes.
+    fn row_error(&self, extent: Extent<'c>, done: u64, source: io::Error) -> ReadError {
+        let source = match source.kind() {
+            io::ErrorKind::UnexpectedEof => io::Error::other("the file was cut short before it"),
+            _ => source,
+        };
+        let row = self.work.extents.row_past(extent, done);
+        ReadError::Row { file: extent.file, row, source }
+    }
+
+    /// Writes the rows of `extent`, whose bytes are in the buffer, to their places.
+    fn write(&self, extent: Extent<'c>) {
+        // SAFETY: a bucket is taken once, and its keys are dealt with one extent after the other.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.work.extents.write(extent, &self.buffer);
+        }
+    }
+}
+
+impl<C> Drop for Reader<'_, '_, '_, C> {
+    fn drop(&mut self) {
+        READERS.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,387 @@
+"""The GPU's path on a simulated device, under schedulers that are out to break it.
+
+Whatever the device runs early or late, the bytes are those of a run on the CPU. Then each wait that
+the path consists of is taken out: the program with one slip has to be found out.
+"""
+
+import inspect
+import textwrap
+import threading
+from concurrent.futures import Future
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from simulated.memory import PinnedMemory
+from simulated.policies import at_random, first, greedy, lazy
+from simulated_device import simulated
+
+from dump_activations import dump, stream
+from dump_activations.pipeline import board_feed, transfer
+from dump_activations.pipeline.transfer import CudaTransfer
+from dump_activations.storage.writing import writers
+from reference.checkpoints import VARIANTS
+from reference.dumps import read_dump
+from reference.pools import make_pool
+
+pytestmark = pytest.mark.usefixtures("disk_takes_no_time")
+
+KEYS = ["layer_outputs", "pooled"]
+# More batches than slots, and no more than the writers are handed; the last one is short.
+BATCHES, BATCH = 7, 8
+N = BATCHES * BATCH - 3
+
+COMPUTE, SIDE = 0, 1  # numbers of the streams
+compute_first, side_first = first(COMPUTE), first(SIDE)
+EXTREMES = [
+    pytest.param(lazy, id="lazy"),
+    pytest.param(greedy, id="greedy"),
+    pytest.param(compute_first, id="compute_first"),
+    pytest.param(side_first, id="side_first"),
+]
+
+
+def randoms(seeds):
+    return [pytest.param(at_random(seed), id=f"random-{seed}") for seed in range(seeds)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Have the CPU compute a batch as a whole, as the device does: the same kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return the arguments of a run."""
+    root = tmp_path_factory.mktemp("run")
+    return {
+        "init_or_model": VARIANTS["one-layer"](root / "checkpoint").init,
+        "dataset_or_path": make_pool(root / "pool", "packed_46", n=97).path,
+        "outputs": KEYS,
+        "n_samples": N,
+        "batch_size": BATCH,
+    }
+
+
+@pytest.fixture(scope="module")
+def on_cpu(run, one_thread, tmp_path_factory):
+    """Return the tensors of the run on the CPU."""
+    path = tmp_path_factory.mktemp("cpu") / "a.safetensors"
+    dump(**run, output=path, device="cpu", allow_cpu=True)
+    return read_dump(path).tensors
+
+
+@pytest.fixture
+def simulated_dump(run, tmp_path):
+    """Return a function: policy -> the run's tensors, and the names of what the device ran."""
+
+    def dump_under(policy):
+        path = tmp_path / "a.safetensors"
+        with simulated(policy) as device:
+            dump(**run, output=path)
+        return read_dump(path).tensors, device.log
+
+    return dump_under
+
+
+@pytest.fixture
+def slow_writers(monkeypatch):
+    """Let writers begin only while the program cannot go on without them."""
+    waited_for = threading.Event()
+    take, write, join = transfer._Ring.take, writers._Submission.write, writers.WriterPool._join
+
+    def take_slot(ring):
+        if ring._free.empty() and not ring._unallocated:
+            waited_for.set()
+        slot = take(ring)
+        waited_for.clear()
+        return slot
+
+    def write_span(*args):
+        waited_for.wait()
+        write(*args)
+
+    def join_threads(pool):
+        waited_for.set()
+        join(pool)
+
+    monkeypatch.setattr(transfer._Ring, "take", take_slot)
+    monkeypatch.setattr(writers._Submission, "write", write_span)
+    monkeypatch.setattr(writers.WriterPool, "_join", join_threads)
+
+
+def wrong(found, expected):
+    """Name the tensors in which any byte differs."""
+    assert found.keys() == expected.keys()
+    return {
+        key
+        for key, tensor in expected.items()
+        if not torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8))
+    }
+
+
+def forwards_before_copies(log):
+    """Count the forward passes that had begun when each batch's copies to the host did."""
+    begun, counts = 0, []
+    for name in log:
+        begun += name == "aten.embedding.default"
+        if begun and name == "copy cuda to cpu":
+            counts.append(begun)
+    return counts[:: len(KEYS)]
+
+
+@pytest.mark.usefixtures("slow_writers")
+@pytest.mark.parametrize("policy", [*EXTREMES, *randoms(20)])
+def test_slow_writers_get_the_bytes_of_the_cpu(policy, simulated_dump, on_cpu):
+    tensors, _ = simulated_dump(policy)
+    assert not wrong(tensors, on_cpu)
+
+
+@pytest.mark.parametrize("policy", [*EXTREMES, *randoms(4)])
+def test_quick_writers_get_the_bytes_of_the_cpu(policy, simulated_dump, on_cpu):
+    tensors, _ = simulated_dump(policy)
+    assert not wrong(tensors, on_cpu)
+
+
+@pytest.mark.parametrize("policy", [*EXTREMES, *randoms(4)])
+def test_a_consumer_that_holds_every_batch_has_the_bytes_of_the_cpu(policy, run, on_cpu):
+    with simulated(policy):
+        batches = list(stream(**run))
+    assert [len(batch.indices) for batch in batches] == [*[BATCH] * (BATCHES - 1), BATCH - 3]
+    found = {key: torch.cat([batch[key] for batch in batches]) for key in KEYS}
+    found["boards"] = torch.cat([batch.boards for batch in batches])
+    found["indices"] = torch.cat([batch.indices for batch in batches])
+    assert not wrong(found, on_cpu)
+
+
+ORDERS = {
+    # As late as may be: a batch is computed when a writer asks for it, and none after it is.
+    lazy: [1, 2, 3, 4, 5, 6, 7],
+    # As early as may be: while a batch is copied, the next one is computed.
+    compute_first: [2, 3, 4, 5, 6, 7, 7],
+}
+
+
+@pytest.mark.usefixtures("slow_writers")
+@pytest.mark.parametrize("policy", [lazy, compute_first], ids=["lazy", "compute_first"])
+def test_the_program_waits_for_nothing_but_slots(policy, simulated_dump):
+    _, log = simulated_dump(policy)
+    assert forwards_before_copies(log) == ORDERS[policy]
+
+
+def in_other_words(owner, name, *changes):
+    """Return a slip: other words, (old, new), in the source of a function, which has them once."""
+
+    def make(monkeypatch):
+        function = getattr(owner, name)
+        source = textwrap.dedent(inspect.getsource(function))
+        for old, new in changes:
+            assert source.count(old) == 1, f"{name} has changed; where is {old!r}?"
+            source = source.replace(old, new)
+        made = {}
+        exec(source, function.__globals__, made)
+        monkeypatch.setattr(owner, name, made[name])
+
+    return make
+
+
+def pinned_memory(allocate):
+    """Return a slip: `allocate(as_ever, shape, dtype)` in place of what allocates pinned memory."""
+
+    def make(monkeypatch):
+        as_ever = PinnedMemory.allocate
+        monkeypatch.setattr(
+            PinnedMemory,
+            "allocate",
+            lambda memory, shape, dtype: allocate(partial(as_ever, memory), shape, dtype),
+        )
+
+    return make
+
+
+def not_pinned(slipped):
+    """Return a slip: ordinary memory where it is to be pinned memory of a dtype."""
+    return pinned_memory(
+        lambda as_ever, shape, dtype: (
+            torch.zeros(shape, dtype=dtype) if dtype == slipped else as_ever(shape, dtype)
+        )
+    )
+
+
+def windows_used_again(monkeypatch):
+    """Make the slip of reading into the window of three that was read into longest ago."""
+    windows = []
+
+    def next_window(as_ever, shape, dtype):
+        if dtype != torch.uint8:
+            return as_ever(shape, dtype)
+        windows.append(windows.pop(0) if len(windows) == 3 else as_ever((BATCH, 16), dtype))
+        return windows[-1][: shape[0]]
+
+    class Reader:
+        """Reads when it is asked to, not at some time later."""
+
+        def __init__(self, **_):
+            pass
+
+        def submit(self, read, *args):
+            done = Future()
+            done.set_result(read(*args))
+            return done
+
+        def shutdown(self, **_):
+            pass
+
+    pinned_memory(next_window)(monkeypatch)
+    monkeypatch.setattr(board_feed, "ThreadPoolExecutor", Reader)
+    monkeypatch.setattr(board_feed, "_LARGEST_WINDOW", BATCH)
+
+
+in_capture = partial(in_other_words, CudaTransfer, "capture")
+in_copy = partial(in_other_words, CudaTransfer, "copy")
+
+COMPUTE_STREAM = "torch.cuda.current_stream(self._device)"
+BEFORE_COPYING = "host = _cut(target.buffers, rows)"
+AFTER_COPYING = "whole = Chunk("
+RECORD_OF_DEVICE_SLOT = "source.copied.record(self._stream)"
+RECORD_OF_HOST_SLOT = "target.copied.record(self._stream)"
+
+WRONG_BYTES = {
+    "copies do not wait for the forward pass": (
+        side_first,
+        in_copy((f"self._stream.wait_stream({COMPUTE_STREAM})", "pass")),
+    ),
+    "copies wait for the wrong stream": (
+        side_first,
+        in_copy((f"wait_stream({COMPUTE_STREAM})", "wait_stream(self._stream)")),
+    ),
+    "copies are in the wrong stream": (
+        lazy,
+        in_copy(("torch.cuda.stream(self._stream)", "torch.cuda.stream(torch.cuda.Stream())")),
+    ),
+    "device slot used again without a wait": (
+        compute_first,
+        in_capture((f"{COMPUTE_STREAM}.wait_event(slot.copied)", "pass")),
+    ),
+    "event of the device slot recorded too early": (
+        compute_first,
+        in_copy(
+            (RECORD_OF_DEVICE_SLOT, "pass"),
+            (BEFORE_COPYING, f"{BEFORE_COPYING}; {RECORD_OF_DEVICE_SLOT}"),
+        ),
+    ),
+    "event of the device slot recorded on the compute stream": (
+        compute_first,
+        in_copy(
+            (RECORD_OF_DEVICE_SLOT, "pass"),
+            (AFTER_COPYING, f"source.copied.record({COMPUTE_STREAM}); {AFTER_COPYING}"),
+        ),
+    ),
+    "event of the host slot recorded too early": (
+        lazy,
+        in_copy(
+            (RECORD_OF_HOST_SLOT, "pass"),
+            (BEFORE_COPYING, f"{BEFORE_COPYING}; {RECORD_OF_HOST_SLOT}"),
+        ),
+    ),
+    "event of the host slot recorded on the compute stream": (
+        lazy,
+        in_copy(
+            (RECORD_OF_HOST_SLOT, "pass"),
+            (AFTER_COPYING, f"target.copied.record({COMPUTE_STREAM}); {AFTER_COPYING}"),
+        ),
+    ),
+    "host slot given back at once": (
+        greedy,
+        in_copy(
+            ("lambda: self._host_ring.give_back(target)", "_nothing"),
+            (AFTER_COPYING, f"self._host_ring.give_back(target); {AFTER_COPYING}"),
+        ),
+    ),
+    "writers do not wait": (lazy, in_copy((", partial(self._wait, target.copied)", ""))),
+    "input window used again while it is copied": (lazy, windows_used_again),
+    "device memory let go of while it is copied": (
+        compute_first,
+        in_copy(
+            ("in _cut(source.buffers, rows).items()", "in clones.items()"),
+            (
+                BEFORE_COPYING,
+                f"{BEFORE_COPYING}; "
+                "clones = {key: tensor[:rows].clone() for key, tensor in source.buffers.items()}",
+            ),
+        ),
+    ),
+}
+
+WRONG_ORDER = {
+    "copies are in the compute stream": (
+        compute_first,
+        in_other_words(
+            CudaTransfer,
+            "__init__",
+            ("torch.cuda.Stream(device)", "torch.cuda.current_stream(device)"),
+        ),
+    ),
+    "copies are waited for": (
+        compute_first,
+        in_copy(("non_blocking=True", "non_blocking=False")),
+    ),
+    "one device slot": (
+        compute_first,
+        lambda monkeypatch: monkeypatch.setattr(transfer, "_DEVICE_SLOTS", 1),
+    ),
+    "host slots are not pinned": (
+        compute_first,
+        pinned_memory(
+            lambda as_ever, shape, dtype: (
+                torch.zeros(shape, dtype=dtype)
+                if dtype.is_floating_point
+                else as_ever(shape, dtype)
+            )
+        ),
+    ),
+    "input windows are not pinned": (
+        lazy,
+        pinned_memory(
+            lambda as_ever, shape, dtype: (
+                as_ever(shape, dtype)
+                if dtype.is_floating_point
+                else torch.zeros(shape, dtype=dtype)
+            )
+        ),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::dump_activations.DumpActivationsWarning")  # 0xFF.. is NaN
+@pytest.mark.usefixtures("slow_writers")
+@pytest.mark.parametrize("slip", WRONG_BYTES)
+def test_a_slip_shows_as_wrong_bytes(slip, simulated_dump, on_cpu, monkeypatch):
+    policy, make = WRONG_BYTES[slip]
+    make(monkeypatch)
+    tensors, _ = simulated_dump(policy)
+    assert wrong(tensors, on_cpu) >= set(KEYS)
+
+
+@pytest.mark.usefixtures("slow_writers")
+@pytest.mark.parametrize("slip", WRONG_ORDER)
+def test_a_slip_shows_as_a_lost_overlap(slip, simulated_dump, on_cpu, monkeypatch):
+    policy, make = WRONG_ORDER[slip]
+    make(monkeypatch)
+    tensors, log = simulated_dump(policy)
+    assert not wrong(tensors, on_cpu)
+    assert forwards_before_copies(log) != ORDERS[policy]
+
+
+@pytest.mark.parametrize("room", [board_feed, transfer], ids=["reader", "writers"])
+def test_a_thread_that_does_not_name_the_device_is_found_out(room, simulated_dump, monkeypatch):
+    if room is board_feed and torch.cuda.is_available():
+        pytest.skip("a real device pins memory in place of the simulated one")
+    monkeypatch.setattr(room, "current", lambda _: nullcontext())
+    with pytest.raises((AssertionError, RuntimeError), match=r"not named|CUDA|NVIDIA|accelerator"):
+        simulated_dump(lazy)
