@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from dump_activations import dump
 from dump_activations.commands.dump import dump_activations
-from dump_activations.model.activations import ACTIVATION_KEYS
+from dump_activations.model.activations import ACTIVATIONS
 from test_architecture import ARROWS, LEAVES, PACKAGE
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +51,9 @@ def test_the_flags_and_their_defaults():
 
 
 def test_the_activation_keys():
-    assert column(README, "Key") == {*ACTIVATION_KEYS, "attn_weights"}
-    assert column(FORMAT, "Name") == {*ACTIVATION_KEYS, "indices", "boards"}
+    keys = {activation.key for activation in ACTIVATIONS}
+    assert column(README, "Key") == {*keys, "attn_weights"}
+    assert column(FORMAT, "Name") == {*keys, "indices", "boards"}
 
 
 def test_the_rooms():
