@@ -11,6 +11,9 @@ from hypothesis import settings
 # imported, and inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# torch.compile would try out each of the CPU's instruction sets, which takes longer than the rest.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 # A shell's background job, and all it starts, ignores Ctrl-C; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -18,6 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+pytest_plugins = ["faults.fixtures"]
 pytest.register_assert_rewrite("reference.model", "reference.dumps")
 
 _PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"

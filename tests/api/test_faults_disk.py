@@ -5,20 +5,12 @@ import os
 
 import pytest
 
-from faults.commands import CommandServer
-from faults.fixtures import fault_library, small_disk  # noqa: F401
 from reference.dumps import FORMATS
 
 SHORT = ["--demo", "--n-samples=10", "--batch-size=3", "--outputs=pooled,rmsnorm_gammas"]
 
 # 10 MB: more than the small disk and the quota hold. With direct writes where the disk has them.
 LARGE = ["--demo", "--n-samples=600", "--batch-size=100", "--outputs=layer_outputs"]
-
-
-@pytest.fixture(scope="module")
-def server(fault_library):  # noqa: F811
-    with CommandServer(preload=fault_library) as server:
-        yield server
 
 
 @pytest.fixture
@@ -55,7 +47,7 @@ def left(target):
     return sorted(path.name for path in target.parent.iterdir() if path != target)
 
 
-def test_a_full_disk(server, small_disk):  # noqa: F811
+def test_a_full_disk(server, small_disk):
     target = small_disk / "a.npz"
     target.write_bytes(b"old")
     is_refused(server, target, "No space left", LARGE)
@@ -63,7 +55,7 @@ def test_a_full_disk(server, small_disk):  # noqa: F811
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_disk_that_another_file_fills(suffix, server, small_disk):  # noqa: F811
+def test_a_disk_that_another_file_fills(suffix, server, small_disk):
     """Where space cannot be reserved, so that the dump begins; it ends when there is room again."""
     target = small_disk / f"a{suffix}"
     target.write_bytes(b"old")

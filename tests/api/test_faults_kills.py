@@ -2,7 +2,7 @@
 
 All of it, 20 moments a format and signal, by one command:
 
-    uv run --locked pytest tests/test_faults_kills.py --faults 20
+    uv run --locked pytest tests/api/test_faults_kills.py --faults 20
 """
 
 import hashlib
@@ -18,14 +18,13 @@ from pathlib import Path
 import pytest
 
 from faults.commands import Command, CommandServer
-from faults.fixtures import fault_library  # noqa: F401
 from reference.dumps import FORMATS
 
+# Seconds in which an interrupted command must end; a batch takes milliseconds.
 PROMPTLY = 10
-"""Seconds in which an interrupted command must end; a batch takes milliseconds."""
 
-# 61 MB in 375 batches: about a second, with ten journal entries.
-LONG = ["--demo", "--n-samples=3000", "--batch-size=8", "--outputs=layer_outputs,final_hidden"]
+# 31 MB in 188 batches: about half a second, with five journal entries.
+LONG = ["--demo", "--n-samples=1500", "--batch-size=8", "--outputs=layer_outputs,final_hidden"]
 SYNC_INTERVAL = 0.1
 
 # Four batches and whole tensors: few system calls.
@@ -69,15 +68,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    with CommandServer() as server:
-        yield Runs(server, tmp_path_factory.mktemp("unbroken"))
-
-
-@pytest.fixture(scope="module")
-def failing_server(fault_library):  # noqa: F811
-    with CommandServer(preload=fault_library) as server:
-        yield server
+def runs(server, tmp_path_factory):
+    return Runs(server, tmp_path_factory.mktemp("unbroken"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -187,7 +179,7 @@ def test_interrupted_while_it_starts(moment, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_killed_in_a_system_call(suffix, failing_server, runs, tmp_path, request):
+def test_killed_in_a_system_call(suffix, server, runs, tmp_path, request):
     """Killed before a call that changes a file, from making it to removing its journal.
 
     Before every one of them in the full suite, else before every fifth.
@@ -200,7 +192,7 @@ def test_killed_in_a_system_call(suffix, failing_server, runs, tmp_path, request
         directory.mkdir()
         target = directory / f"a{suffix}"
         arguments = [*SHORT, f"-o{target}"]
-        code, lines = failing_server.run(
+        code, lines = server.run(
             arguments,
             directory / "log",
             environment={"FAULT": f"any:{call}:kill:{directory}/"},
@@ -210,7 +202,7 @@ def test_killed_in_a_system_call(suffix, failing_server, runs, tmp_path, request
             break
         assert code == -signal.SIGKILL, lines
         assert not target.exists() or sha256(target) == expected.sha256
-        code, lines = failing_server.run([*arguments, "--resume"], directory / "log")
+        code, lines = server.run([*arguments, "--resume"], directory / "log")
         assert code == 0, lines
         is_whole(directory, target, expected.sha256)
         call += step

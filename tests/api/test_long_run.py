@@ -1,4 +1,4 @@
-"""Memory, open files and threads over ten thousand batches."""
+"""Memory, open files and threads over thousands of batches."""
 
 import gc
 import resource
@@ -14,7 +14,7 @@ from dump_activations import dump, load_encoder, stream
 from dump_activations.storage.writing import durability
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 
-BATCHES = 10_000
+BATCHES = 5_000
 OPTIONS = {
     "outputs": ["pooled"],
     "indices": np.arange(BATCHES),
@@ -22,8 +22,8 @@ OPTIONS = {
     "device": "cpu",
     "allow_cpu": True,
 }
-DRIFT = 8 << 20
-"""Bytes that the resident size may vary by: less than 1 kB for each batch."""
+# Bytes that the resident size may vary by: less than 1 kB for each batch.
+DRIFT = 4 << 20
 
 
 class Gauge:

@@ -20,7 +20,7 @@ from dump_activations.commands.dump import main, run
 from reference.checkpoints import BASE, config_json, load_demo
 from reference.dumps import read_dump
 from reference.model import assert_close, naive_dump
-from reference.pools import naive_boards, numpy_indices, read_pool
+from reference.pools import make_pool, naive_boards, numpy_indices, read_pool
 
 CPU = ["--allow-cpu", "--device", "cpu"]
 SEED_COMMAND = shlex.split("""
@@ -200,14 +200,16 @@ def test_outputs_may_be_given_more_than_once(inputs, tmp_path):
     assert set(read_dump(path).tensors) == {"pooled", "head_logits", "indices", "boards"}
 
 
-def test_more_samples_than_rows_warn(inputs, tmp_path, capsys):
+def test_more_samples_than_rows_warn(demo_checkpoint, tmp_path, capsys):
+    pool = make_pool(tmp_path / "pool", "legacy_move", n=101)
     path = tmp_path / "out.npz"
+    inputs = ["--init", str(demo_checkpoint), "--dataset", str(pool.path)]
     arguments = [*inputs, *CPU, "--outputs", "pooled", "-o", str(path)]
-    assert main([*arguments, "--n-samples", "14139"]) == 0
+    assert main([*arguments, "--n-samples", "102"]) == 0
     assert "replacement" in capsys.readouterr().err
-    expected = np.random.default_rng(0).integers(0, 14138, size=14139, dtype=np.int64)
+    expected = np.random.default_rng(0).integers(0, 101, size=102, dtype=np.int64)
     np.testing.assert_array_equal(read_dump(path).numpy("indices"), expected)
-    assert main([*arguments, "--n-samples", "14138"]) == 0
+    assert main([*arguments, "--n-samples", "101"]) == 0
     assert "replacement" not in capsys.readouterr().err
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+# Seconds after which a command is taken to hang.
 HANG = 60
-"""Seconds after which a command is taken to hang."""
 
 
 class CommandServer:

@@ -1,4 +1,4 @@
-"""Fixtures of the modules that break whole runs."""
+"""Fixtures of the modules that break whole runs: conftest.py makes them known to all."""
 
 import shutil
 import subprocess
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from faults.commands import CommandServer
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +21,13 @@ def fault_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(__file__).with_name("shim.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     return library
+
+
+@pytest.fixture(scope="session")
+def server(fault_library: Path) -> Iterator[CommandServer]:
+    """Return what starts commands, each of them with system calls that can be made to fail."""
+    with CommandServer(preload=fault_library) as server:
+        yield server
 
 
 @pytest.fixture

@@ -54,9 +54,8 @@ class StepsDataset(_Dataset):
         for boards in loader:  # uint8 (1024, 16)
 
     Raises:
-        PoolNotFoundError: There is no such directory, or no shard in it.
-        PoolError: A shard's header, fields or size are not those of a pool of steps.
-
+        PoolNotFoundError: there is no such directory, or no shard in it.
+        PoolError: a shard's header, fields or size are not those of a pool of steps.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -119,8 +118,7 @@ class StepsDataset(_Dataset):
 
         Raises:
             InvalidArgumentError: n is below 1, or the seed negative.
-            PoolError: The pool has no rows.
-
+            PoolError: the pool has no rows.
         """
         if len(self) == 0:
             raise PoolError(f"{self.path}: its shards hold no rows to draw from")
@@ -139,9 +137,8 @@ class StepsDataset(_Dataset):
         """Return step indices of any shape as int64 (n,), flattened in C order.
 
         Raises:
-            IndicesError: There are none, or they are not integers.
-            StepIndexError: An index is negative or past the end.
-
+            IndicesError: there are none, or they are not integers.
+            StepIndexError: an index is negative or past the end.
         """
         steps = step_indices(np.asarray(indices).reshape(-1))
         if len(steps) == 0:
@@ -168,17 +165,16 @@ class StepsDataset(_Dataset):
         The interpreter is released meanwhile. All of a run's indices in one call read fastest.
 
         Args:
-            indices: Step indices, (n,); duplicates are allowed.
-            out: Where to put the boards: a C-contiguous uint8 (n, 16), which is also returned.
-            cancel: Lets another thread end the read, which Ctrl-C does in the main thread.
+            indices: step indices, (n,); duplicates are allowed.
+            out: where to put the boards: a C-contiguous uint8 (n, 16), which is also returned.
+            cancel: lets another thread end the read, which Ctrl-C does in the main thread.
 
         Raises:
             TypeError: `out` is no array of uint8.
             InvalidArgumentError: `out` has another shape, or cannot be written.
-            StepIndexError: An index is negative or past the end.
-            IndicesError: The indices are not integers or not one-dimensional.
-            PoolError: A row cannot be read.
-
+            StepIndexError: an index is negative or past the end.
+            IndicesError: the indices are not integers or not one-dimensional.
+            PoolError: a row cannot be read.
         """
         indices = step_indices(indices)
         if out is None:

@@ -15,9 +15,8 @@ def load_indices(path: str | os.PathLike[str]) -> NDArray[np.int64]:
     """Read step indices, int64 (n,), from a `.npy` of integers of any shape, flattened in C order.
 
     Raises:
-        IndicesNotFoundError: There is no such file.
-        IndicesError: The file is no such array, or has no entries.
-
+        IndicesNotFoundError: there is no such file.
+        IndicesError: the file is no such array, or has no entries.
     """
     check_ordinary(Path(path), IndicesError)
     try:

@@ -10,11 +10,11 @@ from dump_activations import _rust
 from dump_activations.dtypes import TensorSpec
 from dump_activations.storage.formats.layout import storage_order
 
+# Metadata key: JSON {tensor name: {"crc32": 8 hex digits, "nan": count, "inf": count}, ...}.
 INTEGRITY_KEY = "integrity"
-"""Metadata key: JSON {tensor name: {"crc32": 8 hex digits, "nan": count, "inf": count}, ...}."""
 
+# The entry in that table for all other metadata: its CRC-32, as JSON. No tensor has the name.
 METADATA_NAME = "metadata"
-"""The entry in that table for all other metadata: its CRC-32, as JSON. No tensor has the name."""
 
 
 _CRC32 = re.compile("[0-9a-f]{8}")

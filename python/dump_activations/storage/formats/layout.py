@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.storage.formats.contents import Reader
 
+# Bytes: tensor data starts on a multiple of it where the format allows, as direct I/O, memory maps
+# and device reads want it.
 ALIGNMENT = 4096
-"""Bytes: tensor data starts on a multiple of it where the format allows, as direct I/O, memory
-maps and device reads want it."""
 
+# Names under which a format keeps the metadata: no tensor may have them.
 RESERVED_NAMES = frozenset({"metadata", "__metadata__"})
-"""Names under which a format keeps the metadata: no tensor may have them."""
 
 
 @dataclass(frozen=True)

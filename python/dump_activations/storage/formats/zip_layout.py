@@ -13,19 +13,19 @@ from dump_activations import _rust
 from dump_activations.storage.formats.layout import Layout
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
-ZIP64_END = struct.Struct("<4sQ2H2I4Q")
-ZIP64_LOCATOR = struct.Struct("<4sIQI")
-END = struct.Struct("<4s4H2IH")
+_CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
+_ZIP64_END = struct.Struct("<4sQ2H2I4Q")
+_ZIP64_LOCATOR = struct.Struct("<4sIQI")
+_END = struct.Struct("<4s4H2IH")
 
-VERSION = 45  # the first with zip64
-UTF8_NAMES = 1 << 11
-STORED = 0
-DATE_1980_01_01 = 0x21  # the earliest there is: equal content gives equal files
-IN_ZIP64 = 0xFFFFFFFF
-ZIP64_ID = 0x0001
-ALIGNMENT_ID = 0xD935  # the extra field that zipalign pads with
-EXTRA_HEADER = struct.Struct("<2H")
+_VERSION = 45  # the first with zip64
+_UTF8_NAMES = 1 << 11
+_STORED = 0
+_DATE_1980_01_01 = 0x21  # the earliest there is: equal content gives equal files
+_IN_ZIP64 = 0xFFFFFFFF
+_ZIP64_ID = 0x0001
+_ALIGNMENT_ID = 0xD935  # the extra field that zipalign pads with
+_EXTRA_HEADER = struct.Struct("<2H")
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ def zip_layout(members: Sequence[Member]) -> Layout:
 
 def _local_header(member: Member, position: int) -> bytes:
     name = member.name.encode()
-    zip64 = EXTRA_HEADER.pack(ZIP64_ID, 16) + struct.pack("<2Q", member.nbytes, member.nbytes)
-    unpadded = position + LOCAL_HEADER.size + len(name) + len(zip64) + EXTRA_HEADER.size + 2
+    zip64 = _EXTRA_HEADER.pack(_ZIP64_ID, 16) + struct.pack("<2Q", member.nbytes, member.nbytes)
+    unpadded = position + LOCAL_HEADER.size + len(name) + len(zip64) + _EXTRA_HEADER.size + 2
     padding = -(unpadded + len(member.head)) % member.alignment
     extra = (
         zip64
-        + EXTRA_HEADER.pack(ALIGNMENT_ID, 2 + padding)
+        + _EXTRA_HEADER.pack(_ALIGNMENT_ID, 2 + padding)
         + member.alignment.to_bytes(2, "little")
         + bytes(padding)
     )
@@ -92,42 +92,42 @@ def _local_header(member: Member, position: int) -> bytes:
 def _central_header(member: Member, position: int) -> bytes:
     name = member.name.encode()
     zip64 = struct.pack("<3Q", member.nbytes, member.nbytes, position)
-    extra = EXTRA_HEADER.pack(ZIP64_ID, len(zip64)) + zip64
-    fields = CENTRAL_HEADER.pack(
+    extra = _EXTRA_HEADER.pack(_ZIP64_ID, len(zip64)) + zip64
+    fields = _CENTRAL_HEADER.pack(
         b"PK\x01\x02",
-        VERSION,  # made by
+        _VERSION,  # made by
         *_shared_fields(member, name, extra),
         0,  # comment
         0,  # disk
         0,  # internal attributes
         0,  # external attributes
-        IN_ZIP64,  # offset
+        _IN_ZIP64,  # offset
     )
     return fields + name + extra
 
 
 def _shared_fields(member: Member, name: bytes, extra: bytes) -> tuple[int, ...]:
-    """What the local and the central header of a member say alike."""
+    """Return what the local and the central header of a member say alike."""
     return (
-        VERSION,  # needed
-        UTF8_NAMES,
-        STORED,
+        _VERSION,  # needed
+        _UTF8_NAMES,
+        _STORED,
         0,  # time of day
-        DATE_1980_01_01,
+        _DATE_1980_01_01,
         member.crc32,
-        IN_ZIP64,  # compressed size
-        IN_ZIP64,  # size
+        _IN_ZIP64,  # compressed size
+        _IN_ZIP64,  # size
         len(name),
         len(extra),
     )
 
 
 def _end_records(count: int, directory_offset: int, directory_nbytes: int) -> bytes:
-    zip64_end = ZIP64_END.pack(
+    zip64_end = _ZIP64_END.pack(
         b"PK\x06\x06",
-        ZIP64_END.size - 12,  # of what follows this field
-        VERSION,
-        VERSION,
+        _ZIP64_END.size - 12,  # of what follows this field
+        _VERSION,
+        _VERSION,
         0,  # this disk
         0,  # the disk of the directory
         count,
@@ -135,6 +135,6 @@ def _end_records(count: int, directory_offset: int, directory_nbytes: int) -> by
         directory_nbytes,
         directory_offset,
     )
-    locator = ZIP64_LOCATOR.pack(b"PK\x06\x07", 0, directory_offset + directory_nbytes, 1)
-    end = END.pack(b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, IN_ZIP64, IN_ZIP64, 0)
+    locator = _ZIP64_LOCATOR.pack(b"PK\x06\x07", 0, directory_offset + directory_nbytes, 1)
+    end = _END.pack(b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, _IN_ZIP64, _IN_ZIP64, 0)
     return zip64_end + locator + end

@@ -1,0 +1,120 @@
+"""The rooms of the package and the arrows between them: docs/architecture.md where it can fail."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
+
+LEAVES = ("board", "chunks", "dtypes", "errors", "paths", "pickles", "timing", "units")
+
+# Room -> the rooms and modules that its modules may import, besides one another.
+ARROWS = {
+    "__main__": ("commands",),
+    "commands": (*LEAVES, "api", "demo", "model", "options", "pipeline", "pool", "storage"),
+    "__init__": (*LEAVES, "api", "model", "pipeline", "pool"),
+    "api": (*LEAVES, "model", "options", "pipeline", "pool", "storage"),
+    "pipeline": (*LEAVES, "_rust", "model", "options", "pool"),
+    "options": (*LEAVES, "model.activations", "model.layers"),
+    "model": LEAVES,
+    "pool": (*LEAVES, "_rust"),
+    "storage.writing": (*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
+    "storage.reading": (*LEAVES, "_rust", "storage.digests", "storage.formats"),
+    "storage.digests": (*LEAVES, "_rust", "storage.formats"),
+    "storage.formats": (*LEAVES, "_rust"),
+    "demo": (),
+    **dict.fromkeys(LEAVES, LEAVES),
+}
+
+# Room or module -> what it alone may touch.
+OWNED = {
+    "commands": (
+        *("click", "rich", "print", "sys.argv", "sys.stdin", "sys.stdout", "sys.stderr"),
+        *("sys.exit", "os._exit", "SystemExit"),
+    ),
+    "pipeline.interrupts": ("signal",),
+}
+
+
+def _module_name(path: Path) -> str:
+    *parents, name = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parents if parents and name == "__init__" else [*parents, name])
+
+
+TREES = {_module_name(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+
+def is_in(name: str, place: str) -> bool:
+    return f"{name}.".startswith(f"{place}.")
+
+
+def imports(module: str) -> Iterator[str]:
+    """Name all that a module imports anywhere, for type checkers too: modules or names in them."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(module: str) -> set[str]:
+    """Name the package's own modules that a module imports; "" is its public face."""
+    prefix = f"{PACKAGE.name}."
+    names = [name.removeprefix(prefix) for name in imports(module) if name.startswith(prefix)]
+    return {name if name in {*TREES, "_rust"} else name.rpartition(".")[0] for name in names}
+
+
+def uses(module: str) -> Iterator[str]:
+    """Name what a module imports, and what it uses by a name or as `name.attribute`."""
+    yield from imports(module)
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+
+
+def room_of(module: str) -> str:
+    return next((room for room in ARROWS if is_in(module, room)), "")
+
+
+def test_every_module_is_in_a_room():
+    """But for those of rooms that hold rooms, which say what is in them and no more."""
+    assert {module: own_imports(module) for module in TREES if not room_of(module)} == {
+        "storage": set()
+    }
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_arrows_point_down(room):
+    open_to = (room, *ARROWS[room])
+    strays = {
+        (module, name)
+        for module in TREES
+        if room_of(module) == room
+        for name in own_imports(module)
+        if not any(is_in(name, place) for place in open_to)
+    }
+    assert strays == set()
+
+
+def test_no_import_leads_back_to_its_module():
+    TopologicalSorter({module: own_imports(module) for module in TREES}).prepare()
+
+
+@pytest.mark.parametrize(("owner", "thing"), [(o, thing) for o in OWNED for thing in OWNED[o]])
+def test_what_only_one_room_may_touch(owner, thing):
+    users = {module for module in TREES if any(is_in(use, thing) for use in uses(module))}
+    assert {module for module in users if not is_in(module, owner)} == set()
+
+
+def test_names_of_the_extension_say_where_they_are_from():
+    own = f"{PACKAGE.name}._rust."
+    strays = {
+        (module, name) for module in TREES for name in imports(module) if name.startswith(own)
+    }
+    assert strays == set(), "import _rust itself"
