@@ -70,14 +70,15 @@ def refusal(capsys, target, *arguments):
 
 
 def test_a_dry_run_refuses_what_a_run_would(tmp_path, capsys):
-    code, line = refusal(capsys, tmp_path / "nowhere" / "a.pt")
-    assert (code, "nowhere" in line) == (1, True)
-    target, partial = tmp_path / "a.pt", tmp_path / "a.pt.partial"
+    (tmp_path / "file").touch()
+    code, line = refusal(capsys, tmp_path / "file" / "a.pt")
+    assert (code, str(tmp_path / "file") in line) == (1, True)
+    target, partial = tmp_path / "made" / "a.pt", tmp_path / "a.pt.partial"
     partial.write_bytes(b"left")
-    code, line = refusal(capsys, target)
-    assert (code, "--resume" in line, "--overwrite" in line) == (1, True, True)
-    assert main(["--demo", "--dry-run", "--overwrite", "-o", str(target)]) == 0
+    assert main(["--demo", "--dry-run", "-o", str(target)]) == 0
+    assert main(["--demo", "--dry-run", "--overwrite", "-o", str(tmp_path / "a.pt")]) == 0
     assert partial.read_bytes() == b"left"
+    assert not target.parent.exists()
 
 
 def test_a_dry_run_knows_a_disk_that_is_too_small(small_disk, capsys):  # noqa: F811
@@ -95,6 +96,7 @@ def test_a_run_notes_what_it_writes_and_python_callers_ask_for_it(
     (note,) = [line for line in capsys.readouterr().err.splitlines() if "boards" in line]
     assert note.startswith(f"note: 20 boards of pooled: 0.01 MB to {target}; ")
     options = {"outputs": "pooled", "n_samples": 20, "device": "cpu", "allow_cpu": True}
+    target.unlink()
     with pytest.warns(DumpActivationsNote, match="20 boards of pooled"):
         dump(demo_checkpoint, demo_pool, target, **options)
     with warnings.catch_warnings():
