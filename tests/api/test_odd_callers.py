@@ -14,6 +14,7 @@ import torch
 
 from conftest import DEMO_CHECKPOINT, DEMO_POOL
 from dump_activations import StepsDataset, dump, load_encoder, stream
+from dump_activations.commands.dump import main
 from dump_activations.errors import DeviceError, InvalidArgumentError, OutputError
 from dump_activations.storage.reading.inspection import inspect
 from reference.dumps import read_dump
@@ -93,12 +94,12 @@ def test_an_interruption_at_the_end_says_that_the_file_is_complete(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run[final].npz", ":warning:.npz", "[bold].npz"])
-def test_names_that_look_like_markup(name, tmp_path):
-    run = subprocess.run(
-        [*DEMO, "-o", name], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert (run.returncode, run.stderr) == (0, "")
-    assert name in run.stdout
+def test_names_that_look_like_markup(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEMO[3:], "-o", name]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert name in printed.out
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-", "2>/dev/full"])
