@@ -5,7 +5,7 @@ import gc
 import os
 import signal
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from conftest import DEMO_CHECKPOINT, DEMO_POOL
-from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
+from dump_activations import StepsDataset, _rust, api, dump, load_encoder, stream
 from dump_activations.errors import DeviceError, DumpActivationsNote, OutputError, PoolError
 from dump_activations.model import capture
 from dump_activations.pipeline.device import find_device
 from dump_activations.pipeline.interrupts import HeldInterrupts
+from dump_activations.pipeline.loop import Loop
 from dump_activations.pipeline.shortage import batch_shortage_named, empty_pinned
 from dump_activations.storage.writing import journal
 from dump_activations.storage.writing import output_file as file_module
@@ -85,6 +86,29 @@ def test_a_default_device_of_the_program_is_not_taken(model, expected, tmp_path)
     finally:
         torch.set_default_device(None)
     assert torch.equal(read_dump(tmp_path / "a.pt").tensors["final_hidden"], expected)
+
+
+def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, monkeypatch):
+    inside, seen = [], []
+
+    @contextmanager
+    def current(_device):
+        inside.append(1)
+        yield
+        inside.pop()
+
+    close = Loop.__exit__
+    monkeypatch.setattr(api, "current", current)
+    monkeypatch.setattr(
+        Loop, "__exit__", lambda *each: (seen.append(("close", *inside)), close(*each))[1]
+    )
+    model.blocks[0].register_forward_hook(lambda *_: seen.append(("forward", *inside)))
+    batches = stream(model, DEMO_POOL, **OPTIONS)
+    for _ in range(2):
+        next(batches)
+        assert not inside
+    batches.close()
+    assert seen == [("forward", 1), ("forward", 1), ("close", 1)]
 
 
 @pytest.mark.parametrize("name", ["cuda:2", "cuda:256", "cuda:300"])

@@ -65,8 +65,8 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
         precision: one of `options.PRECISIONS`.
         device: where the model runs.
     """
-    # Autocast keeps the weights that it casts until the caller's own autocast ends, and uses them
-    # again whatever dtype is wanted then.
+    # The cache of casts would be one with the caller's own autocast, and gains nothing: a pass uses
+    # each weight once.
     autocast = torch.autocast(
         device.type,
         dtype=torch.bfloat16,
