@@ -30,9 +30,12 @@ def deadline():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, demo_checkpoint):
-    for name in ("pool", "untrained"):
+    for name in ("pool", "configured"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint").symlink_to(demo_checkpoint)
+    (tmp_path / "configured" / "model.safetensors").symlink_to(
+        demo_checkpoint / "model.safetensors"
+    )
     make_pool(tmp_path / "boards", "packed_46")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -45,7 +48,7 @@ SPECIAL_FILES = {
 PLACES = {
     "indices": ("indices.npy", ["--demo", "--indices", "indices.npy"]),
     "shard": ("pool/steps-00000.npy", ["--dataset", "pool", "--init", "checkpoint"]),
-    "config": ("untrained/config.json", ["--init", "untrained", "--dataset", "boards"]),
+    "config": ("configured/config.json", ["--init", "configured", "--dataset", "boards"]),
     "bundle": ("bundle.pt", ["--init", "bundle.pt", "--dataset", "boards"]),
 }
 
