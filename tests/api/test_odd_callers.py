@@ -103,7 +103,7 @@ def test_an_interruption_at_the_end_says_that_the_file_is_complete(tmp_path):
 @pytest.mark.parametrize("name", ["run[final].npz", ":warning:.npz", "[bold].npz"])
 def test_names_that_look_like_markup(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([*DEMO[3:], "-o", name]) == 0
+    assert main([*DEMO, "-o", name]) == 0
     printed = capsys.readouterr()
     assert name in printed.out
     (note,) = printed.err.splitlines()
