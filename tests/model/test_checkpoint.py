@@ -406,18 +406,19 @@ def rewrite(path, change):
             archive.writestr(name, change(name, data))
 
 
-HURTING_BUNDLES = [
-    _folded_key,
-    _bytes_of_a_number,
-    _one_storage_in_every_weight,
-    _repeated_member,
-    _overlapping_members,
-]
+# What is done to a bundle, and what its refusal says.
+HURTING_BUNDLES = {
+    _folded_key: "unfolds",
+    _bytes_of_a_number: "memory by a number",
+    _one_storage_in_every_weight: "larger than the file",
+    _repeated_member: "one name",
+    _overlapping_members: "overlap",
+}
 _ENTRY = '{"tok_emb.weight": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}'
 HURTING_SAFETENSORS = {
     "thousands-of-axes": _safetensors((_ENTRY % ", ".join(["1"] * 20_000)).encode(), bytes(4)),
     "a-million-digits": _safetensors((_ENTRY % ("1" + "0" * 10**6)).encode(), bytes(4)),
-    "header-of-99-MB": _safetensors(b'{"__metadata__": {"a": "' + b"a" * (99 << 20) + b'"}}'),
+    "header-of-99-MB": _safetensors(b'{"__metadata__": {"a": "' + b"a" * 99 * 10**6 + b'"}}'),
 }
 HURTING_CONFIGS = [
     {"num_hidden_layers": 10**6},
@@ -479,6 +480,8 @@ def test_files_made_to_hurt_are_refused_at_little_cost(tmp_path):
         assert str(place) in line
         assert len(line) < 1000
         assert "num_hidden_layers" in line or "layers" not in place.name
+    for line, words in zip(lines[: len(HURTING_BUNDLES)], HURTING_BUNDLES.values(), strict=True):
+        assert words in line.removeprefix(str(tmp_path)).split(":", 1)[1]
 
 
 NOT_BUNDLES = {
@@ -581,7 +584,7 @@ def test_transformer_engine_is_refused_by_its_name(weights, tmp_path):
     config = config_json(BASE, model_backend="transformer_engine")
     foreign = {"blocks.0.layer.qkv_weight": torch.zeros(3)}
     directory = save_checkpoint(tmp_path / "te", foreign, config, weights=weights)
-    assert "transformer_engine" in refused(
+    assert "model_backend transformer_engine" in refused(
         directory / weights if weights == "step.pt" else directory
     )
 

@@ -49,12 +49,9 @@ class EncoderConfig:
         return cls(**known)
 
     def __post_init__(self) -> None:
+        _check_size("num_hidden_layers", self.num_hidden_layers, _MOST_LAYERS)
         for name in _SIZES:
             _check_size(name, getattr(self, name))
-        if self.num_hidden_layers > _MOST_LAYERS:
-            raise CheckpointError(
-                f"num_hidden_layers must be at most {_MOST_LAYERS}, not {self.num_hidden_layers}"
-            )
         if self.num_key_value_heads is not None:
             _check_size("num_key_value_heads", self.num_key_value_heads)
         if self.head_type == "binned_ev" and self.output_n_bins is not None:
@@ -129,12 +126,19 @@ _REQUIRED = (
 )
 # Far above any real model, and far below sizes whose products overflow.
 _LARGEST_SIZE = 1 << 20
+# So many take about a second to make.
 _MOST_LAYERS = 1024
-_SIZES = (*_REQUIRED[:-1], "input_vocab_size", "max_position_embeddings")
+_SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "input_vocab_size",
+    "max_position_embeddings",
+)
 
 
-def _check_size(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_SIZE:
+def _check_size(name: str, value: object, largest: int = _LARGEST_SIZE) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
         raise CheckpointError(
-            f"{name} must be a whole number from 1 to {_LARGEST_SIZE}, not {brief(value)}"
+            f"{name} must be a whole number from 1 to {largest}, not {brief(value)}"
         )
