@@ -511,8 +511,8 @@ def test_misfitting_weights(place, capsys):
     state_dict["blocks.0.attn.wq.weight"] = torch.zeros(2, 2)
     init = place.root / "bad"
     save_checkpoint(init, state_dict, config_json(BASE))
-    names = [init, "final_ln.weight", "extra", "blocks.0.attn.wq.weight", "missing", "not of this model"]
-    place.run(capsys, code=1, names=names, init=init)
+    said = ["final_ln.weight", "extra", "blocks.0.attn.wq.weight", "missing", "not of this model"]
+    place.run(capsys, code=1, names=[init, *said], init=init)
 
 
 @pytest.mark.parametrize("batch_size", ["8", "1024"])

@@ -23,7 +23,7 @@ _TOKENIZER_NAME = "tokenizer.json"
 _INDEX_NAME = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 # The first of these that a directory holds is read.
-_WEIGHT_NAMES = (
+WEIGHT_NAMES = (
     "model-best.safetensors",
     "model.safetensors",
     _INDEX_NAME,
@@ -101,7 +101,7 @@ def files_to_download(names: Sequence[str], *, where: str, weights_required: boo
 
 def _files_needed(names: Sequence[str], *, where: str, weights_required: bool) -> list[str]:
     """Choose the file of the config, where it has one of its own, and that of the weights."""
-    weights = [name for name in _WEIGHT_NAMES if name in names]
+    weights = [name for name in WEIGHT_NAMES if name in names]
     bundles = [name for name in weights if name.endswith(BUNDLE_SUFFIX)]
     config = [_CONFIG_NAME] if _CONFIG_NAME in names else bundles[:1]
     if not config:
@@ -111,7 +111,7 @@ def _files_needed(names: Sequence[str], *, where: str, weights_required: bool) -
         )
     if weights_required and not weights:
         raise CheckpointNotFoundError(
-            f"{where}: no weights; expected one of {', '.join(_WEIGHT_NAMES)} "
+            f"{where}: no weights; expected one of {', '.join(WEIGHT_NAMES)} "
             f"({switch('random_init')} runs the untrained model){_other_weights(names)}"
         )
     return list(dict.fromkeys([*config, *weights[:1]]))
@@ -128,7 +128,7 @@ def preferred_files(directory: Path) -> list[Path]:
         now = needed(names)
     except (OSError, CheckpointNotFoundError):  # No checkpoint could be read from it either.
         return []
-    return [directory / name for name in _WEIGHT_NAMES if needed([*names, name]) != now]
+    return [directory / name for name in WEIGHT_NAMES if needed([*names, name]) != now]
 
 
 def _other_weights(names: Sequence[str]) -> str:
