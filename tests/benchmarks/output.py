@@ -35,6 +35,7 @@ from dump_activations.dtypes import TensorSpec
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.inspection import find_damage, inspect
 from dump_activations.storage.writing.output_file import OutputFile
+from dump_activations.storage.writing.work import Work
 from dump_activations.storage.writing.writers import WriterPool
 
 BATCH_ROWS = 128
@@ -157,10 +158,8 @@ def write_file(
     for slot in slots:
         free.put(slot)
     started = time.perf_counter()
-    file = OutputFile.open(
-        path, specs, {}, batched=names, batch_rows=BATCH_ROWS, fingerprint={}, overwrite=True
-    )
-    with file:
+    work = Work.of(path, specs, {}, batched=names, batch_rows=BATCH_ROWS, fingerprint={})
+    with OutputFile.open(work, overwrite=True) as file:
         with WriterPool(file, threads=options.threads) as writers:
             for first_row in range(0, rows, BATCH_ROWS):
                 slot = free.get()

@@ -81,14 +81,14 @@ def test_a_full_disk_is_found_where_no_space_can_be_reserved(small_disk, monkeyp
 
 def test_a_resumed_file_needs_no_second_space_where_none_can_be_reserved(small_disk, monkeypatch):
     monkeypatch.setattr(_rust, "reserve", make_sparse)
-    dump = small_dump(rows=5000, batch_rows=1000)  # two thirds of the disk
+    dump = small_dump(rows=8000, batch_rows=1000)  # three quarters of the disk
     target = small_disk / "x.npz"
     with open_file(target, dump) as file:
-        write_batches(file, dump, dump.first_rows[:4])
+        write_batches(file, dump, dump.first_rows[:7])
     with open_file(target, dump) as file:
-        assert file.resumed_rows == 4000
+        assert file.resumed_rows == 7000
         write_whole_tensors(file, dump)
-        write_batches(file, dump, dump.first_rows[4:])
+        write_batches(file, dump, dump.first_rows[7:])
         file.commit()
 
 

@@ -253,6 +253,18 @@ def test_a_partial_file_removed_meanwhile_is_an_error(tmp_path, ending, replaced
     assert target.read_text() == "old"
 
 
+def test_a_partial_file_removed_meanwhile_ends_the_run_with_the_next_flush(tmp_path):
+    dump = small_dump()
+    with open_file(tmp_path / "x.pt", dump) as file:
+        file.partial.unlink()
+        write_batches(file, dump, dump.first_rows[:1])
+        while not (file._sync._error or file._journal.batches):
+            time.sleep(0.001)
+        with pytest.raises(OutputError, match="nothing is kept"):
+            write_batches(file, dump, dump.first_rows[1:2])
+    assert names_in(tmp_path) == set()
+
+
 def test_a_partial_file_replaced_just_before_the_rename_is_not_published(tmp_path):
     dump = small_dump()
     target = tmp_path / "x.pt"

@@ -185,25 +185,20 @@ def test_a_journal_of_something_else_counts_for_nothing(tmp_path, record):
         assert (file.resumed_rows, file.unusable) == (0, "its journal is damaged")
 
 
-def test_a_batch_of_other_length_than_the_journal_may_hold_is_not_taken(tmp_path):
+@pytest.mark.parametrize(("field", "value"), [(0, -1), (0, 10**30), (1, "x"), (2, None), (3, 1.5)])
+def test_digests_that_cannot_be_are_those_of_a_damaged_batch(tmp_path, field, value):
     target = tmp_path / "x.pt"
-    interrupt(target, DUMP.first_rows[:5])
-    header, *entries = journal_path(target).read_bytes().split(b"\n")
-    batch = json.loads(entries[1].rpartition(b" ")[0])
-    for field, value in ((0, -1), (0, 10**30), (1, "x"), (2, None), (3, 1.5)):
-        changed = [batch[0], [*batch[1][:field], value, *batch[1][field + 1 :]], *batch[2:]]
-        record = json.dumps(changed).encode()
-        line = record + b" %08x" % zlib.crc32(record)
-        (tmp_path / "journal").write_bytes(b"\n".join([header, entries[0], line, *entries[2:]]))
-        (tmp_path / "partial").write_bytes(partial_path(target).read_bytes())
-        for name, path in (("journal", journal_path(target)), ("partial", partial_path(target))):
-            (tmp_path / name).chmod(0o600)
-            path.unlink(missing_ok=True)
-            (tmp_path / name).rename(path)
-        with open_file(target, DUMP) as file:
-            assert file.resumed_rows == batch[0] * DUMP.batch_rows
-        journal_path(target).unlink()
-        interrupt(target, DUMP.first_rows[:5])
+    with open_file(target, DUMP) as file:
+        write_batches(file, DUMP, DUMP.first_rows[:5], threads=1)
+    lines = journal_path(target).read_bytes().split(b"\n")
+    record = json.loads(lines[3].rpartition(b" ")[0])
+    assert record[0] == 2
+    record[1][field] = value
+    text = json.dumps(record).encode()
+    lines[3] = text + b" %08x" % zlib.crc32(text)
+    journal_path(target).write_bytes(b"\n".join(lines))
+    with open_file(target, DUMP) as file:
+        assert file.resumed_rows == 2 * DUMP.batch_rows
 
 
 def test_a_journal_longer_than_its_batches_is_not_read(tmp_path, monkeypatch):
@@ -287,10 +282,11 @@ def test_an_interruption_ends_the_reading_back(tmp_path, monkeypatch):
         assert file.resumed_rows == dump.rows
 
 
-def test_a_partial_file_of_another_size_counts_for_nothing(tmp_path):
+@pytest.mark.parametrize("change", [-1, 1, 1 << 20])
+def test_a_partial_file_of_another_size_counts_for_nothing(tmp_path, change):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP.first_rows[:5])
-    os.truncate(partial_path(target), partial_path(target).stat().st_size - 1)
+    os.truncate(partial_path(target), partial_path(target).stat().st_size + change)
     with open_file(target, DUMP) as file:
         assert file.resumed_rows == 0
     assert not partial_path(target).exists()
