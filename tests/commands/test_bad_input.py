@@ -507,12 +507,19 @@ def test_bundle_of_garbage(content, place, capsys):
 def test_misfitting_weights(place, capsys):
     state_dict = random_state_dict(BASE)
     del state_dict["final_ln.weight"]
-    state_dict["extra"] = torch.zeros(1)
+    state_dict["final_ln.extra"] = torch.zeros(1)
     state_dict["blocks.0.attn.wq.weight"] = torch.zeros(2, 2)
     init = place.root / "bad"
     save_checkpoint(init, state_dict, config_json(BASE))
-    said = ["final_ln.weight", "extra", "blocks.0.attn.wq.weight", "missing", "not of this model"]
-    place.run(capsys, code=1, names=[init, *said], init=init)
+    names = [
+        init,
+        "final_ln.weight",
+        "final_ln.extra",
+        "blocks.0.attn.wq.weight",
+        "missing",
+        "unexpected",
+    ]
+    place.run(capsys, code=1, names=names, init=init)
 
 
 @pytest.mark.parametrize("batch_size", ["8", "1024"])
