@@ -74,10 +74,10 @@ def test_dumps_of_one_model_on_several_threads(model, expected, tmp_path):
 
 def test_more_compiled_variants_than_torch_keeps(model, monkeypatch):
     monkeypatch.setattr(capture.torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    for rows in range(2, 6):
-        options = OPTIONS | {"n_samples": rows, "batch_size": rows, "compile": True}
-        assert len(joined(stream(model, DEMO_POOL, **options), "final_hidden")) == rows
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in range(2, 6):
+            options = OPTIONS | {"n_samples": rows, "batch_size": rows, "compile": True}
+            assert len(joined(stream(model, DEMO_POOL, **options), "final_hidden")) == rows
 
 
 def test_a_default_device_of_the_program_is_not_taken(model, expected, tmp_path):

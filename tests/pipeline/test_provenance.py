@@ -84,7 +84,7 @@ def test_the_heads_keys_of_a_trunk_are_refused(run, trunk, demo_pool, tmp_path, 
         with pytest.raises(ActivationUnavailableError, match=key) as caught:
             run(trunk, demo_pool, outputs=["pooled", key], **ON_CPU)
         assert caught.value.exit_code == 2
-        assert all(there in str(caught.value) for there in TRUNK_KEYS)
+        assert "this checkpoint has no head; leave the key out" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["trunk"]
 
 
