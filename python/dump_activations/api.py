@@ -26,6 +26,7 @@ from dump_activations.errors import (
     OutputError,
     VocabularyError,
     option,
+    size,
     switch,
     with_arguments,
 )
@@ -287,15 +288,11 @@ def _beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[
     if file.resumed_rows:
         yield f"going on with {file.partial} at board {file.resumed_rows:,} of {n:,}"
     if existing:
-        holds = _size(existing.size)
+        holds = size(existing.size)
         boards = existing.metadata.get("n_samples", "")
         if boards.isdecimal() and len(boards) < 20:
             holds += f", {int(boards):,} boards"
         yield f"{file.target} ({holds}) is replaced when the new file is whole"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _nothing_done(plan: Plan, path: Path, existing: Existing, started: float) -> Summary:

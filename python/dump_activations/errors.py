@@ -24,6 +24,11 @@ def switch(name: str) -> str:
     return option(name, value=True)
 
 
+def size(nbytes: int) -> str:
+    """Write a number of bytes in a text of this package."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
 def with_arguments(text: str) -> str:
     """Write the options in a text as arguments of `dump`: `device='cpu'`."""
     return _OPTION.sub(lambda m: m[1] if m[2] is None else f"{m[1]}={m[2]}", text)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
+from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,11 +139,7 @@ def _speed_table(summary: Summary) -> Table:
     add("waiting for boards", summary.waiting_seconds)
     add("whole loop", summary.seconds, "bold")
     table.caption = (
-        f"{_size(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
+        f"{size(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
         f"{summary.commit_seconds:.2f} s to commit"
     )
     return table
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
