@@ -47,6 +47,7 @@ from dump_activations.storage.writing.room import check_room, free_space
 from dump_activations.storage.writing.targets import check_output
 from dump_activations.storage.writing.work import Existing, Work, find_existing
 from dump_activations.storage.writing.writers import WriterPool
+from dump_activations.units import size_text
 
 # Enough for some to wait for the disk while others take checksums.
 _WRITER_THREADS = min(8, max(2, (os.cpu_count() or 4) // 2))
@@ -262,15 +263,11 @@ def _beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[
     if file.resumed_rows:
         yield f"going on with {file.partial} at board {file.resumed_rows:,} of {n:,}"
     if existing:
-        holds = _size(existing.size)
+        holds = size_text(existing.size)
         boards = existing.metadata.get("n_samples", "")
         if boards.isdecimal() and len(boards) < 20:
             holds += f", {int(boards):,} boards"
         yield f"{file.target} ({holds}) is replaced when the new file is whole"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _nothing_done(plan: Plan, path: Path, existing: Existing, started: float) -> Summary:
