@@ -30,6 +30,7 @@ from dump_activations.errors import (
 )
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options, describe
+from dump_activations.pipeline.board_feed import LABEL_PREFIX, read_batch
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.pipeline.loop import Loop
@@ -86,6 +87,7 @@ class Batch:
         first_row: place of the first board in the run.
         indices: global step indices, int64 (B,).
         boards: exponents, uint8 (B, 16).
+        labels: name -> tensor (B, *shape), uint8, int64, float32 or float64.
         tensors: activation key -> tensor (B, *shape) in the storage dtype; and the parameters that
             were asked for, by their names in a file.
     """
@@ -93,6 +95,7 @@ class Batch:
     first_row: int
     indices: Tensor
     boards: Tensor
+    labels: dict[str, Tensor]
     tensors: dict[str, Tensor]
 
     def __getitem__(self, key: str) -> Tensor:
@@ -215,7 +218,7 @@ def _shortage_named(batch_size: int) -> Iterator[None]:
 def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
     specs = plan.tensor_specs()
     warn_of_large_tensors(specs)
-    batched = [*plan.board_shapes, "boards"]
+    batched = [spec.name for spec in specs if spec.name not in plan.weights]
     with HeldInterrupts() as interrupts:
         file = OutputFile.open(
             path,
@@ -238,7 +241,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
                     closing(loop.batches(options.progress, start=file.resumed_rows)) as batches,
                 ):
                     for batch in batches:
-                        tensors = {"boards": batch.boards.boards_BS, **batch.tensors}
+                        tensors = {**batch.boards.tensors, **batch.tensors}
                         writers.submit(
                             batch.boards.first_row,
                             {name: _bytes_of(tensor) for name, tensor in tensors.items()},
@@ -265,8 +268,9 @@ def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
     if last is None:
         return
     first_row, digests = last
-    boards = plan.pool.read_boards(plan.indices[first_row : file.resumed_rows])
-    if zlib.crc32(boards.data) != digests["boards"].crc32:
+    indices = plan.indices[first_row : file.resumed_rows]
+    rows = read_batch(plan.pool, plan.labels, indices, first_row=first_row).tensors
+    if any(zlib.crc32(_bytes_of(each).data) != digests[name].crc32 for name, each in rows.items()):
         raise OutputError(
             f"{file.partial} holds other boards than {plan.pool.path} has now; restore the "
             f"pool, or drop the file with {switch('overwrite')}"
@@ -278,7 +282,8 @@ def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
     counts = {
         name: {"nan": digest.nan, "inf": digest.inf}
         for name, digest in digests.items()
-        if digest.nan or digest.inf
+        # Labels are as the pool has them.
+        if (digest.nan or digest.inf) and not name.startswith(LABEL_PREFIX)
     }
     for name, count in counts.items():
         warnings.warn(
@@ -369,6 +374,7 @@ def _take(plan: Plan, batch: ActivationBatch) -> Batch:
         boards.first_row,
         torch.from_numpy(boards.indices.copy()),
         boards.boards_BS.clone(),
+        {name: values.clone() for name, values in boards.labels.items()},
         tensors | weights,
     )
 

@@ -17,7 +17,7 @@ import click
 from dump_activations.errors import DumpActivationsWarning, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from rich.table import Table
 
@@ -66,10 +66,13 @@ def shown_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress | None]:
-    """Draw a bar with boards a second and the time left; yield None where stderr is no terminal."""
+def progress_bar() -> Iterator[Callable[[str], Progress | None]]:
+    """Draw a bar for each unit that makes progress, with units a second and the time left.
+
+    Yields what makes a callback of a unit's name; None where stderr is no terminal.
+    """
     if sys.stderr is None or not sys.stderr.isatty():
-        yield None
+        yield lambda _unit: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -78,21 +81,25 @@ def progress_bar() -> Iterator[Progress | None]:
     bar = Bar(
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("boards  {task.fields[rate]}"),
+        TextColumn("{task.description}  {task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("left"),
         console=Console(stderr=True),
         transient=True,
     )
-    with bar:
-        task = bar.add_task("boards", total=None, rate="")
+
+    def progress_of(unit: str) -> Progress:
+        task = bar.add_task(unit, total=None, rate="", visible=False)
 
         def update(done: int, of: int) -> None:
             speed = bar.tasks[task].speed
-            rate = f"{speed:,.0f} boards/s" if speed else ""
-            bar.update(task, completed=done, total=of, rate=rate)
+            rate = f"{speed:,.0f} {unit}/s" if speed else ""
+            bar.update(task, completed=done, total=of, rate=rate, visible=done < of)
 
-        yield update
+        return update
+
+    with bar:
+        yield progress_of
 
 
 def print_summary(summary: Summary, *, as_json: bool) -> None:

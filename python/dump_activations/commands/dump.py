@@ -44,8 +44,8 @@ def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any] | None:
     help_text = with_flags(text)[:1].upper() + with_flags(text)[1:] + "."
     flag = f"--{name.replace('_', '-')}"
     if name == "indices":
-        return click.option(flag, help=f"An .npy file: {with_flags(text)}.")
-    if name == "outputs":
+        return click.option(flag, help=f"An .npy or .npz file, or a dump: {with_flags(text)}.")
+    if name in ("outputs", "labels"):
         return click.option(flag, multiple=True, default=default, help=help_text)
     if name == "write":
         return click.option(
@@ -53,8 +53,9 @@ def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any] | None:
         )
     if isinstance(default, bool):
         return click.option(flag, is_flag=True, help=help_text)
-    if isinstance(default, int | str):
-        return click.option(flag, type=type(default), default=default, help=help_text)
+    if isinstance(default, int | str) or name in ("steps", "where"):
+        kind = str if default is None else type(default)
+        return click.option(flag, type=kind, default=default, help=help_text)
     return None
 
 
@@ -106,8 +107,15 @@ def dump_activations(
         flags["device"] = _device_there_is(options.device)
     if flags["indices"] is not None:
         flags["indices"] = load_indices(flags["indices"])
-    with progress_bar() as progress:
-        summary = dump(init, pool, output, progress=progress, **flags)
+    with progress_bar() as progress_of:
+        summary = dump(
+            init,
+            pool,
+            output,
+            progress=progress_of("boards"),
+            scan_progress=progress_of("rows"),
+            **flags,
+        )
     print_summary(summary, as_json=as_json)
 
 

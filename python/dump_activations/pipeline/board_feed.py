@@ -17,7 +17,10 @@ from dump_activations import _rust
 from dump_activations.board import CELLS
 from dump_activations.errors import VocabularyError, option
 from dump_activations.pipeline.device import current
+from dump_activations.pool.columns import Values
 from dump_activations.pool.dataset import StepsDataset
+from dump_activations.pool.label_reader import LabelReader
+from dump_activations.pool.matches import StepIndices
 from dump_activations.timing import Stopwatch
 
 # Indices are read a window at a time: the more of them one read sees, the nearer its rows lie
@@ -25,6 +28,9 @@ from dump_activations.timing import Stopwatch
 _LARGEST_WINDOW = 1 << 20
 _GROWTH = 4
 _WINDOWS_AHEAD = 2
+
+LABEL_PREFIX = "labels/"
+"""Stands before the name of a label in a file."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,64 @@ class BoardBatch:
         first_row: place of the first board in the run, hence in the output.
         indices: global step indices, int64 (B,).
         boards_BS: exponents, uint8 (B, 16), in pinned memory if the run asked for that.
+        labels: name -> tensor (B, *shape) in the dtype it is stored in.
     """
 
     first_row: int
     indices: NDArray[np.int64]
     boards_BS: Tensor
+    labels: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores of the rows: name -> tensor (B, *shape)."""
+        labels = {LABEL_PREFIX + name: values for name, values in self.labels.items()}
+        return {"indices": torch.from_numpy(self.indices), "boards": self.boards_BS, **labels}
+
+    def cut(self, start: int, stop: int) -> "BoardBatch":
+        """Return its boards from number `start` up to `stop`, in the same memory."""
+        return BoardBatch(
+            self.first_row + start,
+            self.indices[start:stop],
+            self.boards_BS[start:stop],
+            {name: values[start:stop] for name, values in self.labels.items()},
+        )
+
+
+def read_batch(
+    pool: StepsDataset,
+    labels: LabelReader | None,
+    indices: NDArray[np.int64],
+    *,
+    first_row: int,
+    boards_BS: Tensor | None = None,
+    cancel: _rust.Cancel | None = None,
+) -> BoardBatch:
+    """Read boards, and their labels from the same bytes of the shards.
+
+    Args:
+        pool: where the steps are.
+        labels: reads what is wanted of the rows beside the boards; None for nothing.
+        indices: global step indices, int64 (B,).
+        first_row: place of the first board in the run.
+        boards_BS: where to put the boards.
+        cancel: lets another thread end the read.
+    """
+    if boards_BS is None:
+        boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
+    values: Values = {}
+    if labels is None:
+        pool.read_boards(indices, out=boards_BS.numpy(), cancel=cancel)
+    else:
+        values = labels.read(indices, boards_BS.numpy(), cancel)
+    tensors = {name: torch.from_numpy(each) for name, each in values.items()}
+    return BoardBatch(first_row, indices, boards_BS, tensors)
 
 
 def feed_boards(
     pool: StepsDataset,
-    indices: NDArray[np.int64],
+    indices: StepIndices,
+    labels: LabelReader | None = None,
     *,
     batch_size: int,
     vocabulary: int,
@@ -57,7 +111,8 @@ def feed_boards(
 
     Args:
         pool: where the steps are.
-        indices: global step indices, int64 (n,).
+        indices: global step indices.
+        labels: reads what is wanted of the rows beside the boards.
         batch_size: boards a batch.
         vocabulary: exponents must be below this.
         device: where they go; for a CUDA device they lie in page-locked memory, so that copies do
@@ -71,34 +126,38 @@ def feed_boards(
         PoolError: a shard cannot be read.
     """
 
-    def read(first: int, stop: int) -> Tensor:
+    def read(first: int, stop: int) -> BoardBatch:
         with reading, current(device):
             window_WS = torch.empty(
                 (stop - first, CELLS), dtype=torch.uint8, device="cpu", pin_memory=pinned
             )
-            boards_WS = window_WS.numpy()
-            pool.read_boards(indices[first:stop], out=boards_WS, cancel=cancel)
-            _check_vocabulary(boards_WS, indices[first:stop], vocabulary)
-            return window_WS
+            window = read_batch(
+                pool,
+                labels,
+                indices[first:stop],
+                first_row=first,
+                boards_BS=window_WS,
+                cancel=cancel,
+            )
+            _check_vocabulary(window_WS.numpy(), window.indices, vocabulary)
+            return window
 
     pinned = device.type == "cuda"
     cancel = _rust.Cancel()
     windows = _windows(start, len(indices), batch_size)
-    ahead: deque[tuple[int, Future[Tensor]]] = deque()
+    ahead: deque[Future[BoardBatch]] = deque()
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="boards")
     try:
         while True:
-            while len(ahead) < _WINDOWS_AHEAD and (window := next(windows, None)):
-                ahead.append((window[0], reader.submit(read, *window)))
+            while len(ahead) < _WINDOWS_AHEAD and (bounds := next(windows, None)):
+                ahead.append(reader.submit(read, *bounds))
             if not ahead:
                 return
-            first, future = ahead.popleft()
+            future = ahead.popleft()
             with waiting:
-                window_WS = future.result()
-            for i in range(0, len(window_WS), batch_size):
-                boards_BS = window_WS[i : i + batch_size]
-                row = first + i
-                yield BoardBatch(row, indices[row : row + len(boards_BS)], boards_BS)
+                window = future.result()
+            for i in range(0, len(window.indices), batch_size):
+                yield window.cut(i, i + batch_size)
     finally:
         cancel.ask()
         reader.shutdown(wait=True, cancel_futures=True)

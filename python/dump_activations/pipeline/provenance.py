@@ -12,7 +12,11 @@ import torch
 from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import device_name
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pool.dataset import StepsDataset
+from dump_activations.pool.expressions import Expression
+from dump_activations.pool.matches import StepIndices
+
+# Indices that are digested at once.
+_PIECE = 1 << 20
 
 _FORMAT_VERSION = "1"
 
@@ -41,9 +45,10 @@ def metadata(plan: Plan) -> dict[str, str]:
         "batch_size": str(options.batch_size),
         "dataset": str(plan.pool.path),
         "dataset_rows": str(len(plan.pool)),
-        "dataset_sha256": _pool_sha256(plan.pool),
+        "dataset_sha256": plan.pool.sha256,
         "indices_from": plan.indices_from,
         "weights_sha256": _weights_sha256(model),
+        **_selection(plan),
     }
 
 
@@ -55,17 +60,29 @@ def fingerprint(plan: Plan) -> dict[str, str]:
     threads = str(torch.get_num_threads()) if plan.device.type == "cpu" else "any"
     return {
         "config": repr(plan.model.config),
-        "indices": hashlib.sha256(plan.indices.data).hexdigest(),
+        "indices": _indices_sha256(plan.indices),
         "threads": threads,
     }
 
 
-def _pool_sha256(pool: StepsDataset) -> str:
-    shards = [
-        [shard.path.name, shard.rows, descr]
-        for shard, descr in zip(pool.shards, pool.row_layouts, strict=True)
-    ]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+def _selection(plan: Plan) -> dict[str, str]:
+    """Say which steps and labels were asked for, where they were."""
+    options = plan.options
+    selection = {}
+    if plan.labels is not None:
+        selection["labels"] = ",".join(plan.labels.dtypes)
+    if isinstance(options.where, Expression):
+        selection["where"] = options.where.text
+    if options.steps is not None:
+        selection["steps"] = plan.indices_from.removeprefix("steps ")
+    return selection
+
+
+def _indices_sha256(indices: StepIndices) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(indices), _PIECE):
+        digest.update(indices[start : start + _PIECE].data)
+    return digest.hexdigest()
 
 
 def _weights_sha256(model: Encoder) -> str:
