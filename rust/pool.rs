@@ -157,16 +157,17 @@ impl Pool {
         self.read(indices, &column, out, interrupt)
     }
 
-    /// Fills `columns` with what is selected of consecutive rows.
+    /// Fills `columns` with what is selected of consecutive rows, read into `scratch`.
     pub fn read_columns(
         &self,
         rows: Range<u64>,
         selections: &[Selection],
+        scratch: &mut [u8],
         columns: &mut Columns<'_>,
         interrupt: Interrupt<'_>,
     ) -> Result<(), Error> {
         let scan = Scan { files: &self.files, selections, layouts: self.descrs.places() };
-        scan.read(rows, columns, interrupt).map_err(|error| self.named(error))
+        scan.read(rows, scratch, columns, interrupt).map_err(|error| self.named(error))
     }
 
     fn read(

@@ -239,12 +239,15 @@ mod _rust {
         }
 
         /// Reads `rows` consecutive rows: the boards, where they are wanted, and each field.
-        #[pyo3(signature = (first, rows, boards, out, cancel=None))]
+        ///
+        /// As many as `scratch` holds are read at once.
+        #[pyo3(signature = (first, rows, scratch, boards, out, cancel=None))]
         fn scan(
             &self,
             py: Python<'_>,
             first: u64,
             rows: usize,
+            scratch: &Bound<'_, PyArray1<u8>>,
             boards: Option<&Bound<'_, PyArray2<u8>>>,
             out: Vec<Bound<'_, PyArray2<u8>>>,
             cancel: Option<&Bound<'_, Cancel>>,
@@ -262,6 +265,11 @@ mod _rust {
             let Some(stop) = stop.filter(|_| all_fit) else {
                 return Err(InvalidArgumentError::new_err("out: not the shapes of rows there are"));
             };
+            let mut scratch = scratch.try_readwrite().map_err(not_usable("scratch"))?;
+            let scratch = scratch.as_slice_mut().map_err(not_usable("scratch"))?;
+            if pool.files().files().iter().any(|file| file.itemsize > scratch.len()) {
+                return Err(InvalidArgumentError::new_err("scratch: not enough for one row"));
+            }
             let borrowed = arrays.into_iter().map(|array| array.try_readwrite());
             let mut borrowed: Vec<PyReadwriteArray2<'_, u8>> =
                 borrowed.collect::<Result<_, _>>().map_err(not_usable("out"))?;
@@ -271,7 +279,8 @@ mod _rust {
             let boards = boards.and_then(|_| slices.next());
             let mut columns = Columns { boards, fields: slices.collect() };
             detached(py, cancel.map(Bound::get), |interrupt| {
-                pool.read_columns(first..stop, &self.selections, &mut columns, interrupt)
+                let selections = &self.selections;
+                pool.read_columns(first..stop, selections, scratch, &mut columns, interrupt)
             })
         }
     }

@@ -8,12 +8,11 @@ use crate::boards::CELLS;
 use crate::fields::Selection;
 use crate::file::{self, Cached};
 use crate::interrupt::Interrupt;
-use crate::memory::room;
 use crate::read_error::ReadError;
 use crate::row_files::RowFiles;
 
-/// Bytes of an extent, unless one row is larger; a part of the second-level cache.
-const MAX_EXTENT: usize = 256 << 10;
+/// Bytes that the kernel takes of one announcement, on any disk.
+const ANNOUNCEMENT: u64 = 256 << 10;
 /// Bytes that are announced to the disk beyond what is being read.
 const AHEAD: u64 = 8 << 20;
 
@@ -74,19 +73,21 @@ pub struct Scan<'s> {
 
 impl Scan<'_> {
     /// Fills `columns` from `rows`, which all lie in the files.
+    ///
+    /// As many rows as `scratch` holds, which is one at least, are read in one extent.
     pub fn read(
         &self,
         rows: Range<u64>,
+        scratch: &mut [u8],
         columns: &mut Columns<'_>,
         interrupt: Interrupt<'_>,
     ) -> Result<(), ReadError> {
-        let mut buffer = Vec::new();
         let mut row = rows.start;
         while row < rows.end {
             let file = self.files.holder(row);
             let end = rows.end.min(self.files.first(file) + self.files.files()[file].rows);
             let place = (row - rows.start) as usize;
-            self.read_file(file, row..end, place, columns, &mut buffer, interrupt)?;
+            self.read_file(file, row..end, place, scratch, columns, interrupt)?;
             row = end;
         }
         Ok(())
@@ -98,8 +99,8 @@ impl Scan<'_> {
         number: usize,
         rows: Range<u64>,
         place: usize,
+        scratch: &mut [u8],
         columns: &mut Columns<'_>,
-        buffer: &mut Vec<u8>,
         interrupt: Interrupt<'_>,
     ) -> Result<(), ReadError> {
         let wanted = &self.files.files()[number];
@@ -107,11 +108,11 @@ impl Scan<'_> {
         let offset = |row| wanted.data_offset + (row - first) * itemsize as u64;
         let file = wanted.open().map_err(|source| ReadError::of_row(number, rows.start, source))?;
         let mut ahead = Ahead { file: &file, announced: None, end: offset(rows.end) };
-        let per_extent = (MAX_EXTENT / itemsize).max(1);
+        let per_extent = scratch.len() / itemsize;
         for start in rows.clone().step_by(per_extent) {
             interrupt()?;
             let count = per_extent.min((rows.end - start) as usize);
-            let bytes = room(buffer, count * itemsize)?;
+            let bytes = &mut scratch[..count * itemsize];
             ahead.read(bytes, offset(start)).map_err(|(done, source)| {
                 ReadError::of_row(number, start + (done / itemsize) as u64, source)
             })?;
@@ -140,9 +141,8 @@ impl Ahead<'_> {
         }
         let mut announced = self.announced.unwrap_or(start);
         let wanted = self.end.min(start + buffer.len() as u64 + AHEAD);
-        // The kernel takes no more than some hundred kilobytes of each call.
         while announced < wanted {
-            let length = (wanted - announced).min(MAX_EXTENT as u64);
+            let length = (wanted - announced).min(ANNOUNCEMENT);
             file::announce(self.file, length as usize, announced);
             announced += length;
         }
@@ -182,7 +182,7 @@ mod tests {
             fields: fields.iter_mut().map(Vec::as_mut_slice).collect(),
         };
         let scan = Scan { files, selections: &selections, layouts: &layouts };
-        scan.read(rows, &mut columns, interrupt)?;
+        scan.read(rows, &mut [0; 100_000], &mut columns, interrupt)?;
         Ok((boards, fields))
     }
 

@@ -44,6 +44,7 @@ class Selection:
         self,
         first: int,
         rows: int,
+        scratch: NDArray[np.uint8],
         boards: NDArray[np.uint8] | None,
         out: Sequence[NDArray[np.uint8]],
         cancel: Cancel | None = None,

@@ -329,7 +329,7 @@ BAD_INDICES = {
     "past-the-end": (np.array([3, 101]), ["101"]),
     "far-past-the-end": (np.array([2**62]), [str(2**62)]),
     "unsigned-beyond": (np.array([2**64 - 1], dtype=np.uint64), []),
-    "float": (np.array([1.0, 2.0]), ["float64"]),
+    "float": (np.array([1.0, 2.5]), ["float64"]),
     "empty": (np.zeros(0, np.int64), []),
     "empty-rows": (np.zeros((0, 5), np.int64), []),
     "bool": (np.array([True, False]), ["bool"]),

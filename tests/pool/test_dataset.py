@@ -505,7 +505,9 @@ def test_no_file_of_indices(tmp_path):
 @pytest.mark.parametrize(
     ("array", "text"),
     [
-        (np.zeros(3), "integers, not float64"),
+        (np.array([1.0, 2.5]), "integers, not float64"),
+        (np.array([1.0, np.nan]), "integers, not float64"),
+        (np.array([2.0**53]), "integers, not float64"),
         (np.zeros(3, bool), "integers, not bool"),
         (np.array(["a"]), "integers, not"),
         (np.zeros(0, np.int64), "no step indices"),

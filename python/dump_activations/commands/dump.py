@@ -90,7 +90,7 @@ def dump_activations(
     context: click.Context, /, *, use_demo: bool, as_json: bool, output: str, **flags: Any
 ) -> None:
     """Dump selected transformer activations to one file for offline analysis."""
-    init, pool = _sources(flags.pop("init"), flags.pop("dataset"), use_demo=use_demo)
+    init, pool_path = _sources(flags.pop("init"), flags.pop("dataset"), use_demo=use_demo)
     flags["allow_cpu"] |= use_demo
     options = DumpOptions(**flags)
     if not output or flags["indices"] == "":
@@ -101,12 +101,14 @@ def dump_activations(
     keep_freed_memory()
     with uncollected_imports():
         from dump_activations.api import dump
-        from dump_activations.pool.indices import load_indices
+        from dump_activations.commands.step_indices import read_step_indices
+        from dump_activations.pool.dataset import StepsDataset
 
     if options.allow_cpu and context.get_parameter_source("device") is ParameterSource.DEFAULT:
         flags["device"] = _device_there_is(options.device)
+    pool = StepsDataset(pool_path)
     if flags["indices"] is not None:
-        flags["indices"] = load_indices(flags["indices"])
+        flags["indices"] = read_step_indices(Path(flags["indices"]), pool)
     with progress_bar() as progress_of:
         summary = dump(
             init,

@@ -8,7 +8,7 @@ Shape letters: N rows, S cells (16).
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,9 @@ from dump_activations.pool.runs import DATABASE, Runs
 Values = dict[str, NDArray[Any]]
 """Name -> what rows have of it, first axis N."""
 
+# Bytes of rows that are read at once: no row is larger, and a core's second-level cache holds them.
+_SCRATCH = 1 << 20
+
 
 @dataclass(frozen=True)
 class Column:
@@ -32,7 +35,7 @@ class Column:
     Attributes:
         dtype: of one element.
         shape: of one row's value.
-        compute: boards (N, 16) and the fields' values -> its values (N, *shape).
+        compute: boards, cell by cell (16, N), and the fields' values -> its values (N, *shape).
         fields: what it is made of, beside the board.
         of_board: whether it is made of the board.
     """
@@ -65,26 +68,24 @@ class Columns:
             InvalidArgumentError: there is none.
             PoolError: some shards lack it, or `metadata.db` cannot be read.
         """
-        if (field := self.fields.find(name)) is not None:
-            return _whole(field)
-        if (label := BOARD_LABELS.get(name)) is not None:
-            compute = label.compute
-            return Column(
-                np.dtype(np.uint8),
-                label.shape,
-                lambda boards, _fields: compute(boards),
-                of_board=True,
-            )
-        if name in RUN_LABELS:
-            return self._of_run(name, of=of)
-        element = re.fullmatch(r"(.+?)((?:_\d+)+)", name)
-        if element and (field := self.fields.find(element[1])) is not None:
+        if (column := self._whole(name, of=of)) is not None:
+            return column
+        element = re.fullmatch(r"(.+?)((?:_[0-9]+)+)", name)
+        if element and (array := self._whole(element[1], of=of)) is not None:
             place = tuple(int(number) for number in element[2][1:].split("_"))
-            if len(place) == len(field.shape) and all(map(int.__lt__, place, field.shape)):
-                return _element(field, place)
+            if len(place) == len(array.shape) and all(map(int.__lt__, place, array.shape)):
+                return _element(array, place)
         raise InvalidArgumentError(
             f"{option(of)}: no {name!r} in {self.pool.path}; there are {', '.join(self.names)}"
         )
+
+    def _whole(self, name: str, *, of: str) -> Column | None:
+        if (field := self.fields.find(name)) is not None:
+            return Column(field.dtype, field.shape, lambda _, fields: fields[name], (field,))
+        if (label := BOARD_LABELS.get(name)) is not None:
+            dtype, compute = np.dtype(np.uint8), label.compute
+            return Column(dtype, label.shape, lambda cells, _: compute(cells), of_board=True)
+        return self._of_run(name, of=of) if name in RUN_LABELS else None
 
     def _of_run(self, name: str, *, of: str) -> Column:
         column = RUN_LABELS[name]
@@ -101,13 +102,9 @@ class Columns:
         )
 
 
-def _whole(field: RowField) -> Column:
-    return Column(field.dtype, field.shape, lambda _, fields: fields[field.name], (field,))
-
-
-def _element(field: RowField, place: tuple[int, ...]) -> Column:
+def _element(array: Column, place: tuple[int, ...]) -> Column:
     at: Any = (slice(None), *place)
-    return Column(field.dtype, (), lambda _, fields: fields[field.name][at], (field,))
+    return replace(array, shape=(), compute=lambda cells, fields: array.compute(cells, fields)[at])
 
 
 class ColumnReader:
@@ -141,9 +138,10 @@ class ColumnReader:
         return self._compute(boards_NS, parts)
 
     def buffers(self, rows: int) -> list[NDArray[np.uint8]]:
-        """Allocate what `scan` wants: boards (N, 16), or (0, 16) where unused, and the fields."""
+        """Allocate what `scan` works in: as many rows as are read at once, boards and fields."""
         boards = np.empty((rows if self.of_boards else 0, CELLS), np.uint8)
-        return [boards, *(np.empty((rows, field.nbytes), np.uint8) for field in self._fields)]
+        fields = (np.empty((rows, field.nbytes), np.uint8) for field in self._fields)
+        return [np.empty(_SCRATCH, np.uint8), boards, *fields]
 
     def scan(
         self,
@@ -153,8 +151,10 @@ class ColumnReader:
         cancel: _rust.Cancel | None = None,
     ) -> Values:
         """Read consecutive rows; the values may lie in the buffers."""
-        boards, *parts = (buffer[:rows] for buffer in buffers)
-        self._selection.scan(first, rows, boards if self.of_boards else None, parts, cancel)
+        scratch, *outs = buffers
+        boards, *parts = (out[:rows] for out in outs)
+        wanted = boards if self.of_boards else None
+        self._selection.scan(first, rows, scratch, wanted, parts, cancel)
         return self._compute(boards, parts)
 
     def _compute(self, boards_NS: NDArray[np.uint8], parts: Sequence[NDArray[np.uint8]]) -> Values:
@@ -162,4 +162,5 @@ class ColumnReader:
             field.name: part.view(field.dtype).reshape(len(part), *field.shape)
             for field, part in zip(self._fields, parts, strict=True)
         }
-        return {name: column.compute(boards_NS, fields) for name, column in self.columns.items()}
+        cells_SN = np.ascontiguousarray(boards_NS.T) if self.of_boards else boards_NS.T
+        return {name: column.compute(cells_SN, fields) for name, column in self.columns.items()}

@@ -81,7 +81,7 @@ def evaluate(
 
 
 class _Evaluation:
-    """One evaluation; `reached` are the rows for which Python would come to the part at hand."""
+    """One evaluation; `reached` are the rows where Python would come to the part at hand."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class _Evaluation:
         self._expression = expression
         self._columns = columns
         self._first = first
-        self._reached: Any = True if wanted is None else wanted
+        self._reached: Any = wanted
 
     def value(self, node: ast.expr) -> Any:
         match node:
@@ -116,10 +116,10 @@ class _Evaluation:
         result = self._truth(node.values[0], node)
         for each in node.values[1:]:
             if isinstance(node.op, ast.And):
-                self._reached = reached & result
+                self._reached = _both(reached, result)
                 result = result & self._truth(each, node)
             else:
-                self._reached = reached & np.logical_not(result)
+                self._reached = _both(reached, np.logical_not(result))
                 result = result | self._truth(each, node)
         self._reached = reached
         return result
@@ -131,14 +131,14 @@ class _Evaluation:
         return np.asarray(value)
 
     def _compared(self, node: ast.Compare) -> Any:
-        reached, result = self._reached, np.True_
+        reached, result = self._reached, None
         left = self.value(node.left)
         for op, right_node in zip(node.ops, node.comparators, strict=True):
-            self._reached = reached & result
+            self._reached = _both(reached, result)
             right = self.value(right_node)
             if _is_bool(left) != _is_bool(right):
                 self._refuse(node, "it compares a comparison with a number; mind the parentheses")
-            result = result & _compare(_COMPARISONS[type(op)], left, right)
+            result = _both(result, _compare(_COMPARISONS[type(op)], left, right))
             left = right
         self._reached = reached
         return result
@@ -175,7 +175,7 @@ class _Evaluation:
         zero = np.equal(divisor, 0)
         if not zero.any():
             return divisor
-        bad = zero & self._reached
+        bad = _both(zero, self._reached)
         if bad.any():
             at = self._first + int(np.argmax(bad)) if bad.shape else self._first
             raise PoolError(
@@ -186,6 +186,13 @@ class _Evaluation:
 
     def _refuse(self, node: ast.expr, reason: str) -> None:
         raise InvalidArgumentError(f"{option('where')}: {self._expression.part(node)!r}: {reason}")
+
+
+def _both(left: Any, right: Any) -> Any:
+    """Join two conditions; None holds everywhere."""
+    if left is None or right is None:
+        return left if right is None else right
+    return left & right
 
 
 def _is_bool(value: Any) -> bool:

@@ -16,7 +16,7 @@ class BoardLabel:
 
     Attributes:
         shape: of one board's value.
-        compute: boards, uint8 (N, 16) -> values, uint8 (N, *shape).
+        compute: boards, cell by cell, uint8 (16, N) -> values, uint8 (N, *shape).
     """
 
     shape: tuple[int, ...]

@@ -15,7 +15,7 @@ from dump_activations.pool.matches import Matches
 
 # Some megabytes of rows: few enough for a core's cache to hold their columns, and enough for the
 # interpreter to matter little.
-CHUNK_ROWS = 1 << 17
+CHUNK_ROWS = 1 << 18
 # Seconds between reports of progress, and questions whether the user wants to end it.
 _PAUSE = 0.05
 
