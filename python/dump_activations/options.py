@@ -86,6 +86,8 @@ def _steps(name: str, value: str | slice | None) -> slice | None:
             if len(parts) not in (2, 3):
                 raise ValueError
             value = slice(*parts)
+        if not isinstance(value, slice):
+            raise TypeError
         # Python's own check of the three.
         step = range(1)[value].step
     except (TypeError, ValueError):

@@ -10,11 +10,11 @@ from functools import cached_property
 from dump_activations.errors import InvalidArgumentError, option
 
 _EXAMPLE = "max_rank >= 11 and run_id % 10 != 0"
-_GRAMMAR = (
-    ast.Expression, ast.Name, ast.Load, ast.Constant,
-    ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.Invert, ast.USub, ast.UAdd,
-    ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr,
-    ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+_PARTS = (ast.Name, ast.Constant, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare)
+_OPERATORS = (
+    ast.And, ast.Or, ast.Not, ast.Invert, ast.USub, ast.UAdd,
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr,
+    ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
 )  # fmt: skip
 
 
@@ -50,23 +50,25 @@ def parse(text: str) -> Expression:
     text = text.strip()
     try:
         tree = ast.parse(text, mode="eval")
-        odd = next((node for node in ast.walk(tree) if not _is_allowed(node)), None)
+        parts = [node for node in ast.walk(tree) if isinstance(node, ast.expr)]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "too long or not text"
         raise InvalidArgumentError(
             f"{option('where')}: {text!r} is no expression ({reason}); one is {_EXAMPLE!r}"
         ) from None
+    odd = next((part for part in parts if not _is_allowed(part)), None)
     if odd is not None:
-        part = ast.get_source_segment(text, odd) if isinstance(odd, ast.expr) else None
         what = "calls nothing" if isinstance(odd, ast.Call) else "takes no"
         raise InvalidArgumentError(
-            f"{option('where')}: a filter {what} {part or type(odd).__name__!r}; it compares "
-            f"fields and labels, as in {_EXAMPLE!r}"
+            f"{option('where')}: a filter {what}: {ast.get_source_segment(text, odd)!r}; it "
+            f"compares fields and labels, as in {_EXAMPLE!r}"
         )
     return Expression(text, tree.body)
 
 
-def _is_allowed(node: ast.AST) -> bool:
-    if isinstance(node, ast.Constant):
-        return type(node.value) in (int, float)
-    return isinstance(node, _GRAMMAR)
+def _is_allowed(part: ast.expr) -> bool:
+    if isinstance(part, ast.Constant):
+        return type(part.value) in (int, float)
+    operators = [getattr(part, "op", None), *getattr(part, "ops", ())]
+    known = all(each is None or isinstance(each, _OPERATORS) for each in operators)
+    return isinstance(part, _PARTS) and known

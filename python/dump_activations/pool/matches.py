@@ -68,8 +68,7 @@ class Matches:
         chunks = np.searchsorted(ends, places[order], side="right")
         taken = np.empty(len(places), np.int64)
         changes = np.flatnonzero(np.diff(chunks, prepend=-1))
-        for start, stop in zip(changes, [*changes[1:], len(order)], strict=True):
-            chunk, of_chunk = chunks[start], order[start:stop]
+        for chunk, of_chunk in zip(chunks[changes], np.split(order, changes)[1:], strict=True):
             before = ends[chunk] - self._counts[chunk]
             taken[of_chunk] = self._rows_in(chunk)[places[of_chunk] - before]
         return taken

@@ -85,6 +85,8 @@ class _Scan:
                 thread.join()
         if self._error is not None:
             raise self._error
+        if progress is not None:
+            progress(rows, rows)
 
     def _work(self, chunks: Iterator[tuple[int, int]], rows: int) -> None:
         try:

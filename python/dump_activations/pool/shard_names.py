@@ -29,4 +29,4 @@ def warn_of_odd_names(pool: Path, names: Sequence[str]) -> None:
             f"no shard number {expected[odd]} before {names[odd]}; step indices count the rows of "
             "those that are there"
         )
-    warnings.warn(DumpActivationsWarning(f"{pool}: {text}"), stacklevel=4)
+    warnings.warn(DumpActivationsWarning(f"{pool}: {text}"), stacklevel=3)
