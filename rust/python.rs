@@ -238,15 +238,14 @@ mod _rust {
             })
         }
 
-        /// Reads `rows` consecutive rows: the boards, where they are wanted, and each field.
+        /// Reads the rows from one up to another: boards, where they are wanted, and each field.
         ///
         /// As many as `scratch` holds are read at once.
-        #[pyo3(signature = (first, rows, scratch, boards, out, cancel=None))]
+        #[pyo3(signature = (rows, scratch, boards, out, cancel=None))]
         fn scan(
             &self,
             py: Python<'_>,
-            first: u64,
-            rows: usize,
+            rows: (u64, u64),
             scratch: &Bound<'_, PyArray1<u8>>,
             boards: Option<&Bound<'_, PyArray2<u8>>>,
             out: Vec<Bound<'_, PyArray2<u8>>>,
@@ -256,15 +255,16 @@ mod _rust {
             let fields = self.selections[0].fields();
             let widths = boards.iter().map(|_| CELLS).chain(fields.iter().map(Range::len));
             let arrays: Vec<_> = boards.into_iter().chain(&out).collect();
+            let (first, stop) = rows;
+            let count = stop.saturating_sub(first) as usize;
             let fits = |(array, width): (&&Bound<'_, PyArray2<u8>>, usize)| {
-                array.shape() == [rows, width] && array.is_c_contiguous()
+                array.shape() == [count, width] && array.is_c_contiguous()
             };
-            let stop = first.checked_add(rows as u64).filter(|&stop| stop <= pool.rows());
             let all_fit =
                 arrays.len() == widths.clone().count() && arrays.iter().zip(widths).all(fits);
-            let Some(stop) = stop.filter(|_| all_fit) else {
+            if first > stop || stop > pool.rows() || !all_fit {
                 return Err(InvalidArgumentError::new_err("out: not the shapes of rows there are"));
-            };
+            }
             let mut scratch = scratch.try_readwrite().map_err(not_usable("scratch"))?;
             let scratch = scratch.as_slice_mut().map_err(not_usable("scratch"))?;
             if pool.files().files().iter().any(|file| file.itemsize > scratch.len()) {

@@ -42,8 +42,7 @@ class Selection:
     ) -> None: ...
     def scan(
         self,
-        first: int,
-        rows: int,
+        rows: tuple[int, int],
         scratch: NDArray[np.uint8],
         boards: NDArray[np.uint8] | None,
         out: Sequence[NDArray[np.uint8]],

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -283,4 +284,8 @@ def test_a_signal_interrupts_a_scan(demo_pool, monkeypatch):
     with interrupted_soon():
         for _ in range(1000):
             ds.find("merges_0 + merges_2 > 100")
+    for _ in range(100):  # one whose start was interrupted may have to end yet
+        if threading.active_count() == threads:
+            break
+        time.sleep(0.05)
     assert threading.active_count() == threads

@@ -106,29 +106,30 @@ def test_selections_of_rows_of_several_layouts(tmp_path):
 FIELDS = [(0, 4), (25, 1)]
 SCRATCH = np.empty(46, np.uint8)
 WRONG_SCANS = [
-    (8, 3, SCRATCH, BOARDS, [(3, 4), (3, 1)]),
-    (2**64 - 1, 3, SCRATCH, BOARDS, [(3, 4), (3, 1)]),
-    (-1, 3, SCRATCH, BOARDS, [(3, 4), (3, 1)]),
-    (0, 2, SCRATCH, BOARDS, [(3, 4), (3, 1)]),
-    (0, 3, SCRATCH, (3, 15), [(3, 4), (3, 1)]),
-    (0, 3, SCRATCH, BOARDS, [(3, 4)]),
-    (0, 3, SCRATCH, BOARDS, [(3, 4), (3, 1), (3, 1)]),
-    (0, 3, SCRATCH, BOARDS, [(3, 1), (3, 4)]),
-    (0, 3, SCRATCH, BOARDS, [(12,), (3, 1)]),
-    (0, 3, np.empty(45, np.uint8), BOARDS, [(3, 4), (3, 1)]),
-    (0, 3, np.empty(99, np.int8), BOARDS, [(3, 4), (3, 1)]),
-    (0, 3, np.empty(99, np.uint8)[EVERY_OTHER], BOARDS, [(3, 4), (3, 1)]),
-    (0, 3, read_only(np.empty(99, np.uint8)), BOARDS, [(3, 4), (3, 1)]),
+    ((8, 11), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
+    ((2**64 - 2, 2**64 - 1), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
+    ((-1, 2), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
+    ((0, 2), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
+    ((0, 3), SCRATCH, (3, 15), [(3, 4), (3, 1)]),
+    ((0, 3), SCRATCH, BOARDS, [(3, 4)]),
+    ((0, 3), SCRATCH, BOARDS, [(3, 4), (3, 1), (3, 1)]),
+    ((0, 3), SCRATCH, BOARDS, [(3, 1), (3, 4)]),
+    ((0, 3), SCRATCH, BOARDS, [(12,), (3, 1)]),
+    ((0, 3), np.empty(45, np.uint8), BOARDS, [(3, 4), (3, 1)]),
+    ((0, 3), np.empty(99, np.int8), BOARDS, [(3, 4), (3, 1)]),
+    ((0, 3), np.empty(99, np.uint8)[EVERY_OTHER], BOARDS, [(3, 4), (3, 1)]),
+    ((0, 3), read_only(np.empty(99, np.uint8)), BOARDS, [(3, 4), (3, 1)]),
+    ((3, 0), SCRATCH, (0, 16), [(0, 4), (0, 1)]),
 ]
 
 
 @pytest.mark.parametrize("case", WRONG_SCANS)
 def test_wrong_scans(case, pool):
-    first, rows, scratch, boards, out = case
+    rows, scratch, boards, out = case
     selection = _rust.Selection(pool, [FIELDS])
     arrays = [np.empty(shape, np.uint8) for shape in out]
     with pytest.raises((TypeError, ValueError, OverflowError)):
-        selection.scan(first, rows, scratch, np.empty(boards, np.uint8), arrays)
+        selection.scan(rows, scratch, np.empty(boards, np.uint8), arrays)
 
 
 def test_scans_into_what_does_not_take_them(pool):
@@ -136,9 +137,9 @@ def test_scans_into_what_does_not_take_them(pool):
     one = np.empty((3, 1), np.uint8)
     for out in (np.empty((4, 3), np.uint8).T, np.empty((3, 8), np.uint8)[:, ::2], SHARED[:12]):
         with pytest.raises((TypeError, ValueError)):
-            selection.scan(0, 3, SCRATCH, None, [out, one])
+            selection.scan((0, 3), SCRATCH, None, [out, one])
     with pytest.raises(ValueError, match="borrowed"):
-        selection.scan(0, 3, SCRATCH, None, [SHARED[:12].reshape(3, 4), SHARED[9:12, None]])
+        selection.scan((0, 3), SCRATCH, None, [SHARED[:12].reshape(3, 4), SHARED[9:12, None]])
     with pytest.raises(InvalidArgumentError):
         selection.read(STEPS, np.empty((3, 20), np.uint8))
 

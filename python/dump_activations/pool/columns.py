@@ -154,7 +154,7 @@ class ColumnReader:
         scratch, *outs = buffers
         boards, *parts = (out[:rows] for out in outs)
         wanted = boards if self.of_boards else None
-        self._selection.scan(first, rows, scratch, wanted, parts, cancel)
+        self._selection.scan((first, first + rows), scratch, wanted, parts, cancel)
         return self._compute(boards, parts)
 
     def _compute(self, boards_NS: NDArray[np.uint8], parts: Sequence[NDArray[np.uint8]]) -> Values:

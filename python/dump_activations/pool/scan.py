@@ -67,11 +67,9 @@ class _Scan:
             threading.Thread(target=self._work, args=(chunks, rows), name=f"scan-{i}")
             for i in range(count)
         ]
-        started = []
         try:
             for thread in threads:
                 thread.start()
-                started.append(thread)
             for thread in threads:
                 while thread.is_alive():
                     thread.join(_PAUSE)
@@ -81,8 +79,10 @@ class _Scan:
             self._stop(error)
             raise
         finally:
-            for thread in started:
-                thread.join()
+            # One whose start was interrupted ends by itself: there is an error.
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
         if self._error is not None:
             raise self._error
         if progress is not None:
