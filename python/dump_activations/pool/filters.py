@@ -216,6 +216,7 @@ def _same_integers(left: Any, right: Any) -> tuple[Any, Any]:
     for array, other in ((left, right), (right, left)):
         if isinstance(other, int) and isinstance(array, np.ndarray) and array.dtype != object:
             limits = np.iinfo(array.dtype)
+            # NumPy 1 would compare others as floats.
             if limits.min <= other <= limits.max:
                 return left, right
     arrays = isinstance(left, np.ndarray) and isinstance(right, np.ndarray)
