@@ -56,7 +56,14 @@ class StepsDataset:
         loader = DataLoader(ds, batch_size=1024, sampler=ds.sample_indices(65536), num_workers=2)
         for boards in loader:  # uint8 (1024, 16)
 
+    Shards whose numbers have gaps, or are not in the order of the names, are cause for a warning.
+
+    Args:
+        path: The directory.
+        labels: With any, items are dicts: `boards`, `indices` and these, as `read_labels` has them.
+
     Raises:
+        InvalidArgumentError: There is no such label.
         PoolNotFoundError: There is no such directory, or no shard in it.
         PoolError: A shard's header, fields or size are not those of a pool of steps.
 
