@@ -6,6 +6,7 @@ use crc32fast::Hasher;
 /// How the bytes of a tensor are read when NaN and infinite values are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
+    Float64,
     Float32,
     Float16,
     BFloat16,
@@ -17,6 +18,7 @@ impl Element {
     /// The element of a dtype by its NumPy name; `None` for a name that no output file holds.
     pub fn from_dtype(dtype: &str) -> Option<Self> {
         match dtype {
+            "float64" => Some(Self::Float64),
             "float32" => Some(Self::Float32),
             "float16" => Some(Self::Float16),
             "bfloat16" => Some(Self::BFloat16),
@@ -95,11 +97,21 @@ fn count_specials_avx2(block: &[u8], element: Element) -> (u64, u64) {
 #[inline(always)]
 fn count_specials_portably(block: &[u8], element: Element) -> (u64, u64) {
     match element {
+        Element::Float64 => count_specials_64(block),
         Element::Float32 => count_specials_32(block),
         Element::Float16 => count_specials_16(block, 0x7c00),
         Element::BFloat16 => count_specials_16(block, 0x7f80),
         Element::Integer => (0, 0),
     }
+}
+
+/// Counts (NaN, infinite) among little-endian float64 values: labels alone are stored so.
+#[inline(always)]
+fn count_specials_64(block: &[u8]) -> (u64, u64) {
+    let (words, _) = block.as_chunks::<8>();
+    words.iter().map(|word| f64::from_le_bytes(*word)).fold((0, 0), |(nan, inf), value| {
+        (nan + u64::from(value.is_nan()), inf + u64::from(value.is_infinite()))
+    })
 }
 
 /// Counts (NaN, infinite) among little-endian float32 values.
@@ -217,6 +229,15 @@ mod tests {
         assert_eq!((half.nan, half.inf), (2 * 1023, 2));
         let brain = digest(Element::BFloat16, &data, 4096);
         assert_eq!((brain.nan, brain.inf), (2 * 127, 2));
+    }
+
+    #[test]
+    fn float64_specials_are_counted() {
+        let payload = f64::from_bits(0x7ff0_0000_0000_0001);
+        let values = [0.0, f64::MAX, f64::NAN, -f64::NAN, payload, f64::INFINITY, -f64::INFINITY];
+        let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let digest = digest(Element::Float64, &data, 8);
+        assert_eq!((digest.nan, digest.inf), (3, 2));
     }
 
     #[test]

@@ -43,6 +43,12 @@ pub enum Error {
     )]
     RowsDiffer { path: PathBuf, first: PathBuf },
 
+    #[error("{}: byte {stop} of a row is wanted, of {itemsize}", .path.display())]
+    OutsideRow { path: PathBuf, stop: usize, itemsize: usize },
+
+    #[error("fields of equal sizes are wanted for each of the {layouts} layouts of rows")]
+    Selection { layouts: usize },
+
     #[error("{}: its shards hold more rows than a step index can count", .path.display())]
     TooManyRows { path: PathBuf },
 

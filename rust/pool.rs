@@ -1,11 +1,13 @@
 //! A pool: the shards of a directory, read by global step index.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::boards::Boards;
 use crate::column::{Column, WholeRows};
 use crate::descrs::Descrs;
 use crate::error::Error;
+use crate::fields::{BoardsAndFields, Selection};
 use crate::file::FileId;
 use crate::interrupt::Interrupt;
 use crate::layout::BoardField;
@@ -15,6 +17,7 @@ use crate::npy::Header;
 use crate::read_error::ReadError;
 use crate::row_files::{RowFile, RowFiles};
 use crate::rows;
+use crate::scan::{Columns, Scan};
 use crate::shards;
 
 /// Threads that open shards: enough to hide the latency of a network file system.
@@ -113,6 +116,58 @@ impl Pool {
     ) -> Result<(), Error> {
         self.check_same_rows()?;
         self.read(indices, &WholeRows { itemsize: self.itemsize() }, out, interrupt)
+    }
+
+    /// The board and `fields` of the rows of each layout, as `read_boards_and_fields` wants them.
+    ///
+    /// `fields` holds their bytes in a row, for each of the distinct `descrs` in its order.
+    pub fn select(&self, fields: Vec<Vec<Range<usize>>>) -> Result<Vec<Selection>, Error> {
+        let layouts = self.descrs.distinct().len();
+        let widths = |fields: &[Range<usize>]| fields.iter().map(Range::len).collect::<Vec<_>>();
+        if fields.len() != layouts || fields.iter().any(|each| widths(each) != widths(&fields[0])) {
+            return Err(Error::Selection { layouts });
+        }
+        let places = self.descrs.places();
+        let select = |(layout, fields): (usize, Vec<Range<usize>>)| {
+            let shard = places.iter().position(|&place| place == layout).unwrap_or(0);
+            let RowFile { path, itemsize, .. } = &self.files.files()[shard];
+            match fields.iter().find(|field| field.end > *itemsize) {
+                Some(field) => Err(Error::OutsideRow {
+                    path: path.clone(),
+                    stop: field.end,
+                    itemsize: *itemsize,
+                }),
+                None => Ok(Selection::new(self.boards[shard], fields)),
+            }
+        };
+        fields.into_iter().enumerate().map(select).collect()
+    }
+
+    /// Writes the 16 exponents of board `indices[i]`, and after them the selected fields of its
+    /// row, to the i-th of equal parts of `out`.
+    pub fn read_boards_and_fields(
+        &self,
+        indices: &[i64],
+        selections: &[Selection],
+        out: &mut [u8],
+        interrupt: Interrupt<'_>,
+    ) -> Result<(), Error> {
+        let width = selections[0].width();
+        let column = BoardsAndFields { selections, layouts: self.descrs.places(), width };
+        self.read(indices, &column, out, interrupt)
+    }
+
+    /// Fills `columns` with what is selected of consecutive rows, read into `scratch`.
+    pub fn read_columns(
+        &self,
+        rows: Range<u64>,
+        selections: &[Selection],
+        scratch: &mut [u8],
+        columns: &mut Columns<'_>,
+        interrupt: Interrupt<'_>,
+    ) -> Result<(), Error> {
+        let scan = Scan { files: &self.files, selections, layouts: self.descrs.places() };
+        scan.read(rows, scratch, columns, interrupt).map_err(|error| self.named(error))
     }
 
     fn read(

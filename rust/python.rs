@@ -5,9 +5,11 @@ use pyo3::prelude::*;
 
 #[pymodule]
 mod _rust {
+    use std::ffi::OsStr;
     use std::fs::File;
     use std::io;
     use std::mem::ManuallyDrop;
+    use std::ops::Range;
     use std::os::fd::{FromRawFd, RawFd};
     use std::path::PathBuf;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,10 +26,12 @@ mod _rust {
     use crate::boards::CELLS;
     use crate::checksum::{self, Element};
     use crate::error::Error;
+    use crate::fields;
     use crate::interrupt::{Interrupt, Interrupted};
     use crate::pool;
     use crate::random::Generator;
     use crate::sampling;
+    use crate::scan::Columns;
     use crate::spans;
 
     pyo3::import_exception!(dump_activations.errors, PoolError);
@@ -44,7 +48,9 @@ mod _rust {
                 | Error::NoShards { .. } => PoolNotFoundError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
                 Error::Memory(_) => PyMemoryError::new_err(text),
-                Error::Sample { .. } => InvalidArgumentError::new_err(text),
+                Error::Sample { .. } | Error::Selection { .. } | Error::OutsideRow { .. } => {
+                    InvalidArgumentError::new_err(text)
+                }
                 _ => PoolError::new_err(text),
             }
         }
@@ -154,6 +160,12 @@ mod _rust {
             PyList::new(py, descrs.places().iter().map(|&place| &texts[place]))
         }
 
+        /// The file names of the shards.
+        #[getter]
+        fn names(&self) -> Vec<&OsStr> {
+            self.pool.files().files().iter().filter_map(|shard| shard.path.file_name()).collect()
+        }
+
         #[getter]
         fn shards(&self) -> Vec<(PathBuf, u64, u64)> {
             let shards = self.pool.files();
@@ -186,6 +198,89 @@ mod _rust {
         ) -> PyResult<()> {
             read(py, indices, out, self.pool.itemsize(), None, |indices, out, interrupt| {
                 self.pool.read_rows(indices, out, interrupt)
+            })
+        }
+    }
+
+    /// Fields of the rows of a pool, wherever its shards have them, and the boards.
+    #[pyclass(frozen, module = "dump_activations._rust")]
+    struct Selection {
+        pool: Py<Pool>,
+        /// One for each layout.
+        selections: Vec<fields::Selection>,
+    }
+
+    #[pymethods]
+    impl Selection {
+        /// `fields` are (offset, bytes) in a row, for each of the distinct `descrs` of the pool.
+        #[new]
+        fn new(pool: Bound<'_, Pool>, fields: Vec<Vec<(u32, u32)>>) -> PyResult<Self> {
+            let range = |(offset, bytes)| offset as usize..offset as usize + bytes as usize;
+            let fields = fields.into_iter().map(|each| each.into_iter().map(range).collect());
+            let selections = pool.get().pool.select(fields.collect())?;
+            Ok(Self { pool: pool.unbind(), selections })
+        }
+
+        /// Reads chosen rows: 16 exponents, and after them the fields, each row.
+        #[pyo3(signature = (indices, out, cancel=None))]
+        fn read(
+            &self,
+            py: Python<'_>,
+            indices: &Bound<'_, PyArray1<i64>>,
+            out: &Bound<'_, PyArray2<u8>>,
+            cancel: Option<&Bound<'_, Cancel>>,
+        ) -> PyResult<()> {
+            let width = CELLS + self.selections[0].width();
+            let cancel = cancel.map(Bound::get);
+            read(py, indices, out, width, cancel, |indices, out, interrupt| {
+                let pool = &self.pool.get().pool;
+                pool.read_boards_and_fields(indices, &self.selections, out, interrupt)
+            })
+        }
+
+        /// Reads the rows from one up to another: boards, where they are wanted, and each field.
+        ///
+        /// As many as `scratch` holds are read at once.
+        #[pyo3(signature = (rows, scratch, boards, out, cancel=None))]
+        fn scan(
+            &self,
+            py: Python<'_>,
+            rows: (u64, u64),
+            scratch: &Bound<'_, PyArray1<u8>>,
+            boards: Option<&Bound<'_, PyArray2<u8>>>,
+            out: Vec<Bound<'_, PyArray2<u8>>>,
+            cancel: Option<&Bound<'_, Cancel>>,
+        ) -> PyResult<()> {
+            let pool = &self.pool.get().pool;
+            let fields = self.selections[0].fields();
+            let widths = boards.iter().map(|_| CELLS).chain(fields.iter().map(Range::len));
+            let arrays: Vec<_> = boards.into_iter().chain(&out).collect();
+            let (first, stop) = rows;
+            let count = stop.saturating_sub(first) as usize;
+            let fits = |(array, width): (&&Bound<'_, PyArray2<u8>>, usize)| {
+                array.shape() == [count, width] && array.is_c_contiguous()
+            };
+            let all_fit =
+                arrays.len() == widths.clone().count() && arrays.iter().zip(widths).all(fits);
+            if first > stop || stop > pool.rows() || !all_fit {
+                return Err(InvalidArgumentError::new_err("out: not the shapes of rows there are"));
+            }
+            let mut scratch = scratch.try_readwrite().map_err(not_usable("scratch"))?;
+            let scratch = scratch.as_slice_mut().map_err(not_usable("scratch"))?;
+            if pool.files().files().iter().any(|file| file.itemsize > scratch.len()) {
+                return Err(InvalidArgumentError::new_err("scratch: not enough for one row"));
+            }
+            let borrowed = arrays.into_iter().map(|array| array.try_readwrite());
+            let mut borrowed: Vec<PyReadwriteArray2<'_, u8>> =
+                borrowed.collect::<Result<_, _>>().map_err(not_usable("out"))?;
+            let slices = borrowed.iter_mut().map(|array| array.as_slice_mut());
+            let mut slices =
+                slices.collect::<Result<Vec<_>, _>>().map_err(not_usable("out"))?.into_iter();
+            let boards = boards.and_then(|_| slices.next());
+            let mut columns = Columns { boards, fields: slices.collect() };
+            detached(py, cancel.map(Bound::get), |interrupt| {
+                let selections = &self.selections;
+                pool.read_columns(first..stop, selections, scratch, &mut columns, interrupt)
             })
         }
     }

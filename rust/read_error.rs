@@ -22,6 +22,17 @@ pub enum ReadError {
     Interrupted(Interrupted),
 }
 
+impl ReadError {
+    /// `row` of file number `file` cannot be read.
+    pub fn of_row(file: usize, row: u64, source: io::Error) -> Self {
+        let source = match source.kind() {
+            io::ErrorKind::UnexpectedEof => io::Error::other("the file was cut short before it"),
+            _ => source,
+        };
+        Self::Row { file, row, source }
+    }
+}
+
 impl From<OutOfMemory> for ReadError {
     fn from(error: OutOfMemory) -> Self {
         Self::Memory(error)

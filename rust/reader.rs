@@ -149,13 +149,8 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
             self.finish_announced()?;
         }
         let wanted = &self.work.extents.files.files()[extent.file];
-        let opened =
-            file::open(&wanted.path).map_err(|source| self.row_error(extent, 0, source))?;
-        if opened.id != wanted.id {
-            let source = io::Error::other("another file has taken its place");
-            return Err(self.row_error(extent, 0, source));
-        }
-        let file = Rc::new(opened.file);
+        let file = wanted.open().map_err(|source| self.row_error(extent, 0, source))?;
+        let file = Rc::new(file);
         self.file = Some((extent.file, file.clone()));
         self.asks_cache = self.work.limits.asks_cache;
         Ok(file)
@@ -168,12 +163,7 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
 
     /// The error of the first row of `extent` that is not within its first `done` bytes.
     fn row_error(&self, extent: Extent<'c>, done: u64, source: io::Error) -> ReadError {
-        let source = match source.kind() {
-            io::ErrorKind::UnexpectedEof => io::Error::other("the file was cut short before it"),
-            _ => source,
-        };
-        let row = self.work.extents.row_past(extent, done);
-        ReadError::Row { file: extent.file, row, source }
+        ReadError::of_row(extent.file, self.work.extents.row_past(extent, done), source)
     }
 
     /// Writes the rows of `extent`, whose bytes are in the buffer, to their places.

@@ -1,8 +1,10 @@
 //! Files of rows of one size, whose rows are counted through all of them.
 
+use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 
-use crate::file::FileId;
+use crate::file::{self, FileId};
 use crate::memory::{self, OutOfMemory};
 
 /// A file that holds rows of one size, one after the other.
@@ -16,6 +18,17 @@ pub struct RowFile {
     pub data_offset: u64,
     /// Bytes of a row, at least one.
     pub itemsize: usize,
+}
+
+impl RowFile {
+    /// Opens the file that was found, and no other that has its path by now.
+    pub fn open(&self) -> io::Result<File> {
+        let opened = file::open(&self.path)?;
+        if opened.id != self.id {
+            return Err(io::Error::other("another file has taken its place"));
+        }
+        Ok(opened.file)
+    }
 }
 
 /// A row of it lies where no file has bytes, or cannot be counted.

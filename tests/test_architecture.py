@@ -19,7 +19,10 @@ ARROWS = {
     "api": (*LEAVES, "model", "options", "pipeline", "pool", "signatures", "storage"),
     "pipeline": (*LEAVES, "_rust", "model", "options", "pool"),
     "signatures": (*LEAVES, "options"),
-    "options": (*LEAVES, "model.activations", "model.layers"),
+    "options": (
+        *LEAVES,
+        *("model.activations", "model.layers", "pool.expressions", "pool.label_names"),
+    ),
     "model": LEAVES,
     "pool": (*LEAVES, "_rust"),
     "storage.writing": (*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),

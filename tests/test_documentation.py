@@ -40,7 +40,7 @@ def default_of(flag: click.Parameter) -> str:
     if "[required]" in (getattr(flag, "help", None) or ""):
         return "required"
     value = flag.to_info_dict()["default"]
-    if flag.is_flag or value is None:
+    if flag.is_flag or value in (None, ()):
         return "—"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -53,7 +53,7 @@ def test_the_flags_and_their_defaults():
 def test_the_activation_keys():
     keys = {activation.key for activation in ACTIVATIONS}
     assert column(README, "Key") == {*keys, "attn_weights"}
-    assert column(FORMAT, "Name") == {*keys, "indices", "boards"}
+    assert column(FORMAT, "Name") == {*keys, "labels", "indices", "boards"}
 
 
 def test_the_rooms():

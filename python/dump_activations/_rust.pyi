@@ -1,5 +1,6 @@
 """The Rust extension. Private: the Python modules around it are the interface."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import final
@@ -23,11 +24,30 @@ class Pool:
     @property
     def descrs(self) -> list[str]: ...
     @property
+    def names(self) -> list[str]: ...
+    @property
     def shards(self) -> list[tuple[Path, int, int]]: ...
     def read_boards(
         self, indices: NDArray[np.int64], out: NDArray[np.uint8], cancel: Cancel | None = None
     ) -> None: ...
     def read_rows(self, indices: NDArray[np.int64], out: NDArray[np.uint8]) -> None: ...
+
+@final
+class Selection:
+    """Fields of the rows of a pool, wherever its shards have them, and the boards."""
+
+    def __new__(cls, pool: Pool, fields: Sequence[Sequence[tuple[int, int]]]) -> Selection: ...
+    def read(
+        self, indices: NDArray[np.int64], out: NDArray[np.uint8], cancel: Cancel | None = None
+    ) -> None: ...
+    def scan(
+        self,
+        rows: tuple[int, int],
+        scratch: NDArray[np.uint8],
+        boards: NDArray[np.uint8] | None,
+        out: Sequence[NDArray[np.uint8]],
+        cancel: Cancel | None = None,
+    ) -> None: ...
 
 @final
 class Cancel:

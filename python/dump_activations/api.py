@@ -28,6 +28,7 @@ from dump_activations.errors import (
 )
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options
+from dump_activations.pipeline.board_feed import LABEL_PREFIX, read_batch
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
@@ -86,6 +87,7 @@ class Batch:
         first_row: place of the first board in the run.
         indices: global step indices, int64 (B,).
         boards: exponents, uint8 (B, 16).
+        labels: name -> tensor (B, *shape), uint8, int64, float32 or float64.
         tensors: by their names in a file, the activations (B, *shape) in the storage dtype, and
             the parameters that were asked for.
     """
@@ -93,6 +95,7 @@ class Batch:
     first_row: int
     indices: Tensor
     boards: Tensor
+    labels: dict[str, Tensor]
     tensors: dict[str, Tensor]
 
     def __getitem__(self, key: str) -> Tensor:
@@ -200,7 +203,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         path,
         specs,
         metadata(plan),
-        batched=[*(tensor.name for tensor in plan.board_tensors), "boards"],
+        batched=[spec.name for spec in specs if spec.name not in plan.weights],
         batch_rows=options.batch_size,
         fingerprint=fingerprint(plan),
     )
@@ -235,7 +238,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
                     closing(loop.batches(options.progress, start=file.resumed_rows)) as batches,
                 ):
                     for batch in batches:
-                        tensors = {"boards": batch.boards.boards_BS, **batch.tensors}
+                        tensors = {**batch.boards.tensors, **batch.tensors}
                         writers.submit(
                             batch.boards.first_row,
                             {name: _bytes_of(tensor) for name, tensor in tensors.items()},
@@ -291,8 +294,9 @@ def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
     if last is None:
         return
     first_row, digests = last
-    boards = plan.pool.read_boards(plan.indices[first_row : file.resumed_rows])
-    if zlib.crc32(boards.data) != digests["boards"].crc32:
+    indices = plan.indices[first_row : file.resumed_rows]
+    rows = read_batch(plan.pool, plan.labels, indices, first_row=first_row).tensors
+    if any(zlib.crc32(_bytes_of(each).data) != digests[name].crc32 for name, each in rows.items()):
         raise OutputError(
             f"{file.partial} holds other boards than {plan.pool.path} has now; restore the "
             f"pool, or drop the file with {switch('overwrite')}"
@@ -301,7 +305,12 @@ def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
 
 def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
     """Count what is not finite in each tensor that has any, with a warning for each."""
-    counts = _counted(digests)
+    counts = {
+        name: count
+        for name, count in _counted(digests).items()
+        # Labels are as the pool has them.
+        if not name.startswith(LABEL_PREFIX)
+    }
     for name, count in counts.items():
         warnings.warn(
             DumpActivationsWarning(
@@ -409,6 +418,7 @@ def _take(plan: Plan, batch: ActivationBatch) -> Batch:
         boards.first_row,
         torch.from_numpy(boards.indices.copy()),
         boards.boards_BS.clone(),
+        {name: values.clone() for name, values in boards.labels.items()},
         tensors | weights,
     )
 

@@ -27,6 +27,7 @@ class DType:
 
 
 _TABLE = (
+    DType("float64", None, 8, safetensors="F64", torch_storage="DoubleStorage", npy="<f8"),
     DType("float32", "fp32", 4, safetensors="F32", torch_storage="FloatStorage", npy="<f4"),
     DType("float16", "fp16", 2, safetensors="F16", torch_storage="HalfStorage", npy="<f2"),
     DType("bfloat16", "bf16", 2, safetensors="BF16", torch_storage="BFloat16Storage", npy=None),

@@ -16,6 +16,8 @@ from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
 from dump_activations.model.activations import find_activations
 from dump_activations.model.layers import Layers, parse_layers
+from dump_activations.pool.expressions import Expression, parse
+from dump_activations.pool.label_names import split_names
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -64,10 +66,39 @@ def _one_of(choices: Collection[str]) -> _Check:
 
 def _keys(_name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     """Return what was asked for, as it was: a model says what a glob stands for."""
-    lists = [value] if isinstance(value, str) else value
-    keys = tuple(key.strip() for text in lists for key in text.split(",") if key.strip())
+    keys = split_names(value)
     find_activations(keys)
     return keys
+
+
+def _labels(_name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    return split_names(value)
+
+
+def _where(_name: str, value: str | Expression | None) -> Expression | None:
+    return parse(value) if isinstance(value, str) else value
+
+
+def _steps(name: str, value: str | slice | None) -> slice | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str):
+            parts = [int(part) if part.strip() else None for part in value.split(":")]
+            if len(parts) not in (2, 3):
+                raise ValueError
+            value = slice(*parts)
+        if not isinstance(value, slice):
+            raise TypeError
+        # Python's own check of the three.
+        step = range(1)[value].step
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(
+            f"{option(name)}: {value!r} is no START:STOP or START:STOP:STEP of whole numbers"
+        ) from None
+    if step < 1:
+        raise InvalidArgumentError(f"{option(name)}: steps are taken in their order, not backwards")
+    return value
 
 
 def _device(name: str, value: object) -> str:
@@ -101,12 +132,34 @@ class Options:
         "one tensor a layer, KEY.LAYER, in place of a stacked one", default=False
     )
     n_samples: int = _option(
-        f"number of samples to draw (ignored if {option('indices')} is given)",
+        f"number of samples to draw (ignored with {option('indices')} or {option('steps')})",
         default=1024,
         check=_whole_from(1),
     )
     indices: ArrayLike | None = _option(
         "global step indices to use instead of a draw; order and duplicates are kept", default=None
+    )
+    steps: slice | str | None = _option(
+        "a stretch of the pool in its order instead of a draw, START:STOP or START:STOP:STEP; "
+        "':' is all of it",
+        default=None,
+        check=_steps,
+    )
+    where: str | Expression | None = _option(
+        "only steps for which an expression holds, such as 'max_rank >= 11 and run_id % 10 != 0', "
+        "over fields of the rows and labels",
+        default=None,
+        check=_where,
+    )
+    labels: str | Sequence[str] = _option(
+        "comma-separated labels to store with the boards: fields of the rows, what the rules say "
+        "of the board, what metadata.db says of the run, globs of them, or all for every field",
+        default=(),
+        check=_labels,
+    )
+    scan_progress: Progress | None = _option(
+        f"called while {option('where')} is looked for, with the rows done and the rows in all",
+        default=None,
     )
     seed: int = _option(
         "seed of the draw, which is that of numpy.random.default_rng",
@@ -139,6 +192,11 @@ class Options:
         for each in fields(self):
             value = each.metadata["check"](each.name, getattr(self, each.name))
             object.__setattr__(self, each.name, value)
+        for other in ("steps", "where"):
+            if self.indices is not None and getattr(self, other) is not None:
+                raise InvalidArgumentError(
+                    f"{option('indices')}: contradicts {option(other)}; leave out one of them"
+                )
         if self.device == "cpu" and not self.allow_cpu:
             raise InvalidArgumentError(
                 f"{option('device')}: cpu is not a CUDA device; {switch('allow_cpu')} runs "

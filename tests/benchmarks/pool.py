@@ -13,6 +13,7 @@ import ctypes
 import json
 import mmap
 import os
+import queue
 import shutil
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ DEMO = REPOSITORY / "python" / "dump_activations" / "demo"
 ROW = StepsDataset(DEMO / "pool").dtype  # 46 bytes
 BATCH = 1024
 WINDOW = 1 << 20  # rows that a dump reads in one call
-SECTIONS = ["open", "sample", "memory", "warm", "cold", "feed"]
+SECTIONS = ["open", "sample", "memory", "warm", "cold", "feed", "scan", "labels"]
 
 
 @dataclass
@@ -429,6 +431,103 @@ def measure_feed(root: Path, options: argparse.Namespace) -> list[Figure]:
     return [Figure(name, statistics.median(waits), None, "%", None, "< 5")]
 
 
+def measure_scan(root: Path, options: argparse.Namespace) -> list[Figure]:
+    """Find rows by a filter, against reading the files and NumPy on mappings of them."""
+    directory = make_pool(root / "sparse", int(options.sparse_gb * 1e9 / ROW.itemsize), 8)
+    figures = []
+    for state, prepare in (("warm", warm), ("cold", chill)):
+        ours, bare, other = rounds(
+            [np.empty(0)] * options.rounds,
+            lambda _, prepare=prepare: time_scan(directory, prepare),
+            lambda _, prepare=prepare: time_bare_scan(directory, prepare),
+            lambda _, prepare=prepare: time_numpy_scan(directory, prepare),
+        )
+        name = f"{state}, {options.sparse_gb:g} GB: scan for max_rank >= 11"
+        figures.append(compare(f"{name}, against reading all bytes", ours, bare, ">= 0.8"))
+        figures.append(compare(f"{name}, against NumPy", ours, other, ">= 3"))
+    return figures
+
+
+def time_scan(directory: Path, prepare: Callable) -> float:
+    dataset = StepsDataset(directory)
+    prepare(directory)
+    return seconds(lambda: dataset.matches("max_rank >= 11"))
+
+
+def time_bare_scan(directory: Path, prepare: Callable) -> float:
+    """Return the seconds to read all files, a mebibyte a call, on all cores."""
+    pieces = [
+        (path, start)
+        for path in sorted(directory.iterdir())
+        for start in range(0, path.stat().st_size, 16 << 20)
+    ]
+
+    def read(piece: tuple[Path, int]) -> None:
+        path, start = piece
+        buffer = buffers.get()
+        with path.open("rb", buffering=0) as file:
+            for offset in range(start, start + (16 << 20), 1 << 20):
+                os.preadv(file.fileno(), [buffer], offset)
+        buffers.put(buffer)
+
+    prepare(directory)
+    cores = len(os.sched_getaffinity(0))
+    buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+    for _ in range(cores):
+        buffers.put(bytearray(1 << 20))
+    with ThreadPoolExecutor(cores) as executor:
+        return seconds(lambda: list(executor.map(read, pieces)))
+
+
+def time_numpy_scan(directory: Path, prepare: Callable) -> float:
+    shards = open_shards(directory)
+    prepare(directory)
+    return seconds(lambda: [shard["max_rank"] >= 11 for shard in shards])
+
+
+def measure_labels(root: Path, options: argparse.Namespace) -> list[Figure]:
+    """Dump with all labels and without, and count what both read of a cold pool."""
+    directory = make_pool(root / "sparse", int(options.sparse_gb * 1e9 / ROW.itemsize), 8)
+    warm(directory)
+
+    def dump_seconds(seed: int, labels: str) -> float:
+        return dump(
+            DEMO / "checkpoint",
+            directory,
+            root / "labels.safetensors",
+            outputs=["final_hidden"],
+            steps=slice(seed * 65_536, (seed + 1) * 65_536),
+            labels=labels,
+            device="cpu",
+            allow_cpu=True,
+        ).seconds
+
+    dump_seconds(0, "all")
+    with_labels, without = rounds(
+        list(range(options.rounds)),
+        lambda seed: dump_seconds(seed, "all"),
+        lambda seed: dump_seconds(seed, ""),
+    )
+    figures = [compare("dump with all labels, against without", with_labels, without, ">= 0.97")]
+    indices = draw(directory, options.cold_boards, 0)
+    dataset = StepsDataset(directory)
+    read = []
+    for action in (
+        lambda: dataset.read_labels(indices, "all"),
+        lambda: dataset.read_boards(indices),
+    ):
+        chill(directory)
+        before = bytes_from_disk()
+        action()
+        read.append((bytes_from_disk() - before) / 1e6)
+    name = f"cold: read of {options.cold_boards:.0e} rows with all labels, boards alone"
+    return [*figures, Figure(name, read[0], read[1], "MB", read[1] / read[0], ">= 0.97")]
+
+
+def bytes_from_disk() -> int:
+    return int(Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0])
+
+
 MEASURES = {
     "open": measure_open,
     "sample": measure_sample,
@@ -436,6 +535,8 @@ MEASURES = {
     "warm": measure_warm,
     "cold": measure_cold,
     "feed": measure_feed,
+    "scan": measure_scan,
+    "labels": measure_labels,
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dump_activations import StepsDataset, dump, stream
 from dump_activations.commands.dump import main
@@ -159,6 +160,18 @@ WRONG_CALLS = {
     "no-indices-name": ({"indices": ""}, ["--indices", "no name"]),
     "no-output-name": ({"output": ""}, ["--output", "no name"]),
     "tf32-on-a-cpu": ({"precision": "tf32"}, ["--precision", "tf32", "CUDA"]),
+    "where-no-expression": ({"where": "max_rank >="}, ["--where", "max_rank >="]),
+    "where-call": ({"where": "print(1) > 0"}, ["--where", "print(1)"]),
+    "where-typo": ({"where": "max_rnk > 1"}, ["--where", "max_rnk", "max_rank", "merges"]),
+    "where-and-indices": ({"where": "max_rank > 1", "indices": "a.npy"}, ["--indices", "--where"]),
+    "steps-no-range": ({"steps": "many"}, ["--steps", "many", "START:STOP"]),
+    "steps-backwards": ({"steps": "::-1"}, ["--steps", "backwards"]),
+    "steps-empty": ({"steps": "50:50"}, ["--steps", "50:50:1", "101 rows"]),
+    "steps-past-the-end": ({"steps": "101:"}, ["--steps", "101 rows"]),
+    "steps-and-indices": ({"steps": ":", "indices": "a.npy"}, ["--indices", "--steps"]),
+    "label-typo": ({"labels": "move_dr"}, ["--labels", "move_dr", "move_dir", "merges"]),
+    "label-no-match": ({"labels": "mve*"}, ["--labels", "mve*", "move_dir"]),
+    "label-without-database": ({"labels": "run_seed"}, ["--labels", "run_seed", "metadata.db"]),
     "no-such-flag": ({"no_such_flag": True}, ["--no-such-flag"]),
 }
 
@@ -352,7 +365,7 @@ BAD_INDICES = {
     "past-the-end": (np.array([3, 101]), ["101"]),
     "far-past-the-end": (np.array([2**62]), [str(2**62)]),
     "unsigned-beyond": (np.array([2**64 - 1], dtype=np.uint64), []),
-    "float": (np.array([1.0, 2.0]), ["float64"]),
+    "float": (np.array([1.0, 2.5]), ["float64"]),
     "empty": (np.zeros(0, np.int64), []),
     "empty-rows": (np.zeros((0, 5), np.int64), []),
     "bool": (np.array([True, False]), ["bool"]),
@@ -386,6 +399,42 @@ def test_bad_indices_file(case, place, capsys):
     path = place.root / "indices.npy"
     path.write_bytes(BAD_INDEX_FILES[case])
     place.run(capsys, code=1, names=["indices.npy"], indices=path)
+
+
+def test_a_filter_that_no_row_passes(place, capsys):
+    place.run(capsys, code=1, names=["--where", "no row of"], where="max_rank > 255")
+
+
+def test_a_filter_that_divides_by_zero(place, capsys):
+    where = "1 / (max_rank - max_rank) > 0"
+    place.run(capsys, code=1, names=["--where", "divides by zero", "step 0"], where=where)
+
+
+def test_labels_that_only_some_shards_have(place, capsys):
+    rows = good_rows()
+    (place.root / "pool").mkdir()
+    np.save(place.root / "pool" / "steps-0.npy", rows)
+    np.save(place.root / "pool" / "steps-1.npy", rows[["board", "tile_65536_mask"]])
+    for selection in ({"labels": "move_dir"}, {"labels": "all"}, {"where": "move_dir == 0"}):
+        names = ["steps-1.npy", *(["move_dir"] if "all" not in selection.values() else [])]
+        place.run(capsys, code=1, names=names, dataset=place.root / "pool", **selection)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
+def test_dumps_without_indices(suffix, place, capsys):
+    path = place.root / f"old{suffix}"
+    tensors = {"boards": torch.zeros(2, 16, dtype=torch.uint8), "other": torch.ones(3)}
+    if suffix == ".npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    elif suffix == ".pt":
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path)
+    place.run(capsys, code=1, names=[path, "'indices'", "boards", "other"], indices=path)
+    path.write_bytes(path.read_bytes()[:40])
+    place.run(capsys, code=1, names=[path], indices=path)
+    path.unlink()
+    place.run(capsys, code=1, names=[path, "no such file"], indices=path)
 
 
 def test_indices_that_are_a_directory(place, capsys):

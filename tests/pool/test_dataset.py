@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from alarm import interrupted_soon
 from dump_activations.errors import (
+    DumpActivationsWarning,
     IndicesError,
     IndicesNotFoundError,
     InvalidArgumentError,
@@ -27,6 +28,8 @@ from dump_activations.errors import (
 from dump_activations.pool.dataset import Shard, StepsDataset
 from dump_activations.pool.indices import load_indices
 from reference.pools import make_pool, naive_boards, read_pool, write_shards
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*in the order of their names")
 
 LAYOUT_NAMES = ["packed_46", "aligned_48", "legacy", "selfplay_v1"]
 
@@ -156,6 +159,39 @@ def test_shards_come_in_lexicographic_order(three_shards):
     indices = np.random.default_rng(1).permutation(5000)
     np.testing.assert_array_equal(ds.read_boards(indices), pool.boards[indices])
     assert ds.read_rows(indices).tobytes() == pool.rows[indices].tobytes()
+
+
+ORDERLY = [[0], [1], [0, 1, 2], [1, 2, 3]]
+GAPS = {(0, 2): 1, (1, 2, 4): 3, (2,): 1, (7, 8): 1}
+DISORDERLY = [["10", "2", "3"], ["0", "00"], ["1", "01", "2"]]
+
+
+def numbered_pool(directory, numbers):
+    directory.mkdir()
+    for number in numbers:
+        np.save(directory / f"steps-{number}.npy", np.zeros(1, [("board", "<u8")]))
+    return directory
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("numbers", [*ORDERLY, ["a", "00003"]])
+def test_shards_in_order_are_no_cause_for_a_warning(numbers, tmp_path):
+    StepsDataset(numbered_pool(tmp_path / "pool", [str(n).zfill(5) for n in numbers]))
+
+
+@pytest.mark.parametrize("numbers", GAPS)
+def test_gaps_in_the_numbers_of_shards(numbers, tmp_path):
+    directory = numbered_pool(tmp_path / "pool", [str(n).zfill(5) for n in numbers])
+    with pytest.warns(DumpActivationsWarning, match=rf"no shard number {GAPS[numbers]} before "):
+        StepsDataset(directory)
+
+
+@pytest.mark.parametrize("numbers", DISORDERLY)
+def test_names_that_do_not_sort_as_numbers(numbers, tmp_path):
+    directory = numbered_pool(tmp_path / "pool", numbers)
+    with pytest.warns(DumpActivationsWarning, match="in the order of their names") as warned:
+        StepsDataset(directory)
+    assert warned[0].filename == __file__
 
 
 def test_shards_that_differ_in_other_fields(tmp_path):
@@ -332,8 +368,10 @@ def test_a_shard_that_became_something_else(three_shards):
         StepsDataset(directory)
 
 
-def test_a_pool_that_is_cut_short_under_a_stream(tmp_path, demo_checkpoint):
+def test_a_pool_that_is_cut_short_under_a_stream(tmp_path, demo_checkpoint, monkeypatch):
     from dump_activations import stream
+
+    monkeypatch.setattr("dump_activations.pipeline.board_feed._LARGEST_WINDOW", 1000)
 
     make_pool(tmp_path / "pool", "packed_46", n=5000)
     shard = tmp_path / "pool" / "steps.npy"
@@ -505,7 +543,9 @@ def test_no_file_of_indices(tmp_path):
 @pytest.mark.parametrize(
     ("array", "text"),
     [
-        (np.zeros(3), "integers, not float64"),
+        (np.array([1.0, 2.5]), "integers, not float64"),
+        (np.array([1.0, np.nan]), "integers, not float64"),
+        (np.array([2.0**53]), "integers, not float64"),
         (np.zeros(3, bool), "integers, not bool"),
         (np.array(["a"]), "integers, not"),
         (np.zeros(0, np.int64), "no step indices"),

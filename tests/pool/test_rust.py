@@ -83,6 +83,67 @@ def test_wrong_reads(indices, out, pool):
         pool.read_rows(indices, out)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [None, [], [[], []], [[(0, 47)]], [[(46, 1)]], [[(-1, 2)]], [[(0, 2**32)]], [[(0,)]], [["ab"]]],
+)
+def test_wrong_selections(fields, pool):
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        _rust.Selection(pool, fields)
+
+
+def test_selections_of_rows_of_several_layouts(tmp_path):
+    for number, layout in enumerate(["packed_46", "aligned_48"]):
+        rows = make_pool(tmp_path / layout, layout, n=3).rows
+        np.save(tmp_path / f"steps-{number}.npy", rows)
+    pool = Pool(tmp_path)
+    for fields in ([[(0, 4)]], [[(0, 4)], []], [[(0, 4)], [(0, 2)]], [[(0, 4)], [(46, 4)]]):
+        with pytest.raises(InvalidArgumentError):
+            _rust.Selection(pool, fields)
+    _rust.Selection(pool, [[(0, 4)], [(44, 4)]])
+
+
+FIELDS = [(0, 4), (25, 1)]
+SCRATCH = np.empty(46, np.uint8)
+WRONG_SCANS = [
+    ((8, 11), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
+    ((2**64 - 2, 2**64 - 1), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
+    ((-1, 2), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
+    ((0, 2), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
+    ((0, 3), SCRATCH, (3, 15), [(3, 4), (3, 1)]),
+    ((0, 3), SCRATCH, BOARDS, [(3, 4)]),
+    ((0, 3), SCRATCH, BOARDS, [(3, 4), (3, 1), (3, 1)]),
+    ((0, 3), SCRATCH, BOARDS, [(3, 1), (3, 4)]),
+    ((0, 3), SCRATCH, BOARDS, [(12,), (3, 1)]),
+    ((0, 3), np.empty(45, np.uint8), BOARDS, [(3, 4), (3, 1)]),
+    ((0, 3), np.empty(99, np.int8), BOARDS, [(3, 4), (3, 1)]),
+    ((0, 3), np.empty(99, np.uint8)[EVERY_OTHER], BOARDS, [(3, 4), (3, 1)]),
+    ((0, 3), read_only(np.empty(99, np.uint8)), BOARDS, [(3, 4), (3, 1)]),
+    ((3, 0), SCRATCH, (0, 16), [(0, 4), (0, 1)]),
+]
+
+
+@pytest.mark.parametrize("case", WRONG_SCANS)
+def test_wrong_scans(case, pool):
+    rows, scratch, boards, out = case
+    selection = _rust.Selection(pool, [FIELDS])
+    arrays = [np.empty(shape, np.uint8) for shape in out]
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        selection.scan(rows, scratch, np.empty(boards, np.uint8), arrays)
+
+
+def test_scans_into_what_does_not_take_them(pool):
+    selection = _rust.Selection(pool, [FIELDS])
+    one = np.empty((3, 1), np.uint8)
+    for out in (np.empty((4, 3), np.uint8).T, np.empty((3, 8), np.uint8)[:, ::2], SHARED[:12]):
+        with pytest.raises((TypeError, ValueError)):
+            selection.scan((0, 3), SCRATCH, None, [out, one])
+    with pytest.raises(ValueError, match="borrowed"):
+        selection.scan((0, 3), SCRATCH, None, [SHARED[:12].reshape(3, 4), SHARED[9:12, None]])
+    with pytest.raises(InvalidArgumentError):
+        selection.read(STEPS, np.empty((3, 20), np.uint8))
+
+
 def test_no_rows_are_read_into_no_bytes(pool):
     pool.read_boards(np.empty(0, np.int64), np.empty((0, 16), np.uint8))
     pool.read_rows(np.empty(0, np.int64), np.empty((0, 46), np.uint8))
@@ -161,7 +222,7 @@ def test_wrong_data(data, fd):
         _rust.write_span(fd, None, 0, data, "uint8")
 
 
-@pytest.mark.parametrize("dtype", ["", "float64", "<f4", None])
+@pytest.mark.parametrize("dtype", ["", "float128", "<f4", None])
 def test_wrong_dtypes(dtype, fd):
     with pytest.raises((TypeError, InvalidArgumentError)):
         _rust.write_span(fd, None, 0, np.zeros(4, np.uint8), dtype)

@@ -19,7 +19,7 @@ from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning,
 from dump_activations.units import size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console
     from rich.table import Table
@@ -86,10 +86,13 @@ def shown_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress | None]:
-    """Draw a bar with boards a second and the time left; yield None where stderr is no terminal."""
+def progress_bar() -> Iterator[Callable[[str], Progress | None]]:
+    """Draw a bar for each unit that makes progress, with units a second and the time left.
+
+    Yields what makes a callback of a unit's name; None where stderr is no terminal.
+    """
     if sys.stderr is None or not sys.stderr.isatty():
-        yield None
+        yield lambda _unit: None
         return
     global _live  # noqa: PLW0603 -- there is one terminal
     from rich.console import Console
@@ -99,23 +102,27 @@ def progress_bar() -> Iterator[Progress | None]:
     bar = Bar(
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("boards  {task.fields[rate]}"),
+        TextColumn("{task.description}  {task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("left"),
         console=Console(stderr=True),
         transient=True,
     )
-    with bar:
-        task = bar.add_task("boards", total=None, rate="")
+
+    def progress_of(unit: str) -> Progress:
+        task = bar.add_task(unit, total=None, rate="", visible=False)
 
         def update(done: int, of: int) -> None:
             speed = bar.tasks[task].speed
-            rate = f"{speed:,.0f} boards/s" if speed else ""
-            bar.update(task, completed=done, total=of, rate=rate)
+            rate = f"{speed:,.0f} {unit}/s" if speed else ""
+            bar.update(task, completed=done, total=of, rate=rate, visible=done < of)
 
+        return update
+
+    with bar:
         _live = bar.console
         try:
-            yield update
+            yield progress_of
         finally:
             _live = None
 

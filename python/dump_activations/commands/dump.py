@@ -45,8 +45,8 @@ def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any] | None:
     help_text = with_flags(text)[:1].upper() + with_flags(text)[1:] + "."
     flag = f"--{name.replace('_', '-')}"
     if name == "indices":
-        return click.option(flag, help=f"An .npy file: {with_flags(text)}.")
-    if name == "outputs":
+        return click.option(flag, help=f"An .npy or .npz file, or a dump: {with_flags(text)}.")
+    if name in ("outputs", "labels"):
         return click.option(flag, multiple=True, default=default, help=help_text)
     if name == "write":
         return click.option(
@@ -54,7 +54,7 @@ def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any] | None:
         )
     if isinstance(default, bool):
         return click.option(flag, is_flag=True, help=help_text)
-    if name == "layers" or isinstance(default, int | str):
+    if name in ("layers", "steps", "where") or isinstance(default, int | str):
         kind = str if default is None else type(default)
         return click.option(flag, type=kind, default=default, help=help_text)
     return None
@@ -103,12 +103,12 @@ def dump_activations(
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to one file for offline analysis."""
-    init, pool = flags.pop("init"), flags.pop("dataset")
+    init, pool_path = flags.pop("init"), flags.pop("dataset")
     flags["allow_cpu"] |= use_demo
     if list_outputs:
         print_keys(demo.CHECKPOINT if use_demo else init, DumpOptions(**flags), as_json=as_json)
         return
-    init, pool = _sources(init, pool, use_demo=use_demo)
+    init, pool_path = _sources(init, pool_path, use_demo=use_demo)
     options = DumpOptions(**flags)
     if not output or flags["indices"] == "":
         raise InvalidArgumentError(f"{option('output' if not output else 'indices')}: no name")
@@ -119,18 +119,27 @@ def dump_activations(
     keep_freed_memory()
     with uncollected_imports():
         from dump_activations.api import dump, preview
-        from dump_activations.pool.indices import load_indices
+        from dump_activations.commands.step_indices import read_step_indices
+        from dump_activations.pool.dataset import StepsDataset
 
     if options.allow_cpu and context.get_parameter_source("device") is ParameterSource.DEFAULT:
         flags["device"] = _device_there_is(options.device)
+    pool = StepsDataset(pool_path)
     if flags["indices"] is not None:
-        flags["indices"] = load_indices(flags["indices"])
+        flags["indices"] = read_step_indices(Path(flags["indices"]), pool)
     if dry_run:
         previewed = preview(init, pool, Path(output), DumpOptions(**flags))
         print_preview(previewed, as_json=as_json)
         return
-    with progress_bar() as progress:
-        summary = dump(init, pool, output, progress=progress, **flags)
+    with progress_bar() as progress_of:
+        summary = dump(
+            init,
+            pool,
+            output,
+            progress=progress_of("boards"),
+            scan_progress=progress_of("rows"),
+            **flags,
+        )
     print_summary(summary, as_json=as_json)
 
 

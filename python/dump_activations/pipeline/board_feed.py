@@ -18,13 +18,19 @@ from dump_activations.board import CELLS
 from dump_activations.errors import VocabularyError, option
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.shortage import empty_pinned
+from dump_activations.pool.columns import Values
 from dump_activations.pool.dataset import StepsDataset
+from dump_activations.pool.label_reader import LabelReader
+from dump_activations.pool.matches import StepIndices
 from dump_activations.timing import Stopwatch
 
 # Indices are read a window at a time: the more of them one read sees, the nearer its rows lie
 # together. The first windows are small, so that the first batch does not wait for a large read.
 _LARGEST_WINDOW = 1 << 20
 _GROWTH = 4
+
+LABEL_PREFIX = "labels/"
+"""Stands before the name of a label in a file."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,64 @@ class BoardBatch:
         first_row: place of the first board in the run, hence in the output.
         indices: global step indices, int64 (B,).
         boards_BS: exponents, uint8 (B, 16), in pinned memory if the run asked for that.
+        labels: name -> tensor (B, *shape) in the dtype it is stored in.
     """
 
     first_row: int
     indices: NDArray[np.int64]
     boards_BS: Tensor
+    labels: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores of the rows: name -> tensor (B, *shape)."""
+        labels = {LABEL_PREFIX + name: values for name, values in self.labels.items()}
+        return {"indices": torch.from_numpy(self.indices), "boards": self.boards_BS, **labels}
+
+    def cut(self, start: int, stop: int) -> "BoardBatch":
+        """Return its boards from number `start` up to `stop`, in the same memory."""
+        return BoardBatch(
+            self.first_row + start,
+            self.indices[start:stop],
+            self.boards_BS[start:stop],
+            {name: values[start:stop] for name, values in self.labels.items()},
+        )
+
+
+def read_batch(
+    pool: StepsDataset,
+    labels: LabelReader | None,
+    indices: NDArray[np.int64],
+    *,
+    first_row: int,
+    boards_BS: Tensor | None = None,
+    cancel: _rust.Cancel | None = None,
+) -> BoardBatch:
+    """Read boards, and their labels from the same bytes of the shards.
+
+    Args:
+        pool: where the steps are.
+        labels: reads what is wanted of the rows beside the boards; None for nothing.
+        indices: global step indices, int64 (B,).
+        first_row: place of the first board in the run.
+        boards_BS: where to put the boards.
+        cancel: lets another thread end the read.
+    """
+    if boards_BS is None:
+        boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
+    values: Values = {}
+    if labels is None:
+        pool.read_boards(indices, out=boards_BS.numpy(), cancel=cancel)
+    else:
+        values = labels.read(indices, boards_BS.numpy(), cancel)
+    tensors = {name: torch.from_numpy(each) for name, each in values.items()}
+    return BoardBatch(first_row, indices, boards_BS, tensors)
 
 
 def feed_boards(
     pool: StepsDataset,
-    indices: NDArray[np.int64],
+    indices: StepIndices,
+    labels: LabelReader | None = None,
     *,
     batch_size: int,
     vocabulary: int,
@@ -57,7 +111,8 @@ def feed_boards(
 
     Args:
         pool: where the steps are.
-        indices: global step indices, int64 (n,).
+        indices: global step indices.
+        labels: reads what is wanted of the rows beside the boards.
         batch_size: boards a batch.
         vocabulary: exponents must be below this.
         device: where they go; for a CUDA device they lie in page-locked memory, so that copies do
@@ -71,48 +126,53 @@ def feed_boards(
         PoolError: a shard cannot be read.
     """
 
-    def read(first: int, stop: int) -> Tensor:
+    def read(first: int, stop: int) -> BoardBatch:
         with reading, current(device):
             shape = (stop - first, CELLS)
             if device.type == "cuda":
                 window_WS = empty_pinned(shape, torch.uint8)
             else:
                 window_WS = torch.empty(shape, dtype=torch.uint8, device="cpu")
-            boards_WS = window_WS.numpy()
-            pool.read_boards(indices[first:stop], out=boards_WS, cancel=cancel)
-            if boards_WS.max(initial=0) >= vocabulary:
+            window = read_batch(
+                pool,
+                labels,
+                indices[first:stop],
+                first_row=first,
+                boards_BS=window_WS,
+                cancel=cancel,
+            )
+            if window_WS.numpy().max(initial=0) >= vocabulary:
                 # Reading this much again takes no time beside a run's.
-                counted = slice(first, max(stop, _LARGEST_WINDOW))
-                boards_NS = pool.read_boards(indices[counted], cancel=cancel)
-                raise _outside(boards_NS, indices, vocabulary, first=first)
-            return window_WS
+                counted_N = indices[first : max(stop, _LARGEST_WINDOW)]
+                boards_NS = pool.read_boards(counted_N, cancel=cancel)
+                raise _outside(boards_NS, counted_N, vocabulary, first=first, n=len(indices))
+            return window
 
     cancel = _rust.Cancel()
     windows = _windows(start, len(indices), batch_size)
-    ahead: deque[tuple[int, Future[Tensor]]] = deque()
+    ahead: deque[Future[BoardBatch]] = deque()
     asked = taken = start
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="boards")
     try:
         while taken < len(indices):
             # At most two of the largest windows; at the start all of a run that is no longer.
-            while asked - taken <= _LARGEST_WINDOW and (window := next(windows, None)):
-                ahead.append((window[0], reader.submit(read, *window)))
-                asked = window[1]
-            first, future = ahead.popleft()
+            while asked - taken <= _LARGEST_WINDOW and (bounds := next(windows, None)):
+                ahead.append(reader.submit(read, *bounds))
+                asked = bounds[1]
+            future = ahead.popleft()
             with waiting:
-                window_WS = future.result()
-            taken = first + len(window_WS)
-            for row in range(first, taken, batch_size):
-                _raise_early(future for _, future in ahead)
-                boards_BS = window_WS[row - first : row - first + batch_size]
-                yield BoardBatch(row, indices[row : row + len(boards_BS)], boards_BS)
+                window = future.result()
+            taken = window.first_row + len(window.indices)
+            for i in range(0, len(window.indices), batch_size):
+                _raise_early(ahead)
+                yield window.cut(i, i + batch_size)
     finally:
         cancel.ask()
         reader.shutdown(wait=True, cancel_futures=True)
         ahead.clear()
 
 
-def _raise_early(reads: Iterable[Future[Tensor]]) -> None:
+def _raise_early(reads: Iterable[Future[BoardBatch]]) -> None:
     """Raise what a read has met, although the batches before it are still to come."""
     for read in reads:
         if read.done():
@@ -130,7 +190,12 @@ def _windows(start: int, n: int, batch_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _outside(
-    boards_NS: NDArray[np.uint8], indices: NDArray[np.int64], vocabulary: int, *, first: int
+    boards_NS: NDArray[np.uint8],
+    indices_N: NDArray[np.int64],
+    vocabulary: int,
+    *,
+    first: int,
+    n: int,
 ) -> VocabularyError:
     """Make the error of the boards from row `first` on; those before it have no such exponent."""
     highest_N = boards_NS.max(axis=1)
@@ -138,9 +203,9 @@ def _outside(
     at = int(np.argmax(outside_N))
     counted = first + len(boards_NS)
     return VocabularyError(
-        f"step {indices[first + at]}: exponent {highest_N[at]} is outside the model's vocabulary "
-        f"of {vocabulary} ({np.count_nonzero(outside_N):,} of the "
-        f"{'first ' if counted < len(indices) else ''}{counted:,} boards have such); give the "
-        f"others as {option('indices')}, indices[ds.read_boards(indices).max(axis=1) < "
-        f"{vocabulary}], or use a model with a larger input_vocab_size"
+        f"step {indices_N[at]}: exponent {highest_N[at]} is outside the model's vocabulary of "
+        f"{vocabulary} ({np.count_nonzero(outside_N):,} of the "
+        f"{'first ' if counted < n else ''}{counted:,} boards have such); leave them out by "
+        f"{option('where', f'max_exponent < {vocabulary}')}, or use a model with a larger "
+        "input_vocab_size"
     )

@@ -67,6 +67,7 @@ class Loop:
         feed = feed_boards(
             plan.pool,
             plan.indices,
+            plan.labels,
             batch_size=plan.options.batch_size,
             vocabulary=plan.model.config.input_vocab_size,
             device=plan.device,

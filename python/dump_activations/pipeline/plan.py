@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dump_activations.board import CELLS
 from dump_activations.dtypes import STORAGE_DTYPES, TensorSpec
-from dump_activations.errors import DumpActivationsWarning, InvalidArgumentError, option
+from dump_activations.errors import (
+    DumpActivationsWarning,
+    IndicesError,
+    InvalidArgumentError,
+    option,
+)
 from dump_activations.model.activations import (
     Activation,
     BoardActivation,
@@ -28,9 +31,12 @@ from dump_activations.model.encoder import Encoder
 from dump_activations.model.layers import find_layers
 from dump_activations.model.replica import replicate
 from dump_activations.options import Options
+from dump_activations.pipeline.board_feed import LABEL_PREFIX
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.shortage import model_shortage_named
 from dump_activations.pool.dataset import StepsDataset
+from dump_activations.pool.label_reader import LabelReader
+from dump_activations.pool.matches import StepIndices
 
 _LARGE_TENSOR = 8 << 30
 
@@ -42,7 +48,9 @@ class Plan:
     Attributes:
         model: in eval mode, on `device`.
         pool: where the boards come from.
-        indices: global step indices, int64 (n,), all of them inside the pool.
+        indices: global step indices, all of them inside the pool; a slice is int64 (n,).
+        indices_from: where they came from, for the file's metadata.
+        labels: reads what is stored with the boards; None where nothing is.
         activations: what was asked for.
         layers: numbers of the layers it is wanted of, ascending.
         weights: the asked-for parameters by their names in the file, on the host.
@@ -52,20 +60,14 @@ class Plan:
 
     model: Encoder
     pool: StepsDataset
-    indices: NDArray[np.int64]
+    indices: StepIndices
+    indices_from: str
+    labels: LabelReader | None
     activations: list[Activation]
     layers: tuple[int, ...]
     weights: dict[str, Tensor]
     options: Options
     device: torch.device
-
-    @property
-    def indices_from(self) -> str:
-        """Say where the step indices came from, for the file's metadata."""
-        if self.options.indices is not None:
-            return "given"
-        replaced = len(self.indices) > len(self.pool)
-        return "draw with replacement" if replaced else "draw"
 
     @property
     def input_files(self) -> list[Path]:
@@ -94,9 +96,8 @@ class Plan:
         return dtype
 
     def whole_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that do not come in batches: parameters, and the step indices."""
-        weights = {name: tensor.to(self.storage_dtype) for name, tensor in self.weights.items()}
-        return {**weights, "indices": torch.from_numpy(self.indices)}
+        """Return the tensors that do not come in batches: parameters."""
+        return {name: tensor.to(self.storage_dtype) for name, tensor in self.weights.items()}
 
     def tensor_specs(self) -> list[TensorSpec]:
         """Return every tensor of the output file; the first axis of all but the parameters is n."""
@@ -106,6 +107,16 @@ class Plan:
             *(TensorSpec(name, dtype, tuple(w.shape)) for name, w in self.weights.items()),
             TensorSpec("indices", "int64", (n,)),
             TensorSpec("boards", "uint8", (n, CELLS)),
+            *self._label_specs(),
+        ]
+
+    def _label_specs(self) -> list[TensorSpec]:
+        if self.labels is None:
+            return []
+        dtypes, shapes, n = self.labels.dtypes, self.labels.shapes, len(self.indices)
+        return [
+            TensorSpec(LABEL_PREFIX + name, dtypes[name].name, (n, *shapes[name]))
+            for name in dtypes
         ]
 
 
@@ -132,10 +143,6 @@ def make_plan(
             model = replicate(init, device)
         else:
             model = load_encoder(init, device=device, random_init=options.random_init)
-    if options.indices is None:
-        indices = pool.sample_indices(options.n_samples, seed=options.seed)
-    else:
-        indices = pool.check_indices(options.indices)
     activations = find_activations(options.outputs, model.config)
     layers = find_layers("layers", options.layers, model.config.num_hidden_layers)
     if options.layers is not None and not any(each.per_layer for each in activations):
@@ -144,13 +151,42 @@ def make_plan(
             DumpActivationsWarning(f"{option('layers')}: no layers to choose from in {keys}"),
             stacklevel=2,
         )
+    labels = pool.label_reader(options.labels) if options.labels else None
+    indices, indices_from = _step_indices(pool, options)
     weights = {
         name: tensor.detach().cpu()
         for activation in activations
         if isinstance(activation, WeightActivation)
         for name, tensor in activation.tensors(model, layers).items()
     }
-    return Plan(model, pool, indices, activations, layers, weights, options, device)
+    return Plan(
+        model=model,
+        pool=pool,
+        indices=indices,
+        indices_from=indices_from,
+        labels=labels,
+        activations=activations,
+        layers=layers,
+        weights=weights,
+        options=options,
+        device=device,
+    )
+
+
+def _step_indices(pool: StepsDataset, options: Options) -> tuple[StepIndices, str]:
+    """Return the step indices of a run, and say where they came from."""
+    if options.indices is not None:
+        return pool.check_indices(options.indices), "given"
+    assert not isinstance(options.steps, str)
+    steps = pool.matches(options.where, options.steps, progress=options.scan_progress)
+    if options.steps is None:
+        replaced = options.n_samples > len(steps)
+        drawn = pool.draw_from(steps, options.n_samples, options.seed, stacklevel=6)
+        return drawn, "draw with replacement" if replaced else "draw"
+    if len(steps) == 0:
+        raise IndicesError(f"{option('where')}: no row of {pool.path} passes")
+    wanted = range(len(pool))[options.steps]
+    return steps, f"steps {wanted.start}:{wanted.stop}:{wanted.step}"
 
 
 def warn_of_large_tensors(specs: Sequence[TensorSpec]) -> None:

@@ -12,7 +12,11 @@ import torch
 from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import device_name
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pool.dataset import StepsDataset
+from dump_activations.pool.expressions import Expression
+from dump_activations.pool.matches import StepIndices
+
+# Indices that are digested at once.
+_PIECE = 1 << 20
 
 _FORMAT_VERSION = "1"
 
@@ -36,8 +40,9 @@ def metadata(plan: Plan) -> dict[str, str]:
         "batch_size": str(options.batch_size),
         "dataset": str(plan.pool.path),
         "dataset_rows": str(len(plan.pool)),
-        "dataset_sha256": _pool_sha256(plan.pool),
+        "dataset_sha256": plan.pool.sha256,
         "indices_from": plan.indices_from,
+        **_selection_metadata(plan),
     }
 
 
@@ -55,7 +60,7 @@ def _model_metadata(model: Encoder) -> dict[str, str]:
         "weights_dtype": _other_dtypes(model),
         "weights_sha256": _weights_sha256(model),
     }
-    return {key: text for key, text in said.items() if text is not None}
+    return _that_apply(said)
 
 
 def _other_dtypes(model: Encoder) -> str | None:
@@ -72,17 +77,31 @@ def fingerprint(plan: Plan) -> dict[str, str]:
     threads = str(torch.get_num_threads()) if plan.device.type == "cpu" else "any"
     return {
         "config": repr(plan.model.config),
-        "indices": hashlib.sha256(plan.indices.data).hexdigest(),
+        "indices": _indices_sha256(plan.indices),
         "threads": threads,
     }
 
 
-def _pool_sha256(pool: StepsDataset) -> str:
-    shards = [
-        [shard.path.name, shard.rows, descr]
-        for shard, descr in zip(pool.shards, pool.row_layouts, strict=True)
-    ]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+def _selection_metadata(plan: Plan) -> dict[str, str]:
+    """Say which steps and labels were asked for, where they were."""
+    where, steps = plan.options.where, plan.options.steps
+    said = {
+        "labels": None if plan.labels is None else ",".join(plan.labels.dtypes),
+        "where": where.text if isinstance(where, Expression) else None,
+        "steps": None if steps is None else plan.indices_from.removeprefix("steps "),
+    }
+    return _that_apply(said)
+
+
+def _that_apply(said: dict[str, str | None]) -> dict[str, str]:
+    return {key: text for key, text in said.items() if text is not None}
+
+
+def _indices_sha256(indices: StepIndices) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(indices), _PIECE):
+        digest.update(indices[start : start + _PIECE].data)
+    return digest.hexdigest()
 
 
 def _weights_sha256(model: Encoder) -> str:

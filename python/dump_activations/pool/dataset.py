@@ -1,13 +1,14 @@
 """StepsDataset: a directory of step shards, read by global step index."""
 
-import ast
+import hashlib
+import json
 import operator
 import os
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,12 +18,22 @@ from dump_activations.board import CELLS
 from dump_activations.errors import (
     DumpActivationsWarning,
     IndicesError,
+    InvalidArgumentError,
     PoolError,
     StepIndexError,
     option,
 )
+from dump_activations.pool.columns import ColumnReader, Columns
 from dump_activations.pool.draws import draw
+from dump_activations.pool.expressions import Expression, parse
+from dump_activations.pool.fields import row_dtype
+from dump_activations.pool.filters import evaluate
 from dump_activations.pool.indices import step_indices
+from dump_activations.pool.label_names import split_names
+from dump_activations.pool.label_reader import LabelReader
+from dump_activations.pool.matches import Matches, StepRange
+from dump_activations.pool.scan import Progress, find_matches
+from dump_activations.pool.shard_names import warn_of_odd_names
 
 if TYPE_CHECKING:
     # For a `DataLoader`'s types. What it needs are the methods; a pool needs no torch.
@@ -53,13 +64,23 @@ class StepsDataset(_Dataset):
         loader = DataLoader(ds, batch_size=1024, sampler=ds.sample_indices(65536), num_workers=2)
         for boards in loader:  # uint8 (1024, 16)
 
+    Shards whose numbers have gaps, or are not in the order of the names, are cause for a warning.
+
+    Args:
+        path: The directory.
+        labels: With any, items are dicts: `boards`, `indices` and these, as `read_labels` has them.
+
     Raises:
+        InvalidArgumentError: there is no such label.
         PoolNotFoundError: there is no such directory, or no shard in it.
         PoolError: a shard's header, fields or size are not those of a pool of steps.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], labels: str | Sequence[str] = ()) -> None:
         self._pool = _rust.Pool(path)
+        self._labels = split_names(labels)
+        self._label_reader = self.label_reader(self._labels) if self._labels else None
+        warn_of_odd_names(self.path, self._pool.names)
 
     @property
     def path(self) -> Path:
@@ -69,11 +90,7 @@ class StepsDataset(_Dataset):
     @cached_property
     def dtype(self) -> np.dtype[np.void]:
         """The dtype of a row of the first shard, as its header has it, padding included."""
-        try:
-            dtype = np.lib.format.descr_to_dtype(ast.literal_eval(self._pool.descr))
-        except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            text = f"{self.shards[0].path}: NumPy refuses its dtype: {error}"
-            raise PoolError(text) from error
+        dtype = row_dtype(self.shards[0].path, self._pool.descr)
         assert dtype.itemsize == self._pool.itemsize
         return dtype
 
@@ -87,51 +104,205 @@ class StepsDataset(_Dataset):
         """The dtype of each shard's rows, as the text in its header."""
         return self._pool.descrs
 
+    @cached_property
+    def sha256(self) -> str:
+        """What tells pools apart: the shards' names, numbers of rows and rows' layout, digested."""
+        shards = [
+            [name, shard.rows, descr]
+            for name, shard, descr in zip(
+                self._pool.names, self.shards, self.row_layouts, strict=True
+            )
+        ]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+    @cached_property
+    def _columns(self) -> Columns:
+        return Columns(self._pool)
+
     def __len__(self) -> int:
         """Rows in all shards."""
         return self._pool.rows
 
     def __repr__(self) -> str:
-        return f"StepsDataset({os.fspath(self.path)!r})"
+        labels = f", labels={list(self._labels)}" if self._labels else ""
+        return f"StepsDataset({os.fspath(self.path)!r}{labels})"
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, Sequence[str]]]:
+        return type(self), (self.path, self._labels)
 
-    def __getitem__(self, index: SupportsIndex) -> NDArray[np.uint8]:
-        """Read one board, uint8 (16,)."""
-        step = operator.index(index)
+    def __getitem__(self, index: SupportsIndex | slice | ArrayLike) -> Any:
+        """Read one board, uint8 (16,), or those of a slice or a list of steps, uint8 (n, 16).
+
+        With labels, a dict: `boards`, `indices` (int64), and each label.
+        """
+        if isinstance(index, slice):
+            return self._items(np.arange(*index.indices(len(self)), dtype=np.int64))
+        try:
+            step = operator.index(index)  # type: ignore[arg-type]
+        except TypeError:
+            return self._items(step_indices(index))  # type: ignore[arg-type]
         if not 0 <= step < len(self):
             raise StepIndexError(f"step index {step} is not in {self.path}: {len(self)} rows")
-        board: NDArray[np.uint8] = self.read_boards([step])[0]
-        return board
+        items = self._items(np.array([step]))
+        return {key: values[0] for key, values in items.items()} if self._labels else items[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Read a batch of boards in one call: what a `DataLoader` asks for."""
-        return self.read_boards(indices)
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """Read a batch in one call: what a `DataLoader` asks for.
 
-    def sample_indices(self, n: int, seed: int = 0) -> NDArray[np.int64]:
+        Boards, uint8 (n, 16); with labels, a list of dicts.
+        """
+        items = self._items(step_indices(indices))
+        if not self._labels:
+            return items
+        return [dict(zip(items, each, strict=True)) for each in zip(*items.values(), strict=True)]
+
+    def _items(self, indices: NDArray[np.int64]) -> Any:
+        if self._label_reader is None:
+            return self.read_boards(indices)
+        boards = np.empty((len(indices), CELLS), np.uint8)
+        labels = self._label_reader.read(indices, boards)
+        return {"boards": boards, "indices": indices, **labels}
+
+    def find(
+        self,
+        where: str | Expression,
+        steps: slice | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> NDArray[np.int64]:
+        """Find the steps for which an expression holds: int64 (n,), ascending.
+
+        The expression is written as in Python, `"max_rank >= 11 and run_id % 10 != 0"`:
+        comparisons, arithmetic, `and`, `or`, `not`, `&`, `|` and `~` over fields of the rows,
+        elements of array fields (`branch_evs_0`), and labels. Integers are exact and floats are
+        float64, as in Python. Only the shards' bytes are needed, which are read once, on all cores.
+
+        Args:
+            where: The expression.
+            steps: The steps that are looked at; all by default.
+            progress: Called now and then with the rows done and the rows in all.
+
+        Raises:
+            InvalidArgumentError: The expression cannot be read, or names what is not there.
+            PoolError: A row cannot be read, or the expression divides by zero.
+
+        """
+        return self.matches(where, steps, progress=progress)[:]
+
+    def matches(
+        self,
+        where: str | Expression | None,
+        steps: slice | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> StepRange | Matches:
+        """Return what `find` gives, or all of `steps` without a filter, in a few bytes.
+
+        Raises as `find` does.
+        """
+        wanted = range(len(self))[steps or slice(None)]
+        if not wanted:
+            if len(self) == 0:
+                raise PoolError(f"{self.path}: its shards hold no rows to draw from")
+            raise InvalidArgumentError(
+                f"{option('steps')}: {wanted.start}:{wanted.stop}:{wanted.step} is empty; "
+                f"{self.path} has {len(self)} rows"
+            )
+        if where is None:
+            return StepRange(wanted)
+        expression = parse(where) if isinstance(where, str) else where
+        return find_matches(self._filter_reader(expression), expression, wanted, progress)
+
+    def _filter_reader(self, where: Expression) -> ColumnReader:
+        """Find the columns that a filter names, and check that it can be evaluated on them."""
+        columns = {name: self._columns.find(name, of="where") for name in where.names}
+        for name, column in columns.items():
+            if column.shape:
+                elements = ["_".join(map(str, (name, *at))) for at in np.ndindex(column.shape)]
+                raise InvalidArgumentError(
+                    f"{option('where')}: {name!r} is an array; its elements are {elements[0]} to "
+                    f"{elements[-1]}"
+                )
+            if column.dtype.kind not in "biuf":
+                raise InvalidArgumentError(
+                    f"{option('where')}: {name!r} is {column.dtype}, which is no number"
+                )
+        evaluate(where, {name: np.empty(0, c.dtype) for name, c in columns.items()}, rows=0)
+        return ColumnReader(self._pool, columns)
+
+    def sample_indices(
+        self,
+        n: int,
+        seed: int = 0,
+        where: str | Expression | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> NDArray[np.int64]:
         """Draw `n` step indices, int64 (n,), equal to NumPy's.
 
         They are `numpy.random.default_rng(seed).choice(len(self), size=n, replace=False)`; when n
         exceeds the pool, with a warning, `default_rng(seed).integers(0, len(self), size=n)`. Memory
-        grows with n, not with the pool.
+        grows with n, not with the pool. With a filter it is the same draw from what `find` gives,
+        `choice(ds.find(where), size=n, replace=False)`, in one bit a row more.
 
         Raises:
-            InvalidArgumentError: n is below 1, or the seed negative.
+            InvalidArgumentError: n is below 1, the seed negative, or the filter wrong.
             PoolError: the pool has no rows.
+            IndicesError: no row passes the filter.
         """
-        if len(self) == 0:
-            raise PoolError(f"{self.path}: its shards hold no rows to draw from")
-        indices = draw(len(self), n, seed)
-        if n > len(self):
+        return self.draw_from(self.matches(where, progress=progress), n, seed, stacklevel=3)
+
+    def draw_from(
+        self, steps: StepRange | Matches, n: int, seed: int, *, stacklevel: int = 2
+    ) -> NDArray[np.int64]:
+        """Draw from what `matches` gave, as `sample_indices` does."""
+        if len(steps) == 0:
+            raise IndicesError(f"{option('where')}: no row of {self.path} passes")
+        places = draw(len(steps), n, seed)
+        if n > len(steps):
+            rows = "rows" if isinstance(steps, StepRange) else "rows that pass the filter"
             warnings.warn(
                 DumpActivationsWarning(
-                    f"{n} samples asked for, but {self.path} has {len(self)} rows: drawn with "
+                    f"{n} samples asked for, but {self.path} has {len(steps)} {rows}: drawn with "
                     "replacement"
                 ),
-                stacklevel=2,
+                stacklevel=stacklevel,
             )
-        return indices
+        return steps.take(places)
+
+    def label_reader(self, names: str | Sequence[str]) -> LabelReader:
+        """Find labels by their names, globs of them, or `all` for every field of the rows.
+
+        Raises:
+            InvalidArgumentError: There is no such label, or it is no number.
+            PoolError: Some shards lack it, or `metadata.db` cannot be read.
+
+        """
+        return LabelReader(self._columns, split_names(names))
+
+    def read_labels(
+        self, indices: ArrayLike, names: str | Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
+        """Read labels, name -> (n, *shape), in the order of `indices`.
+
+        uint8 stays so, other integers become int64, floats stay float32 or float64.
+
+        Args:
+            indices: Step indices, (n,); duplicates are allowed.
+            names: Fields of the rows, elements of array fields (`branch_evs_0`), what the rules of
+                the game say (`empty_cells`, `max_exponent`, `max_in_corner`, `legal_moves`,
+                `merges`), and what `metadata.db` says of the run (`run_seed`, `run_steps`,
+                `run_max_score`, `run_highest_tile`); globs of them; `all` for every field of the
+                rows but `board`, which `read_boards` gives decoded.
+
+        Raises:
+            InvalidArgumentError: There is no such label, or it is no number.
+            StepIndexError: An index is negative or past the end.
+            PoolError: A row cannot be read, or a value does not fit into int64.
+
+        """
+        steps = step_indices(indices)
+        return self.label_reader(names).read(steps, np.empty((len(steps), CELLS), np.uint8))
 
     def check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Return step indices of any shape as int64 (n,), flattened in C order.

@@ -26,11 +26,15 @@ _OPTIONS = frozenset(
         "compile",
         "device",
         "dtype",
+        "labels",
+        "layers",
         "n_samples",
         "outputs",
         "precision",
         "random_init",
         "seed",
+        "steps",
+        "where",
     }
 )
 # Names of entries whose values nobody can read.
