@@ -16,9 +16,8 @@ ARROWS = {
     "__main__": ("commands",),
     "commands": (*LEAVES, "api", "demo", "model", "options", "pipeline", "pool", "storage"),
     "__init__": (*LEAVES, "api", "model", "pipeline", "pool"),
-    "api": (*LEAVES, "model", "options", "pipeline", "pool", "signatures", "storage"),
+    "api": (*LEAVES, "model", "options", "pipeline", "pool", "storage"),
     "pipeline": (*LEAVES, "_rust", "model", "options", "pool"),
-    "signatures": (*LEAVES, "options"),
     "options": (
         *LEAVES,
         *("model.activations", "model.layers", "pool.expressions", "pool.label_names"),

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from conftest import DEMO_CHECKPOINT, DEMO_POOL
-from dump_activations import StepsDataset, _rust, api, dump, load_encoder, stream
+from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
+from dump_activations.api import streaming
 from dump_activations.errors import DeviceError, DumpActivationsNote, OutputError, PoolError
 from dump_activations.model import capture
 from dump_activations.pipeline.device import find_device
@@ -99,7 +100,7 @@ def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, mo
         inside.pop()
 
     close = Loop.__exit__
-    monkeypatch.setattr(api, "current", current)
+    monkeypatch.setattr(streaming, "current", current)
     monkeypatch.setattr(
         Loop, "__exit__", lambda *each: (seen.append(("close", *inside)), close(*each))[1]
     )

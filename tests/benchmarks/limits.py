@@ -12,7 +12,7 @@ from measure import timed
 from output import write_raw
 from torch import Tensor, nn
 
-from dump_activations.api import _WRITER_THREADS
+from dump_activations.api.dumping import _WRITER_THREADS
 
 _COPIED_NBYTES = 1 << 30
 

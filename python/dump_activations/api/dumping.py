@@ -1,21 +1,19 @@
-"""The two entrances: `dump` writes a run to a file, `stream` hands out its batches."""
+"""A run and its file: what `dump` does."""
 
 import os
 import time
 import warnings
 import zlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dump_activations.api.sources import Init, Pool
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import (
     DumpActivationsWarning,
@@ -26,8 +24,7 @@ from dump_activations.errors import (
     option,
     switch,
 )
-from dump_activations.model.encoder import Encoder
-from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options
+from dump_activations.options import DumpOptions
 from dump_activations.pipeline.board_feed import LABEL_PREFIX, read_batch
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.forward import Forward
@@ -38,9 +35,6 @@ from dump_activations.pipeline.preview import Preview
 from dump_activations.pipeline.provenance import fingerprint, metadata
 from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
-from dump_activations.pipeline.transfer import ActivationBatch
-from dump_activations.pool.dataset import StepsDataset
-from dump_activations.signatures import documented
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import tidy
@@ -52,116 +46,6 @@ from dump_activations.units import size_text
 
 # Enough for some to wait for the disk while others take checksums.
 _WRITER_THREADS = min(8, max(2, (os.cpu_count() or 4) // 2))
-
-Init = str | os.PathLike[str] | Encoder
-"""A checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`; or a model."""
-
-Pool = str | os.PathLike[str] | StepsDataset
-"""A steps dataset, or its directory."""
-
-_P = ParamSpec("_P")
-
-
-class _Dump(Protocol[_P]):
-    def __call__(
-        self,
-        init_or_model: Init,
-        dataset_or_path: Pool,
-        output: str | os.PathLike[str] = ...,
-        *args: _P.args,
-        **options: _P.kwargs,
-    ) -> Summary: ...
-
-
-class _Stream(Protocol[_P]):
-    def __call__(
-        self, init_or_model: Init, dataset_or_path: Pool, *args: _P.args, **options: _P.kwargs
-    ) -> Iterator["Batch"]: ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Activations of consecutive boards of a run. All tensors lie on the host and are the caller's.
-
-    Attributes:
-        first_row: place of the first board in the run.
-        indices: global step indices, int64 (B,).
-        boards: exponents, uint8 (B, 16).
-        labels: name -> tensor (B, *shape), uint8, int64, float32 or float64.
-        tensors: by their names in a file, the activations (B, *shape) in the storage dtype, and
-            the parameters that were asked for.
-    """
-
-    first_row: int
-    indices: Tensor
-    boards: Tensor
-    labels: dict[str, Tensor]
-    tensors: dict[str, Tensor]
-
-    def __getitem__(self, key: str) -> Tensor:
-        """Return one tensor by its key."""
-        return self.tensors[key]
-
-
-def _dump_taking(options_of: Callable[_P, DumpOptions]) -> _Dump[_P]:
-    @documented(DumpOptions)
-    def dump(
-        init_or_model: Init,
-        dataset_or_path: Pool,
-        output: str | os.PathLike[str] = DEFAULT_OUTPUT,
-        *args: _P.args,
-        **options: _P.kwargs,
-    ) -> Summary:
-        """Run boards through a model and write the asked-for activations to one file.
-
-        Args:
-            init_or_model: a checkpoint directory, `.pt` bundle or
-                `hf://org/repo[/subdir][@revision]`; or a loaded Encoder.
-            dataset_or_path: a steps dataset, or its directory.
-            output: the file to write; its suffix, `.safetensors`, `.pt` or `.npz`, is its format.
-            *args: none.
-            **options: as below.
-
-        Returns:
-            What was done, and how long each stage was busy.
-
-        Raises:
-            DumpActivationsError: with one line that names what is wrong and the way out. No file of
-                the target's name appears then, and one that was there is left as it was.
-        """
-        return _dump(init_or_model, dataset_or_path, Path(output), options_of(*args, **options))
-
-    return dump
-
-
-def _stream_taking(options_of: Callable[_P, Options]) -> _Stream[_P]:
-    @documented(Options)
-    def stream(
-        init_or_model: Init, dataset_or_path: Pool, *args: _P.args, **options: _P.kwargs
-    ) -> Iterator[Batch]:
-        """Run boards through a model and yield the asked-for activations, a batch at a time.
-
-        Everything is loaded and checked before the call returns. On a GPU the next batch is
-        computed while the caller works on the one before it.
-
-        Args:
-            init_or_model: a checkpoint directory, `.pt` bundle or
-                `hf://org/repo[/subdir][@revision]`; or a loaded Encoder.
-            dataset_or_path: a steps dataset, or its directory.
-            *args: none.
-            **options: as below.
-
-        Raises:
-            DumpActivationsError: with one line that names what is wrong and the way out.
-        """
-        return _stream(init_or_model, dataset_or_path, options_of(*args, **options))
-
-    return stream
-
-
-# Their keyword arguments are the fields of the options classes, for type checkers too.
-dump = _dump_taking(DumpOptions)
-stream = _stream_taking(Options)
 
 
 def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview:
@@ -181,7 +65,8 @@ def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview
     return previewed
 
 
-def _dump(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Summary:
+def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Summary:
+    """Write a run to a file, or run it without one."""
     started = time.perf_counter()
     if options.write:
         check_output(path, [STORAGE_DTYPES[options.dtype].name])
@@ -365,62 +250,6 @@ def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
             batch.release()
             interrupts.check()
     return loop.summary(started)
-
-
-def _stream(init: Init, pool: Pool, options: Options) -> Iterator[Batch]:
-    with batch_shortage_named(options.batch_size):
-        plan = make_plan(init, pool, options)
-    return _interruptible(_taken_batches(plan), plan.device, options.batch_size)
-
-
-def _interruptible(
-    batches: Generator[Batch, None, None], device: torch.device, batch_size: int
-) -> Iterator[Batch]:
-    """Hand on the batches; an interruption between two of them ends the run in order.
-
-    The run's device is current only while a batch is computed, not while the caller has it. Of an
-    error's frames this one stays: it holds nothing of the run but the generator.
-    """
-    try:
-        while True:
-            with HeldInterrupts(), batch_shortage_named(batch_size), current(device):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-            del batch  # It is the caller's, to keep or not.
-    finally:
-        with HeldInterrupts(), current(device):
-            batches.close()
-
-
-def _taken_batches(plan: Plan) -> Generator[Batch, None, None]:
-    # The CPU is the caller's between two batches.
-    ahead = 1 if plan.device.type == "cuda" else 0
-    under_way: deque[ActivationBatch] = deque()
-    with Forward(plan) as forward, Loop(plan, forward) as loop:
-        for batch in loop.batches():
-            under_way.append(batch)
-            if len(under_way) > ahead:
-                yield _take(plan, under_way.popleft())
-        while under_way:
-            yield _take(plan, under_way.popleft())
-
-
-def _take(plan: Plan, batch: ActivationBatch) -> Batch:
-    for chunk in batch.chunks:
-        chunk.wait()
-    tensors = {key: tensor.clone() for key, tensor in batch.tensors.items()}
-    batch.release()
-    weights = {n: tensor.to(plan.storage_dtype, copy=True) for n, tensor in plan.weights.items()}
-    boards = batch.boards
-    return Batch(
-        boards.first_row,
-        torch.from_numpy(boards.indices.copy()),
-        boards.boards_BS.clone(),
-        {name: values.clone() for name, values in boards.labels.items()},
-        tensors | weights,
-    )
 
 
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
