@@ -206,6 +206,6 @@ def _outside(
         f"step {indices_N[at]}: exponent {highest_N[at]} is outside the model's vocabulary of "
         f"{vocabulary} ({np.count_nonzero(outside_N):,} of the "
         f"{'first ' if counted < n else ''}{counted:,} boards have such); leave them out by "
-        f"{option('where', f'max_exponent < {vocabulary}')}, or use a model with a larger "
-        "input_vocab_size"
+        f"{option('where', f'max_exponent < {vocabulary}')} or of the {option('indices')} given, "
+        "or use a model with a larger input_vocab_size"
     )
