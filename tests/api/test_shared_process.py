@@ -290,8 +290,10 @@ def test_want_of_memory_in_the_middle_says_what_is_kept_and_the_way_out(
     handle = short_of_memory(model, 4)
     target = tmp_path / "a.pt"
     with pytest.raises(DeviceError, match="try batch_size=4 and overwrite=True") as caught:
-        dump(model, DEMO_POOL, target, **OPTIONS)
-    assert any("the same call again does the rest" in note for note in caught.value.__notes__)
+        dump(model, DEMO_POOL, target, overwrite=True, **OPTIONS)
+    assert any(
+        "the same call without overwrite does the rest" in note for note in caught.value.__notes__
+    )
     handle.remove()
     dump(model, DEMO_POOL, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
 

@@ -88,6 +88,13 @@ def test_a_dry_run_knows_a_disk_that_is_too_small(small_disk, capsys):  # noqa: 
     assert main(["--demo", "--dry-run", "--outputs=pooled", "-o", str(target)]) == 0
 
 
+def test_a_dry_run_counts_the_space_that_a_partial_file_has(small_disk):  # noqa: F811
+    target = small_disk / "a.pt"
+    (small_disk / "a.pt.partial").write_bytes(bytes(3 << 20))
+    more_than_is_free = ["--outputs=layer_outputs", "--n-samples=150"]
+    assert main(["--demo", "--dry-run", *more_than_is_free, "-o", str(target)]) == 0
+
+
 def test_a_run_notes_what_it_writes_and_python_callers_ask_for_it(
     demo_checkpoint, demo_pool, tmp_path, capsys
 ):

@@ -121,7 +121,7 @@ def test_nothing_runs_past_the_last_one_needed(key, last, next_one, model, demo_
 
 
 def test_layers_of_keys_without_layers(model, demo_pool):
-    with pytest.warns(DumpActivationsWarning, match="layers.*pooled, rmsnorm_gammas"):
+    with pytest.warns(DumpActivationsWarning, match="^layers: .*pooled, rmsnorm_gammas"):
         (batch,) = cpu_stream(
             model, demo_pool, outputs="rmsnorm_gammas,pooled", layers="0", batch_size=N
         )

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from dump_activations.pipeline.interrupts import HeldInterrupts
+from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 
 
 @pytest.fixture
@@ -92,3 +92,13 @@ def test_other_threads_hold_nothing():
     thread.start()
     thread.join()
     assert handlers == [signal.default_int_handler]
+
+
+def test_what_is_ignored_in_a_context_is_heard_after_it(received):
+    with ignored_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert received == []
+    signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,6 +1,8 @@
 """The life of an output file: built beside its target, refused, committed or left; its writers."""
 
+import ctypes
 import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -298,6 +300,25 @@ def test_direct_writes_go_to_the_file_that_was_opened(tmp_path, monkeypatch):
             pytest.skip("no direct writes here")
         file.write_span(0, "boards", 0, dump.data["boards"])
     assert victim.read_bytes() == bytes(1 << 20)
+
+
+def pages_in_cache(path: Path) -> int:
+    mapped = np.memmap(path, np.uint8, "r")
+    pages = np.empty(-(-mapped.size // mmap.PAGESIZE), np.uint8)
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    assert mincore(mapped.ctypes.data, mapped.size, pages.ctypes.data) == 0, ctypes.get_errno()
+    return int((pages & 1).sum())
+
+
+def test_a_large_span_goes_past_the_page_cache(tmp_path):
+    dump = make_dump({"boards": ("uint8", (4 << 20, 1))}, batched=["boards"], batch_rows=4 << 20)
+    with open_file(tmp_path / "x.safetensors", dump) as file:
+        with file.partial.open("rb") as opened:
+            if not _rust.supports_direct(opened.fileno()):
+                pytest.skip("the file system does not say that it takes direct writes")
+        file.write_span(0, "boards", 0, dump.data["boards"])
+        assert pages_in_cache(file.partial) <= 2  # the edges
 
 
 @pytest.mark.parametrize("length", [255, 247, 239, 236])

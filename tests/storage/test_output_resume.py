@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from dump_activations import _rust
 from dump_activations.errors import OutputError
 from dump_activations.storage.writing.targets import journal_path, partial_path
+from dump_activations.storage.writing.work import FINGERPRINT_KEY
 from output_support import (
     SUFFIXES,
     Dump,
     no_new_descriptors,
     open_file,
     small_dump,
+    work_of,
     write_batches,
     write_dump,
     write_whole_tensors,
@@ -142,6 +144,11 @@ def test_other_work_is_not_resumed_and_named(tmp_path):
         assert "--overwrite" in caught.value.flags_text
     assert partial_path(target).read_bytes() == partial
     assert journal_path(target).read_bytes() == journal
+
+
+def test_the_same_tensors_in_another_format_are_other_work(tmp_path):
+    works = [work_of(tmp_path / f"x{suffix}", DUMP) for suffix in SUFFIXES]
+    assert len({work.metadata[FINGERPRINT_KEY] for work in works}) == len(SUFFIXES)
 
 
 @settings(max_examples=40)
