@@ -2,7 +2,6 @@
 
 import os
 import time
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import (
-    DumpActivationsWarning,
     Note,
     OutputError,
     VocabularyError,
     note,
     option,
     switch,
+    warn,
 )
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options
@@ -47,6 +46,7 @@ from dump_activations.storage.writing.room import check_room, free_space
 from dump_activations.storage.writing.targets import check_output
 from dump_activations.storage.writing.work import Existing, Work, find_existing
 from dump_activations.storage.writing.writers import WriterPool
+from dump_activations.units import size_text
 
 # Enough for some to wait for the disk while others take checksums.
 _WRITER_THREADS = min(8, max(2, (os.cpu_count() or 4) // 2))
@@ -262,15 +262,11 @@ def _beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[
     if file.resumed_rows:
         yield f"going on with {file.partial} at board {file.resumed_rows:,} of {n:,}"
     if existing:
-        holds = _size(existing.size)
+        holds = size_text(existing.size)
         boards = existing.metadata.get("n_samples", "")
         if boards.isdecimal() and len(boards) < 20:
             holds += f", {int(boards):,} boards"
         yield f"{file.target} ({holds}) is replaced when the new file is whole"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _nothing_done(plan: Plan, path: Path, existing: Existing, started: float) -> Summary:
@@ -306,12 +302,9 @@ def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
     """Count what is not finite in each tensor that has any, with a warning for each."""
     counts = _counted(digests)
     for name, count in counts.items():
-        warnings.warn(
-            DumpActivationsWarning(
-                f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
-                f"infinite ones come from an overflow where {option('dtype')} is fp16"
-            ),
-            stacklevel=6,
+        warn(
+            f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
+            f"infinite ones come from an overflow where {option('dtype')} is fp16"
         )
     return counts
 

@@ -197,7 +197,7 @@ def test_resume_makes_what_is_of_other_work(command, unbroken, tmp_path):
     target = tmp_path / "a.npz"
     assert command(f"--output={target}", "--seed=1", "--resume") == (0, [])
     code, lines = command(f"--output={target}", "--resume")
-    size = f"{len(unbroken('.npz')) / 1e6:.1f} MB"
+    size = f"{len(unbroken('.npz')) / 1e6:.2f} MB"
     replaced = f"note: {target} ({size}, {N} boards) is replaced when the new file is whole"
     assert (code, lines) == (0, [replaced])
     assert target.read_bytes() == unbroken(".npz")
@@ -272,7 +272,7 @@ def test_an_existing_target_lasts_until_the_new_file_is_whole(suffix, broken, co
     assert target.read_bytes() == b"old"
     code, lines = command(f"--output={target}")
     assert code == 0, lines
-    assert lines[1:] == [f"note: {target} (0.0 MB) is replaced when the new file is whole"]
+    assert lines[1:] == [f"note: {target} (0.00 MB) is replaced when the new file is whole"]
     assert contents(target.parent) == {target.name: unbroken(suffix)}
 
 

@@ -3,7 +3,6 @@
 import ast
 import operator
 import os
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from dump_activations import _rust
 from dump_activations.board import CELLS
 from dump_activations.errors import (
-    DumpActivationsWarning,
     IndicesError,
     PoolError,
     StepIndexError,
     option,
+    warn,
 )
 from dump_activations.pool.draws import draw
 from dump_activations.pool.indices import step_indices
@@ -124,12 +123,9 @@ class StepsDataset(_Dataset):
             raise PoolError(f"{self.path}: its shards hold no rows to draw from")
         indices = draw(len(self), n, seed)
         if n > len(self):
-            warnings.warn(
-                DumpActivationsWarning(
-                    f"{n} samples asked for, but {self.path} has {len(self)} rows: drawn with "
-                    "replacement"
-                ),
-                stacklevel=2,
+            warn(
+                f"{n} samples asked for, but {self.path} has {len(self)} rows: drawn with "
+                "replacement"
             )
         return indices
 
