@@ -5,6 +5,7 @@ A text names options through `option`, so that a caller in Python reads argument
 """
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,8 @@ from typing import Self
 # Of the private use area: no text has them by accident.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _OPTION = re.compile(f"{_OPEN}(\\w+)(?:=(.*?))?{_CLOSE}")
+
+_PACKAGE = "dump_activations."
 
 
 def option(name: str, value: object = None) -> str:
@@ -170,7 +173,17 @@ class DumpActivationsNote(DumpActivationsWarning):
 warnings.simplefilter("ignore", DumpActivationsNote, append=True)
 
 
+def warn(warning: str | DumpActivationsWarning) -> None:
+    """Warn whoever called this package, at the line of the call."""
+    if isinstance(warning, str):
+        warning = DumpActivationsWarning(warning)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(warning, stacklevel=level)
+
+
 def note(text: str) -> None:
     """Say something worth knowing; it never ends a run, also where warnings are errors."""
     with suppress(DumpActivationsNote):
-        warnings.warn(DumpActivationsNote(text), stacklevel=2)
+        warn(DumpActivationsNote(text))

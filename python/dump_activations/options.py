@@ -55,7 +55,7 @@ def _whole_from(least: int) -> _Check:
 
 def _one_of(choices: Collection[str]) -> _Check:
     def check(name: str, value: Any) -> Any:
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise InvalidArgumentError(
                 f"{option(name)}: {value!r} is not one of {', '.join(choices)}"
             )
@@ -64,9 +64,14 @@ def _one_of(choices: Collection[str]) -> _Check:
     return check
 
 
-def _keys(_name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+def _keys(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     """Return what was asked for, as it was: a model says what a glob stands for."""
-    keys = split_names(value)
+    try:
+        keys = split_names(value)
+    except (AttributeError, TypeError):
+        raise InvalidArgumentError(
+            f"{option(name)}: {value!r} is not a list of activation keys"
+        ) from None
     find_activations(keys)
     return keys
 

@@ -208,6 +208,8 @@ OTHER_WORK = {
     "samples": (["--n-samples=399"], "--n-samples (400 there, 399 here);"),
     "batch": (["--batch-size=16"], "--batch-size (8 there, 16 here);"),
     "keys": (["--outputs=attn_norm"], f"--outputs ({','.join(sorted(KEYS))} there,"),
+    "layers": (["--layers=1:"], "--layers (0,1 there, 1 here);"),
+    "split layers": (["--split-layers"], "the tensors (--split-layers);"),
     "dtype": (["--dtype=fp16"], "--dtype (fp32 there, fp16 here);"),
     "precision": (["--precision=bf16"], "--precision (fp32 there, bf16 here);"),
     "weights": ([], "the weights"),

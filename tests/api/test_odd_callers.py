@@ -48,10 +48,28 @@ def test_indices_in_fortran_order():
 
 
 def test_contradictions_in_a_call(tmp_path):
-    for wrong in ({"resume": True, "overwrite": True}, {"n_samples": None}):
-        with pytest.raises(InvalidArgumentError):
+    values = {"n_samples": None, "outputs": [1], "dtype": ["fp32"], "precision": None}
+    contradiction = {"resume": True, "overwrite": True}
+    for wrong in (contradiction, {"outputs": None}, *({k: v} for k, v in values.items())):
+        with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
             dump(DEMO_CHECKPOINT, DEMO_POOL, tmp_path / "a.pt", **wrong, **CPU)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warning_points_at_the_call(tmp_path, recwarn):
+    model = load_encoder(DEMO_CHECKPOINT)
+    model.final_ln.weight.data[0] = torch.inf
+    pool = tmp_path / "pool"
+    make_pool(pool, "packed_46", n=5)
+    options = {"layers": [0], "n_samples": 9, **CPU}
+    dump(model, pool, tmp_path / "a.pt", **options)
+    list(stream(model, DEMO_POOL, **options))
+    StepsDataset(pool).sample_indices(9)
+    texts = [str(each.message) for each in recwarn]
+    dumped = ["with replacement", "no layers", "9 boards", "infinite"]
+    found = [*dumped, "no layers", "with replacement"]
+    assert all(part in text for part, text in zip(found, texts, strict=True))
+    assert {each.filename for each in recwarn} == {__file__}
 
 
 def test_parameters_in_a_stream_are_the_consumers():

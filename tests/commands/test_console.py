@@ -1,16 +1,20 @@
 """What is shown where: lines that respect a live bar, colours, and pipes."""
 
+import errno
 import os
 import pty
 import re
 import select
 import sys
 import warnings
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from dump_activations import dump
 from dump_activations.commands import console
+from dump_activations.commands.dump import main as dump_main
 from dump_activations.commands.inspect import main as inspect_main
 from dump_activations.errors import DumpActivationsWarning, option
 
@@ -88,6 +92,52 @@ def test_what_is_no_terminal_gets_whole_lines(demo_checkpoint, demo_pool, tmp_pa
     found = [line.split() for line in lines]
     assert ["checkpoint", str(demo_checkpoint)] in found
     assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "64", "256", "0", "0"] in found
+
+
+def test_tables_in_a_pipe_have_a_line_for_each_row(capsys):
+    assert dump_main(["--demo", "--list-outputs"]) == 0
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [
+        "attn_scores",
+        "attn.hook_attn_scores",
+        "(N,",
+        "4,",
+        "4,",
+        "16,",
+        "16)",
+        "16,384",
+    ] in found
+    keys = ["--outputs=*", "--n-samples=9", f"--output={'long' * 30}.pt"]
+    assert dump_main(["--demo", "--dry-run", *keys]) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert f"{'long' * 30}.pt; " in title
+    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "(64)", "256"] in map(str.split, rows)
+
+
+def test_a_run_that_did_nothing_has_no_table(tmp_path, capsys):
+    target = tmp_path / "a.pt"
+    arguments = ["--demo", "--n-samples=9", "--resume", f"--output={target}"]
+    assert dump_main(arguments) == 0
+    assert "forward" in capsys.readouterr().out
+    assert dump_main(arguments) == 0
+    assert capsys.readouterr().out == f"0 boards (and 9 resumed): {target}\n"
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["table", "json"])
+def test_a_stdout_that_takes_nothing_is_named(as_json, monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert dump_main(["--demo", "--list-outputs", *as_json]) == 1
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+    error = f"error: cannot write to stdout: {os.strerror(errno.ENOSPC)}\n"
+    assert capsys.readouterr().err == error
+
+
+def test_help_shows_no_default_of_a_flag_that_takes_no_value(capsys):
+    assert dump_main(["--help"]) == 0
+    assert not re.search(r"\[default:\s+(True|False)\]", capsys.readouterr().out)
 
 
 def test_the_same_warning_twice_is_shown_twice(capsys):

@@ -106,6 +106,8 @@ def test_exponents_outside_are_counted_where_that_is_cheap(
 ):
     boards[[60, 130, 199], 0] = 16
     monkeypatch.setattr(board_feed, "_LARGEST_WINDOW", largest)
-    with pytest.raises(VocabularyError, match=rf"step 60: .*\({counted}.*where='max_exponent < 16'"):
+    with pytest.raises(
+        VocabularyError, match=rf"step 60: .*\({counted}.*where='max_exponent < 16'"
+    ):
         for _ in feed(batch_size=8):
             pass

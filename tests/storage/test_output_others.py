@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from dump_activations.errors import DumpActivationsError, OutputError
-from dump_activations.storage.writing.targets import check_output, journal_path, partial_path
+from dump_activations.storage.writing.targets import (
+    check_output,
+    journal_path,
+    partial_path,
+    replacement_path,
+)
 from output_support import no_new_descriptors, open_file, small_dump, write_batches, write_dump
 
 DUMP = small_dump(rows=95)
@@ -121,6 +126,15 @@ def test_what_others_could_have_changed_is_not_gone_on_with(tmp_path, path_of, p
     assert f"{path.name} {PLANTED[plant]}" in str(caught.value)
     assert "--overwrite" in caught.value.flags_text
     assert os.path.samestat(before, path.lstat())
+
+
+@pytest.mark.parametrize("path_of", [journal_path, lambda at: replacement_path(journal_path(at))])
+def test_a_directory_in_place_of_a_journal_is_named(tmp_path, path_of):
+    path = path_of(tmp_path / "x.pt")
+    path.mkdir()
+    with no_new_descriptors(), pytest.raises(OutputError, match=f"{path}: Is a directory"):
+        open_file(tmp_path / "x.pt", DUMP)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @planted(PLANTED)

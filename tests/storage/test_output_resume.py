@@ -134,7 +134,7 @@ def test_other_work_is_not_resumed_and_named(tmp_path):
         (DUMP, "other", "work (work there, other here);"),
         (seed, "work", "seed (0 there, 7 here);"),
         (small_dump(rows=95, batch_rows=5), "work", "batch_size (4 there, 5 here);"),
-        (small_dump(rows=96), "work", "the tensors;"),
+        (small_dump(rows=96), "work", "the tensors (split_layers);"),
     ]:
         with no_new_descriptors(), pytest.raises(OutputError) as caught:
             open_file(target, dump, fingerprint=fingerprint)

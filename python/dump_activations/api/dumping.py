@@ -2,7 +2,6 @@
 
 import os
 import time
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -16,13 +15,13 @@ from torch import Tensor
 from dump_activations.api.sources import Init, Pool
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import (
-    DumpActivationsWarning,
     Note,
     OutputError,
     VocabularyError,
     note,
     option,
     switch,
+    warn,
 )
 from dump_activations.options import DumpOptions
 from dump_activations.pipeline.board_feed import LABEL_PREFIX, read_batch
@@ -197,12 +196,9 @@ def _nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
         if not name.startswith(LABEL_PREFIX)
     }
     for name, count in counts.items():
-        warnings.warn(
-            DumpActivationsWarning(
-                f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
-                f"infinite ones come from an overflow where {option('dtype')} is fp16"
-            ),
-            stacklevel=6,
+        warn(
+            f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
+            f"infinite ones come from an overflow where {option('dtype')} is fp16"
         )
     return counts
 

@@ -135,24 +135,52 @@ def print_summary(summary: Summary, *, as_json: bool) -> None:
     """
     try:
         if as_json:
-            click.echo(json.dumps(summary.as_dict()))
+            print_json(summary.as_dict())
         else:
-            print_titled(_title(summary), _speed_table(summary))
-    except (OSError, UnicodeError) as error:
+            print_titled(_title(summary), *([_speed_table(summary)] if summary.boards else []))
+    except OutputError as error:
         done = f"{summary.output} is complete" if summary.output else "the run is done"
-        raise OutputError(f"{done}, but its summary cannot be printed: {error}") from error
+        raise OutputError(f"{done}, but its summary is lost: {error}") from error
+
+
+def print_json(value: object) -> None:
+    """Print JSON, in a line, on stdout.
+
+    Raises:
+        OutputError: stdout cannot take it.
+    """
+    with _named_stdout():
+        click.echo(json.dumps(value))
 
 
 def print_titled(title: str, *tables: Table) -> None:
-    """Print a line and tables on stdout; what is no terminal gets no line in pieces."""
+    """Print a line and tables on stdout; what is no terminal gets no line in pieces.
+
+    Raises:
+        OutputError: stdout cannot take it.
+    """
     if sys.stdout is None:
         return
     from rich.console import Console
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else _UNLIMITED_WIDTH)
-    console.print(Text(printable(title)), soft_wrap=True)
-    console.print(*tables)
+    with _named_stdout():
+        console.print(Text(printable(title)), soft_wrap=True)
+        for table in tables:
+            console.print(table)
+
+
+@contextmanager
+def _named_stdout() -> Iterator[None]:
+    """Raise an error that names stdout where it takes no text, or not this."""
+    with OutputError.when("cannot write to stdout"):
+        try:
+            yield
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except UnicodeError as error:
+            raise OutputError(f"cannot write to stdout: {error}") from error
 
 
 def _title(summary: Summary) -> str:

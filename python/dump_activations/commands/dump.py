@@ -50,7 +50,12 @@ def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any] | None:
         return click.option(flag, multiple=True, default=default, help=help_text)
     if name == "write":
         return click.option(
-            "--no-write", "write", flag_value=False, default=True, help="Run and write nothing."
+            "--no-write",
+            "write",
+            flag_value=False,
+            default=True,
+            show_default=False,
+            help="Run the model and write nothing.",
         )
     if isinstance(default, bool):
         return click.option(flag, is_flag=True, help=help_text)
@@ -85,9 +90,11 @@ def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
     help="Use the embedded checkpoint and pool; --allow-cpu is implied.",
 )
 @click.option(
-    "--list-outputs", is_flag=True, help="Show every key, with the sizes of --init, exit."
+    "--list-outputs", is_flag=True, help="Show every key, with its sizes for --init, and exit."
 )
-@click.option("--dry-run", is_flag=True, help="Check everything, show what it would write, exit.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything, show what would be written, and exit."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what is shown at the end as JSON.")
 @click.version_option(package_name="dump-activations")
 @click.pass_context

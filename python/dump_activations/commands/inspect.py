@@ -5,14 +5,13 @@ It needs no torch to read.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dump_activations.commands.console import print_titled, printable
+from dump_activations.commands.console import print_json, print_titled, printable
 from dump_activations.commands.runner import be_process, run_command
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import INTEGRITY_KEY
@@ -53,7 +52,7 @@ def inspect_activations(file: Path, *, verify: bool, as_json: bool) -> None:
     threads = len(os.sched_getaffinity(0))
     damaged = find_damage(inspection, threads=threads) if verify else None
     if as_json:
-        click.echo(json.dumps(_as_dict(inspection, damaged)))
+        print_json(_as_dict(inspection, damaged))
     else:
         title = f"{inspection.path}: {inspection.size:,} bytes"
         print_titled(title, _tensor_table(inspection, damaged), _metadata_table(inspection))

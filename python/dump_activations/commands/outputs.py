@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from dump_activations.commands.console import printable
+from dump_activations.commands.console import print_json, print_titled, printable
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.model.activations import ACTIVATIONS, Activation, WeightActivation
 from dump_activations.model.layers import find_layers
@@ -47,7 +44,7 @@ def print_keys(init: str | os.PathLike[str] | None, options: Options, *, as_json
         config = load_encoder(init, random_init=options.random_init).config
     rows = [_describe(activation, config, options) for activation in ACTIVATIONS]
     if as_json:
-        click.echo(json.dumps(rows))
+        print_json(rows)
         return
     _print_table(
         _LEGEND if init is None else f"{init}, {options.dtype}",
@@ -92,7 +89,7 @@ def _shape_text(shape: Sequence[int | str]) -> str:
 def print_preview(preview: Preview, *, as_json: bool) -> None:
     """Print what a run is going to write, tensor by tensor: a table, or JSON for scripts."""
     if as_json:
-        click.echo(json.dumps(preview.as_dict()))
+        print_json(preview.as_dict())
         return
     _print_table(
         preview.text,
@@ -104,15 +101,14 @@ def print_preview(preview: Preview, *, as_json: bool) -> None:
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print rows whose last column holds numbers, or None for nothing."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for heading in headings[:-1]:
         table.add_column(heading, overflow="fold")
     table.add_column(headings[-1], justify="right", no_wrap=True)
     for *texts, number in rows:
         cells = [*texts, "" if number is None else f"{number:,}"]
         table.add_row(*(Text(printable(cell)) for cell in cells))
-    Console().print(table)
+    print_titled(title, table)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dump_activations.errors import DumpActivationsWarning, IndicesError, IndicesNotFoundError
+from dump_activations.errors import IndicesError, IndicesNotFoundError, warn
 from dump_activations.pool.indices import load_indices, step_indices
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.inspection import inspect
@@ -43,12 +42,9 @@ def read_step_indices(path: Path, pool: StepsDataset) -> NDArray[np.int64]:
     if _NAME not in tensors:
         raise IndicesError(f"{path}: no {_NAME!r} in it, only {', '.join(tensors) or 'nothing'}")
     if contents.metadata.get("dataset_sha256", pool.sha256) != pool.sha256:
-        warnings.warn(
-            DumpActivationsWarning(
-                f"{path}: its indices are of another pool, {contents.metadata.get('dataset')}, or "
-                f"of other shards than {pool.path} has now"
-            ),
-            stacklevel=2,
+        warn(
+            f"{path}: its indices are of another pool, {contents.metadata.get('dataset')}, or of "
+            f"other shards than {pool.path} has now"
         )
     try:
         return step_indices(_read(path, tensors[_NAME]).reshape(-1))

@@ -2,7 +2,6 @@
 
 import glob
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from dump_activations.errors import (
     CheckpointError,
     CheckpointNotFoundError,
-    DumpActivationsWarning,
     InvalidArgumentError,
+    warn,
 )
 
 _SCHEME = "hf://"
@@ -116,11 +115,7 @@ def _take_cached(
         raise CheckpointNotFoundError(
             f"{uri}: the hub cannot be reached and no checkpoint is cached ({reason})"
         ) from error
-    warnings.warn(
-        f"{uri}: the hub cannot be reached ({reason}); taking what is in the cache",
-        DumpActivationsWarning,
-        stacklevel=2,
-    )
+    warn(f"{uri}: the hub cannot be reached ({reason}); taking what is in the cache")
     return directory, snapshot.name
 
 

@@ -1,14 +1,13 @@
 """What a state dict from outside says of the model, and what of it the model takes."""
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dump_activations.errors import CheckpointError, DumpActivationsWarning
+from dump_activations.errors import CheckpointError, warn
 from dump_activations.model.config import EncoderConfig, HeadType
 from dump_activations.model.weight_files import first_few, one_line
 
@@ -100,12 +99,9 @@ def misfits(
 def warn_of_others(others: Sequence[str], origin: str) -> None:
     """Warn once of modules whose weights are left out."""
     if others:
-        warnings.warn(
-            DumpActivationsWarning(
-                f"{origin}: {first_few(others, most=_MODULES_LISTED)}: left out, as the model has "
-                "no such part"
-            ),
-            stacklevel=2,
+        warn(
+            f"{origin}: {first_few(others, most=_MODULES_LISTED)}: left out, as the model has no "
+            "such part"
         )
 
 
@@ -118,10 +114,7 @@ def warn_of_nonfinite(weights: Mapping[str, Tensor], origin: str) -> None:
         if not tensor.sum().isfinite() and not tensor.isfinite().all()
     ]
     if found:
-        warnings.warn(
-            DumpActivationsWarning(f"{origin}: weights that are not finite: {first_few(found)}"),
-            stacklevel=2,
-        )
+        warn(f"{origin}: weights that are not finite: {first_few(found)}")
 
 
 def _module(name: str) -> str:

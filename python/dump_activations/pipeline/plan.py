@@ -1,7 +1,6 @@
 """A run that is checked and ready: model, pool, step indices, and what the tensors will be."""
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +11,7 @@ from torch import Tensor
 
 from dump_activations.board import CELLS
 from dump_activations.dtypes import STORAGE_DTYPES, TensorSpec
-from dump_activations.errors import (
-    DumpActivationsWarning,
-    IndicesError,
-    InvalidArgumentError,
-    option,
-)
+from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
 from dump_activations.model.activations import (
     Activation,
     BoardActivation,
@@ -147,10 +141,7 @@ def make_plan(
     layers = find_layers("layers", options.layers, model.config.num_hidden_layers)
     if options.layers is not None and not any(each.per_layer for each in activations):
         keys = ", ".join(each.key for each in activations)
-        warnings.warn(
-            DumpActivationsWarning(f"{option('layers')}: no layers to choose from in {keys}"),
-            stacklevel=2,
-        )
+        warn(f"{option('layers')}: no layers to choose from in {keys}")
     labels = pool.label_reader(options.labels) if options.labels else None
     indices, indices_from = _step_indices(pool, options)
     weights = {
@@ -181,7 +172,7 @@ def _step_indices(pool: StepsDataset, options: Options) -> tuple[StepIndices, st
     steps = pool.matches(options.where, options.steps, progress=options.scan_progress)
     if options.steps is None:
         replaced = options.n_samples > len(steps)
-        drawn = pool.draw_from(steps, options.n_samples, options.seed, stacklevel=6)
+        drawn = pool.draw_from(steps, options.n_samples, options.seed)
         return drawn, "draw with replacement" if replaced else "draw"
     if len(steps) == 0:
         raise IndicesError(f"{option('where')}: no row of {pool.path} passes")
@@ -193,10 +184,7 @@ def warn_of_large_tensors(specs: Sequence[TensorSpec]) -> None:
     """Warn of each tensor that will take 8 GiB or more on disk."""
     for spec in specs:
         if spec.nbytes >= _LARGE_TENSOR:
-            warnings.warn(
-                DumpActivationsWarning(
-                    f"{spec.name} will take {spec.nbytes / 2**30:.1f} GiB; fewer boards "
-                    f"({option('n_samples')}) or {option('dtype', 'fp16')} or bf16 make it smaller"
-                ),
-                stacklevel=2,
+            warn(
+                f"{spec.name} will take {spec.nbytes / 2**30:.1f} GiB; fewer boards "
+                f"({option('n_samples')}) or {option('dtype', 'fp16')} or bf16 make it smaller"
             )

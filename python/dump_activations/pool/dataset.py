@@ -4,7 +4,6 @@ import hashlib
 import json
 import operator
 import os
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from dump_activations import _rust
 from dump_activations.board import CELLS
 from dump_activations.errors import (
-    DumpActivationsWarning,
     IndicesError,
     InvalidArgumentError,
     PoolError,
     StepIndexError,
     option,
+    warn,
 )
 from dump_activations.pool.columns import ColumnReader, Columns
 from dump_activations.pool.draws import draw
@@ -250,23 +249,18 @@ class StepsDataset(_Dataset):
             PoolError: the pool has no rows.
             IndicesError: no row passes the filter.
         """
-        return self.draw_from(self.matches(where, progress=progress), n, seed, stacklevel=3)
+        return self.draw_from(self.matches(where, progress=progress), n, seed)
 
-    def draw_from(
-        self, steps: StepRange | Matches, n: int, seed: int, *, stacklevel: int = 2
-    ) -> NDArray[np.int64]:
+    def draw_from(self, steps: StepRange | Matches, n: int, seed: int) -> NDArray[np.int64]:
         """Draw from what `matches` gave, as `sample_indices` does."""
         if len(steps) == 0:
             raise IndicesError(f"{option('where')}: no row of {self.path} passes")
         places = draw(len(steps), n, seed)
         if n > len(steps):
             rows = "rows" if isinstance(steps, StepRange) else "rows that pass the filter"
-            warnings.warn(
-                DumpActivationsWarning(
-                    f"{n} samples asked for, but {self.path} has {len(steps)} {rows}: drawn with "
-                    "replacement"
-                ),
-                stacklevel=stacklevel,
+            warn(
+                f"{n} samples asked for, but {self.path} has {len(steps)} {rows}: drawn with "
+                "replacement"
             )
         return steps.take(places)
 

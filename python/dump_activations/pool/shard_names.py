@@ -1,11 +1,10 @@
 """Names of shards: their order, which is that of the step indices, may not be what it seems."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from dump_activations.errors import DumpActivationsWarning
+from dump_activations.errors import warn
 
 
 def warn_of_odd_names(pool: Path, names: Sequence[str]) -> None:
@@ -29,4 +28,4 @@ def warn_of_odd_names(pool: Path, names: Sequence[str]) -> None:
             f"no shard number {expected[odd]} before {names[odd]}; step indices count the rows of "
             "those that are there"
         )
-    warnings.warn(DumpActivationsWarning(f"{pool}: {text}"), stacklevel=3)
+    warn(f"{pool}: {text}")

@@ -74,13 +74,19 @@ class Journal:
         self._fd: int | None = None
 
     def start(self, batches: Mapping[int, BatchDigests]) -> None:
-        """Put a journal of these batches alone in the place of what is there, in one step."""
-        self._new_path.unlink(missing_ok=True)
-        self._fd = create(self._new_path, os.O_WRONLY | os.O_APPEND)
-        self._write([asdict(self._header)])
-        self.append(batches)
-        self._new_path.replace(self._path)
-        sync_directory(self._path.parent)
+        """Put a journal of these batches alone in the place of what is there, in one step.
+
+        Raises:
+            OutputError: the system refused; it names the file.
+        """
+        with OutputError.when(f"cannot write {self._new_path}"):
+            self._new_path.unlink(missing_ok=True)
+            self._fd = create(self._new_path, os.O_WRONLY | os.O_APPEND)
+            self._write([asdict(self._header)])
+            self.append(batches)
+        with OutputError.when(f"cannot write {self._path}"):
+            self._new_path.replace(self._path)
+            sync_directory(self._path.parent)
 
     def append(self, batches: Mapping[int, BatchDigests]) -> None:
         """Record batches, whose data is on disk already."""

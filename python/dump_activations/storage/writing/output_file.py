@@ -244,8 +244,7 @@ class OutputFile:
         try:
             with OutputError.when(f"cannot reserve {self.size:,} bytes for {self.target}"):
                 self._file.reserve(self.size)
-            with OutputError.when(f"cannot write the journal of {self.target}"):
-                self._journal.start(self._resumed)
+            self._journal.start(self._resumed)
         except OutputError:
             if self._resumed:
                 self._close()

@@ -74,6 +74,6 @@ def _check_ours(path: Path, found: os.stat_result) -> None:
     else:
         return
     raise OutputError(
-        f"{path} {reason}, so that its content cannot be trusted; remove it, or start anew by "
-        f"{switch('overwrite')}"
+        f"{path} {reason}, so that its content cannot be trusted; remove it, start anew by "
+        f"{switch('overwrite')}, or choose another output"
     )

@@ -42,7 +42,8 @@ _UNREADABLE = {
     "config": "the model's config",
     "dataset_sha256": "the pool's shards or their rows' layout",
     "indices": "the step indices",
-    "tensors": "the tensors",
+    # All else that shapes the tensors has an entry of its own.
+    "tensors": f"the tensors ({option('split_layers')})",
     "weights_sha256": "the weights",
 }
 # What differs only because something else does, unless it is alone.
