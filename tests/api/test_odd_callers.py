@@ -66,7 +66,7 @@ def test_a_warning_points_at_the_call(tmp_path, recwarn):
     list(stream(model, DEMO_POOL, **options))
     StepsDataset(pool).sample_indices(9)
     texts = [str(each.message) for each in recwarn]
-    dumped = ["with replacement", "no layers", "9 boards", "infinite"]
+    dumped = ["no layers", "with replacement", "9 boards", "infinite"]
     found = [*dumped, "no layers", "with replacement"]
     assert all(part in text for part, text in zip(found, texts, strict=True))
     assert {each.filename for each in recwarn} == {__file__}
