@@ -1,5 +1,7 @@
 """Compiling comes before the loop and before the file."""
 
+import os
+import stat
 import time
 from functools import partial
 
@@ -78,3 +80,52 @@ def test_a_failure_leaves_the_callers_model_alone(compile_with, demo_checkpoint,
         next(stream(model, demo_pool, allow_cpu=True, **options))
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Return the directory in which a run keeps what torch compiles."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    # So that what a run sets is undone.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    return tmp_path / "caches" / "dump-activations" / "torch"
+
+
+def test_what_is_compiled_is_kept_where_nobody_else_can_write(caches, compile_with, capsys):
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        return graph.forward
+
+    compile_with(backend)
+    assert main([*DEMO, "--no-write"]) == 0
+    assert seen == [str(caches)]
+    assert stat.S_IMODE(caches.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("planted", ["open", "link", "file"])
+def test_a_cache_that_others_may_have_filled_is_refused(planted, caches, tmp_path, capsys):
+    caches.parent.mkdir(parents=True)
+    if planted == "open":
+        caches.mkdir()
+        caches.chmod(0o770)
+    elif planted == "link":
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        caches.symlink_to(tmp_path / "theirs")
+    else:
+        caches.touch()
+    assert main([*DEMO, "--no-write"]) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "--compile" in line
+    assert str(caches) in line
+    assert "TORCHINDUCTOR_CACHE_DIR" in line
+
+
+def test_a_cache_of_the_users_choice_is_taken(caches, compile_with, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    compile_with(lambda graph, _inputs: graph.forward)
+    assert main([*DEMO, "--no-write"]) == 0
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+    assert not caches.exists()

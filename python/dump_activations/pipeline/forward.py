@@ -14,6 +14,7 @@ from dump_activations.board import CELLS
 from dump_activations.chunks import Chunk
 from dump_activations.errors import DeviceError, option
 from dump_activations.model.capture import Capture
+from dump_activations.pipeline.compile_cache import use_own_cache
 from dump_activations.pipeline.cuda_timing import CudaStopwatch
 from dump_activations.pipeline.plan import Plan
 from dump_activations.pipeline.precision import arithmetic
@@ -45,6 +46,8 @@ class Forward:
         self._plan = plan
         self.rows = min(plan.options.batch_size, len(plan.indices))
         on_cuda, compiled = plan.device.type == "cuda", plan.options.compile
+        if compiled:
+            use_own_cache()
         self._capture = Capture(
             plan.model, plan.board_tensors, compiled_rows=self.rows if compiled else None
         )
