@@ -19,9 +19,6 @@ from numpy.typing import NDArray
 from dump_activations.errors import InvalidArgumentError, PoolError, option
 from dump_activations.pool.expressions import Expression
 
-Value = NDArray[Any] | int | float | bool | np.bool_
-"""What a part of an expression comes to: of every row, or of all of them alike."""
-
 _INT64 = np.iinfo(np.int64)
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
