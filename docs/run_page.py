@@ -25,12 +25,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def program(page: Path) -> str:
     """Put a page's blocks together to one Python program, bash blocks as calls of a shell."""
-    lines = ["import subprocess"]
-    for language, code in blocks(page):
-        if language == "bash":
-            code = f"subprocess.run(['bash', '-euc', {code!r}], check=True)\n"
-        lines.append(code)
-    return "\n".join(lines)
+    parts = [
+        f"subprocess.run(['bash', '-euc', {code!r}], check=True)" if language == "bash" else code
+        for language, code in blocks(page)
+    ]
+    return "\n".join(["import subprocess", *parts])
 
 
 def run(page: Path, directory: Path) -> None:
