@@ -88,10 +88,13 @@ def test_what_is_no_terminal_gets_whole_lines(demo_checkpoint, demo_pool, tmp_pa
     dump(demo_checkpoint, demo_pool, target, **options)
     assert inspect_main([str(target)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{target}: {target.stat().st_size:,} bytes"
+    assert lines[0] == (
+        f"{target}: 31.0 kB ({target.stat().st_size:,} bytes), 1,024 boards, layers 0-3 of 4, "
+        "all values finite"
+    )
     found = [line.split() for line in lines]
     assert ["checkpoint", str(demo_checkpoint)] in found
-    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "64", "256", "0", "0"] in found
+    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "(64)", "256", "B"] in found
 
 
 def test_tables_in_a_pipe_have_a_line_for_each_row(capsys):
@@ -111,7 +114,9 @@ def test_tables_in_a_pipe_have_a_line_for_each_row(capsys):
     assert dump_main(["--demo", "--dry-run", *keys]) == 0
     title, *rows = capsys.readouterr().out.splitlines()
     assert f"{'long' * 30}.pt; " in title
-    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "(64)", "256"] in map(str.split, rows)
+    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "(64)", "256", "B"] in map(
+        str.split, rows
+    )
 
 
 def test_a_run_that_did_nothing_has_no_table(tmp_path, capsys):

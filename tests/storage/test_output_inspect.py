@@ -50,6 +50,11 @@ def damage(path: Path) -> list[str] | OutputError:
     return caught
 
 
+def nonfinite(data: np.ndarray, dtype: str) -> dict[str, int]:
+    values = data.view(dtype)
+    return {"nan": int(np.isnan(values).sum()), "inf": int(np.isinf(values).sum())}
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_json_lists_tensors_and_metadata(files, capsys, suffix):
     assert main([str(files[suffix]), "--json"]) == 0
@@ -58,9 +63,11 @@ def test_json_lists_tensors_and_metadata(files, capsys, suffix):
     assert {tensor["key"]: tensor for tensor in listed["tensors"]} == {
         spec.name: {
             "key": spec.name,
+            "group": "boards" if spec.name in ("boards", "indices") else "activations",
             "dtype": spec.dtype,
             "shape": list(spec.shape),
             "bytes": spec.nbytes,
+            **nonfinite(DUMP.data[spec.name], spec.dtype),
         }
         for spec in DUMP.specs
     }
@@ -131,6 +138,18 @@ class damaged_copy:  # noqa: N801 - used as a function
 
     def __exit__(self, *_: object) -> None:
         self._directory.cleanup()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_digests_say_nothing_of_the_tensors(files, capsys, suffix):
+    encoded = "crc32".encode("utf-32-le" if suffix == ".npz" else "ascii")
+    place = files[suffix].read_bytes().rindex(encoded)
+    with damaged_copy(files[suffix], place, 1) as path:
+        assert main([str(path), "--verify"]) == 1
+        table, errors = capsys.readouterr()
+        assert errors == f"error: {path} is damaged: integrity\n"
+        rows = {line.split()[0]: line.split()[-1] for line in table.splitlines() if line}
+        assert {rows[spec.name] for spec in DUMP.specs} == {"unknown"}
 
 
 def test_damage_is_one_line_and_exit_1(files, tmp_path, capsys):
