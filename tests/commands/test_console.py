@@ -28,14 +28,14 @@ def read_all(terminal):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Return what makes a terminal of stderr, which returns what reads all that it was sent."""
+    """Return what makes a terminal of a stream, which returns what reads all that it was sent."""
     primary, secondary = pty.openpty()
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    with os.fdopen(secondary, "w") as stderr:
+    with os.fdopen(secondary, "w") as file:
 
-        def begin():  # in the test itself: pytest sets stderr anew before each
-            monkeypatch.setattr(sys, "stderr", stderr)
+        def begin(stream="stderr"):  # in the test itself: pytest sets streams anew before each
+            monkeypatch.setattr(sys, stream, file)
             return lambda: read_all(primary)
 
         yield begin
@@ -79,6 +79,28 @@ def test_no_colour(live, terminal, monkeypatch):
     assert red.search(lines())
     monkeypatch.setenv("NO_COLOR", "1")
     assert not red.search(lines())
+
+
+@pytest.mark.parametrize("no_colour", ["", "1"])
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_tables_fit_the_terminal(width, no_colour, terminal, tmp_path, monkeypatch):
+    """Of two files: what they hold, and what differs."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--demo", "--n-samples=99", "--outputs=pooled,rmsnorm_gammas", "--labels=all"]
+    for name in ("a.pt", "b.pt"):
+        assert dump_main([*common, f"--seed={ord(name[0])}", "-o", name]) == 0
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    shown_since = terminal("stdout")
+    assert inspect_main(["a.pt"]) == 0
+    assert inspect_main(["a.pt", "b.pt"]) == 1
+    assert dump_main(["--demo", "--list-outputs"]) == 0
+    shown = shown_since()
+    assert ("\x1b" in shown) != bool(no_colour)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).split("\r\n")
+    assert [line for line in lines if len(line) > width and " " in line] == []  # paths stay whole
+    names = {line.split()[0] for line in lines if line}
+    assert names >= {"rmsnorm_gammas/blocks.3.attn_norm", "labels/tile_65536_mask", "attn_scores"}
 
 
 def test_what_is_no_terminal_gets_whole_lines(demo_checkpoint, demo_pool, tmp_path, capsys):

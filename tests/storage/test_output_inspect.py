@@ -173,7 +173,7 @@ def test_damage_is_one_line_and_exit_1(files, tmp_path, capsys):
         (["empty.safetensors"], 1),
         (["empty.pt"], 1),
         (["empty.npz", "--verify"], 1),
-        (["x.npz.partial"], 2),
+        (["y.npz.partial"], 2),
         (["unfinished.safetensors"], 1),
         (["unfinished.pt", "--verify"], 1),
         (["unfinished.npz"], 1),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from dump_activations.commands.tables import Table
-from dump_activations.commands.text import printable
+from dump_activations.commands.text import filled, printable
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ def print_parts(*parts: str | Table) -> None:
     with _named_stdout():
         for part in parts:
             if isinstance(part, str):
-                click.echo(printable(part))
+                text = printable(part)
+                click.echo(text if width is None else "\n".join(filled(text, width)))
             else:
                 click.echo("\n".join(["", *part.lines(width, styled=_is_styled(sys.stdout))]))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dump_activations.commands.console import print_json, print_parts
+from dump_activations.commands.console import print_json, print_note, print_parts
 from dump_activations.commands.runner import be_process, run_command
 from dump_activations.errors import (
     DumpActivationsError,
@@ -23,6 +23,8 @@ from dump_activations.errors import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
+
+    from dump_activations.storage.writing.unfinished import Unfinished
 
 
 def run() -> NoReturn:
@@ -68,17 +70,37 @@ def inspect_activations(
 
 
 def _show(file: Path, *, verify: bool, as_json: bool) -> None:
-    from dump_activations.commands import contents
+    from dump_activations.commands.contents import FileContents
     from dump_activations.storage.reading.inspection import find_damage, inspect
+    from dump_activations.storage.writing.targets import partial_path, target_of
+    from dump_activations.storage.writing.unfinished import find_unfinished
 
+    found = find_unfinished(file)
+    if found is not None:
+        _show_unfinished(found, verify=verify, as_json=as_json)
+        return
     inspection = inspect(file)
     damaged = find_damage(inspection, threads=_threads()) if verify else None
+    contents = FileContents.of(inspection, damaged)
     if as_json:
-        print_json(contents.as_dict(inspection, damaged))
+        print_json(contents.as_dict())
     else:
-        print_parts(*contents.parts(inspection, damaged))
+        print_parts(*contents.parts())
+    if (left := partial_path(target_of(file))).exists():
+        print_note(f"{left} is beside it: another dump to its name, not finished")
     if damaged:
         raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
+
+
+def _show_unfinished(found: Unfinished, *, verify: bool, as_json: bool) -> None:
+    from dump_activations.commands import unfinished
+
+    if verify:
+        raise OutputError(f"{found.path} is not finished: there is nothing to verify it by")
+    if as_json:
+        print_json(unfinished.as_dict(found))
+    else:
+        print_parts(*unfinished.parts(found))
 
 
 def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:

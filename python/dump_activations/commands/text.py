@@ -20,6 +20,11 @@ def width_of(text: str) -> int:
     return cell_len(text)
 
 
+def filled(text: str, width: int) -> list[str]:
+    """Cut a text at blanks into lines of so many columns; a word that is longer stays whole."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
 def wrapped(text: str, width: int) -> list[str]:
     """Cut a text into lines of so many columns, at blanks where there are some."""
     if width_of(text) <= width:
