@@ -208,22 +208,25 @@ def _difference(
 ) -> Difference:
     """Compare elements (n,), the first of which is element `start` of a tensor."""
     places = np.flatnonzero(first != second)
-    first, second = first[places], second[places]
-    differ = ~((first != first) & (second != second))  # noqa: PLR0124 -- NaN, also of integers
-    places, first, second = places[differ], first[differ], second[differ]
+    if len(places) < len(first):
+        first, second = first[places], second[places]
     finite = np.isfinite(first) & np.isfinite(second)
-    nonfinite = len(places) - int(np.count_nonzero(finite))
-    places, first, second = places[finite], first[finite], second[finite]
+    nonfinite = 0
+    if not finite.all():
+        both_nan = (first != first) & (second != second)  # noqa: PLR0124 -- of integers too
+        nonfinite = int(np.count_nonzero(~finite) - np.count_nonzero(both_nan))
+        places, first, second = places[finite], first[finite], second[finite]
     if not len(places):
         return Difference(nonfinite, nonfinite)
     distances = _distances(first, second)
     larger = np.maximum(np.abs(first.astype(np.float64)), np.abs(second.astype(np.float64)))
+    np.divide(distances, larger, out=larger)
     i = int(np.argmax(distances))
     return Difference(
         elements=len(places) + nonfinite,
         nonfinite=nonfinite,
         largest=float(distances[i]),
-        relative=float((distances / larger).max()),
+        relative=float(larger.max()),
         place=tuple(map(int, np.unravel_index(start + int(places[i]), shape))),
     )
 
