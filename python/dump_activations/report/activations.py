@@ -9,7 +9,7 @@ from dump_activations.report import charts
 from dump_activations.report.figures import OUTLIER, KeyFigures, key_figures
 from dump_activations.report.markup import Markup, number_text, percent_text, tag
 from dump_activations.report.source import Source, looked_at
-from dump_activations.report.tables import table
+from dump_activations.report.tables import heat_board, table
 
 # What other sections show.
 _ELSEWHERE = frozenset({"attn_pattern", "head_logits", "head_probs"})
@@ -59,7 +59,7 @@ def _by_layer(figures: KeyFigures) -> Iterator[Markup]:
     yield charts.lines(
         f"{figures.key}: norm of a vector", names,
         [charts.Series("mean", [*figures.norm_mean]), charts.Series("median", [*median], 1)],
-        band=charts.Series("5% to 95%", [*low]), band_top=[*high],
+        band=(charts.Series("5%", [*low]), charts.Series("95%", [*high])),
         x_label="layer", y_label="L2 norm",
     )  # fmt: skip
     yield charts.lines(
@@ -92,7 +92,7 @@ def _row(figures: KeyFigures, i: int) -> Iterator[str]:
 
 def _cells(figures: KeyFigures, norms_LS: NDArray[np.float64]) -> Markup:
     boards = [
-        charts.heat_board(
+        heat_board(
             f"layer {name}" if figures.layers else "all boards",
             [charts.short_text(norm) for norm in norms_S],
             _depths(norms_S),
@@ -102,7 +102,7 @@ def _cells(figures: KeyFigures, norms_LS: NDArray[np.float64]) -> Markup:
     return charts.figure(
         f"{figures.key}: mean norm at each cell",
         tag("div", *boards, class_="heats"),
-        note="Blue deepens from a layer's smallest to its largest, over a tenth of its mean or more.",
+        note="Blue deepens from a layer's smallest to its largest, a tenth of its mean or more.",
     )
 
 

@@ -64,8 +64,8 @@ def draw(source: Source, examples: NDArray[np.int64]) -> Markup:
     top = float(np.nan_to_num(found.mean).max())
     intro = (
         f"Means are of {looked_at(found.count, len(source.file))}. A head's mean is drawn as a "
-        "board of small boards: one for each cell that looks, at that cell's place, with the cells it "
-        f"looks at; clear is 0 and the deepest blue {charts.short_text(top)}. Beside it, of one "
+        "board of small boards: one for each cell that looks, at that cell's place, with the cells "
+        f"it looks at; clear is 0 and the deepest blue {charts.short_text(top)}. Beside it, of one "
         "board, how much each cell gets from a looking cell on average, in percent, and 100 the "
         "deepest blue. Depth grows with the square root."
     )
@@ -74,13 +74,10 @@ def draw(source: Source, examples: NDArray[np.int64]) -> Markup:
         tag("option", f"row {source.rows[place]:,}", value=i, selected="" if i == shown else None)
         for i, place in enumerate(examples)
     ]
-    choice = tag("label", "Another: ", tag("select", *options, id="chosen"), class_="script")
-    chosen = tag(
-        "div",
-        tag("p", "The one board, of those above: ", choice),
-        board(source.boards[examples[shown]]),
-        class_="chosen",
-    )
+    choice = tag("select", *options, id="chosen", class_="script")
+    without = tag("noscript", f"row {source.rows[examples[shown]]:,}")
+    label = tag("label", "The one board, one of those above: ", choice, without)
+    chosen = tag("div", label, board(source.boards[examples[shown]]), class_="chosen")
     layers = [_layer(found, i, top) for i in range(len(found.layers))]
     return Markup.of(tag("p", intro), _sinks(found), chosen, *layers, _received_data(found))
 
@@ -96,13 +93,12 @@ def _head(found: Attention, i: int, head: int, top: float) -> Markup:
     mean = tag(
         "img",
         src=data_url(_boards_of_boards(np.sqrt(found.mean[i, head] / (top or 1.0)))),
-        alt=f"Layer {found.layers[i]}, {name}: mean attention of each cell to each cell",
+        alt=f"layer {found.layers[i]}, {name}: mean pattern",
     )
-    pattern = tag("div", tag("span", f"{name}, mean"), mean, class_="heat")
-    received = found.received[_shown(found), i, head]
-    texts = [f"{100 * share:.0f}" for share in np.nan_to_num(received)]
-    board = charts.heat_board(f"{name}, one board", texts, np.sqrt(received))
-    return tag("div", pattern, board, class_="head")
+    pattern = tag("figure", tag("figcaption", f"{name}, mean"), mean)
+    # The script fills it in: it is of the chosen board.
+    chosen = tag("table", tag("caption", f"{name}, one board"), class_="board script")
+    return tag("div", pattern, chosen, class_="head")
 
 
 def _shown(found: Attention) -> int:
@@ -128,8 +124,8 @@ def _sinks(found: Attention) -> Markup:
 
 
 def _received_data(found: Attention) -> Markup:
-    """Return the percentages of all example boards, for the script: a string a board."""
-    percent = np.nan_to_num(100 * found.received).round().clip(0, 100).astype(int)
-    boards = [" ".join(map(str, each.ravel())) for each in percent]
-    # JSON of digits and blanks: there is nothing to escape.
-    return tag("script", Markup(json.dumps(boards)), type="application/json", id="attention-data")
+    """Return the percentages of all example boards, for the script: a character each from `#`."""
+    percent = np.nan_to_num(100 * found.received).round().clip(0, 100).astype(np.uint8)
+    boards = ["".join(chr(ord("#") + value) for value in board.ravel()) for board in percent]
+    text = Markup(json.dumps(boards).replace("<", r"\u003c"))
+    return tag("script", text, type="application/json", id="attention-data")

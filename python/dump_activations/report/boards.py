@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from dump_activations.board import CELLS, MOVES
 from dump_activations.pool.game import empty_cells, legal_moves, max_exponent
 from dump_activations.report import charts
-from dump_activations.report.markup import Markup, percent_text, tag
+from dump_activations.report.markup import Markup, bar_text, percent_text, tag
 from dump_activations.report.moves import NAMES
 from dump_activations.report.source import Source, looked_at
+from dump_activations.report.tables import heat_board
 
 _STEP_BINS = 12
 
@@ -70,7 +71,7 @@ def _counted(
     kinds: NDArray[np.int64],
     x_label: str,
 ) -> Markup:
-    """Draw the share of each of `kinds` among values; its name is the number where there is none."""
+    """Draw the share of each of `kinds` among values; `names` of None are their numbers."""
     counts = (values[:, None] == kinds).sum(axis=0)
     return _shares(title, names or [*map(str, kinds)], counts, len(values), x_label)
 
@@ -92,7 +93,7 @@ def _shares(
         title,
         names,
         100 * shares,
-        texts=[percent_text(share).rstrip("%") if share else "" for share in shares],
+        texts=[bar_text(share) for share in shares],
         tooltips=[
             f"{name}: {count:,} boards, {percent_text(share)}"
             for name, count, share in zip(names, counts, shares, strict=True)
@@ -106,6 +107,6 @@ def _cells(boards: NDArray[np.uint8]) -> Markup:
     """Draw how large the tiles of each cell are."""
     mean_S = boards.mean(axis=0)
     texts = [charts.short_text(value) for value in mean_S]
-    board = charts.heat_board("mean exponent", texts, mean_S / (mean_S.max() or 1))
+    board = heat_board("mean exponent", texts, mean_S / (mean_S.max() or 1))
     note = "0 is an empty cell, e the tile 2^e; a darker blue is more."
     return charts.figure("Where the large tiles are", board, note=note)

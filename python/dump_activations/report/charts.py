@@ -1,26 +1,27 @@
 """Charts as inline SVG. A mark's tooltip says what it stands for; colours are classes of CSS."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dump_activations.board import CELLS
 from dump_activations.report.markup import Markup, number_text, tag
 
-_WIDTH, _HEIGHT = 320, 170
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 24, 34
+# In halves of the size at which a figure is drawn, so that coordinates are whole numbers.
+_WIDTH, _HEIGHT = 640, 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 16, 48, 68
 
-# Depths of the colour of numbers, as classes of `page.css`.
-_HEAT_LEVELS = 10
 
 _MOST_TICKS = 4
 
+# Of lines, as classes of `page.css`.
+_COLOURS = 4
+
 # About how wide a character of a label below the axis is, and a gap between two labels.
-_CHARACTER, _GAP = 5.4, 4.0
+_CHARACTER, _GAP = 10.8, 8.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def bars(
             width=width,
             height=max(frame.y(0) - top, 0.0),
         )
-        text = tag("text", texts[i], class_="v", x=frame.x(i), y=top - 2)
+        text = tag("text", texts[i], class_="v", x=frame.x(i), y=top - 4)
         marks.append(Markup.of(rect, text))
     return figure(title, frame.draw(title, marks, labels, x_label, y_label), note=note)
 
@@ -78,36 +79,22 @@ def lines(
     *,
     x_label: str,
     y_label: str,
-    band: Series | None = None,
-    band_top: Sequence[float] = (),
+    band: tuple[Series, Series] | None = None,
     note: str = "",
 ) -> Markup:
-    """Return a figure with lines over labels, and a band from `band` to `band_top` behind them."""
-    shown = [value for each in series for value in each.values]
-    frame = _Frame(len(labels), np.asarray([*shown, *band_top], np.float64))
-    marks = []
-    if band is not None:
-        marks.append(_band(frame, band, band_top))
-    for each in series:
-        marks += _line(frame, each, labels)
+    """Return a figure with lines over labels, and behind them the band between two others."""
+    named = [*series, *(band or ())]
+    frame = _Frame(len(labels), np.array([each.values for each in named], np.float64))
+    marks = [_band(frame, *band)] if band else []
+    marks += [_line(frame, each) for each in series]
+    columns = []
+    for i, label in enumerate(labels):
+        texts = (f"{each.name} {number_text(each.values[i])}" for each in named)
+        columns.append(frame.column(i, f"{label}: {', '.join(texts)}"))
+    marks.append(tag("g", *columns, class_="t"))
     chart = frame.draw(title, marks, labels, x_label, y_label)
-    legend = [_legend(series, band)] if len(series) > 1 else []
+    legend = [_legend(series, band)] if len(named) > 1 else []
     return figure(title, chart, *legend, note=note)
-
-
-def heat_board(caption: str, texts: Sequence[str], depths: ArrayLike) -> Markup:
-    """Return a board of 16 texts on a colour, clear at depth 0 and the deepest at 1."""
-    cells = np.asarray(depths, np.float64).ravel()
-    assert len(cells) == len(texts) == CELLS, cells.shape
-    content = [
-        tag("i", text, class_=heat_class(depth)) for text, depth in zip(texts, cells, strict=True)
-    ]
-    return tag("div", tag("span", caption), tag("div", *content, class_="board"), class_="heat")
-
-
-def heat_class(depth: float) -> str:
-    """Return the class of a colour, clear at 0 and the deepest at 1."""
-    return f"h{min(max(int(depth * _HEAT_LEVELS), 0), _HEAT_LEVELS - 1) if depth > 0 else 0}"
 
 
 def short_text(value: float) -> str:
@@ -130,6 +117,21 @@ def tick_values(top: float) -> list[float]:
     return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
 
 
+def markers() -> Iterator[Markup]:
+    """Yield what draws a dot at each value of a line: once a page, for all its charts."""
+    for colour in range(_COLOURS):
+        yield tag(
+            "marker",
+            tag("path", class_=f"d{colour}", d="M5 5h0"),
+            id=f"m{colour}",
+            markerUnits="userSpaceOnUse",
+            markerWidth=10,
+            markerHeight=10,
+            refX=5,
+            refY=5,
+        )
+
+
 class _Frame:
     """The axes of a chart: labels along the bottom, numbers from 0 up the side."""
 
@@ -145,82 +147,69 @@ class _Frame:
         share = max(value, 0.0) / self._ticks[-1] if math.isfinite(value) else 0.0
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
+    def column(self, index: int, tooltip: str) -> Markup:
+        """Return what says something of a label to a pointer anywhere over it."""
+        left, height = self.x(index) - self.pitch / 2, _HEIGHT - _TOP - _BOTTOM
+        outline = f"M{left:.0f} {_TOP}h{self.pitch:.0f}v{height}h{-self.pitch:.0f}z"
+        return tag("path", tag("title", tooltip), d=outline)
+
     def draw(
         self, title: str, marks: Sequence[Markup], labels: Sequence[str], x_label: str, y_label: str
     ) -> Markup:
-        grid = [
-            Markup.of(
-                tag("line", class_="g", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=self.y(t), y2=self.y(t)),
-                tag("text", number_text(t), class_="e", x=_LEFT - 4, y=self.y(t) + 3),
-            )
-            for t in self._ticks
+        heights = [self.y(tick) for tick in self._ticks]
+        grid = "".join(f"M{_LEFT} {y:.0f}H{_WIDTH - _RIGHT}" for y in heights)
+        numbers = [
+            tag("text", number_text(tick), x=_LEFT - 8, y=y + 6)
+            for tick, y in zip(self._ticks, heights, strict=True)
         ]
         widest = max(map(len, labels), default=0) * _CHARACTER + _GAP
         every = math.ceil(widest / self.pitch)
         names = [
-            tag("text", label, x=self.x(i), y=_HEIGHT - _BOTTOM + 12)
+            tag("text", label, x=self.x(i), y=_HEIGHT - _BOTTOM + 24)
             for i, label in enumerate(labels)
             if i % every == 0
         ]
         middle = _LEFT + (_WIDTH - _LEFT - _RIGHT) / 2
         axes = [
-            tag("text", x_label, x=middle, y=_HEIGHT - 6),
-            tag("text", y_label, class_="s", x=2, y=8),
+            tag("text", x_label, x=middle, y=_HEIGHT - 12),
+            tag("text", y_label, class_="s", x=4, y=16),
         ]
         return tag(
             "svg",
-            *(*grid, *names, *axes, *marks),
+            tag("path", class_="g", d=grid),
+            tag("g", *numbers, class_="e"),
+            *(*names, *axes, *marks),
             viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
             role="img",
             aria_label=title,
         )
 
 
-def _line(frame: _Frame, series: Series, labels: Sequence[str]) -> list[Markup]:
-    """Draw what is finite of a series, with a dot and a tooltip a value."""
-    points = [(frame.x(i), frame.y(v), v, labels[i]) for i, v in enumerate(series.values)]
-    strokes = [
-        tag("path", class_=f"l{series.colour}", d=_path([(x, y) for x, y, _, _ in run]))
-        for finite, run in groupby(points, lambda point: math.isfinite(point[2]))
-        if finite
-    ]
-    dots = [
-        tag(
-            "circle",
-            tag("title", f"{series.name}, {label}: {number_text(value)}"),
-            class_=f"f{series.colour}",
-            cx=x,
-            cy=y,
-            r=2.5,
-        )
-        for x, y, value, label in points
-        if math.isfinite(value)
-    ]
-    return [*strokes, *dots]
+def _line(frame: _Frame, series: Series) -> Markup:
+    """Draw what is finite of a series."""
+    places = [i for i, value in enumerate(series.values) if math.isfinite(value)]
+    # A line breaks where a value is missing.
+    runs = [[i for _, i in run] for _, run in groupby(enumerate(places), lambda at: at[1] - at[0])]
+    strokes = (_path([(frame.x(i), frame.y(series.values[i])) for i in run]) for run in runs)
+    return tag("path", class_=f"l{series.colour}", d="".join(strokes))
 
 
-def _band(frame: _Frame, low: Series, high: Sequence[float]) -> Markup:
-    places = [
-        i
-        for i, (a, b) in enumerate(zip(low.values, high, strict=True))
-        if math.isfinite(a) and math.isfinite(b)
-    ]
-    # A band over one label has a width too.
-    half = frame.pitch / 4 if len(places) == 1 else 0.0
-    above = [(frame.x(i) + d, frame.y(high[i])) for i in places for d in {-half, half}]
-    below = [(frame.x(i) + d, frame.y(low.values[i])) for i in places for d in {-half, half}]
-    outline = _path([*above, *reversed(below)]) + "z" if places else ""
-    return tag("path", class_=f"b{low.colour}", d=outline)
+def _band(frame: _Frame, low: Series, high: Series) -> Markup:
+    both = np.isfinite(low.values) & np.isfinite(high.values)
+    places = [int(i) for i in np.flatnonzero(both)]
+    above = [(frame.x(i), frame.y(high.values[i])) for i in places]
+    below = [(frame.x(i), frame.y(low.values[i])) for i in reversed(places)]
+    return tag("path", class_="b0", d=_path([*above, *below]) + "z" if places else "")
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return "M" + "L".join(f"{x:.0f} {y:.0f}" for x, y in points)
 
 
-def _legend(series: Sequence[Series], band: Series | None) -> Markup:
+def _legend(series: Sequence[Series], band: tuple[Series, Series] | None) -> Markup:
     entries = [(each.name, f"k{each.colour}") for each in series]
     if band is not None:
-        entries.append((band.name, "kb"))
+        entries.append((f"{band[0].name} to {band[1].name}", "kb"))
     return tag(
         "div",
         *(tag("span", tag("b", "", class_=swatch), name) for name, swatch in entries),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from dump_activations.report import tables
 from dump_activations.report.boards import tile_text
 from dump_activations.report.markup import Markup, percent_text, tag
 from dump_activations.report.moves import ARROWS, NAMES, NO_MOVE, Choices, read_choices
@@ -42,8 +43,7 @@ def draw(source: Source, places: NDArray[np.int64]) -> Markup:
 
 def board(exponents: NDArray[np.uint8]) -> Markup:
     """Draw a board of the game."""
-    cells = (tag("i", tile_text(int(e)), class_=f"t{e}") for e in exponents)
-    return tag("div", *cells, class_="board game")
+    return tables.board([tile_text(int(e)) for e in exponents], [f"t{e}" for e in exponents])
 
 
 def _rule(choices: Choices | None) -> Markup:

@@ -5,7 +5,6 @@ A vector is a value's last axis: of one cell, or of one cell and attention head.
 Shape letters: n boards, L layers (1 for keys without), S cells (16), F features of a vector.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,32 +52,33 @@ class KeyFigures:
 def key_figures(source: Source, key: str) -> KeyFigures:
     """Read the statistics of a key, if there are any, and values of some boards."""
     stored = source.stored_statistics(key)
-    places = source.rows_within(key, few=stored is not None)
     layers = source.file.layers(key)
-    values = source.read(key, places)
-    of_layers = [values[:, i] for i in range(len(layers))] if layers else [values]
-    norms = [_norms(layer) for layer in of_layers]
-    statistics = stored or _stacked(
-        [_statistics(v, n) for v, n in zip(of_layers, norms, strict=True)]
-    )
-    statistics = {name: np.atleast_1d(array) for name, array in statistics.items()}
-    largest = np.maximum(abs(statistics["min"]), abs(statistics["max"]))
-    features = values.shape[-1]
-    per_feature = {
-        name: statistics[name].reshape(-1, features) for name in ("variance", "outliers")
-    }
-    count = statistics["count"].reshape(-1)
-    axis = cell_axis(key, values.shape[2:] if layers else values.shape[1:])
+    places = source.rows_within(key, few=stored is not None)
+    axis = cell_axis(key, source.file.shape(key)[2 if layers else 1 :])
+    quantiles, cell_norms, computed = [], [], []
+    for layer in layers or [None]:
+        values = source.read(key, places, layer=layer)
+        norms = _norms(values)
+        quantiles.append(np.quantile(norms, QUANTILES))
+        if axis is not None:
+            cell_norms.append(_by_cell(norms, 1 + axis))
+        if stored is None:
+            computed.append(_statistics(values, norms))
+    statistics = stored or {name: np.stack([of[name] for of in computed]) for name in computed[0]}
+    shape = (max(len(layers), 1), -1)
+    of_layers = {name: np.reshape(values, shape) for name, values in statistics.items()}
+    largest = np.maximum(abs(of_layers["min"]), abs(of_layers["max"]))
+    entries = of_layers["count"][:, 0] * largest.shape[1]
     return KeyFigures(
         key=key,
         layers=layers,
         board_counts=(len(source.file) if stored else len(places), len(places)),
-        norm_mean=statistics["norm_mean"].reshape(-1),
-        norm_quantiles=np.stack([np.quantile(n, QUANTILES) for n in norms], axis=1),
-        spread=np.sqrt(per_feature["variance"].mean(axis=-1)),
-        outliers=per_feature["outliers"].sum(axis=-1) / (count * features),
-        largest=largest.reshape(-1, features),
-        cell_norms=None if axis is None else np.stack([_by_cell(n, 1 + axis) for n in norms]),
+        norm_mean=of_layers["norm_mean"][:, 0],
+        norm_quantiles=np.stack(quantiles, axis=1),
+        spread=np.sqrt(of_layers["variance"].mean(axis=1)),
+        outliers=of_layers["outliers"].sum(axis=1) / entries,
+        largest=largest,
+        cell_norms=np.stack(cell_norms) if cell_norms else None,
     )
 
 
@@ -114,7 +114,3 @@ def _statistics(values: Floats, norms: Array) -> dict[str, Array]:
         "outliers": (abs(vectors) > OUTLIER).sum(axis=0).astype(np.float64),
         "norm_mean": norms.mean(),
     }
-
-
-def _stacked(layers: list[dict[str, Array]]) -> Mapping[str, Array]:
-    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}

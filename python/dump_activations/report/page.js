@@ -24,14 +24,24 @@ document.addEventListener("pointerdown", (event) => {
   tip.style.top = `${Math.max(clientY - tip.offsetHeight - 12, 0)}px`;
 });
 
-// The attention of the chosen board.
-const data = document.getElementById("attention-data");
-document.getElementById("chosen")?.addEventListener("change", (event) => {
-  const cells = document.querySelectorAll(".head .board i");
-  JSON.parse(data.textContent)[event.target.value].split(" ").forEach((percent, i) => {
-    cells[i].textContent = percent;
-    cells[i].className = `h${Math.min(Math.floor(Math.sqrt(percent)), 9)}`;
+// The attention of the chosen board: a percentage a cell, head after head.
+const chosen = document.getElementById("chosen");
+const showChosen = () => {
+  const data = JSON.parse(document.getElementById("attention-data").textContent)[chosen.value];
+  document.querySelectorAll(".head .board").forEach((table, head) => {
+    const body = document.createElement("tbody");
+    for (let cell = 0; cell < 16; cell++) {
+      if (cell % 4 === 0) body.insertRow();
+      const percent = data.charCodeAt(16 * head + cell) - "#".charCodeAt(0);
+      const td = body.lastChild.insertCell();
+      td.textContent = percent;
+      td.className = `h${Math.min(Math.floor(Math.sqrt(percent)), 9)}`;
+    }
+    table.tBodies[0]?.remove();
+    table.append(body);
   });
-  const board = document.querySelectorAll(".examples .board")[event.target.value];
+  const board = document.querySelectorAll(".examples .board")[chosen.value];
   document.querySelector(".chosen .board").replaceWith(board.cloneNode(true));
-});
+};
+chosen?.addEventListener("change", showChosen);
+if (chosen) showChosen();

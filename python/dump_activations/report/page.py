@@ -5,7 +5,16 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from dump_activations.report import activations, attention, boards, examples, facts, heads
+from dump_activations.report import (
+    activations,
+    attention,
+    boards,
+    charts,
+    examples,
+    facts,
+    heads,
+    png,
+)
 from dump_activations.report.markup import Markup, tag
 from dump_activations.report.source import Source
 from dump_activations.storage.reading.activations_file import ActivationsFile
@@ -66,6 +75,12 @@ def _document(inspection: Inspection, count: int, sections: dict[str, Markup]) -
     toggle = tag("button", "Light or dark", id="theme", class_="script", type="button")
     body = tag(
         "body",
+        tag(
+            "svg",
+            tag("defs", *charts.markers(), png.heat_filter()),
+            class_="shared",
+            aria_hidden="true",
+        ),
         tag("header", tag("h1", title), links, toggle),
         tag(
             "main",

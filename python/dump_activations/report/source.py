@@ -79,21 +79,13 @@ class Source:
             return self.file.stats(key)
         return None
 
-    def read(self, key: str, places: NDArray[np.int64]) -> Floats:
-        """Read a key of boards at places in `rows`, float32 (len(places), L, ...) or without L."""
+    def read(self, key: str, places: NDArray[np.int64], *, layer: int | None = None) -> Floats:
+        """Read a key of boards at places in `rows`, float32; of all layers or one."""
         rows = self.rows[places]
-        layers = self.file.layers(key)
-        names = [key]
-        if layers and key not in self.file.tensor_names():
-            names = [f"{key}.{layer}" for layer in layers]
-        values = [self._read_stored(name, rows) for name in names]
-        return values[0] if names == [key] else np.stack(values, axis=1)
-
-    def _read_stored(self, name: str, rows: NDArray[np.int64]) -> Floats:
-        if self.file.dtype(name) == "bfloat16":
-            values: Floats = self.file.read(name, rows).float().numpy()
+        if self.file.dtype(key) == "bfloat16":
+            values: Floats = self.file.read(key, rows, layer=layer).float().numpy()
             return values
-        return self.file.read_numpy(name, rows).astype(np.float32)
+        return self.file.read_numpy(key, rows, layer=layer).astype(np.float32)
 
 
 def spaced(count: int, most: int) -> NDArray[np.int64]:
