@@ -7,7 +7,6 @@ use crate::error::Error;
 use crate::file;
 use crate::interrupt::Interrupt;
 use crate::limits::Limits;
-use crate::memory;
 use crate::read_error::ReadError;
 use crate::row_files::{RowFile, RowFiles};
 use crate::rows;

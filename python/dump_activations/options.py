@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 DEFAULT_OUTPUT = "activations.safetensors"
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16-true")
 
 _Check = Callable[[str, Any], Any]
 

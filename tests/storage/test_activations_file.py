@@ -77,12 +77,12 @@ def test_every_tensor_is_as_the_ordinary_reader_has_it(path):
 @settings(max_examples=60)
 @given(
     st.sampled_from([STACKED, "attn_q", "final_hidden", "boards", "labels/legal_moves"]),
-    st.sampled_from(FORMATS),
-    st.booleans(),
+    st.tuples(st.sampled_from(FORMATS), st.booleans()),
     st.lists(st.integers(0, N - 1), max_size=60),
     st.sampled_from([None, *LAYERS]),
 )
-def test_rows_in_any_order(make, key, suffix, split, rows, layer):
+def test_rows_in_any_order(make, key, form, rows, layer):
+    suffix, split = form
     acts, stacked = ActivationsFile(make(suffix, split=split)), read_dump(make(suffix))
     expected = stacked.tensors[key]
     if key in (STACKED, "attn_q"):
