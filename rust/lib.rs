@@ -7,6 +7,7 @@ mod column;
 mod descrs;
 mod dtype;
 pub mod error;
+pub mod exact;
 mod extents;
 mod fields;
 mod file;
@@ -15,7 +16,9 @@ pub mod interrupt;
 pub mod layout;
 mod limits;
 mod literal;
+mod load;
 mod memory;
+mod norms;
 pub mod npy;
 mod order;
 pub mod pool;
@@ -34,8 +37,10 @@ mod scan;
 mod scatter;
 mod shards;
 pub mod spans;
+pub mod statistics;
 mod sync;
 #[cfg(test)]
 mod testing;
+mod tile;
 
 pub use error::Error;
