@@ -49,6 +49,7 @@ class JoinedFile(BatchFile):
         Raises:
             OutputError: this process does not see that file, or cannot write beside it.
         """
+        assert rank > 0, rank
         with OutputError.when(f"cannot write {partial_path(work.target)}"):
             kept = _resumed(work, token)
             partial = Partial.join(work.target)

@@ -29,7 +29,8 @@ def journal_path(target: Path, rank: int = 0) -> Path:
 def journals_of_others(target: Path) -> list[Path]:
     """List the journals of all processes but the first."""
     name = re.compile(re.escape(journal_path(target).name) + r"\.[1-9][0-9]{0,8}")
-    found = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+    with OutputError.when(f"cannot list {target.parent}"):
+        found = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.suffix[1:]))
 
 
