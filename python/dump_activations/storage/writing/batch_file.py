@@ -42,6 +42,7 @@ class BatchFile(ABC):
         places: Places,
         journal: Journal,
         kept: Collection[int],
+        *,
         statistics: RunningStatistics,
     ) -> None:
         """Private: `OutputFile.open` and `JoinedFile.join` make one."""

@@ -34,7 +34,7 @@ class JoinedFile(BatchFile):
     ) -> None:
         """Private: `JoinedFile.join` makes one."""
         statistics = RunningStatistics(vectors_of(work.specs))
-        super().__init__(work, partial, places, journal, kept, statistics)
+        super().__init__(work, partial, places, journal, kept, statistics=statistics)
         self._tickets = Tickets(places)
 
     @classmethod

@@ -51,12 +51,12 @@ class OutputFile(BatchFile):
         places: Places,
         journal: Journal,
         batches: Mapping[int, BatchDigests],
-        statistics: RunningStatistics,
         *,
+        statistics: RunningStatistics,
         unusable: str | None,
     ) -> None:
         """Private: `OutputFile.open` makes one."""
-        super().__init__(work, partial, places, journal, batches, statistics)
+        super().__init__(work, partial, places, journal, batches, statistics=statistics)
         self.unusable = unusable
         self.token = journal.token
         self._specs = {spec.name: spec for spec in work.specs}
@@ -111,7 +111,15 @@ class OutputFile(BatchFile):
                     partial = Partial.open(target, anew=True)
             token = secrets.randbits(63) if shared else None
             journal = Journal(journal_path(target), work.header, token)
-            file = cls(work, partial, places, journal, batches, statistics, unusable=unusable)
+            file = cls(
+                work,
+                partial,
+                places,
+                journal,
+                batches,
+                statistics=statistics,
+                unusable=unusable,
+            )
             file._begin()
         except BaseException:
             partial.close()
@@ -173,7 +181,8 @@ class OutputFile(BatchFile):
                 sync_directory(self.target.parent)
                 for each in others:
                     each.remove()
-                    statistics_path(each.path).unlink(missing_ok=True)
+                    if self._statistics:
+                        statistics_path(each.path).unlink(missing_ok=True)
                 self._journal.remove()
         finally:
             self._close()

@@ -135,5 +135,7 @@ class _Reader:
             if self.ended.is_set():
                 break
             nbytes = min(at_once, stop - start)
-            whole += statistics.read(name, dtype, self._partial.fd, start, nbytes, start - offset)
+            whole += statistics.read(
+                name, dtype, self._partial.fd, offset=start, nbytes=nbytes, start=start - offset
+            )
         return whole
