@@ -28,7 +28,7 @@ from dump_activations.model.config import EncoderConfig
 from dump_activations.model.encoder import Encoder
 from dump_activations.model.layers import find_layers
 from dump_activations.model.replica import replicate
-from dump_activations.options import Options
+from dump_activations.options import DumpOptions, Options
 from dump_activations.pipeline.board_feed import LABEL_PREFIX
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.pinned import PinnedSlots
@@ -36,6 +36,7 @@ from dump_activations.pipeline.shortage import model_shortage_named
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import StepIndices
+from dump_activations.statistics import statistics_specs
 
 _LARGE_TENSOR = 8 << 30
 
@@ -109,6 +110,26 @@ class Plan:
             TensorSpec("indices", "int64", (n,)),
             TensorSpec("boards", "uint8", (n, CELLS)),
             *self._label_specs(),
+            *self._statistics_specs(),
+        ]
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether statistics of the activations are stored beside them."""
+        return isinstance(self.options, DumpOptions) and self.options.stats
+
+    def _statistics_specs(self) -> list[TensorSpec]:
+        if not self.has_statistics:
+            return []
+        stacked = None if self.options.split_layers else len(self.layers)
+        return [
+            spec
+            for each in self.board_tensors
+            for spec in statistics_specs(
+                each.name,
+                layers=stacked if each.activation.per_layer else None,
+                width=each.shape[-1],
+            )
         ]
 
     def _label_specs(self) -> list[TensorSpec]:
