@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dump_activations.pipeline.summary import Summary
     from dump_activations.pool.dataset import Shard, StepsDataset
     from dump_activations.storage.reading.activations_file import ActivationsFile
+    from dump_activations.storage.reading.cell_batch import CellBatch
 
     __version__: str
 
@@ -43,6 +44,7 @@ __all__ = [
     "ActivationUnavailableError",
     "ActivationsFile",
     "Batch",
+    "CellBatch",
     "CheckpointError",
     "CheckpointNotFoundError",
     "DeviceError",
@@ -72,6 +74,7 @@ __all__ = [
 _HOMES = {
     "ActivationsFile": "storage.reading.activations_file",
     "Batch": "api",
+    "CellBatch": "storage.reading.cell_batch",
     "Encoder": "model.encoder",
     "EncoderConfig": "model.config",
     "Shard": "pool.dataset",

@@ -34,6 +34,7 @@ from dump_activations.pipeline.preview import Preview
 from dump_activations.pipeline.provenance import fingerprint, metadata
 from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.transfer import HOST_SLOTS
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import tidy
@@ -74,8 +75,8 @@ def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Su
 
 
 def _run(init: Init, pool: Pool, path: Path, options: DumpOptions, started: float) -> Summary:
-    plan = make_plan(init, pool, options)
-    with current(plan.device):
+    plan = make_plan(init, pool, options, host_slots=HOST_SLOTS if options.write else 0)
+    with plan, current(plan.device):
         if not options.write:
             return _discard(plan, options, started)
         return _write(plan, path, options, started)
@@ -116,12 +117,17 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
                     file.write(name, _bytes_of(tensor))
                 if file.resumed_rows and options.progress:
                     options.progress(file.resumed_rows, n)
+                missing = [file.rows_of(stretch) for stretch in file.missing]
+                start = missing[0].start if missing else n
                 with (
                     Loop(plan, forward) as loop,
                     WriterPool(file, threads=_WRITER_THREADS) as writers,
-                    closing(loop.batches(options.progress, start=file.resumed_rows)) as batches,
+                    closing(loop.batches(options.progress, start=start)) as batches,
                 ):
                     for batch in batches:
+                        if not any(batch.boards.first_row in rows for rows in missing):
+                            batch.release()
+                            continue
                         tensors = {**batch.boards.tensors, **batch.tensors}
                         writers.submit(
                             batch.boards.first_row,
@@ -148,7 +154,7 @@ def _beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[
     if file.unusable:
         yield f"{file.partial} is started anew: {file.unusable}"
     if file.resumed_rows:
-        yield f"going on with {file.partial} at board {file.resumed_rows:,} of {n:,}"
+        yield f"going on with {file.partial}, which has {file.resumed_rows:,} of {n:,} boards"
     if existing:
         holds = size_text(existing.size)
         boards = existing.metadata.get("n_samples", "")
@@ -177,10 +183,12 @@ def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
     last = file.last_resumed
     if last is None:
         return
-    first_row, digests = last
-    indices = plan.indices[first_row : file.resumed_rows]
-    rows = read_batch(plan.pool, plan.labels, indices, first_row=first_row).tensors
-    if any(zlib.crc32(_bytes_of(each).data) != digests[name].crc32 for name, each in rows.items()):
+    rows, digests = last
+    indices = plan.indices[rows.start : rows.stop]
+    stored = read_batch(plan.pool, plan.labels, indices, first_row=rows.start).tensors
+    if any(
+        zlib.crc32(_bytes_of(each).data) != digests[name].crc32 for name, each in stored.items()
+    ):
         raise OutputError(
             f"{file.partial} holds other boards than {plan.pool.path} has now; restore the "
             f"pool, or drop the file with {switch('overwrite')}"
@@ -240,7 +248,7 @@ def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
     with (
         HeldInterrupts() as interrupts,
         Forward(plan) as forward,
-        Loop(plan, forward, keep=False) as loop,
+        Loop(plan, forward) as loop,
     ):
         for batch in loop.batches(options.progress):
             batch.release()

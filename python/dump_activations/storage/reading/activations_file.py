@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,11 @@ from dump_activations.storage.reading.catalog import LABEL_PREFIX, Key
 from dump_activations.storage.reading.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from dump_activations.storage.reading.board_values import BoardValues
+    from dump_activations.storage.reading.cells import Cells
 
 Rows = ArrayLike | slice | None
 """Numbers of rows in any order, with repeats; a slice; a mask, bool (N,); None for all."""
@@ -176,6 +180,101 @@ class ActivationsFile:
         self._fill(found, numbers, layer, out.reshape(-1).view(np.uint8))
         return out
 
+    def boards(
+        self, key: str, layer: int | None = None, labels: str | Sequence[str] = ()
+    ) -> BoardValues:
+        """Return a map-style dataset of `(activation, {label: value})`, a board each.
+
+        A `DataLoader` takes it, with workers too, whole or through `random_split` and samplers; it
+        reads each batch in one call.
+
+        Args:
+            key: An activation key.
+            layer: One layer by its number in the model; None for all of them.
+            labels: Names of labels of the file.
+
+        Raises:
+            InvalidArgumentError: There is no such key, layer or label.
+        """
+        from dump_activations.storage.reading.board_values import BoardValues
+
+        found = self._find(key)
+        found.parts(layer)
+        if not found.of_boards:
+            raise InvalidArgumentError(f"{key} has no axis of boards")
+        names = (labels,) if isinstance(labels, str) else labels
+        for name in names:
+            if name not in self.labels:
+                has = ", ".join(self.labels) or "none"
+                raise InvalidArgumentError(f"{option('labels')}: no {name!r} in it; it has {has}")
+        return BoardValues(
+            len(self),
+            partial(self.read, key, layer=layer),
+            {name: partial(self.read_numpy, LABEL_PREFIX + name) for name in names},
+        )
+
+    def cells(
+        self,
+        key: str | Sequence[str],
+        layer: int | None = None,
+        *,
+        batch_size: int = 8192,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        window: int = 256 << 20,
+        device: str | torch.device | None = None,
+        drop_last: bool = False,
+    ) -> Cells:
+        """Return shuffled batches of cells, `CellBatch(values, rows, cells)`, as SAEs train on.
+
+        Each cell of each board comes once an epoch. The file is read in windows, stretches of
+        consecutive boards in a drawn order, and the cells are shuffled within each. Boards that
+        were drawn are in a drawn order already; two cells of one board are then on average a third
+        of a window apart. With the defaults and 1 KB a cell, half of the cells have another one of
+        their board in the same batch, where a shuffle of all would do without. Three windows are
+        held in memory.
+
+        The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cell_order` has it.
+        Ranks take its batches in turns. `state_dict()` and `load_state_dict()` leave off and go on
+        in the middle.
+
+        Args:
+            key: An activation key with an axis of cells; of several the same cells are read, and
+                `values` is a dict.
+            layer: The layer by its number in the model, of keys that have layers.
+            batch_size: Cells a batch; the last of an epoch may have fewer.
+            seed: Seed of the order.
+            epoch: The first epoch; the others follow, an iteration each.
+            rank: Which of `world_size` processes this is.
+            world_size: Processes that share the batches.
+            window: Bytes of a window, at least those of a batch.
+            device: Where the values go; to a CUDA device through pinned memory, on a side stream.
+            drop_last: Leave out a short last batch, and those that not every rank would have.
+
+        Raises:
+            InvalidArgumentError: There is no such key or layer, a key has no axis of cells, or a
+                number is out of range.
+            DeviceError: There is no such device.
+        """
+        from dump_activations.storage.reading.cells import Cells, CellValues
+
+        keys = (key,) if isinstance(key, str) else tuple(key)
+        return Cells(
+            self._files,
+            {name: CellValues.of(self._find(name), layer) for name in keys},
+            single=isinstance(key, str),
+            batch_size=batch_size,
+            seed=seed,
+            epoch=epoch,
+            rank=rank,
+            world_size=world_size,
+            window=window,
+            device=device,
+            drop_last=drop_last,
+        )
+
     def _find(self, name: str) -> Key:
         """Find a key; InvalidArgumentError where there is none, or of a dtype that dumps lack."""
         found = self._files.catalog.find(name)
@@ -185,7 +284,7 @@ class ActivationsFile:
 
     def _numbers(self, key: Key, rows: Rows) -> NDArray[np.int64]:
         if key.of_boards:
-            return row_numbers(rows, len(self))
+            return _row_numbers(rows, len(self), self)
         if rows is not None:
             raise InvalidArgumentError(
                 f"{option('rows')}: {key.name} has no axis of boards; it is read whole"
@@ -244,7 +343,7 @@ class _Labels(Mapping[str, NDArray[Any]]):
         return len(self._names)
 
 
-def row_numbers(rows: Rows, boards: int) -> NDArray[np.int64]:
+def _row_numbers(rows: Rows, boards: int, acts: ActivationsFile) -> NDArray[np.int64]:
     """Return numbers of rows of so many, int64 (R,).
 
     Raises:
@@ -267,6 +366,7 @@ def row_numbers(rows: Rows, boards: int) -> NDArray[np.int64]:
     if outside.any():
         at = int(np.argmax(outside))
         raise RowIndexError(
-            f"{option('rows')}: row {numbers[at]} at position {at} is not one of {boards}"
+            f"{option('rows')}: row {numbers[at]} at position {at} is not in {acts}, which has "
+            f"{boards} boards"
         )
     return np.ascontiguousarray(numbers, np.int64)

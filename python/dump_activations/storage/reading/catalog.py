@@ -5,6 +5,7 @@ Shape letters: N boards, L layers of those kept.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dump_activations.errors import InvalidArgumentError, OutputError, option
 from dump_activations.storage.formats.contents import Contents, StoredTensor
@@ -87,10 +88,11 @@ class Catalog:
         OutputError: its tensors have no first axis in common.
     """
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, path: Path, contents: Contents) -> None:
+        self._path = path
         self.tensors = {tensor.name: tensor for tensor in contents.tensors}
-        self.boards = _count_boards(contents.tensors)
-        self._layers = _layers(contents.metadata)
+        self.boards = self._count_boards()
+        self._layers = self._find_layers(contents.metadata)
         self.keys = self._find_keys()
 
     def find(self, name: str) -> Key:
@@ -103,9 +105,8 @@ class Catalog:
             return self.keys[name]
         if name in self.tensors:
             return self._key_of(self.tensors[name])
-        raise InvalidArgumentError(
-            f"no {name!r} in it, only {_listed([*self.keys, *self._others])}"
-        )
+        has = _listed([*self.keys, *self._others])
+        raise InvalidArgumentError(f"{self._path}: no {name!r} in it, only {has}")
 
     @property
     def labels(self) -> list[str]:
@@ -116,6 +117,22 @@ class Catalog:
     @property
     def _others(self) -> list[str]:
         return [name for name in self.tensors if _split_name(name)[0] not in self.keys]
+
+    def _count_boards(self) -> int:
+        """Return the length of the first axis: of `indices`, or of all where there are none."""
+        lengths = {name: (*tensor.shape, 0)[0] for name, tensor in self.tensors.items()}
+        counts = {lengths["indices"]} if "indices" in lengths else set(lengths.values())
+        if len(counts) != 1:
+            raise OutputError(f"{self._path} is no dump: its tensors have no first axis in common")
+        return counts.pop()
+
+    def _find_layers(self, metadata: Mapping[str, str]) -> tuple[int, ...]:
+        """Return the numbers of the layers kept; none where the file says nothing of them."""
+        layers = metadata.get("layers") or ",".join(map(str, range(_number(metadata))))
+        try:
+            return tuple(int(layer) for layer in layers.split(",") if layer)
+        except ValueError:
+            raise OutputError(f"{self._path}: its layers are {layers[:80]!r}") from None
 
     def _find_keys(self) -> dict[str, Key]:
         keys: dict[str, Key] = {}
@@ -150,28 +167,6 @@ def _split_name(name: str) -> tuple[str, int | None]:
     """Take `KEY.LAYER` apart; any other name has no layer."""
     key, dot, layer = name.rpartition(".")
     return (key, int(layer)) if dot and layer.isdecimal() and len(layer) < 10 else (name, None)
-
-
-def _count_boards(tensors: Iterable[StoredTensor]) -> int:
-    """Return the length of the first axis of `indices`, or of every tensor where there are none."""
-    lengths = {tensor.name: tensor.shape[0] if tensor.shape else 0 for tensor in tensors}
-    counts = {lengths["indices"]} if "indices" in lengths else set(lengths.values())
-    if len(counts) != 1:
-        raise OutputError(
-            "its tensors have no first axis of boards in common"
-            if counts
-            else "there are no tensors in it"
-        )
-    return counts.pop()
-
-
-def _layers(metadata: Mapping[str, str]) -> tuple[int, ...]:
-    """Numbers of the layers kept; none where the file says nothing of them."""
-    layers = metadata.get("layers") or ",".join(map(str, range(_number(metadata))))
-    try:
-        return tuple(int(layer) for layer in layers.split(",") if layer)
-    except ValueError:
-        raise OutputError(f"its metadata names no layers: {layers[:80]!r}") from None
 
 
 def _number(metadata: Mapping[str, str]) -> int:

@@ -40,7 +40,7 @@ class TensorFiles:
         self.paths = paths
         self._stamps = [_stamp(path) for path in paths]
         inspections = [inspect(path) for path in paths]
-        catalogs = [_catalog(inspection) for inspection in inspections]
+        catalogs = [Catalog(each.path, each.contents) for each in inspections]
         self.catalog = catalogs[0]
         self.metadata = inspections[0].contents.metadata
         self.boards = sum(catalog.boards for catalog in catalogs)
@@ -132,13 +132,6 @@ class TensorFiles:
             if theirs.get(name, ours := self.metadata.get(name)) != ours:
                 return f"its {name} is {theirs[name]}, not {ours}"
         return ""
-
-
-def _catalog(inspection: Inspection) -> Catalog:
-    try:
-        return Catalog(inspection.contents)
-    except OutputError as error:
-        raise OutputError(f"{inspection.path} is no dump: {error}") from None
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
