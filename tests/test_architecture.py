@@ -18,7 +18,7 @@ LEAVES = (
 ARROWS = {
     "__main__": ("commands",),
     "commands": (*LEAVES, "api", "demo", "model", "options", "pipeline", "pool", "storage"),
-    "__init__": (*LEAVES, "api", "model", "pipeline", "pool"),
+    "__init__": (*LEAVES, "api", "model", "pipeline", "pool", "storage.reading"),
     "api": (*LEAVES, "model", "options", "pipeline", "pool", "storage"),
     "pipeline": (*LEAVES, "_rust", "model", "options", "pool"),
     "options": (
