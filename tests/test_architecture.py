@@ -14,8 +14,11 @@ LEAVES = ("board", "chunks", "dtypes", "errors", "paths", "pickles", "timing", "
 # Room -> the rooms and modules that its modules may import, besides one another.
 ARROWS = {
     "__main__": ("commands",),
-    "commands": (*LEAVES, "api", "demo", "model", "options", "pipeline", "pool", "storage"),
-    "__init__": (*LEAVES, "api", "model", "pipeline", "pool", "storage.reading"),
+    "commands": (
+        *LEAVES,
+        *("api", "demo", "model", "options", "pipeline", "pool", "report", "storage"),
+    ),
+    "__init__": (*LEAVES, "api", "model", "pipeline", "pool", "report", "storage.reading"),
     "api": (*LEAVES, "model", "options", "pipeline", "pool", "storage"),
     "pipeline": (*LEAVES, "_rust", "model", "options", "pool"),
     "options": (
@@ -28,6 +31,7 @@ ARROWS = {
     "storage.reading": (*LEAVES, "_rust", "storage.digests", "storage.formats"),
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
+    "report": (*LEAVES, "pool.game", "storage.digests", "storage.reading"),
     "demo": (),
     **dict.fromkeys(LEAVES, LEAVES),
 }
