@@ -9,7 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
-LEAVES = ("board", "chunks", "dtypes", "errors", "paths", "pickles", "timing", "units")
+LEAVES = (
+    *("board", "chunks", "dtypes", "errors", "paths", "pickles", "statistics"),
+    *("timing", "units"),
+)
 
 # Room -> the rooms and modules that its modules may import, besides one another.
 ARROWS = {
@@ -27,8 +30,14 @@ ARROWS = {
     ),
     "model": LEAVES,
     "pool": (*LEAVES, "_rust"),
-    "storage.writing": (*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
-    "storage.reading": (*LEAVES, "_rust", "storage.digests", "storage.formats"),
+    "storage.writing": (
+        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
+        "storage.statistics",
+    ),
+    "storage.reading": (
+        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.statistics"),
+    ),
+    "storage.statistics": (*LEAVES, "_rust", "storage.digests"),
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
     "report": (*LEAVES, "pool.game", "storage.digests", "storage.reading"),
