@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dump_activations.board import CELLS, MOVES
 from dump_activations.errors import OutputError
+from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.reading.activations_file import ActivationsFile
 
 Floats = NDArray[np.float32]
@@ -21,9 +22,6 @@ MOST_BOARDS = 1_000_000
 
 # Bytes of one activation key, in fp32, that are read: few where the file has its statistics.
 _MOST_NBYTES, _FEW_NBYTES = 128 << 20, 32 << 20
-
-STATISTICS_PREFIX = "stats/"
-"""Stands before the names of what the file says of a tensor's vectors and features."""
 
 _STATISTICS = ("count", "variance", "min", "max", "outliers", "norm_mean")
 
