@@ -36,9 +36,14 @@ class HeldInterrupts:
     context is left without an error. A second signal is not held back.
 
     Only signals that have a handler in Python are held.
+
+    Args:
+        all_of_them: hold back the ones after the first too, as where a launcher passes on what
+            a terminal or a scheduler has sent already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, all_of_them: bool = False) -> None:
+        self._all = all_of_them
         self._handlers: dict[int, Any] = {}
         self._held: int | None = None
         self._holds = True
@@ -71,7 +76,7 @@ class HeldInterrupts:
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if self._holds:
-            self._holds, self._held = False, number
+            self._holds, self._held = self._all, number
         else:
             self._handlers[number](number, frame)
 

@@ -1,5 +1,6 @@
 """A run that is checked and ready: model, pool, step indices, and what the tensors will be."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ from dump_activations.model.replica import replicate
 from dump_activations.options import Options
 from dump_activations.pipeline.board_feed import LABEL_PREFIX
 from dump_activations.pipeline.device import current, find_device
+from dump_activations.pipeline.place import Place
 from dump_activations.pipeline.shortage import model_shortage_named
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import StepIndices
 
+_ALONE = Place()
 _LARGE_TENSOR = 8 << 30
 
 
@@ -89,6 +92,12 @@ class Plan:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
+    @property
+    def largest_row_nbytes(self) -> int:
+        """Bytes of a board in the largest tensor."""
+        itemsize = STORAGE_DTYPES[self.options.dtype].nbytes
+        return max((math.prod(each.shape) * itemsize for each in self.board_tensors), default=CELLS)
+
     def whole_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that do not come in batches: parameters."""
         return {name: tensor.to(self.storage_dtype) for name, tensor in self.weights.items()}
@@ -118,13 +127,16 @@ def make_plan(
     init: str | os.PathLike[str] | Encoder,
     pool: str | os.PathLike[str] | StepsDataset,
     options: Options,
+    place: Place = _ALONE,
 ) -> Plan:
     """Load and check everything a run needs, before any forward pass.
+
+    Of several processes of a machine each gets a device of its own, by its place.
 
     Raises:
         DumpActivationsError: names what is wrong with the call, a file or the machine.
     """
-    device = find_device(options.device)
+    device = find_device(options.device, place)
     if not isinstance(pool, StepsDataset):
         pool = StepsDataset(pool)
     if isinstance(init, Encoder) and options.random_init:
