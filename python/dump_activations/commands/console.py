@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
+from dump_activations.pipeline.place import Place
 from dump_activations.units import size_text
 
 if TYPE_CHECKING:
@@ -42,12 +43,20 @@ def print_error(text: str) -> None:
 
 def print_warning(text: str) -> None:
     """Print one yellow line on stderr."""
-    _print_line("warning", "yellow", text)
+    if not _is_silent():
+        _print_line("warning", "yellow", text)
 
 
 def print_note(text: str) -> None:
     """Print one blue line on stderr."""
-    _print_line("note", "blue", text)
+    if not _is_silent():
+        _print_line("note", "blue", text)
+
+
+def _is_silent() -> bool:
+    """Whether another process of the same run prints all but errors."""
+    place = Place.of_process()
+    return place is not None and place.rank > 0
 
 
 def _print_line(label: str, colour: str, text: str) -> None:
@@ -91,7 +100,7 @@ def progress_bar() -> Iterator[Callable[[str], Progress | None]]:
 
     Yields what makes a callback of a unit's name; None where stderr is no terminal.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty() or _is_silent():
         yield lambda _unit: None
         return
     global _live  # noqa: PLW0603 -- there is one terminal
@@ -149,6 +158,8 @@ def print_json(value: object) -> None:
     Raises:
         OutputError: stdout cannot take it.
     """
+    if _is_silent():
+        return
     with _named_stdout():
         click.echo(json.dumps(value))
 
@@ -159,7 +170,7 @@ def print_titled(title: str, *tables: Table) -> None:
     Raises:
         OutputError: stdout cannot take it.
     """
-    if sys.stdout is None:
+    if sys.stdout is None or _is_silent():
         return
     from rich.console import Console
     from rich.text import Text
@@ -212,4 +223,10 @@ def _speed_table(summary: Summary) -> Table:
         f"{size_text(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
         f"{summary.commit_seconds:.2f} s to commit"
     )
+    if summary.processes > 1:
+        slowest = summary.boards_by_rank[summary.slowest_rank]
+        table.caption += (
+            f"; {summary.processes} processes, of which rank {summary.slowest_rank} did the "
+            f"fewest boards, {slowest:,}"
+        )
     return table

@@ -13,7 +13,8 @@ from datetime import timedelta
 from functools import cache
 from typing import Self
 
-import torch.distributed as dist
+from torch.distributed import HashStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from dump_activations.errors import GroupError
 from dump_activations.pipeline.place import Place
@@ -50,7 +51,7 @@ class Group:
         failed_first: whether this process failed, and before any other.
     """
 
-    def __init__(self, place: Place, store: dist.Store) -> None:
+    def __init__(self, place: Place, store: Store) -> None:
         """Meet the others, who do the same.
 
         Args:
@@ -73,12 +74,19 @@ class Group:
 
     @classmethod
     def join(cls) -> Self:
-        """Join the group that torchrun put this process in, or be one alone."""
+        """Join the group that torchrun put this process in, or be one alone.
+
+        Raises:
+            GroupError: as above.
+        """
         place = Place.of_process()
         if place is None:
-            return cls(Place(), dist.HashStore())
+            return cls(Place(), HashStore())
         with _named_store():
-            return cls(place, _torchrun_store())
+            store = _torchrun_store()
+        group = cls(place, store)
+        _joined.append(group)
+        return group
 
     def __enter__(self) -> Self:
         return self
@@ -150,7 +158,8 @@ class Group:
     def count(self, what: str, amount: int = 1) -> int:
         """Add to a counter of all processes; return what it comes to."""
         with _named_store():
-            return self._store.add(self._prefix + what, amount)
+            total: int = self._store.add(self._prefix + what, amount)
+        return total
 
     def take(self, tickets: Sequence[range]) -> Iterator[range]:
         """Take tickets that no other process takes, one by one, until none is left.
@@ -280,10 +289,34 @@ class Group:
         return self.hear(f"{nonce}/restarts/{rank}", rank, meanwhile=answer)
 
 
+# Those that this process has joined.
+_joined: list[Group] = []
+
+
+def fails_first(*, waits: bool) -> bool:
+    """Whether this process, which fails, is to say why: the first in its group to fail.
+
+    Args:
+        waits: whether a process that has not met the others yet may wait for them.
+    """
+    place = Place.of_process()
+    if place is None:
+        return True
+    try:
+        if waits and not _joined:
+            Group.join()
+        if _joined:
+            return _joined[-1].fail()
+    except (GroupError, KeyboardInterrupt):
+        pass
+    return place.local_rank == 0
+
+
 @cache
-def _torchrun_store() -> dist.Store:
+def _torchrun_store() -> Store:
     """Connect to the store of this process's group, which its first process holds or torchrun."""
-    store, _rank, _size = next(dist.rendezvous("env://", timeout=_STORE_TIMEOUT))
+    store: Store
+    store, _rank, _size = next(rendezvous("env://", timeout=_STORE_TIMEOUT))
     return store
 
 
@@ -294,4 +327,4 @@ def _named_store() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise GroupError(f"lost the store of the processes that torchrun started: {reason}") from error
+        raise GroupError(f"lost the store that joins the processes: {reason}") from error

@@ -30,8 +30,9 @@ class Place:
         """Return the place that torchrun gave this process; None if it did not start it."""
         if not all(os.environ.get(name) for name in (*_VARIABLES, *_STORE_VARIABLES)):
             return None
-        numbers = (int(os.environ[name]) for name in _VARIABLES)
-        return cls(*numbers, restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+        rank, size, local_rank, local_size = (int(os.environ[name]) for name in _VARIABLES)
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return cls(rank, size, local_rank, local_size, restarts)
 
     @property
     def cores(self) -> int:
