@@ -24,7 +24,7 @@ mod _rust {
     use pyo3::types::{PyList, PyString};
 
     use crate::boards::CELLS;
-    use crate::checksum::{self, Element};
+    use crate::checksum::{self, Digester, Element};
     use crate::error::Error;
     use crate::fields;
     use crate::interrupt::{Interrupt, Interrupted};
@@ -390,6 +390,16 @@ mod _rust {
         let digest = py
             .detach(|| spans::write_span(&file, direct.as_deref(), offset, bytes, element))
             .map_err(os_error)?;
+        Ok((digest.crc32, digest.nan, digest.inf))
+    }
+
+    /// Returns the (crc32, nan, inf) of uint8 data.
+    #[pyfunction]
+    fn digest(data: &Bound<'_, PyArray1<u8>>, dtype: &str) -> PyResult<(u32, u64, u64)> {
+        let mut digester = Digester::new(element(dtype)?);
+        let data = data.try_readonly().map_err(not_usable("data"))?;
+        digester.update(data.as_slice().map_err(not_usable("data"))?);
+        let digest = digester.finish();
         Ok((digest.crc32, digest.nan, digest.inf))
     }
 

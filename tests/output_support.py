@@ -113,10 +113,11 @@ def write_dump(
     threads: int = 2,
     **options: bool,
 ) -> Path:
-    """Write a whole file; batches are handed over in `order`, and those resumed left out."""
+    """Write a whole file; batches are handed over in `order`, but not those that are there."""
     with open_file(path, dump, **options) as file:
         write_whole_tensors(file, dump)
-        first_rows = [r for r in order or dump.first_rows if r >= file.resumed_rows]
+        missing = {row for stretch in file.missing for row in file.rows_of(stretch)}
+        first_rows = [row for row in order or dump.first_rows if row in missing]
         write_batches(file, dump, first_rows, threads=threads)
         file.commit()
     return path

@@ -10,11 +10,11 @@ from typing import Self
 
 from dump_activations.dtypes import TensorSpec
 from dump_activations.errors import OutputError, option
-from dump_activations.storage.digests import Digest
-from dump_activations.storage.formats.layout import RESERVED_NAMES
+from dump_activations.storage.digests import INTEGRITY_KEY, Digest, integrity_text
+from dump_activations.storage.formats.layout import RESERVED_NAMES, Layout
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.reading.inspection import inspect
-from dump_activations.storage.writing.journal import Header
+from dump_activations.storage.writing.records import Header
 from dump_activations.storage.writing.targets import target_of
 
 FINGERPRINT_KEY = "fingerprint"
@@ -104,12 +104,26 @@ class Work:
         metadata[FINGERPRINT_KEY] = _sha256(work)
         return cls(target, specs, metadata, Header(work, rows, batch_rows, tuple(batched)))
 
+    def layout(self, digests: Mapping[str, Digest] | None = None) -> Layout:
+        """Lay the file out; without the digests of its tensors, all but some bytes of the skeleton.
+
+        Raises:
+            InvalidArgumentError: the format cannot hold a dtype.
+        """
+        file_format = format_of(self.target, [spec.dtype for spec in self.specs])
+        crc32s = {name: digest.crc32 for name, digest in digests.items()} if digests else None
+        integrity = integrity_text(self.specs, self.metadata, digests)
+        return file_format.layout(self.specs, {**self.metadata, INTEGRITY_KEY: integrity}, crc32s)
+
     def differences(self, theirs: Mapping[str, str]) -> str:
         """Name what differs in other work, options as such."""
         ours = self.header.work
         differing = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
-        named = [name for name in differing if name not in _DERIVED] or differing
-        return ", ".join(_difference(name, theirs.get(name), ours.get(name)) for name in named)
+        return ", ".join(
+            _UNREADABLE.get(name)
+            or f"{_word(name)} ({_shown(theirs.get(name))} there, {_shown(ours.get(name))} here)"
+            for name in _told(differing)
+        )
 
 
 @dataclass(frozen=True)
@@ -140,11 +154,17 @@ def find_existing(target: Path) -> Existing | None:
     return Existing(found.size, found.contents.metadata, found.digests)
 
 
-def _difference(name: str, theirs: str | None, ours: str | None) -> str:
-    if name in _UNREADABLE:
-        return _UNREADABLE[name]
-    word = option(name) if name in _OPTIONS else name.replace("_", " ")
-    return f"{word} ({_shown(theirs)} there, {_shown(ours)} here)"
+def names_of(differing: Sequence[str]) -> str:
+    """Name entries of two works that differ, options as such."""
+    return ", ".join(_UNREADABLE.get(name) or _word(name) for name in _told(differing))
+
+
+def _told(differing: Sequence[str]) -> Sequence[str]:
+    return [name for name in differing if name not in _DERIVED] or differing
+
+
+def _word(name: str) -> str:
+    return option(name) if name in _OPTIONS else name.replace("_", " ")
 
 
 def _shown(value: str | None) -> str:
