@@ -30,6 +30,7 @@ from dump_activations.pipeline.provenance import fingerprint, metadata
 from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.tickets import cut_tickets
+from dump_activations.storage.writing.batch_file import BatchFile
 from dump_activations.storage.writing.joined_file import JoinedFile
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import tidy
@@ -192,7 +193,7 @@ class _Run:
             bytes_written=file.size,
         )
 
-    def _fill(self, file: OutputFile | JoinedFile, forward: Forward) -> Loop:
+    def _fill(self, file: BatchFile, forward: Forward) -> Loop:
         """Do this process's share of the batches that a file lacks."""
 
         def stretches() -> Iterator[range]:
@@ -252,7 +253,7 @@ class _Run:
             loop.ended = time.perf_counter()
 
     @contextmanager
-    def _kept_or_discarded(self, file: OutputFile | JoinedFile) -> Iterator[None]:
+    def _kept_or_discarded(self, file: BatchFile) -> Iterator[None]:
         """Leave a state to resume where the run could be finished later, and nothing where not."""
         try:
             yield
@@ -273,7 +274,7 @@ class _Run:
                 )
             raise
 
-    def _leave(self, file: OutputFile | JoinedFile) -> int:
+    def _leave(self, file: BatchFile) -> int:
         """Leave the file as a failed run does; return the boards that are kept in it."""
         group = self.group
         if not group.place.rank:

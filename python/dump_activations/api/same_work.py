@@ -27,7 +27,9 @@ def check_same_work(group: Group, work: Mapping[str, str]) -> None:
         group.say(_COUNT, len(work))
         return
     count = group.hear(_COUNT, 0)
-    differing = [name for name, number in hashes.items() if group.heard(f"{_COUNT}/{name}") != number]
+    differing = [
+        name for name, number in hashes.items() if group.heard(f"{_COUNT}/{name}") != number
+    ]
     if differing or count != len(work):
         names = names_of(differing) if differing else "options that only that one has"
         raise GroupError(f"rank {group.place.rank} differs from rank 0 in {names}")

@@ -224,9 +224,9 @@ def _speed_table(summary: Summary) -> Table:
         f"{summary.commit_seconds:.2f} s to commit"
     )
     if summary.processes > 1:
-        slowest = summary.boards_by_rank[summary.slowest_rank]
+        fewest = summary.boards_by_rank[summary.slowest_rank]
         table.caption += (
-            f"; {summary.processes} processes, of which rank {summary.slowest_rank} did the "
-            f"fewest boards, {slowest:,}"
+            f"; of {summary.processes} processes rank {summary.slowest_rank} did the fewest "
+            f"boards: {fewest:,}"
         )
     return table

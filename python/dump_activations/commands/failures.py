@@ -31,8 +31,8 @@ class Failure:
 
     @property
     def notes(self) -> str:
-        """What the line says beside the text; empty, or it begins with a semicolon."""
-        return self.line.removeprefix(self.text)
+        """What the line says beside the text."""
+        return self.line.removeprefix(self.text).removeprefix("; ")
 
 
 def is_to_say(failure: Failure) -> bool:

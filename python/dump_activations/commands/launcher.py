@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import uuid
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -16,14 +15,13 @@ from dump_activations.errors import (
     DeviceError,
     DumpActivationsError,
     InvalidArgumentError,
-    Note,
     option,
 )
-from dump_activations.pipeline.interrupts import Terminated, signal_name
+from dump_activations.pipeline.interrupts import TERMINATED, interruption_by, signal_name
 from dump_activations.pipeline.place import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -69,9 +67,14 @@ def launch(
         numa_binding: the mode of `torchrun --numa-binding`.
 
     Raises:
+        InvalidArgumentError: no such number of processes.
         LaunchError: one of them failed.
         KeyboardInterrupt: this process was interrupted; all have ended.
     """
+    if processes != "gpu" and (not processes.isdecimal() or int(processes) == 0):
+        raise InvalidArgumentError(
+            f"{option('nproc_per_node')}: {processes!r} is no number, or gpu"
+        )
     # What a lost connection makes torch print; its errors say it better.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -98,4 +101,45 @@ def launch(
         except ChildFailedError as error:
             raise _error_of(error, read_failures(Path(directory))) from None
         except SignalException as error:
-            interrupt = Terminated() if ... 
+            interrupt = interruption_by(error.sigval)
+            if notes := _notes(read_failures(Path(directory))):
+                interrupt.add_note(notes)
+            raise interrupt from None
+        finally:
+            del os.environ[DIRECTORY]
+
+
+def _number(processes: str) -> int:
+    import torch
+
+    if processes != "gpu":
+        return int(processes)
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"{option('nproc_per_node', 'gpu')}: no CUDA device here; a number starts so many "
+            "processes on the CPU"
+        )
+    return torch.cuda.device_count()
+
+
+def _error_of(error: ChildFailedError, failures: Sequence[Failure]) -> LaunchError:
+    """Say in one line why the processes ended."""
+    if failures and failures[0].code > 0:
+        return LaunchError(failures[0].line, failures[0].code)
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    # The others were told to end when one had.
+    rank = min(codes, key=lambda rank: (codes[rank] == TERMINATED, rank))
+    code = codes[rank]
+    how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    return LaunchError("; ".join(filter(None, [f"rank {rank} {how}", _notes(failures)])))
+
+
+def _notes(failures: Sequence[Failure]) -> str:
+    """Return what a user should know beside the reason, as the most of them say."""
+    return max((failure.notes for failure in failures), key=len, default="")
+
+
+def _silence(logger: logging.Logger) -> None:
+    """Keep what torch logs from the terminal."""
+    logger.propagate = False
+    logger.addHandler(logging.NullHandler())

@@ -43,9 +43,7 @@ def find_device(name: str, place: Place = _ALONE) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     # Compared here: torch keeps no more than the low byte of a larger number.
     if int(number) >= count:
-        raise DeviceError(
-            f"{option('device')}: no cuda:{number}; the last one is cuda:{count - 1}"
-        )
+        raise DeviceError(f"{option('device')}: no cuda:{number}; the last one is cuda:{count - 1}")
     return torch.device("cuda", int(number))
 
 

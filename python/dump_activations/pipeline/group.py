@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Self
 
-from torch.distributed import HashStore, Store
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dump_activations.errors import GroupError

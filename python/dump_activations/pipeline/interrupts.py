@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+TERMINATED = -signal.SIGTERM
+"""Exit code of a process that SIGTERM ended."""
+
 
 @contextmanager
 def ignored_interrupts() -> Iterator[None]:
@@ -111,6 +114,16 @@ def ignore_interrupts() -> None:
 def signal_of(interrupt: KeyboardInterrupt) -> int:
     """Return the number of the signal that an interruption stands for."""
     return signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+
+
+def interruption_by(number: int) -> KeyboardInterrupt:
+    """Return what a signal raises in a command; any but SIGINT stands for SIGTERM."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal: SIGKILL."""
+    return signal.Signals(number).name
 
 
 def die_of(number: int) -> None:

@@ -131,10 +131,7 @@ class Loop:
     ) -> Summary:
         """Sum up the run of all processes, once they have told what they did.
 
-        Args:
-            group: the processes.
-            started: when the run began, on the performance counter.
-            output: and the others: as in `Summary`.
+        It began at `started` on the performance counter; the rest is as in `Summary`.
         """
         ranks = range(group.place.size)
 
