@@ -120,7 +120,9 @@ def test_an_exponent_outside_is_told_as_soon_as_it_is_read(read, feed, boards):
     assert read == [1, 4, 16, 21]  # the windows, and once more to count
 
 
-@pytest.mark.parametrize(("largest", "counted"), [(1000, "3 of the 200"), (20, "1 of the 16 boards from number 56 on")])
+@pytest.mark.parametrize(
+    ("largest", "counted"), [(1000, "3 of the 200"), (20, "1 of the 16 boards from number 56 on")]
+)
 def test_exponents_outside_are_counted_where_that_is_cheap(
     largest, counted, feed, boards, monkeypatch
 ):
