@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
-LEAVES = ("board", "chunks", "dtypes", "errors", "paths", "pickles", "timing", "units")
+LEAVES = ("board", "chunks", "dtypes", "errors", "paths", "pickles", "place", "timing", "units")
 
 # Room -> the rooms and modules that its modules may import, besides one another.
 ARROWS = {

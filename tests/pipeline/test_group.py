@@ -1,4 +1,4 @@
-"""What the processes of a run tell one another: each is a thread here, and the store a local one."""
+"""What the processes of a run tell one another: here each is a thread, with one local store."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 from dump_activations.errors import GroupError
 from dump_activations.pipeline import group as group_module
 from dump_activations.pipeline.group import Group
-from dump_activations.pipeline.place import Place
+from dump_activations.place import Place
 
 
 class Late(HashStore):

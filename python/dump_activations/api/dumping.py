@@ -23,13 +23,13 @@ from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.group import Group
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.pipeline.loop import Loop
-from dump_activations.pipeline.place import Place
 from dump_activations.pipeline.plan import Plan, make_plan, warn_of_large_tensors
 from dump_activations.pipeline.preview import Preview
 from dump_activations.pipeline.provenance import fingerprint, metadata
 from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.tickets import cut_tickets
+from dump_activations.place import Place
 from dump_activations.storage.writing.batch_file import BatchFile
 from dump_activations.storage.writing.joined_file import JoinedFile
 from dump_activations.storage.writing.output_file import OutputFile
@@ -206,7 +206,7 @@ class _Run:
             progress(0)
         with (
             Loop(self.plan, forward) as loop,
-            WriterPool(file, threads=_writer_threads(self.group.place)) as writers,
+            WriterPool(file, threads=writer_threads(self.group.place)) as writers,
             closing(loop.batches(progress, stretches=stretches())) as batches,
         ):
             for batch in batches:
@@ -289,6 +289,6 @@ class _Run:
         return kept
 
 
-def _writer_threads(place: Place) -> int:
+def writer_threads(place: Place) -> int:
     """Return enough for some to wait for the disk while others take checksums."""
     return min(8, max(2, place.cores // 2))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
-from dump_activations.pipeline.place import Place
+from dump_activations.place import Place
 from dump_activations.units import size_text
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def print_note(text: str) -> None:
 
 def _is_silent() -> bool:
     """Whether another process of the same run prints all but errors."""
-    place = Place.of_process()
-    return place is not None and place.rank > 0
+    return Place.here().rank > 0
 
 
 def _print_line(label: str, colour: str, text: str) -> None:

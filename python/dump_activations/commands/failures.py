@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 
-from dump_activations.pipeline.place import Place
+from dump_activations.place import Place
 
 DIRECTORY = "DUMP_ACTIVATIONS_FAILURES"
 """Variable that names a directory where the launcher of this process looks for failures."""

@@ -18,7 +18,7 @@ from dump_activations.errors import (
     option,
 )
 from dump_activations.pipeline.interrupts import TERMINATED, interruption_by, signal_name
-from dump_activations.pipeline.place import Place
+from dump_activations.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from dump_activations.errors import DeviceError, InvalidArgumentError, option, switch
-from dump_activations.pipeline.place import Place
+from dump_activations.place import Place
 
 _ALONE = Place()
 

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dump_activations.errors import GroupError
-from dump_activations.pipeline.place import Place
+from dump_activations.place import Place
 
 BITS = 63
 """Of an integer in the store, which has no sign."""

@@ -28,8 +28,8 @@ from dump_activations.model.replica import replicate
 from dump_activations.options import Options
 from dump_activations.pipeline.board_feed import LABEL_PREFIX
 from dump_activations.pipeline.device import current, find_device
-from dump_activations.pipeline.place import Place
 from dump_activations.pipeline.shortage import model_shortage_named
+from dump_activations.place import Place
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import StepIndices

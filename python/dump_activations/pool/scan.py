@@ -1,6 +1,5 @@
 """Looks at consecutive rows of a pool for those that pass a filter, on all cores."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations import _rust
+from dump_activations.place import Place
 from dump_activations.pool.columns import ColumnReader
 from dump_activations.pool.expressions import Expression
 from dump_activations.pool.filters import evaluate
@@ -62,7 +62,7 @@ class _Scan:
 
     def run(self, starts: range, rows: int, progress: Progress | None) -> None:
         chunks = iter(enumerate(starts))
-        count = min(len(os.sched_getaffinity(0)), len(starts))
+        count = min(Place.here().cores, len(starts))
         threads = [
             threading.Thread(target=self._work, args=(chunks, rows), name=f"scan-{i}")
             for i in range(count)

@@ -34,6 +34,11 @@ class Place:
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         return cls(rank, size, local_rank, local_size, restarts)
 
+    @classmethod
+    def here(cls) -> Self:
+        """Return the same, or where a process stands that is alone."""
+        return cls.of_process() or cls()
+
     @property
     def cores(self) -> int:
         """Its share of the cores that its machine gives to it and its neighbours."""
