@@ -50,15 +50,46 @@ class Selection:
     ) -> None: ...
 
 @final
+class StoredTensor:
+    """A tensor in finished files, in equal parts of its rows; no file is kept open."""
+
+    def __new__(
+        cls,
+        name: str,
+        places: Sequence[tuple[str | PathLike[str], int, int]],
+        parts: int,
+        part_nbytes: int,
+    ) -> StoredTensor: ...
+    def read(
+        self,
+        parts: NDArray[np.int64],
+        out: NDArray[np.uint8],
+        *,
+        threads: int | None = None,
+        cancel: Cancel | None = None,
+    ) -> None: ...
+
+@final
 class Cancel:
     """Tells a read on another thread to end; for good."""
 
     def __new__(cls) -> Cancel: ...
     def ask(self) -> None: ...
 
+@final
+class Statistics:
+    """Statistics of the vectors of a tensor, from any threads."""
+
+    def __new__(cls, dtype: str, layers: int, run: int, width: int) -> Statistics: ...
+    def add(self, first: int, data: NDArray[np.uint8]) -> None: ...
+    def read(self, fd: int, offset: int, first: int, count: int) -> tuple[int, int, int]: ...
+    def merge(self, state: bytes) -> None: ...
+    def state(self) -> bytes: ...
+
 def sample_without_replacement(
     rows: int, state: int, increment: int, out: NDArray[np.int64]
 ) -> None: ...
+def permutation(state: int, increment: int, out: NDArray[np.int64]) -> None: ...
 def combine_crc32(first: int, second: int, second_len: int) -> int: ...
 def write_span(
     fd: int, direct_fd: int | None, offset: int, data: NDArray[np.uint8], dtype: str

@@ -274,7 +274,7 @@ def test_an_existing_target_lasts_until_the_new_file_is_whole(suffix, broken, co
     assert target.read_bytes() == b"old"
     code, lines = command(f"--output={target}")
     assert code == 0, lines
-    assert lines[1:] == [f"note: {target} (0.00 MB) is replaced when the new file is whole"]
+    assert lines[1:] == [f"note: {target} (3 B) is replaced when the new file is whole"]
     assert contents(target.parent) == {target.name: unbroken(suffix)}
 
 

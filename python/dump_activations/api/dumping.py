@@ -29,6 +29,7 @@ from dump_activations.pipeline.provenance import fingerprint, metadata
 from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.tickets import cut_tickets
+from dump_activations.pipeline.transfer import HOST_SLOTS
 from dump_activations.place import Place
 from dump_activations.storage.writing.batch_file import BatchFile
 from dump_activations.storage.writing.joined_file import JoinedFile
@@ -72,8 +73,13 @@ def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Su
     ):
         if options.write:
             check_output(path, [STORAGE_DTYPES[options.dtype].name])
-        plan = make_plan(init, pool, options, group.place)
-        with current(plan.device), HeldInterrupts(all_of_them=bool(group.others)) as interrupts:
+        slots = HOST_SLOTS if options.write else 0
+        plan = make_plan(init, pool, options, host_slots=slots, place=group.place)
+        with (
+            plan,
+            current(plan.device),
+            HeldInterrupts(all_of_them=bool(group.others)) as interrupts,
+        ):
             group.attend_to(interrupts.check)
             run = _Run(group, plan, path, options, started, interrupts)
             return run.write() if options.write else run.discard()
@@ -107,7 +113,7 @@ class _Run:
 
         progress = self._progress_from(0)
         with Forward(self.plan) as forward:
-            with Loop(self.plan, forward, keep=False) as loop:
+            with Loop(self.plan, forward) as loop:
                 for batch in loop.batches(progress, stretches=stretches()):
                     batch.release()
                     self.interrupts.check()
@@ -123,7 +129,7 @@ class _Run:
             self.path,
             specs,
             metadata(plan),
-            batched=[spec.name for spec in specs if spec.name not in plan.weights],
+            batched=[spec.name for spec in specs if not plan.is_whole(spec.name)],
             batch_rows=self.options.batch_size,
             fingerprint=fingerprint(plan),
         )

@@ -17,7 +17,7 @@ from dump_activations.model.capture import Capture
 from dump_activations.pipeline.compile_cache import use_own_cache
 from dump_activations.pipeline.cuda_timing import CudaStopwatch
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pipeline.precision import arithmetic
+from dump_activations.pipeline.precision import arithmetic, in_precision
 from dump_activations.pipeline.shortage import shortage
 from dump_activations.pipeline.transfer import Buffers
 from dump_activations.timing import Stopwatch
@@ -49,7 +49,9 @@ class Forward:
         if compiled:
             use_own_cache()
         self._capture = Capture(
-            plan.model, plan.board_tensors, compiled_rows=self.rows if compiled else None
+            in_precision(plan.model, plan.options.precision, plan.device),
+            plan.board_tensors,
+            compiled_rows=self.rows if compiled else None,
         )
         self._computing: Stopwatch | CudaStopwatch = (
             CudaStopwatch(torch.cuda.current_stream(plan.device)) if on_cuda else Stopwatch()
@@ -85,7 +87,7 @@ class Forward:
     def _compile(self) -> None:
         """Run a full batch of empty boards, for torch to compile the model meanwhile."""
         plan = self._plan
-        tokens_BS = torch.zeros((self.rows, CELLS), dtype=torch.uint8, device="cpu")
+        tokens_BS = torch.zeros((self.rows, CELLS), dtype=torch.uint8, device=plan.device)
         buffers = {
             tensor.name: torch.empty(
                 (self.rows, *tensor.shape), dtype=plan.storage_dtype, device=plan.device
@@ -115,7 +117,7 @@ class Forward:
         """Queue a batch, which is run as far as needed to fill the buffers.
 
         Args:
-            tokens_BS: exponents (B, 16), any integer dtype, on the host; pinned for CUDA.
+            tokens_BS: exponents (B, 16), any integer dtype, on the device.
             buffers: for each tensor's name, one (B, *shape) on the device.
 
         Returns:
@@ -146,4 +148,4 @@ class Forward:
     def _fill(self, tokens_BS: Tensor, buffers: Buffers) -> None:
         plan = self._plan
         with torch.inference_mode(), arithmetic(plan.options.precision, plan.device):
-            self._capture.run(tokens_BS.to(plan.device, non_blocking=True), buffers)
+            self._capture.run(tokens_BS, buffers)

@@ -131,7 +131,7 @@ def _parse_entry(entry: Sequence[Any]) -> tuple[Digest, list[tuple[int, bytes]]]
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or crc32 >= 1 << 32:
         raise ValueError("no digest")
     edges = [(start, b64decode(text, validate=True)) for start, text in encoded]
-    if not all(0 <= start <= nbytes - len(data) for start, data in edges):
+    if not all(type(at) is int and 0 <= at <= nbytes - len(data) for at, data in edges):
         raise ValueError("an edge outside of its batch")
     return Digest(nbytes, crc32, nan, inf), edges
 
