@@ -173,7 +173,6 @@ def make_plan(
             them. It is page-locked while the model is loaded.
         place: where this process stands: of several on a machine each gets a device of its own.
 
-
     Raises:
         DumpActivationsError: names what is wrong with the call, a file or the machine.
         PinnedMemoryError: this process's share of the host's memory is too small for the batches.
