@@ -1,5 +1,5 @@
 //! Reads pools of 2048 steps: finds shards, draws step indices, decodes boards.
-//! Writes and digests spans of output files.
+//! Writes and digests spans of output files, and reads their rows.
 
 pub mod boards;
 pub mod checksum;
@@ -7,6 +7,7 @@ mod column;
 mod descrs;
 mod dtype;
 pub mod error;
+pub mod exact;
 mod extents;
 mod fields;
 mod file;
@@ -15,7 +16,9 @@ pub mod interrupt;
 pub mod layout;
 mod limits;
 mod literal;
+mod load;
 mod memory;
+mod norms;
 pub mod npy;
 mod order;
 pub mod pool;
@@ -34,8 +37,11 @@ mod scan;
 mod scatter;
 mod shards;
 pub mod spans;
+pub mod statistics;
+pub mod stored;
 mod sync;
 #[cfg(test)]
 mod testing;
+mod tile;
 
 pub use error::Error;

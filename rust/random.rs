@@ -39,6 +39,28 @@ impl Generator {
         })
     }
 
+    /// Puts 0 up to the length of `out` in the order of `Generator.permutation`.
+    pub fn permute(&mut self, out: &mut [i64]) {
+        for (item, number) in out.iter_mut().zip(0..) {
+            *item = number;
+        }
+        for last in (1..out.len()).rev() {
+            out.swap(last, self.masked(last as u64) as usize);
+        }
+    }
+
+    /// A draw on the closed range [0, last], of as few bits as it has, again where it is outside.
+    fn masked(&mut self, last: u64) -> u64 {
+        let mask = u64::MAX >> last.leading_zeros();
+        loop {
+            let narrow = last <= u64::from(u32::MAX);
+            let bits = if narrow { u64::from(self.next_u32()) } else { self.next_u64() };
+            if bits & mask <= last {
+                return bits & mask;
+            }
+        }
+    }
+
     /// A draw on the closed range [0, last].
     pub fn bounded(&mut self, last: u64) -> u64 {
         match u32::try_from(last) {
@@ -69,5 +91,20 @@ impl Generator {
             }
         }
         (product >> 64) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `default_rng(0).permutation(12)`, which is to stay so.
+    #[test]
+    fn a_permutation_is_that_of_numpy() {
+        let state = 0x1aa1_b534_5996_452d_0958_5eb7_a695_61e3;
+        let increment = 0x418d_dadb_3af7_1a82_5881_33bc_4478_73a9;
+        let mut out = [0; 12];
+        Generator::new(state, increment).permute(&mut out);
+        assert_eq!(out, [9, 2, 7, 4, 5, 11, 0, 3, 6, 10, 8, 1]);
     }
 }

@@ -222,6 +222,9 @@ class DumpOptions(Options):
     write: bool = _option(
         "write the file; without, the model is run and nothing is kept", default=True
     )
+    stats: bool = _option(
+        "store statistics of each activation beside it: stats/KEY/mean and others", default=False
+    )
     resume: bool = _option(
         "do only what is missing: a complete file of the same work is left as it is", default=False
     )

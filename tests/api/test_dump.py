@@ -463,7 +463,7 @@ def test_without_write_nothing_is_written(model, packed, tmp_path, monkeypatch):
 def test_an_existing_file_is_replaced(model, packed, tmp_path):
     path = tmp_path / "twice.safetensors"
     cpu_dump(model, packed.path, path, outputs=["final_hidden"], n_samples=N)
-    with pytest.warns(DumpActivationsNote, match=rf"twice\.safetensors \(.* MB, {N} boards\)"):
+    with pytest.warns(DumpActivationsNote, match=rf"twice\.safetensors \(.* kB, {N} boards\)"):
         cpu_dump(model, packed.path, path, outputs=["pooled"], n_samples=5)
     assert set(read_dump(path).tensors) == {"pooled", "indices", "boards"}
     assert read_dump(path).tensors["pooled"].shape == (5, BASE.hidden)

@@ -130,7 +130,9 @@ def test_the_same_call_does_only_the_rest_and_says_so(suffix, broken, command, u
     code, lines = command(f"--output={target}")
     assert code == 0, lines
     (line,) = lines
-    going_on = re.fullmatch(rf"note: going on with {target}\.partial at board (\d+) of {N}", line)
+    going_on = re.fullmatch(
+        rf"note: going on with {target}\.partial, which has (\d+) of {N} boards", line
+    )
     # Batches that were under way are lost; those that were written are not.
     assert going_on, line
     assert 0 < int(going_on[1]) <= DONE * BATCH
@@ -272,7 +274,7 @@ def test_an_existing_target_lasts_until_the_new_file_is_whole(suffix, broken, co
     assert target.read_bytes() == b"old"
     code, lines = command(f"--output={target}")
     assert code == 0, lines
-    assert lines[1:] == [f"note: {target} (0.00 MB) is replaced when the new file is whole"]
+    assert lines[1:] == [f"note: {target} (3 B) is replaced when the new file is whole"]
     assert contents(target.parent) == {target.name: unbroken(suffix)}
 
 

@@ -28,14 +28,14 @@ def read_all(terminal):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Return what makes a terminal of stderr, which returns what reads all that it was sent."""
+    """Return what makes a terminal of a stream, which returns what reads all that it was sent."""
     primary, secondary = pty.openpty()
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    with os.fdopen(secondary, "w") as stderr:
+    with os.fdopen(secondary, "w") as file:
 
-        def begin():  # in the test itself: pytest sets stderr anew before each
-            monkeypatch.setattr(sys, "stderr", stderr)
+        def begin(stream="stderr"):  # in the test itself: pytest sets streams anew before each
+            monkeypatch.setattr(sys, stream, file)
             return lambda: read_all(primary)
 
         yield begin
@@ -81,6 +81,28 @@ def test_no_colour(live, terminal, monkeypatch):
     assert not red.search(lines())
 
 
+@pytest.mark.parametrize("no_colour", ["", "1"])
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_tables_fit_the_terminal(width, no_colour, terminal, tmp_path, monkeypatch):
+    """Of two files: what they hold, and what differs."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--demo", "--n-samples=99", "--outputs=pooled,rmsnorm_gammas", "--labels=all"]
+    for name in ("a.pt", "b.pt"):
+        assert dump_main([*common, f"--seed={ord(name[0])}", "-o", name]) == 0
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    shown_since = terminal("stdout")
+    assert inspect_main(["a.pt"]) == 0
+    assert inspect_main(["a.pt", "b.pt"]) == 1
+    assert dump_main(["--demo", "--list-outputs"]) == 0
+    shown = shown_since()
+    assert ("\x1b" in shown) != bool(no_colour)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).split("\r\n")
+    assert [line for line in lines if len(line) > width and " " in line] == []  # paths stay whole
+    names = {line.split()[0] for line in lines if line}
+    assert names >= {"rmsnorm_gammas/blocks.3.attn_norm", "labels/tile_65536_mask", "attn_scores"}
+
+
 def test_what_is_no_terminal_gets_whole_lines(demo_checkpoint, demo_pool, tmp_path, capsys):
     target = tmp_path / ("long" * 30) / "a.safetensors"
     target.parent.mkdir()
@@ -88,10 +110,13 @@ def test_what_is_no_terminal_gets_whole_lines(demo_checkpoint, demo_pool, tmp_pa
     dump(demo_checkpoint, demo_pool, target, **options)
     assert inspect_main([str(target)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{target}: {target.stat().st_size:,} bytes"
+    assert lines[0] == (
+        f"{target}: 31.0 kB ({target.stat().st_size:,} bytes), 1,024 boards, layers 0-3 of 4, "
+        "all values finite"
+    )
     found = [line.split() for line in lines]
     assert ["checkpoint", str(demo_checkpoint)] in found
-    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "64", "256", "0", "0"] in found
+    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "(64)", "256", "B"] in found
 
 
 def test_tables_in_a_pipe_have_a_line_for_each_row(capsys):
@@ -111,7 +136,9 @@ def test_tables_in_a_pipe_have_a_line_for_each_row(capsys):
     assert dump_main(["--demo", "--dry-run", *keys]) == 0
     title, *rows = capsys.readouterr().out.splitlines()
     assert f"{'long' * 30}.pt; " in title
-    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "(64)", "256"] in map(str.split, rows)
+    assert ["rmsnorm_gammas/blocks.3.mlp_norm", "float32", "(64)", "256", "B"] in map(
+        str.split, rows
+    )
 
 
 def test_a_run_that_did_nothing_has_no_table(tmp_path, capsys):

@@ -101,7 +101,7 @@ def test_a_run_notes_what_it_writes_and_python_callers_ask_for_it(
     target = tmp_path / "a.pt"
     assert main(["--demo", "--outputs=pooled", "--n-samples=20", "-o", str(target)]) == 0
     (note,) = [line for line in capsys.readouterr().err.splitlines() if "boards" in line]
-    assert note.startswith(f"note: 20 boards of pooled: 0.01 MB to {target}; ")
+    assert note.startswith(f"note: 20 boards of pooled: 5.60 kB to {target}; ")
     options = {"outputs": "pooled", "n_samples": 20, "device": "cpu", "allow_cpu": True}
     target.unlink()
     with pytest.warns(DumpActivationsNote, match="20 boards of pooled"):

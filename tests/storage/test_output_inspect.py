@@ -50,6 +50,11 @@ def damage(path: Path) -> list[str] | OutputError:
     return caught
 
 
+def nonfinite(data: np.ndarray, dtype: str) -> dict[str, int]:
+    values = data.view(dtype)
+    return {"nan": int(np.isnan(values).sum()), "inf": int(np.isinf(values).sum())}
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_json_lists_tensors_and_metadata(files, capsys, suffix):
     assert main([str(files[suffix]), "--json"]) == 0
@@ -58,9 +63,11 @@ def test_json_lists_tensors_and_metadata(files, capsys, suffix):
     assert {tensor["key"]: tensor for tensor in listed["tensors"]} == {
         spec.name: {
             "key": spec.name,
+            "group": "boards" if spec.name in ("boards", "indices") else "activations",
             "dtype": spec.dtype,
             "shape": list(spec.shape),
             "bytes": spec.nbytes,
+            **nonfinite(DUMP.data[spec.name], spec.dtype),
         }
         for spec in DUMP.specs
     }
@@ -133,6 +140,18 @@ class damaged_copy:  # noqa: N801 - used as a function
         self._directory.cleanup()
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_digests_say_nothing_of_the_tensors(files, capsys, suffix):
+    encoded = "crc32".encode("utf-32-le" if suffix == ".npz" else "ascii")
+    place = files[suffix].read_bytes().rindex(encoded)
+    with damaged_copy(files[suffix], place, 1) as path:
+        assert main([str(path), "--verify"]) == 1
+        table, errors = capsys.readouterr()
+        assert errors == f"error: {path} is damaged: integrity\n"
+        rows = {line.split()[0]: line.split()[-1] for line in table.splitlines() if line}
+        assert {rows[spec.name] for spec in DUMP.specs} == {"unknown"}
+
+
 def test_damage_is_one_line_and_exit_1(files, tmp_path, capsys):
     place = inspect(files[".pt"]).contents.tensors[0].offset
     with damaged_copy(files[".pt"], place, 1) as path:
@@ -154,7 +173,7 @@ def test_damage_is_one_line_and_exit_1(files, tmp_path, capsys):
         (["empty.safetensors"], 1),
         (["empty.pt"], 1),
         (["empty.npz", "--verify"], 1),
-        (["x.npz.partial"], 2),
+        (["y.npz.partial"], 2),
         (["unfinished.safetensors"], 1),
         (["unfinished.pt", "--verify"], 1),
         (["unfinished.npz"], 1),

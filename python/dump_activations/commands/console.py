@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import warnings
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from dump_activations.commands.tables import Table
+from dump_activations.commands.text import filled, printable
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
-from dump_activations.units import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
-    from rich.table import Table
 
     from dump_activations.options import Progress
-    from dump_activations.pipeline.summary import Summary
 
 
 # Where a bar is drawn, if one is: a line that went past its console would break it.
 _live: Console | None = None
-
-# More than any line is long.
-_UNLIMITED_WIDTH = 1 << 30
 
 
 def print_error(text: str) -> None:
@@ -62,11 +59,6 @@ def _print_line(label: str, colour: str, text: str) -> None:
         label = click.style(label, fg=colour, bold=True)
     with suppress(OSError):  # Nobody is left to be told.
         click.echo(label + text, err=True)
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would obey or could not show: names may come from any file."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager
@@ -127,22 +119,6 @@ def progress_bar() -> Iterator[Callable[[str], Progress | None]]:
             _live = None
 
 
-def print_summary(summary: Summary, *, as_json: bool) -> None:
-    """Print what a run did on stdout: a table, or JSON for scripts.
-
-    Raises:
-        OutputError: stdout cannot take it.
-    """
-    try:
-        if as_json:
-            print_json(summary.as_dict())
-        else:
-            print_titled(_title(summary), *([_speed_table(summary)] if summary.boards else []))
-    except OutputError as error:
-        done = f"{summary.output} is complete" if summary.output else "the run is done"
-        raise OutputError(f"{done}, but its summary is lost: {error}") from error
-
-
 def print_json(value: object) -> None:
     """Print JSON, in a line, on stdout.
 
@@ -153,22 +129,27 @@ def print_json(value: object) -> None:
         click.echo(json.dumps(value))
 
 
-def print_titled(title: str, *tables: Table) -> None:
-    """Print a line and tables on stdout; what is no terminal gets no line in pieces.
+def print_parts(*parts: str | Table) -> None:
+    """Print lines and tables on stdout, with nothing wider than the terminal where it is one.
 
     Raises:
         OutputError: stdout cannot take it.
     """
     if sys.stdout is None:
         return
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED_WIDTH)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     with _named_stdout():
-        console.print(Text(printable(title)), soft_wrap=True)
-        for table in tables:
-            console.print(table)
+        for part in parts:
+            if isinstance(part, str):
+                text = printable(part)
+                click.echo(text if width is None else "\n".join(filled(text, width)))
+            else:
+                click.echo("\n".join(["", *part.lines(width, styled=_is_styled(sys.stdout))]))
+
+
+def _is_styled(stream: TextIO) -> bool:
+    """Whether a stream's lines may have colours and weights."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 @contextmanager
@@ -181,35 +162,3 @@ def _named_stdout() -> Iterator[None]:
                 sys.stdout.flush()
         except UnicodeError as error:
             raise OutputError(f"cannot write to stdout: {error}") from error
-
-
-def _title(summary: Summary) -> str:
-    where = str(summary.output) if summary.output else "nothing written"
-    resumed = f" (and {summary.resumed_boards:,} resumed)" if summary.resumed_boards else ""
-    return f"{summary.boards:,} boards{resumed}: {where}"
-
-
-def _speed_table(summary: Summary) -> Table:
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("stage")
-    for heading in ("seconds", "share of the run", "boards/s"):
-        table.add_column(heading, justify="right")
-
-    def add(name: str, seconds: float, style: str = "") -> None:
-        share = f"{seconds / summary.seconds:.0%}" if summary.seconds else "-"
-        rate = f"{summary.boards / seconds:,.0f}" if seconds else "-"
-        table.add_row(name, f"{seconds:.3f}", share, rate, style=style)
-
-    for stage, seconds in summary.stage_seconds.items():
-        slowest = stage == summary.slowest_stage
-        add(f"{stage} (slowest)" if slowest else stage, seconds, "bold" if slowest else "")
-    table.add_section()
-    add("waiting for boards", summary.waiting_seconds)
-    add("whole loop", summary.seconds, "bold")
-    table.caption = (
-        f"{size_text(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
-        f"{summary.commit_seconds:.2f} s to commit"
-    )
-    return table

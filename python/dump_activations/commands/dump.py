@@ -12,10 +12,11 @@ import click
 from click.core import ParameterSource
 
 from dump_activations import demo
-from dump_activations.commands.console import print_note, print_summary, progress_bar
+from dump_activations.commands.console import print_note, progress_bar
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
 from dump_activations.commands.runner import be_process, run_command
+from dump_activations.commands.summary import print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, describe
@@ -133,7 +134,8 @@ def dump_activations(
         flags["device"] = _device_there_is(options.device)
     pool = StepsDataset(pool_path)
     if flags["indices"] is not None:
-        flags["indices"] = read_step_indices(Path(flags["indices"]), pool)
+        with progress_bar() as progress_of:
+            flags["indices"] = read_step_indices(Path(flags["indices"]), pool, progress_of("rows"))
     if dry_run:
         previewed = preview(init, pool, Path(output), DumpOptions(**flags))
         print_preview(previewed, as_json=as_json)

@@ -1,4 +1,4 @@
-"""The command `inspect-activations`: shows what a file holds, and verifies it.
+"""The command `inspect-activations`: shows what a file holds, verifies or compares it.
 
 It needs no torch to read.
 """
@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dump_activations.commands.console import print_json, print_titled, printable
+from dump_activations.commands.console import print_json, print_note, print_parts
 from dump_activations.commands.runner import be_process, run_command
-from dump_activations.errors import OutputError
-from dump_activations.storage.digests import INTEGRITY_KEY
+from dump_activations.errors import (
+    DumpActivationsError,
+    InvalidArgumentError,
+    OutputError,
+    option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
 
-    from rich.table import Table
-
-    from dump_activations.storage.reading.inspection import Inspection
+    from dump_activations.storage.writing.unfinished import Unfinished
 
 
 def run() -> NoReturn:
@@ -41,81 +43,109 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @click.command(context_settings={"show_default": True, "max_content_width": 100})
 @click.argument("file", type=click.Path(path_type=Path, readable=False))
+@click.argument("other", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="FILE",
+    help="Write a page that shows the dump, for a browser; it loads nothing from the network.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.version_option(package_name="dump-activations")
-def inspect_activations(file: Path, *, verify: bool, as_json: bool) -> None:
-    """List the tensors and the metadata of a dump; FILE is a .safetensors, .pt or .npz file."""
-    from dump_activations.storage.reading.inspection import find_damage, inspect
+@click.pass_context
+def inspect_activations(
+    context: click.Context,
+    /,
+    *,
+    file: Path,
+    other: Path | None,
+    verify: bool,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """List the tensors and the metadata of a dump; FILE is a .safetensors, .pt or .npz file.
 
+    With OTHER, which may be of another format, say what differs: tensors, their values, metadata.
+    The exit code is then 0 if all tensors are equal, 1 if some differ, and 2 if the files cannot
+    be compared.
+    """
+    if report is not None:
+        if other is not None or verify or as_json:
+            raise InvalidArgumentError(f"{option('report')}: takes one file, and no other option")
+        _write_report(file, report)
+        return
+    if other is None:
+        _show(file, verify=verify, as_json=as_json)
+        return
+    try:
+        if verify:
+            raise InvalidArgumentError(f"{option('verify')}: takes one file at a time")
+        context.exit(0 if _show_differences(file, other, as_json=as_json) else 1)
+    except DumpActivationsError as error:
+        error.exit_code = 2  # 1 says that they differ, as it does of diff and cmp
+        raise
+
+
+def _show(file: Path, *, verify: bool, as_json: bool) -> None:
+    from dump_activations.commands.contents import FileContents
+    from dump_activations.storage.reading.inspection import find_damage, inspect
+    from dump_activations.storage.writing.targets import partial_path, target_of
+    from dump_activations.storage.writing.unfinished import find_unfinished
+
+    found = find_unfinished(file)
+    if found is not None:
+        _show_unfinished(found, verify=verify, as_json=as_json)
+        return
     inspection = inspect(file)
-    threads = len(os.sched_getaffinity(0))
-    damaged = find_damage(inspection, threads=threads) if verify else None
+    damaged = find_damage(inspection, threads=_threads()) if verify else None
+    contents = FileContents.of(inspection, damaged)
     if as_json:
-        print_json(_as_dict(inspection, damaged))
+        print_json(contents.as_dict())
     else:
-        title = f"{inspection.path}: {inspection.size:,} bytes"
-        print_titled(title, _tensor_table(inspection, damaged), _metadata_table(inspection))
+        print_parts(*contents.parts())
+    if (left := partial_path(target_of(file))).exists():
+        print_note(f"{left} is beside it: another dump to its name, not finished")
     if damaged:
         raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
 
 
-def _as_dict(inspection: Inspection, damaged: list[str] | None) -> dict[str, object]:
-    content: dict[str, object] = {
-        "file": str(inspection.path),
-        "format": inspection.format.name,
-        "bytes": inspection.size,
-        "tensors": [
-            {
-                "key": tensor.name,
-                "dtype": tensor.dtype,
-                "shape": tensor.shape,
-                "bytes": tensor.nbytes,
-            }
-            for tensor in inspection.contents.tensors
-        ],
-        "metadata": inspection.contents.metadata,
-    }
-    return content if damaged is None else {**content, "damaged": damaged}
+def _write_report(file: Path, report: Path) -> None:
+    from dump_activations.commands.console import progress_bar
+    from dump_activations.report.writing import write_report
+    from dump_activations.storage.writing.unfinished import find_unfinished
+
+    if (found := find_unfinished(file)) is not None:
+        raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
+    with progress_bar() as progress_of:
+        write_report(file, report, progress=progress_of("keys"))
+    print_note(f"{report} shows {file}; open it in a browser")
 
 
-def _tensor_table(inspection: Inspection, damaged: list[str] | None) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def _show_unfinished(found: Unfinished, *, verify: bool, as_json: bool) -> None:
+    from dump_activations.commands import unfinished
 
-    digests = inspection.digests
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("key", overflow="fold")
-    table.add_column("dtype", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
-    table.add_column("bytes", justify="right", no_wrap=True)
-    if digests:
-        table.add_column("nan", justify="right", no_wrap=True)
-        table.add_column("inf", justify="right", no_wrap=True)
-    if damaged is not None:
-        table.add_column("verified", no_wrap=True)
-    for tensor in inspection.contents.tensors:
-        shape = "x".join(map(str, tensor.shape))
-        cells = [tensor.name, tensor.dtype, shape, f"{tensor.nbytes:,}"]
-        if digests:
-            digest = digests.get(tensor.name)
-            cells += [f"{digest.nan:,}", f"{digest.inf:,}"] if digest else ["", ""]
-        if damaged is not None:
-            cells.append("DAMAGED" if tensor.name in damaged else "ok")
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    return table
+    if verify:
+        raise OutputError(f"{found.path} is not finished: there is nothing to verify it by")
+    if as_json:
+        print_json(unfinished.as_dict(found))
+    else:
+        print_parts(*unfinished.parts(found))
 
 
-def _metadata_table(inspection: Inspection) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:
+    """Show what differs in two files, and return whether their tensors are equal."""
+    from dump_activations.commands import differences
+    from dump_activations.storage.reading.comparison import compare
+    from dump_activations.storage.reading.inspection import inspect
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("metadata", overflow="fold")
-    table.add_column("value", overflow="fold")
-    for key, value in inspection.contents.metadata.items():
-        if key != INTEGRITY_KEY or not inspection.digests:
-            table.add_row(Text(printable(key)), Text(printable(value)))
-    return table
+    comparison = compare(inspect(file), inspect(other), threads=_threads())
+    if as_json:
+        print_json(differences.as_dict(file, other, comparison))
+    else:
+        print_parts(*differences.parts(file, other, comparison))
+    return comparison.is_equal
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from dump_activations.commands.console import print_json, print_titled, printable
+from dump_activations.commands.console import print_json, print_parts
+from dump_activations.commands.tables import Table
+from dump_activations.commands.text import shape_text
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.model.activations import ACTIVATIONS, Activation, WeightActivation
 from dump_activations.model.layers import find_layers
+from dump_activations.units import size_text
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
 
     from dump_activations.model.config import EncoderConfig
     from dump_activations.options import Options
@@ -22,6 +24,7 @@ _LEGEND = (
     "N boards, L layers, H hidden size, I of the MLP, Q query and K key/value heads of size D; "
     "with --init in numbers"
 )
+_NORMS = "a tensor a norm"
 # Letters that say less than this without a model.
 _AXES = {"S": (16,), "O": (4, "bins")}
 
@@ -46,13 +49,19 @@ def print_keys(init: str | os.PathLike[str] | None, options: Options, *, as_json
     if as_json:
         print_json(rows)
         return
-    _print_table(
-        _LEGEND if init is None else f"{init}, {options.dtype}",
-        ("key", "TransformerLens", "shape", "bytes a board"),
+    headings = ["key", "TransformerLens", "shape", *["bytes a board"] * (init is not None)]
+    cells = [
         [
-            [row["key"], row["alias"], row["lacking"] or _shape_text(row["shape"]), row["bytes"]]
-            for row in rows
-        ],
+            row["key"],
+            row["alias"],
+            row["lacking"] or (shape_text(row["shape"]) if row["shape"] else _NORMS),
+            "" if row["bytes"] is None else f"{row['bytes']:,}",
+        ][: len(headings)]
+        for row in rows
+    ]
+    print_parts(
+        _LEGEND if init is None else f"{init}, {options.dtype}",
+        Table(headings, cells, ["bytes a board"]),
     )
 
 
@@ -82,33 +91,13 @@ def _describe(
     }
 
 
-def _shape_text(shape: Sequence[int | str]) -> str:
-    return f"({', '.join(map(str, shape))})" if shape else "a tensor a norm"
-
-
 def print_preview(preview: Preview, *, as_json: bool) -> None:
     """Print what a run is going to write, tensor by tensor: a table, or JSON for scripts."""
     if as_json:
         print_json(preview.as_dict())
         return
-    _print_table(
-        preview.text,
-        ("tensor", "dtype", "shape", "bytes"),
-        [[each.name, each.dtype, _shape_text(each.shape), each.nbytes] for each in preview.tensors],
-    )
-
-
-def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows whose last column holds numbers, or None for nothing."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in headings[:-1]:
-        table.add_column(heading, overflow="fold")
-    table.add_column(headings[-1], justify="right", no_wrap=True)
-    for *texts, number in rows:
-        cells = [*texts, "" if number is None else f"{number:,}"]
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    print_titled(title, table)
+    cells = [
+        [each.name, each.dtype, shape_text(each.shape), size_text(each.nbytes)]
+        for each in preview.tensors
+    ]
+    print_parts(preview.text, Table(("tensor", "dtype", "shape", "size"), cells, ["size"]))

@@ -28,7 +28,7 @@ from dump_activations.model.config import EncoderConfig
 from dump_activations.model.encoder import Encoder
 from dump_activations.model.layers import find_layers
 from dump_activations.model.replica import replicate
-from dump_activations.options import Options
+from dump_activations.options import DumpOptions, Options
 from dump_activations.pipeline.board_feed import LABEL_PREFIX
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.pinned import PinnedSlots
@@ -36,6 +36,7 @@ from dump_activations.pipeline.shortage import model_shortage_named
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import StepIndices
+from dump_activations.statistics import STATISTICS_PREFIX, statistics_specs
 
 _LARGE_TENSOR = 8 << 30
 
@@ -100,6 +101,10 @@ class Plan:
         """Return the tensors that do not come in batches: parameters."""
         return {name: tensor.to(self.storage_dtype) for name, tensor in self.weights.items()}
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor does not come in batches."""
+        return name in self.weights or name.startswith(STATISTICS_PREFIX)
+
     def tensor_specs(self) -> list[TensorSpec]:
         """Return every tensor of the output file; the first axis of all but the parameters is n."""
         n, dtype = len(self.indices), STORAGE_DTYPES[self.options.dtype].name
@@ -109,6 +114,26 @@ class Plan:
             TensorSpec("indices", "int64", (n,)),
             TensorSpec("boards", "uint8", (n, CELLS)),
             *self._label_specs(),
+            *self._statistics_specs(),
+        ]
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether statistics of the activations are stored beside them."""
+        return isinstance(self.options, DumpOptions) and self.options.stats
+
+    def _statistics_specs(self) -> list[TensorSpec]:
+        if not self.has_statistics:
+            return []
+        stacked = None if self.options.split_layers else len(self.layers)
+        return [
+            spec
+            for each in self.board_tensors
+            for spec in statistics_specs(
+                each.name,
+                layers=stacked if each.activation.per_layer else None,
+                width=each.shape[-1],
+            )
         ]
 
     def _label_specs(self) -> list[TensorSpec]:

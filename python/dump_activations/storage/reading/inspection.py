@@ -80,7 +80,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
 def find_damage(inspection: Inspection, *, threads: int) -> list[str]:
     """Read the whole file; returns the names of tensors that are not as they were written.
 
-    `METADATA_NAME` and `STRUCTURE` are among them if other bytes are damaged.
+    `METADATA_NAME` and `STRUCTURE` are among them if other bytes are damaged. `INTEGRITY_KEY` alone
+    is returned where the digests are, or are those of other tensors: nothing can be compared then.
 
     Raises:
         OutputError: the file cannot be read, or carries no digests.
@@ -93,10 +94,8 @@ def find_damage(inspection: Inspection, *, threads: int) -> list[str]:
         stored = parse_integrity(text)
         specs = _written_specs(inspection.contents.tensors, stored)
     except ValueError:
-        return [METADATA_NAME]
-    with _open(inspection.path) as file:
-        if os.fstat(file.fileno()).st_size != inspection.size:
-            raise OutputError(f"{inspection.path} is another file than it was just now")
+        return [INTEGRITY_KEY]
+    with open_again(inspection) as file:
         found = _digest_tensors(file.fileno(), inspection.contents.tensors, threads)
         is_whole = _has_layout(file, inspection, specs, stored)
     damaged = [name for name, digest in found.items() if digest != stored[name]]
@@ -105,6 +104,15 @@ def find_damage(inspection: Inspection, *, threads: int) -> list[str]:
     if not is_whole:
         damaged.append(STRUCTURE)
     return damaged
+
+
+@contextmanager
+def open_again(inspection: Inspection) -> Iterator[BinaryIO]:
+    """Open a file that was inspected; OutputError where it is another by now."""
+    with _open(inspection.path) as file:
+        if os.fstat(file.fileno()).st_size != inspection.size:
+            raise OutputError(f"{inspection.path} is another file than it was just now")
+        yield file
 
 
 @contextmanager

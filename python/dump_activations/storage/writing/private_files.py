@@ -4,11 +4,15 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from pathlib import Path
 
 from dump_activations.errors import OutputError, switch
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+# Seconds before each attempt to lock a file.
+_PAUSES = (0.0, 0.01, 0.02)
 
 
 def create(path: Path, flags: int) -> int:
@@ -48,16 +52,20 @@ def is_at(fd: int, path: Path) -> bool:
 def lock(fd: int) -> bool:
     """Lock an open file against other dumps; False where one of them has it.
 
-    Some network file systems have no locks; a dump there goes unguarded.
+    Who asks whether a file is locked holds a lock for a moment, so this tries more than once. Some
+    network file systems have no locks; a dump there goes unguarded.
     """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
+    for pause in _PAUSES:
+        time.sleep(pause)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        return True
+    return False
 
 
 def _check_ours(path: Path, found: os.stat_result) -> None:

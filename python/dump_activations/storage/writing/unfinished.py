@@ -1,0 +1,100 @@
+"""Looks at an unfinished file, which another process may be writing, and leaves it as it is."""
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dump_activations.dtypes import TensorSpec
+from dump_activations.errors import OutputError
+from dump_activations.storage.writing.journal import Header, JournalError, read_journal
+from dump_activations.storage.writing.private_files import open_ours
+from dump_activations.storage.writing.targets import journal_path, partial_path, target_of
+
+_SUFFIX = partial_path(Path("x")).suffix
+_NO_HEADER = Header({}, 0, 1, ())
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A partial file, as its journal has it: nothing of its data is read.
+
+    Attributes:
+        path: where it is.
+        size: its bytes, which are those of the finished file.
+        header: the work that it is of.
+        batches: numbers of those that are on disk.
+        is_being_written: whether a process is at work on it.
+        written_at: when the journal was last written, in seconds of the epoch.
+    """
+
+    path: Path
+    size: int
+    header: Header
+    batches: frozenset[int]
+    is_being_written: bool
+    written_at: float
+
+    @property
+    def rows(self) -> int:
+        """Boards that are on disk."""
+        rows, all_rows = self.header.batch_rows, self.header.rows
+        return sum(min(rows, all_rows - batch * rows) for batch in self.batches)
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors of the finished file."""
+        try:
+            return [
+                TensorSpec(name, dtype, tuple(shape))
+                for name, dtype, shape in json.loads(self.header.work["tensors"])
+            ]
+        except (AssertionError, KeyError, TypeError, ValueError):
+            raise OutputError(f"{self.path}: its journal has no tensors") from None
+
+
+def find_unfinished(path: str | os.PathLike[str]) -> Unfinished | None:
+    """Look at the partial file of this name, or of a target that there is not yet.
+
+    Returns None where there is none.
+
+    Raises:
+        OutputError: it may be changed by others, or its journal tells nothing.
+    """
+    target = target_of(path)
+    if target.suffix == _SUFFIX:
+        target = target.with_suffix("")
+    elif target.exists():
+        return None
+    partial = partial_path(target)
+    if not os.path.lexists(partial):
+        return None
+    with OutputError.when(f"cannot read {partial}"):
+        fd = open_ours(partial, os.O_RDONLY)
+        try:
+            size, is_being_written = os.fstat(fd).st_size, _is_locked(fd)
+        finally:
+            os.close(fd)
+        journal = journal_path(target)
+        try:
+            header, _ = read_journal(journal, _NO_HEADER)
+            _, batches = read_journal(journal, header)
+        except JournalError as error:
+            raise OutputError(f"{partial}: {error}") from None
+        written_at = journal.stat().st_mtime
+    return Unfinished(partial, size, header, frozenset(batches), is_being_written, written_at)
+
+
+def _is_locked(fd: int) -> bool:
+    """Whether a dump is at work on a file; one that starts at this moment tries again."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # A file system without locks.
+        return False
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    return False

@@ -1,0 +1,149 @@
+//! A tensor in finished files, read in equal parts of its rows, by number.
+
+use std::path::PathBuf;
+
+use crate::column::WholeRows;
+use crate::error::Error;
+use crate::file;
+use crate::interrupt::Interrupt;
+use crate::limits::Limits;
+use crate::read_error::ReadError;
+use crate::row_files::{RowFile, RowFiles};
+use crate::rows;
+
+/// Where the tensor lies in one of the files.
+pub struct Stored {
+    pub path: PathBuf,
+    /// Bytes before its data.
+    pub offset: u64,
+    pub rows: u64,
+}
+
+/// A tensor whose rows are counted through all files, and its parts through all rows.
+#[derive(Debug)]
+pub struct StoredTensor {
+    name: String,
+    files: RowFiles,
+    /// Of a row.
+    parts: u64,
+    limits: Limits,
+}
+
+impl StoredTensor {
+    /// The tensor `name`, each row of which is `parts` parts of `nbytes` bytes.
+    pub fn open(
+        name: String,
+        places: Vec<Stored>,
+        parts: u64,
+        nbytes: usize,
+    ) -> Result<Self, Error> {
+        let mut files = RowFiles::with_capacity(places.len())?;
+        for Stored { path, offset, rows } in places {
+            let opened = file::open(&path)
+                .map_err(|source| Error::StoredFile { path: path.clone(), source })?;
+            let refused = Error::TooManyRows { path: path.clone() };
+            let rows = rows.saturating_mul(parts);
+            let file = RowFile { path, id: opened.id, rows, data_offset: offset, itemsize: nbytes };
+            files.push(file).map_err(|_| refused)?;
+        }
+        Ok(Self { name, files, parts, limits: Limits::of_process() })
+    }
+
+    /// Bytes of a part.
+    pub fn nbytes(&self) -> usize {
+        self.files.files().first().map_or(0, |file| file.itemsize)
+    }
+
+    /// Writes part `indices[i]` to the i-th `nbytes` bytes of `out`, on at most `threads` threads.
+    pub fn read(
+        &self,
+        indices: &[i64],
+        out: &mut [u8],
+        threads: Option<usize>,
+        interrupt: Interrupt<'_>,
+    ) -> Result<(), Error> {
+        let cores = threads.unwrap_or(self.limits.cores);
+        let limits = Limits { cores: cores.max(1), ..self.limits };
+        let column = WholeRows { itemsize: self.nbytes() };
+        rows::read(&self.files, limits, indices, &column, out, interrupt)
+            .map_err(|error| self.name_error(error))
+    }
+
+    fn name_error(&self, error: ReadError) -> Error {
+        let name = self.name.clone();
+        match error {
+            ReadError::Outside { position, row } => {
+                Error::StepIndex { position, index: row, rows: self.files.rows() }
+            }
+            ReadError::Row { file, row, source } => {
+                let path = self.files.files()[file].path.clone();
+                let row = (row - self.files.first(file)) / self.parts;
+                Error::StoredRow { path, name, row, source }
+            }
+            ReadError::Memory(source) => {
+                let path = self.files.files()[0].path.clone();
+                Error::StoredFile { path, source: source.into() }
+            }
+            ReadError::Interrupted(interrupted) => interrupted.into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::testing;
+
+    const NBYTES: usize = 10;
+    const PARTS: u64 = 4;
+
+    /// Two files of 3 and 5 rows, and all their parts.
+    fn tensor(directory: &std::path::Path) -> (StoredTensor, Vec<u8>) {
+        let (files, all) = testing::row_files(directory, &[12, 20], NBYTES);
+        let place = |file: &RowFile| Stored {
+            path: file.path.clone(),
+            offset: file.data_offset,
+            rows: file.rows / PARTS,
+        };
+        let places = files.files().iter().map(place).collect();
+        (StoredTensor::open("x".into(), places, PARTS, NBYTES).expect("files"), all)
+    }
+
+    fn read(tensor: &StoredTensor, parts: &[i64], threads: usize) -> Result<Vec<u8>, Error> {
+        let mut out = vec![0; parts.len() * NBYTES];
+        tensor.read(parts, &mut out, Some(threads), &mut || Ok(()))?;
+        Ok(out)
+    }
+
+    #[test]
+    fn parts_are_counted_through_all_rows_of_all_files() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (tensor, all) = tensor(directory.path());
+        let parts: Vec<i64> = (0..2000).map(|i| i * 7 % 32).collect();
+        let part = |&part: &i64| &all[part as usize * NBYTES..][..NBYTES];
+        let expected: Vec<u8> = parts.iter().flat_map(part).copied().collect();
+        for threads in [0, 1, 3] {
+            assert_eq!(read(&tensor, &parts, threads).expect("parts"), expected);
+        }
+    }
+
+    #[test]
+    fn an_error_names_the_file_the_tensor_and_the_row() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (tensor, _) = tensor(directory.path());
+        let path = directory.path().join("rows-1");
+        let file = fs::OpenOptions::new().write(true).open(&path).expect("a file");
+        file.set_len(13 + 6 * NBYTES as u64).expect("shorter");
+        read(&tensor, &[17, 0], 1).expect("rows before the end");
+        let error = read(&tensor, &[2, 19], 1).expect_err("cut short").to_string();
+        let expected = "rows-1: row 1 of x cannot be read: the file was cut short before it";
+        assert!(error.ends_with(expected), "{error}");
+        assert!(matches!(read(&tensor, &[32], 1), Err(Error::StepIndex { .. })));
+        fs::remove_file(&path).expect("a file");
+        fs::write(&path, [0; 1000]).expect("written");
+        let error = read(&tensor, &[17], 1).expect_err("another file").to_string();
+        assert!(error.contains("another file has taken its place"), "{error}");
+    }
+}
