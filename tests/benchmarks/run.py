@@ -11,6 +11,7 @@ ratios are taken within a round. The sections:
     loops_50m      the same with a 50M model, which must run as fast as the plain forward loop
     keys           attn_pattern beside layer_outputs, one layer, a tensor a layer; 50M model, CPU
     digests        dumps with the digests and counts against dumps without, CPU
+    reading        shuffled cells and rows of a finished file against NumPy and the disk
     start          --help against an empty app; the demo's time outside its loop
     gpu_forward    --no-write against the plain forward loop; forward and copies in a profile
     gpu_memory     dumps against the plain script and each stage's limit, to a memory-backed file
@@ -33,6 +34,7 @@ import gpu
 import keys
 import loops
 import memory
+import reading
 import start
 import whole_process
 from machine import describe_machine
@@ -48,6 +50,7 @@ SECTIONS = {
     "loops_50m": loops.measure_50m,
     "keys": keys.measure,
     "digests": digests.measure,
+    "reading": reading.measure,
     "start": start.measure,
     "gpu_forward": gpu.measure_forward,
     "gpu_memory": gpu.measure_memory,
