@@ -45,11 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @click.argument("file", type=click.Path(path_type=Path, readable=False))
 @click.argument("other", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="FILE",
+    help="Write a page that shows the dump, for a browser; it loads nothing from the network.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.version_option(package_name="dump-activations")
 @click.pass_context
 def inspect_activations(
-    context: click.Context, /, *, file: Path, other: Path | None, verify: bool, as_json: bool
+    context: click.Context,
+    /,
+    *,
+    file: Path,
+    other: Path | None,
+    verify: bool,
+    report: Path | None,
+    as_json: bool,
 ) -> None:
     """List the tensors and the metadata of a dump; FILE is a .safetensors, .pt or .npz file.
 
@@ -57,6 +70,11 @@ def inspect_activations(
     The exit code is then 0 if all tensors are equal, 1 if some differ, and 2 if the files cannot
     be compared.
     """
+    if report is not None:
+        if other is not None or verify or as_json:
+            raise InvalidArgumentError(f"{option('report')}: takes one file, and no other option")
+        _write_report(file, report)
+        return
     if other is None:
         _show(file, verify=verify, as_json=as_json)
         return
@@ -90,6 +108,18 @@ def _show(file: Path, *, verify: bool, as_json: bool) -> None:
         print_note(f"{left} is beside it: another dump to its name, not finished")
     if damaged:
         raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
+
+
+def _write_report(file: Path, report: Path) -> None:
+    from dump_activations.commands.console import progress_bar
+    from dump_activations.report.writing import write_report
+    from dump_activations.storage.writing.unfinished import find_unfinished
+
+    if (found := find_unfinished(file)) is not None:
+        raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
+    with progress_bar() as progress_of:
+        write_report(file, report, progress=progress_of("keys"))
+    print_note(f"{report} shows {file}; open it in a browser")
 
 
 def _show_unfinished(found: Unfinished, *, verify: bool, as_json: bool) -> None:
