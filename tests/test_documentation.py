@@ -56,6 +56,10 @@ def test_the_activation_keys():
     assert column(FORMAT, "Name") == {*keys, "labels", "indices", "boards"}
 
 
+def test_the_statistics():
+    assert [row[0] for row in table(FORMAT, "Statistic")] == [each.name for each in STATISTICS]
+
+
 def test_the_rooms():
     rooms = column(ARCHITECTURE, "Room") - {"leaves"}
     assert rooms == ARROWS.keys() - {*LEAVES}
