@@ -17,8 +17,11 @@ LEAVES = (
 # Room -> the rooms and modules that its modules may import, besides one another.
 ARROWS = {
     "__main__": ("commands",),
-    "commands": (*LEAVES, "api", "demo", "model", "options", "pipeline", "pool", "storage"),
-    "__init__": (*LEAVES, "api", "model", "pipeline", "pool", "storage.reading"),
+    "commands": (
+        *LEAVES,
+        *("api", "demo", "model", "options", "pipeline", "pool", "report", "storage"),
+    ),
+    "__init__": (*LEAVES, "api", "model", "pipeline", "pool", "report", "storage.reading"),
     "api": (*LEAVES, "model", "options", "pipeline", "pool", "storage"),
     "pipeline": (*LEAVES, "_rust", "model", "options", "pool"),
     "options": (
@@ -37,6 +40,7 @@ ARROWS = {
     "storage.statistics": (*LEAVES, "_rust", "storage.digests"),
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
+    "report": (*LEAVES, "pool.game", "storage.digests", "storage.reading"),
     "demo": (),
     **dict.fromkeys(LEAVES, LEAVES),
 }

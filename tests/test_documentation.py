@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from dump_activations import dump
 from dump_activations.commands.dump import dump_activations
 from dump_activations.model.activations import ACTIVATIONS
+from dump_activations.statistics import STATISTICS
 from test_architecture import ARROWS, LEAVES, PACKAGE
 
 ROOT = Path(__file__).parents[1]

@@ -48,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @click.argument("other", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
 @click.option("--stats", is_flag=True, help="Show statistics; a file without is read for them.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="FILE",
+    help="Write a page that shows the dump, for a browser; it loads nothing from the network.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.version_option(package_name="dump-activations")
 @click.pass_context
@@ -59,6 +65,7 @@ def inspect_activations(
     other: Path | None,
     verify: bool,
     stats: bool,
+    report: Path | None,
     as_json: bool,
 ) -> None:
     """List the tensors and the metadata of a dump; FILE is a .safetensors, .pt or .npz file.
@@ -67,6 +74,11 @@ def inspect_activations(
     The exit code is then 0 if all tensors are equal, 1 if some differ, and 2 if the files cannot
     be compared.
     """
+    if report is not None:
+        if other is not None or verify or stats or as_json:
+            raise InvalidArgumentError(f"{option('report')}: takes one file, and no other option")
+        _write_report(file, report)
+        return
     if other is None:
         _show(file, verify=verify, stats=stats, as_json=as_json)
         return
@@ -88,6 +100,8 @@ def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     from dump_activations.storage.writing.unfinished import find_unfinished
 
     unfinished = find_unfinished(file)
+    if unfinished is not None and stats:
+        raise OutputError(f"{unfinished.path} is not finished: it has no statistics yet")
     if unfinished is not None:
         _show_unfinished(unfinished, verify=verify, as_json=as_json)
         return
@@ -116,6 +130,17 @@ def _statistics(inspection: Inspection) -> Mapping[str, TensorStatistics]:
         return found
     with progress_bar() as progress_of:
         return compute_statistics(inspection, threads=_threads(), progress=progress_of("bytes"))
+
+
+def _write_report(file: Path, report: Path) -> None:
+    from dump_activations.report.writing import write_report
+    from dump_activations.storage.writing.unfinished import find_unfinished
+
+    if (found := find_unfinished(file)) is not None:
+        raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
+    with progress_bar() as progress_of:
+        write_report(file, report, progress=progress_of("keys"))
+    print_note(f"{report} shows {file}; open it in a browser")
 
 
 def _show_unfinished(found: Unfinished, *, verify: bool, as_json: bool) -> None:

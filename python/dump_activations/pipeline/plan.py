@@ -247,7 +247,7 @@ def _shapes_at_most(
     They are wanted before the steps are: a filter may take a minute to look for them.
     """
     if options.indices is not None:
-        most = np.size(options.indices)
+        most = np.asarray(options.indices).size
     elif options.steps is not None:
         assert isinstance(options.steps, slice)
         most = len(range(pool_rows)[options.steps])

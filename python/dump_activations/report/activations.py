@@ -24,7 +24,7 @@ def draw(source: Source, progress: Callable[[int, int], None] | None) -> Markup:
         "Norms are L2. The spread is the standard deviation of a feature, the root of the mean "
         f"variance. An outlier is an entry beyond ±{OUTLIER:.0f}."
     )
-    keys = [key for key in source.keys if key not in _ELSEWHERE]
+    keys = [key for key in source.keys if key not in _ELSEWHERE and _has_vectors(source, key)]
     parts = []
     for done, key in enumerate(keys, 1):
         parts.append(_key(key_figures(source, key), len(source.file)))
@@ -36,10 +36,18 @@ def draw(source: Source, progress: Callable[[int, int], None] | None) -> Markup:
     return Markup.of(tag("p", intro), tag("p", *links, class_="links"), *parts)
 
 
+def _has_vectors(source: Source, key: str) -> bool:
+    """Say whether a key has vectors of one or more features; a file that is no dump may not."""
+    shape = source.file.shape(key)
+    return len(shape) > (2 if source.file.layers(key) else 1) and 0 not in shape
+
+
 def _key(figures: KeyFigures, of: int) -> Markup:
     exact, some = figures.board_counts
     counts = f"Statistics of {looked_at(exact, of)}"
     counts += "." if exact == some else f"; quantiles and cells of {looked_at(some, of)}."
+    if not figures.outliers.any():
+        counts += f" No entry is beyond ±{OUTLIER:.0f}."
     content = [tag("h3", figures.key, id=f"key-{figures.key}"), tag("p", counts)]
     if len(figures.layers) > 1:
         content.append(tag("div", *_by_layer(figures), class_="cards"))
@@ -76,7 +84,7 @@ def _by_layer(figures: KeyFigures) -> Iterator[Markup]:
 
 
 def _table(figures: KeyFigures) -> Markup:
-    columns = ("norm: mean", "5%", "median", "95%", "spread", "outliers", "largest features")
+    columns = ("norm: mean", "5%", "median", "95%", "spread", "outliers", "largest features: |x|")
     rows = ([name, *_row(figures, i)] for i, name in enumerate(_names(figures)))
     return table(f"{figures.key} in numbers", ["layer" if figures.layers else "", *columns], rows)
 
@@ -108,6 +116,7 @@ def _cells(figures: KeyFigures, norms_LS: NDArray[np.float64]) -> Markup:
 
 def _depths(norms_S: NDArray[np.float64]) -> NDArray[np.float64]:
     """Spread norms over the depths, so that small differences do not look like large ones."""
-    low = min(norms_S.min(), 0.95 * norms_S.mean())
-    high = max(norms_S.max(), 1.05 * norms_S.mean())
-    return (norms_S - low) / ((high - low) or 1.0)
+    low = min(float(norms_S.min()), 0.95 * float(norms_S.mean()))
+    high = max(float(norms_S.max()), 1.05 * float(norms_S.mean()))
+    depths: NDArray[np.float64] = (norms_S - low) / ((high - low) or 1.0)
+    return depths

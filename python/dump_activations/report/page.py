@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from dump_activations.report import (
     activations,
     attention,
@@ -21,6 +23,8 @@ from dump_activations.storage.reading.activations_file import ActivationsFile
 from dump_activations.storage.reading.inspection import Inspection, inspect
 
 Progress = Callable[[int, int], None]
+
+DOCTYPE = "<!doctype html>"
 
 GENERATOR = "dump-activations report"
 """By which a page is known as one of these."""
@@ -39,6 +43,11 @@ def render(path: Path, *, progress: Progress | None = None) -> str:
     """
     inspection = inspect(path)
     source = Source(ActivationsFile(path))
+    with np.errstate(all="ignore"):  # A dump may hold NaN and infinite values; the page shows so.
+        return _render(inspection, source, progress)
+
+
+def _render(inspection: Inspection, source: Source, progress: Progress | None) -> str:
     chosen = examples.choose_examples(source)
     sections = {
         "What was run": facts.draw(inspection),
@@ -91,7 +100,7 @@ def _document(inspection: Inspection, count: int, sections: dict[str, Markup]) -
         ),
         tag("script", script),
     )
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    return f"{DOCTYPE}\n{tag('html', head, body, lang='en')}\n"
 
 
 def _asset(name: str) -> str:

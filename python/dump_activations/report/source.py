@@ -10,6 +10,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from dump_activations.board import CELLS, MOVES
+from dump_activations.errors import OutputError
 from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.reading.activations_file import ActivationsFile
 
@@ -21,10 +23,21 @@ MOST_BOARDS = 1_000_000
 # Bytes of one activation key, in fp32, that are read: few where the file has its statistics.
 _MOST_NBYTES, _FEW_NBYTES = 128 << 20, 32 << 20
 
+_STATISTICS = ("count", "variance", "min", "max", "outliers", "norm_mean")
+
 # Fields of the rows that say how far the game was, by the name in each kind of pool.
 _STEP_LABELS = ("step_index", "step_idx")
 
 _MOVE_LABELS = ("move_dir", "move")
+
+
+# Shapes of a board's value, None for any length: of what is drawn as what it is.
+_SHAPES: dict[str, tuple[tuple[int | None, ...], ...]] = {
+    "boards": ((CELLS,),),
+    "head_probs": ((MOVES,), (MOVES, None)),
+    "head_logits": ((MOVES,), (MOVES, None)),
+    "attn_pattern": ((None, None, CELLS, CELLS),),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,17 @@ class Source:
     """A dump that is looked at."""
 
     file: ActivationsFile
+
+    def __post_init__(self) -> None:
+        """Raise OutputError for a file that is no dump: it has no boards, or misshapen values."""
+        boards = len(self.file)
+        for key, shapes in _SHAPES.items():
+            if key not in (*self.keys, "boards"):
+                continue
+            found = self.file.shape(key)
+            if not any(_fits(found, (boards, *shape)) for shape in shapes):
+                path, axes = self.file.paths[0], "x".join(map(str, found))
+                raise OutputError(f"{path} is no dump that can be shown: its {key} are {axes}")
 
     @cached_property
     def keys(self) -> list[str]:
@@ -61,10 +85,13 @@ class Source:
 
     def _label(self, names: tuple[str, ...]) -> NDArray[np.int64] | None:
         for name in names:
-            if name in self.file.labels and len(self.file.shape(f"labels/{name}")) == 1:
-                values = self.file.read_numpy(f"labels/{name}", self.rows)
-                return values.astype(np.int64)
+            if name in self.file.labels and self._is_whole_number(f"labels/{name}"):
+                return self.file.read_numpy(f"labels/{name}", self.rows).astype(np.int64)
         return None
+
+    def _is_whole_number(self, name: str) -> bool:
+        dtype = self.file.dtype(name)
+        return len(self.file.shape(name)) == 1 and dtype in ("uint8", "int64")
 
     def rows_within(self, key: str, *, few: bool = False) -> NDArray[np.int64]:
         """Return places in `rows` whose values of a key are soon read, evenly spaced."""
@@ -73,11 +100,17 @@ class Source:
         return spaced(len(self.rows), max(most, 1))
 
     def stored_statistics(self, key: str) -> Mapping[str, NDArray[np.float64]] | None:
-        """Return the statistics of a key, (L, F) and (L,) or without L; None without."""
-        prefix = f"{STATISTICS_PREFIX}{key}"
-        if any(name.startswith((f"{prefix}/", f"{prefix}.")) for name in self.file.tensor_names()):
-            return self.file.stats(key)
-        return None
+        """Return the statistics of a key, each with an axis of layers before it; None without."""
+        names = frozenset(self.file.tensor_names())
+        stored = [key] if key in names else [f"{key}.{i}" for i in self.file.layers(key)]
+        if f"{STATISTICS_PREFIX}{stored[0]}/count" not in names:
+            return None
+        return {
+            name: np.stack(
+                [self.file.read_numpy(f"{STATISTICS_PREFIX}{each}/{name}") for each in stored]
+            )
+            for name in _STATISTICS
+        }
 
     def read(self, key: str, places: NDArray[np.int64], *, layer: int | None = None) -> Floats:
         """Read a key of boards at places in `rows`, float32; of all layers or one."""
@@ -86,6 +119,13 @@ class Source:
             values: Floats = self.file.read(key, rows, layer=layer).float().numpy()
             return values
         return self.file.read_numpy(key, rows, layer=layer).astype(np.float32)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    """Say whether a shape is as wanted, without an axis of length 0."""
+    return len(shape) == len(wanted) and all(
+        length > 0 and want in (length, None) for length, want in zip(shape, wanted, strict=True)
+    )
 
 
 def spaced(count: int, most: int) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from dump_activations.errors import OutputError, option
-from dump_activations.report.page import GENERATOR, Progress, render
+from dump_activations.report.page import DOCTYPE, GENERATOR, Progress, render
 
 # The line that names it stands at the start.
 _HEAD_NBYTES = 1024
@@ -47,8 +47,9 @@ def _check_replaceable(target: Path) -> None:
             return
         if stat.S_ISREG(found.st_mode):
             with target.open("rb") as file:
-                if f'content="{GENERATOR}"'.encode() in file.read(_HEAD_NBYTES):
-                    return
+                head = file.read(_HEAD_NBYTES)
+            if head.startswith(DOCTYPE.encode()) and f'"{GENERATOR}"'.encode() in head:
+                return
     raise OutputError(f"{target} is there and is no report; choose another {option('report')}")
 
 
