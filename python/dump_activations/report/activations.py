@@ -86,7 +86,7 @@ def _by_layer(figures: KeyFigures) -> Iterator[Markup]:
 def _table(figures: KeyFigures) -> Markup:
     columns = ("norm: mean", "5%", "median", "95%", "spread", "outliers", "largest features: |x|")
     rows = ([name, *_row(figures, i)] for i, name in enumerate(_names(figures)))
-    return table(f"{figures.key} in numbers", ["layer" if figures.layers else "", *columns], rows)
+    return table(f"{figures.key} in numbers", ["layer" if figures.layers else "key", *columns], rows)
 
 
 def _row(figures: KeyFigures, i: int) -> Iterator[str]:
