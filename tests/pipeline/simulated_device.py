@@ -51,12 +51,14 @@ class _Runtime:
         self._pinned = pinned
 
     def cudaHostRegister(self, address: int, nbytes: int, _flags: int) -> int:  # noqa: N802
-        self._pinned.register(address, nbytes)
-        return 0
+        return self._pinned.register(address, nbytes)
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         self._pinned.unregister(address)
         return 0
+
+    def cudaGetErrorString(self, code: int) -> str:  # noqa: N802
+        return f"code {code}"
 
 
 @contextmanager

@@ -4,16 +4,15 @@ Whatever the device runs early or late, the bytes are those of a run on the CPU.
 the path consists of is taken out: the program with one slip has to be found out.
 """
 
-import inspect
-import textwrap
 import threading
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from simulated.checks import in_other_words, one_thread, randoms, wrong
 from simulated.memory import PinnedMemory
-from simulated.policies import at_random, first, greedy, lazy
+from simulated.policies import first, greedy, lazy
 from simulated_device import simulated
 
 from dump_activations import dump, stream
@@ -24,6 +23,7 @@ from reference.checkpoints import VARIANTS
 from reference.dumps import read_dump
 from reference.pools import make_pool
 
+__all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("disk_takes_no_time")
 
 KEYS = ["layer_outputs", "pooled"]
@@ -39,19 +39,6 @@ EXTREMES = [
     pytest.param(compute_first, id="compute_first"),
     pytest.param(side_first, id="side_first"),
 ]
-
-
-def randoms(seeds):
-    return [pytest.param(at_random(seed), id=f"random-{seed}") for seed in range(seeds)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Have the CPU compute a batch as a whole, as the device does: the same kernels."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +101,6 @@ def slow_writers(monkeypatch):
     monkeypatch.setattr(writers.WriterPool, "_join", join_threads)
 
 
-def wrong(found, expected):
-    """Name the tensors in which any byte differs."""
-    assert found.keys() == expected.keys()
-    return {
-        key
-        for key, tensor in expected.items()
-        if not torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8))
-    }
-
-
 def forwards_before_copies(log):
     """Count the forward passes that had begun when each batch's copies to the host did."""
     begun, counts = 0, []
@@ -173,22 +150,6 @@ def test_the_program_waits_for_nothing_but_slots(policy, simulated_dump):
     assert forwards_before_copies(log) == ORDERS[policy]
 
 
-def in_other_words(owner, name, *changes):
-    """Return a slip: other words, (old, new), in the source of a function, which has them once."""
-
-    def make(monkeypatch):
-        function = getattr(owner, name)
-        source = textwrap.dedent(inspect.getsource(function))
-        for old, new in changes:
-            assert source.count(old) == 1, f"{name} has changed; where is {old!r}?"
-            source = source.replace(old, new)
-        made = {}
-        exec(source, function.__globals__, made)
-        monkeypatch.setattr(owner, name, made[name])
-
-    return make
-
-
 def ordinary_memory(of):
     """Return a slip: memory is not page-locked, torch's or what the program registers."""
 
@@ -198,7 +159,7 @@ def ordinary_memory(of):
                 PinnedMemory, "allocate", lambda _, shape, dtype: torch.zeros(shape, dtype=dtype)
             )
         else:
-            monkeypatch.setattr(PinnedMemory, "register", lambda *_: None)
+            monkeypatch.setattr(PinnedMemory, "register", lambda *_: 0)
             monkeypatch.setattr(PinnedMemory, "unregister", lambda *_: None)
 
     return make

@@ -88,7 +88,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         path,
         specs,
         metadata(plan),
-        batched=[spec.name for spec in specs if spec.name not in plan.weights],
+        batched=[spec.name for spec in specs if not plan.is_whole(spec.name)],
         batch_rows=options.batch_size,
         fingerprint=fingerprint(plan),
     )

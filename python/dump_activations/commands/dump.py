@@ -134,7 +134,8 @@ def dump_activations(
         flags["device"] = _device_there_is(options.device)
     pool = StepsDataset(pool_path)
     if flags["indices"] is not None:
-        flags["indices"] = read_step_indices(Path(flags["indices"]), pool)
+        with progress_bar() as progress_of:
+            flags["indices"] = read_step_indices(Path(flags["indices"]), pool, progress_of("rows"))
     if dry_run:
         previewed = preview(init, pool, Path(output), DumpOptions(**flags))
         print_preview(previewed, as_json=as_json)

@@ -36,7 +36,7 @@ from dump_activations.pipeline.shortage import model_shortage_named
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import StepIndices
-from dump_activations.statistics import statistics_specs
+from dump_activations.statistics import STATISTICS_PREFIX, statistics_specs
 
 _LARGE_TENSOR = 8 << 30
 
@@ -100,6 +100,10 @@ class Plan:
     def whole_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that do not come in batches: parameters."""
         return {name: tensor.to(self.storage_dtype) for name, tensor in self.weights.items()}
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor does not come in batches."""
+        return name in self.weights or name.startswith(STATISTICS_PREFIX)
 
     def tensor_specs(self) -> list[TensorSpec]:
         """Return every tensor of the output file; the first axis of all but the parameters is n."""
@@ -243,7 +247,7 @@ def _shapes_at_most(
     They are wanted before the steps are: a filter may take a minute to look for them.
     """
     if options.indices is not None:
-        most = np.size(options.indices)
+        most = np.asarray(options.indices).size
     elif options.steps is not None:
         assert isinstance(options.steps, slice)
         most = len(range(pool_rows)[options.steps])

@@ -41,11 +41,13 @@ class PinnedMemory:
             for start, nbytes in self.registered.items()
         )
 
-    def register(self, address: int, nbytes: int) -> None:
+    def register(self, address: int, nbytes: int) -> int:
+        """Page-lock memory of the program's; return CUDA's code of an error, or 0."""
         assert address % _PAGE == nbytes % _PAGE == 0
         assert address not in self.registered
         ctypes.memset(address, 0xFF, nbytes)
         self.registered[address] = nbytes
+        return 0
 
     def unregister(self, address: int) -> None:
         del self.registered[address]

@@ -222,6 +222,8 @@ class OutputFile(BatchFile):
         except JournalError as error:
             raise OutputError(f"{self.partial} cannot be completed: {error}") from None
         self._file.sync()
+        if self._file.size != self.size:
+            raise OutputError(f"{self.partial} is not complete: it has another size by now")
         found = [each for each in found if each.token == self.token]
         others = [each for each in found if each.path != journal_path(self.target)]
         times = Counter(
@@ -233,10 +235,10 @@ class OutputFile(BatchFile):
         for batch in range(self._header.batches):
             if times[batch] != 1:
                 rows = self.rows_of(range(batch, batch + 1))
+                where = f"{times[batch]} journals" if times[batch] else "no journal"
                 raise OutputError(
                     f"{self.partial} is not complete: boards {rows.start:,} to {rows.stop - 1:,} "
-                    f"are in {times[batch] or 'no'} journals, not in one; the same call does "
-                    "the rest"
+                    f"are in {where}; the same call does the rest"
                 )
         for each in others:
             for batch, digests in each.batches.items():
