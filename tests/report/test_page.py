@@ -157,26 +157,46 @@ def test_the_examples(opened, tensors):
     assert sums == sorted(sums)
 
 
+def check_statistics(shown, x):
+    """Compare a row of a key's table, quantiles left out, with what NumPy finds in (..., H)."""
+    x = x.reshape(-1, x.shape[-1])
+    mean, *_, spread, outliers, features = shown
+    number = lambda text: float(text.strip("%").replace(",", ""))  # noqa: E731
+    assert number(mean) == pytest.approx(np.sqrt((x**2).sum(axis=1)).mean(), rel=1e-3)
+    assert number(spread) == pytest.approx(np.sqrt(x.var(axis=0).mean()), rel=1e-3)
+    assert number(outliers) == pytest.approx(100 * (abs(x) > 6).mean(), rel=0.06, abs=1e-6)
+    largest = abs(x).max(axis=0)
+    found = [int(text.split(":")[0]) for text in features.split(", ")]
+    np.testing.assert_array_equal(largest[found], np.sort(largest)[::-1][: len(found)])
+
+
 def test_the_figures_of_each_key_and_layer(opened, tensors):
     for key in ("layer_outputs", "attn_q", "attn_scores", "pooled"):
         stacked = tensors[key][:, None] if key == "pooled" else tensors[key]
         rows = ask(opened, f"numbers('{key} in numbers')")[1:]
         assert len(rows) == stacked.shape[1]
-        for i, (_, *shown, features) in enumerate(rows):
-            x = stacked[:, i].reshape(-1, stacked.shape[-1])
-            norms = np.sqrt((x**2).sum(axis=1))
-            expected = [
-                norms.mean(),
-                *np.quantile(norms, [0.05, 0.5, 0.95]),
-                np.sqrt(x.var(axis=0).mean()),
-                100 * (abs(x) > 6).mean(),
-            ]
-            found = [float(text.strip("%").replace(",", "")) for text in shown]
-            np.testing.assert_allclose(found[:-1], expected[:-1], rtol=1e-3, err_msg=key)
-            assert found[-1] == pytest.approx(expected[-1], rel=0.06, abs=1e-6)
-            largest = abs(x).max(axis=0)
-            numbers = [int(text.split(":")[0]) for text in features.split(", ")]
-            np.testing.assert_allclose(largest[numbers], np.sort(largest)[: -len(numbers) - 1 : -1])
+        for i, (_, *shown) in enumerate(rows):
+            check_statistics(shown, stacked[:, i])
+            norms = np.sqrt((stacked[:, i] ** 2).sum(axis=-1))
+            quantiles = [float(text.replace(",", "")) for text in shown[1:4]]
+            np.testing.assert_allclose(quantiles, np.quantile(norms, [0.05, 0.5, 0.95]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_statistics_in_the_file_are_of_all_boards(page, make_dump, monkeypatch, split):
+    path = make_dump(outputs=["resid_mid", "pooled"], layers=[3, 1], split_layers=split, stats=True)
+    monkeypatch.setattr(source, "_FEW_NBYTES", 1)
+    write_report(path, path.with_name("report.html"))
+    page.open(path.with_name("report.html"))
+    page.evaluate(HELPERS)
+    dump = read_dump(path)
+    for row, layer in zip(ask(page, "numbers('resid_mid in numbers')")[1:], (1, 3), strict=True):
+        assert row[0] == str(layer)
+        name, index = (f"resid_mid.{layer}", ()) if split else ("resid_mid", (layer // 2,))
+        check_statistics(row[1:], dump.numpy(name)[(slice(None), *index)])
+    check_statistics(ask(page, "numbers('pooled in numbers')")[1][1:], dump.numpy("pooled"))
+    text = page.evaluate("document.getElementById('key-resid_mid').nextSibling.innerText")
+    assert f"of all {N} boards; quantiles and cells of 1 of {N} boards" in text
 
 
 @pytest.mark.parametrize(
