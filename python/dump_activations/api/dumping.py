@@ -4,7 +4,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,8 @@ from dump_activations.errors import (
     switch,
     warn,
 )
-from dump_activations.options import DumpOptions
+from dump_activations.options import DumpOptions, Progress
+from dump_activations.phases import Phase, begin, counted
 from dump_activations.pipeline.board_feed import LABEL_PREFIX, read_batch
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.forward import Forward
@@ -34,6 +35,7 @@ from dump_activations.pipeline.preview import Preview
 from dump_activations.pipeline.provenance import fingerprint, metadata
 from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
+from dump_activations.progress.display import shown_progress
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import tidy
@@ -69,7 +71,8 @@ def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Su
     started = time.perf_counter()
     if options.write:
         check_output(path, [STORAGE_DTYPES[options.dtype].name])
-    with batch_shortage_named(options.batch_size):
+    showing = shown_progress() if options.progress is True else nullcontext()
+    with showing, batch_shortage_named(options.batch_size):
         return _run(init, pool, path, options, started)
 
 
@@ -99,6 +102,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
     warn_of_large_tensors(specs)
     previewed = Preview.of(plan, path, free_space(path))
     n = len(plan.indices)
+    begin("preparing the file")
     with HeldInterrupts() as interrupts, Forward(plan) as forward:
         file = OutputFile.open(
             work,
@@ -114,12 +118,13 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
             with _kept_or_discarded(file, n, overwrite=options.overwrite):
                 for name, tensor in plan.whole_tensors().items():
                     file.write(name, _bytes_of(tensor))
-                if file.resumed_rows and options.progress:
-                    options.progress(file.resumed_rows, n)
+                progress = _progress(plan, options, previewed, start=file.resumed_rows)
+                if file.resumed_rows:
+                    progress(file.resumed_rows, n)
                 with (
                     Loop(plan, forward) as loop,
                     WriterPool(file, threads=_WRITER_THREADS) as writers,
-                    closing(loop.batches(options.progress, start=file.resumed_rows)) as batches,
+                    closing(loop.batches(progress, start=file.resumed_rows)) as batches,
                 ):
                     for batch in batches:
                         tensors = {**batch.boards.tensors, **batch.tensors}
@@ -130,6 +135,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
                             done=batch.release,
                         )
                         interrupts.check()
+                begin("completing the file")
                 digests = file.commit()
                 interrupts.check()
     nonfinite = _nonfinite(digests)
@@ -141,6 +147,16 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         write_seconds=writers.busy_seconds,
         nonfinite=nonfinite,
     )
+
+
+def _progress(
+    plan: Plan, options: DumpOptions, previewed: Preview | None = None, *, start: int = 0
+) -> Progress:
+    """Go on to the boards; returns what is called with the boards done and the boards in all."""
+    nbytes = previewed.nbytes if previewed else 0
+    called = options.progress if callable(options.progress) else None
+    phase = Phase("", "boards", start=start, of=len(plan.indices), nbytes=nbytes)
+    return counted(phase, also=called)
 
 
 def _beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[str]:
@@ -242,7 +258,7 @@ def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
         Forward(plan) as forward,
         Loop(plan, forward, keep=False) as loop,
     ):
-        for batch in loop.batches(options.progress):
+        for batch in loop.batches(_progress(plan, options)):
             batch.release()
             interrupts.check()
     return loop.summary(started)

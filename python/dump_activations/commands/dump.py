@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from dump_activations import demo
-from dump_activations.commands.console import print_note, progress_bar
+from dump_activations.commands.console import print_note
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
 from dump_activations.commands.runner import be_process, run_command
@@ -125,30 +125,24 @@ def dump_activations(
         check_output(output, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
 
     keep_freed_memory()
-    with uncollected_imports():
-        from dump_activations.api import dump, preview
-        from dump_activations.commands.step_indices import read_step_indices
-        from dump_activations.pool.dataset import StepsDataset
-
-    if options.allow_cpu and context.get_parameter_source("device") is ParameterSource.DEFAULT:
-        flags["device"] = _device_there_is(options.device)
-    pool = StepsDataset(pool_path)
-    if flags["indices"] is not None:
-        flags["indices"] = read_step_indices(Path(flags["indices"]), pool)
-    if dry_run:
-        previewed = preview(init, pool, Path(output), DumpOptions(**flags))
-        print_preview(previewed, as_json=as_json)
-        return
-    with progress_bar() as progress_of:
-        summary = dump(
-            init,
-            pool,
-            output,
-            progress=progress_of("boards"),
-            scan_progress=progress_of("rows"),
-            **flags,
-        )
-    print_summary(summary, as_json=as_json)
+    has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT
+    with shown_progress():
+        with uncollected_imports():
+            from dump_activations.api.dumping import dump_to_file, preview
+            from dump_activations.commands.step_indices import read_step_indices
+            from dump_activations.pool.dataset import StepsDataset
+        if options.allow_cpu and not has_device:
+            options = replace(options, device=_device_there_is(options.device))
+        begin("opening the pool")
+        pool = StepsDataset(pool_path)
+        if flags["indices"] is not None:
+            indices = read_step_indices(Path(flags["indices"]), pool)
+            options = replace(options, indices=indices)
+        result = (preview if dry_run else dump_to_file)(init, pool, Path(output), options)
+    if isinstance(result, Preview):
+        print_preview(result, as_json=as_json)
+    else:
+        print_summary(result, as_json=as_json)
 
 
 def _sources(init: str | None, pool: str | None, *, use_demo: bool) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from dump_activations.model.encoder import Encoder
 from dump_activations.model.layers import find_layers
 from dump_activations.model.replica import replicate
 from dump_activations.options import Options
+from dump_activations.phases import Phase, begin, counted
 from dump_activations.pipeline.board_feed import LABEL_PREFIX
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.shortage import model_shortage_named
@@ -126,12 +127,14 @@ def make_plan(
     """
     device = find_device(options.device)
     if not isinstance(pool, StepsDataset):
+        begin("opening the pool")
         pool = StepsDataset(pool)
     if isinstance(init, Encoder) and options.random_init:
         raise InvalidArgumentError(
             f"{option('random_init')}: the model is loaded already; give load_encoder "
             "random_init=True"
         )
+    begin("loading the checkpoint")
     with model_shortage_named(device), current(device):
         if isinstance(init, Encoder):
             model = replicate(init, device)
@@ -166,10 +169,14 @@ def make_plan(
 
 def _step_indices(pool: StepsDataset, options: Options) -> tuple[StepIndices, str]:
     """Return the step indices of a run, and say where they came from."""
+    begin("choosing the steps")
     if options.indices is not None:
         return pool.check_indices(options.indices), "given"
     assert not isinstance(options.steps, str)
-    steps = pool.matches(options.where, options.steps, progress=options.scan_progress)
+    progress = options.scan_progress
+    if options.where is not None:
+        progress = counted(Phase("scanning the pool", "rows"), also=progress)
+    steps = pool.matches(options.where, options.steps, progress=progress)
     if options.steps is None:
         replaced = options.n_samples > len(steps)
         drawn = pool.draw_from(steps, options.n_samples, options.seed)
