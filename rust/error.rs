@@ -64,6 +64,12 @@ pub enum Error {
     #[error("{}: its rows cannot be read: {source}; read fewer at once", .path.display())]
     Read { path: PathBuf, source: OutOfMemory },
 
+    #[error("{}: row {row} of {name} cannot be read: {source}", .path.display())]
+    StoredRow { path: PathBuf, name: String, row: u64, source: io::Error },
+
+    #[error("cannot read {}: {source}", .path.display())]
+    StoredFile { path: PathBuf, source: io::Error },
+
     /// A draw.
     #[error("a draw: {0}; draw fewer")]
     Memory(#[from] OutOfMemory),

@@ -1,5 +1,5 @@
 //! Reads pools of 2048 steps: finds shards, draws step indices, decodes boards.
-//! Writes and digests spans of output files.
+//! Writes and digests spans of output files, and reads their rows.
 
 pub mod boards;
 pub mod checksum;
@@ -34,6 +34,7 @@ mod scan;
 mod scatter;
 mod shards;
 pub mod spans;
+pub mod stored;
 mod sync;
 #[cfg(test)]
 mod testing;

@@ -24,7 +24,7 @@ mod _rust {
     use pyo3::types::{PyList, PyString};
 
     use crate::boards::CELLS;
-    use crate::checksum::{self, Element};
+    use crate::checksum::{self, Digester, Element};
     use crate::error::Error;
     use crate::fields;
     use crate::interrupt::{Interrupt, Interrupted};
@@ -33,7 +33,9 @@ mod _rust {
     use crate::sampling;
     use crate::scan::Columns;
     use crate::spans;
+    use crate::stored::{self, Stored};
 
+    pyo3::import_exception!(dump_activations.errors, OutputError);
     pyo3::import_exception!(dump_activations.errors, PoolError);
     pyo3::import_exception!(dump_activations.errors, PoolNotFoundError);
     pyo3::import_exception!(dump_activations.errors, InvalidArgumentError);
@@ -47,6 +49,7 @@ mod _rust {
                 | Error::NotADirectory { .. }
                 | Error::NoShards { .. } => PoolNotFoundError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
+                Error::StoredRow { .. } | Error::StoredFile { .. } => OutputError::new_err(text),
                 Error::Memory(_) => PyMemoryError::new_err(text),
                 Error::Sample { .. } | Error::Selection { .. } | Error::OutsideRow { .. } => {
                     InvalidArgumentError::new_err(text)
@@ -285,6 +288,45 @@ mod _rust {
         }
     }
 
+    /// A tensor in finished files, in equal parts of its rows.
+    #[pyclass(frozen, module = "dump_activations._rust")]
+    struct StoredTensor {
+        tensor: stored::StoredTensor,
+    }
+
+    #[pymethods]
+    impl StoredTensor {
+        /// `places` are (path, offset of the data, rows), a file each; a row is `parts` parts.
+        #[new]
+        fn new(
+            name: String,
+            places: Vec<(PathBuf, u64, u64)>,
+            parts: u64,
+            part_nbytes: usize,
+        ) -> PyResult<Self> {
+            let place = |(path, offset, rows)| Stored { path, offset, rows };
+            let places = places.into_iter().map(place).collect();
+            let tensor = stored::StoredTensor::open(name, places, parts, part_nbytes)?;
+            Ok(Self { tensor })
+        }
+
+        /// Reads chosen parts, counted through all rows.
+        #[pyo3(signature = (parts, out, *, threads=None, cancel=None))]
+        fn read(
+            &self,
+            py: Python<'_>,
+            parts: &Bound<'_, PyArray1<i64>>,
+            out: &Bound<'_, PyArray2<u8>>,
+            threads: Option<usize>,
+            cancel: Option<&Bound<'_, Cancel>>,
+        ) -> PyResult<()> {
+            let cancel = cancel.map(Bound::get);
+            read(py, parts, out, self.tensor.nbytes(), cancel, |parts, out, interrupt| {
+                self.tensor.read(parts, out, threads, interrupt)
+            })
+        }
+    }
+
     /// Checks that `out` has `width` bytes for each index, and lets `work` fill it.
     ///
     /// The borrows hold references to both arrays, which keep `ndarray.resize` from moving them;
@@ -333,6 +375,20 @@ mod _rust {
         detached(py, None, |interrupt| {
             sampling::without_replacement(rows, generator, out, interrupt)
         })
+    }
+
+    /// `Generator.permutation(len(out))` of a fresh `default_rng`, likewise.
+    #[pyfunction]
+    fn permutation(
+        py: Python<'_>,
+        state: u128,
+        increment: u128,
+        out: &Bound<'_, PyArray1<i64>>,
+    ) -> PyResult<()> {
+        let mut out = out.try_readwrite().map_err(not_usable("out"))?;
+        let out = out.as_slice_mut().map_err(not_usable("out"))?;
+        py.detach(|| Generator::new(state, increment).permute(out));
+        Ok(())
     }
 
     fn element(dtype: &str) -> PyResult<Element> {
@@ -390,6 +446,16 @@ mod _rust {
         let digest = py
             .detach(|| spans::write_span(&file, direct.as_deref(), offset, bytes, element))
             .map_err(os_error)?;
+        Ok((digest.crc32, digest.nan, digest.inf))
+    }
+
+    /// Returns the (crc32, nan, inf) of uint8 data.
+    #[pyfunction]
+    fn digest(data: &Bound<'_, PyArray1<u8>>, dtype: &str) -> PyResult<(u32, u64, u64)> {
+        let mut digester = Digester::new(element(dtype)?);
+        let data = data.try_readonly().map_err(not_usable("data"))?;
+        digester.update(data.as_slice().map_err(not_usable("data"))?);
+        let digest = digester.finish();
         Ok((digest.crc32, digest.nan, digest.inf))
     }
 

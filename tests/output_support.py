@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from dump_activations.dtypes import DTYPES, TensorSpec
+from dump_activations.storage.writing.batch_file import BatchFile
+from dump_activations.storage.writing.joined_file import JoinedFile
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.work import Work
 from dump_activations.storage.writing.writers import WriterPool
@@ -81,6 +83,25 @@ def open_file(path: Path, dump: Dump, *, fingerprint: str = "work", **options: b
     return OutputFile.open(work_of(path, dump, fingerprint=fingerprint), **options)
 
 
+def join_file(path: Path, dump: Dump, first: OutputFile, rank: int) -> JoinedFile:
+    assert first.token is not None
+    return JoinedFile.join(work_of(path, dump), rank=rank, token=first.token)
+
+
+@contextmanager
+def open_group(path: Path, dump: Dump, ranks: int, **options: bool) -> Iterator[list[BatchFile]]:
+    """Open a file as several processes do; those that have not ended suspend, the first at last."""
+    with ExitStack() as exits:
+        first = exits.enter_context(open_file(path, dump, shared=True, **options))
+        others = [join_file(path, dump, first, rank) for rank in range(1, ranks)]
+        yield [first, *map(exits.enter_context, others)]
+
+
+def write_ticket(file: BatchFile, dump: Dump, batches: range) -> None:
+    file.begin_ticket(batches)
+    write_batches(file, dump, dump.first_rows[batches.start : batches.stop])
+
+
 def work_of(path: Path, dump: Dump, *, fingerprint: str = "work") -> Work:
     return Work.of(
         path,
@@ -98,7 +119,7 @@ def write_whole_tensors(file: OutputFile, dump: Dump) -> None:
 
 
 def write_batches(
-    file: OutputFile, dump: Dump, first_rows: Sequence[int], *, threads: int = 2
+    file: BatchFile, dump: Dump, first_rows: Sequence[int], *, threads: int = 2
 ) -> None:
     with WriterPool(file, threads=threads) as writers:
         for first_row in first_rows:
@@ -113,10 +134,11 @@ def write_dump(
     threads: int = 2,
     **options: bool,
 ) -> Path:
-    """Write a whole file; batches are handed over in `order`, and those resumed left out."""
+    """Write a whole file; batches are handed over in `order`, but not those that are there."""
     with open_file(path, dump, **options) as file:
         write_whole_tensors(file, dump)
-        first_rows = [r for r in order or dump.first_rows if r >= file.resumed_rows]
+        missing = {row for stretch in file.missing for row in file.rows_of(stretch)}
+        first_rows = [row for row in order or dump.first_rows if row in missing]
         write_batches(file, dump, first_rows, threads=threads)
         file.commit()
     return path

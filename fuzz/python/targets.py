@@ -19,7 +19,8 @@ from pathlib import Path
 
 from dump_activations.errors import DumpActivationsError, OutputError
 from dump_activations.storage.reading.inspection import find_damage, inspect
-from dump_activations.storage.writing.journal import Header, JournalError, read_journal
+from dump_activations.storage.writing.recorded import JournalError, read_journal
+from dump_activations.storage.writing.records import Header
 
 SECONDS = 1.0
 NBYTES = 200 << 20

@@ -1,7 +1,8 @@
 """Dump the activations of 2048 transformers, on boards drawn reproducibly from huge pools.
 
 `StepsDataset` reads a pool of recorded steps, `load_encoder` a checkpoint; `dump` writes the
-activations of a run to one file and `stream` hands them out a batch at a time.
+activations of a run to one file and `stream` hands them out a batch at a time; `ActivationsFile`
+reads such a file.
 """
 
 from importlib import import_module
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         OutputError,
         PoolError,
         PoolNotFoundError,
+        RowIndexError,
         StepIndexError,
         VocabularyError,
     )
@@ -32,13 +34,17 @@ if TYPE_CHECKING:
     from dump_activations.model.encoder import Encoder
     from dump_activations.pipeline.summary import Summary
     from dump_activations.pool.dataset import Shard, StepsDataset
+    from dump_activations.storage.reading.activations_file import ActivationsFile
+    from dump_activations.storage.reading.cell_batch import CellBatch
 
     __version__: str
 
 __all__ = [
     "ActivationNotImplementedError",
     "ActivationUnavailableError",
+    "ActivationsFile",
     "Batch",
+    "CellBatch",
     "CheckpointError",
     "CheckpointNotFoundError",
     "DeviceError",
@@ -53,6 +59,7 @@ __all__ = [
     "OutputError",
     "PoolError",
     "PoolNotFoundError",
+    "RowIndexError",
     "Shard",
     "StepIndexError",
     "StepsDataset",
@@ -65,7 +72,9 @@ __all__ = [
 
 # torch and NumPy take seconds to import, so a name's module is imported when it is first used.
 _HOMES = {
+    "ActivationsFile": "storage.reading.activations_file",
     "Batch": "api",
+    "CellBatch": "storage.reading.cell_batch",
     "Encoder": "model.encoder",
     "EncoderConfig": "model.config",
     "Shard": "pool.dataset",

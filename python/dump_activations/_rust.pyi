@@ -50,6 +50,26 @@ class Selection:
     ) -> None: ...
 
 @final
+class StoredTensor:
+    """A tensor in finished files, in equal parts of its rows; no file is kept open."""
+
+    def __new__(
+        cls,
+        name: str,
+        places: Sequence[tuple[str | PathLike[str], int, int]],
+        parts: int,
+        part_nbytes: int,
+    ) -> StoredTensor: ...
+    def read(
+        self,
+        parts: NDArray[np.int64],
+        out: NDArray[np.uint8],
+        *,
+        threads: int | None = None,
+        cancel: Cancel | None = None,
+    ) -> None: ...
+
+@final
 class Cancel:
     """Tells a read on another thread to end; for good."""
 
@@ -59,10 +79,12 @@ class Cancel:
 def sample_without_replacement(
     rows: int, state: int, increment: int, out: NDArray[np.int64]
 ) -> None: ...
+def permutation(state: int, increment: int, out: NDArray[np.int64]) -> None: ...
 def combine_crc32(first: int, second: int, second_len: int) -> int: ...
 def write_span(
     fd: int, direct_fd: int | None, offset: int, data: NDArray[np.uint8], dtype: str
 ) -> tuple[int, int, int]: ...
+def digest(data: NDArray[np.uint8], dtype: str) -> tuple[int, int, int]: ...
 def digest_span(fd: int, offset: int, nbytes: int, dtype: str) -> tuple[int, int, int]: ...
 def supports_direct(fd: int) -> bool: ...
 def reserve(fd: int, size: int) -> bool: ...

@@ -154,6 +154,10 @@ class OutputError(DumpActivationsError, OSError):
             raise cls.of_system(what, error) from error
 
 
+class RowIndexError(DumpActivationsError, IndexError):
+    """A row that a file does not have."""
+
+
 class DumpActivationsWarning(UserWarning):
     """Something a user should know that does not stop the run."""
 

@@ -36,7 +36,7 @@ def _progress(name: str, value: Any) -> Progress | bool:
 
 DEFAULT_OUTPUT = "activations.safetensors"
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16-true")
 
 _Check = Callable[[str, Any], Any]
 

@@ -343,11 +343,12 @@ def test_model_and_dataset_objects_serve_as_well_as_paths(checkpoints, packed, t
     }
 
 
-def test_bf16_arithmetic_is_near_fp32(checkpoints, packed, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
+def test_bf16_arithmetic_is_near_fp32(precision, checkpoints, packed, tmp_path):
     """Eight bits of mantissa: a percent or so of the largest value after two layers."""
     checkpoint = checkpoints["gqa-4-2"]
     path = tmp_path / "low.safetensors"
-    options = {"n_samples": N, "batch_size": BATCH, "precision": "bf16"}
+    options = {"n_samples": N, "batch_size": BATCH, "precision": precision}
     cpu_dump(checkpoint.init, packed.path, path, outputs=PER_BOARD_KEYS, **options)
     boards = packed.boards[numpy_indices(len(packed.rows), N, 0)]
     result = read_dump(path)

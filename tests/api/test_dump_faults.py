@@ -130,7 +130,9 @@ def test_the_same_call_does_only_the_rest_and_says_so(suffix, broken, command, u
     code, lines = command(f"--output={target}")
     assert code == 0, lines
     (line,) = lines
-    going_on = re.fullmatch(rf"note: going on with {target}\.partial at board (\d+) of {N}", line)
+    going_on = re.fullmatch(
+        rf"note: going on with {target}\.partial, which has (\d+) of {N} boards", line
+    )
     # Batches that were under way are lost; those that were written are not.
     assert going_on, line
     assert 0 < int(going_on[1]) <= DONE * BATCH

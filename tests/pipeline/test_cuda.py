@@ -99,7 +99,7 @@ def test_each_key_alone(key, checkpoints, pools, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "tolerance"), [("fp32", 2e-5), ("tf32", 1e-2), ("bf16", 0.05)]
+    ("precision", "tolerance"), [("fp32", 2e-5), ("tf32", 1e-2), ("bf16", 0.05), ("bf16-true", 0.1)]
 )
 def test_every_layer_key(precision, tolerance, checkpoints, pools, tmp_path):
     checkpoint, pool = checkpoints["sinks-gqa-6-2"], pools["packed_46"]
@@ -144,6 +144,7 @@ def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, pools, tmp_p
     [
         ({"precision": "tf32"}, 1e-2),
         ({"precision": "bf16"}, 5e-2),
+        ({"precision": "bf16-true"}, 0.1),
         ({"compile": True}, 1e-5),
         ({"compile": True, "precision": "bf16"}, 5e-2),
     ],

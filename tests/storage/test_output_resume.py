@@ -74,16 +74,24 @@ def test_a_run_may_be_interrupted_and_resumed_many_times(tmp_path):
     assert target.read_bytes() == unbroken_bytes(".pt")
 
 
-def test_batches_past_a_gap_are_written_again(tmp_path):
-    target = tmp_path / "x.npz"
-    order = [*DUMP.first_rows[:3], *DUMP.first_rows[5:9]]
-    with open_file(target, DUMP) as file:
-        write_batches(file, DUMP, order)
-        assert file.suspend() == 3 * DUMP.batch_rows
-    with open_file(target, DUMP) as file:
-        assert file.resumed_rows == 3 * DUMP.batch_rows
-    write_dump(target, DUMP)
-    assert target.read_bytes() == unbroken_bytes(".npz")
+@settings(max_examples=40)
+@given(st.data())
+def test_any_set_of_batches_is_resumed(data):
+    kept = data.draw(st.sets(st.sampled_from(DUMP.first_rows), min_size=1))
+    rows = sum(len(range(DUMP.rows)[row : row + DUMP.batch_rows]) for row in kept)
+    with tempfile.TemporaryDirectory() as directory:
+        target = Path(directory) / "x.npz"
+        with open_file(target, DUMP) as file:
+            write_batches(file, DUMP, data.draw(st.permutations(sorted(kept))))
+            assert file.suspend() == rows
+        with open_file(target, DUMP) as file:
+            assert file.resumed_rows == rows
+            missing = [row for stretch in file.missing for row in file.rows_of(stretch)]
+            assert {row - row % DUMP.batch_rows for row in missing} == {*DUMP.first_rows} - kept
+            assert missing == sorted(missing)
+            assert len(missing) == DUMP.rows - rows
+        write_dump(target, DUMP)
+        assert target.read_bytes() == unbroken_bytes(".npz")
 
 
 def test_a_journal_without_its_file_counts_for_nothing(tmp_path):
@@ -228,7 +236,7 @@ def test_damage_in_any_batch_is_found_and_made_good(data):
         target = Path(directory) / "x.pt"
         interrupt(target, DUMP.first_rows[:20])
         with open_file(target, DUMP) as file:
-            offsets = dict(file._layout.offsets)
+            offsets = dict(file._places.layout.offsets)
         spec = data.draw(st.sampled_from([s for s in DUMP.specs if s.name in DUMP.batched]))
         row = data.draw(st.integers(0, 20 * DUMP.batch_rows - 1))
         place = offsets[spec.name] + row * spec.row_nbytes
@@ -238,7 +246,9 @@ def test_damage_in_any_batch_is_found_and_made_good(data):
             partial.seek(-1, os.SEEK_CUR)
             partial.write(bytes([byte ^ 1]))
         with open_file(target, DUMP) as file:
-            assert file.resumed_rows == row // DUMP.batch_rows * DUMP.batch_rows
+            damaged = row // DUMP.batch_rows
+            assert file.missing[0].start == damaged
+            assert file.resumed_rows == 19 * DUMP.batch_rows
         write_dump(target, DUMP)
         assert target.read_bytes() == unbroken_bytes(".pt")
 

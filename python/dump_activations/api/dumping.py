@@ -121,12 +121,17 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
                 progress = _progress(plan, options, previewed, start=file.resumed_rows)
                 if file.resumed_rows:
                     progress(file.resumed_rows, n)
+                missing = [file.rows_of(stretch) for stretch in file.missing]
+                start = missing[0].start if missing else n
                 with (
                     Loop(plan, forward) as loop,
                     WriterPool(file, threads=_WRITER_THREADS) as writers,
-                    closing(loop.batches(progress, start=file.resumed_rows)) as batches,
+                    closing(loop.batches(progress, start=start)) as batches,
                 ):
                     for batch in batches:
+                        if not any(batch.boards.first_row in rows for rows in missing):
+                            batch.release()
+                            continue
                         tensors = {**batch.boards.tensors, **batch.tensors}
                         writers.submit(
                             batch.boards.first_row,
@@ -164,7 +169,7 @@ def _beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[
     if file.unusable:
         yield f"{file.partial} is started anew: {file.unusable}"
     if file.resumed_rows:
-        yield f"going on with {file.partial} at board {file.resumed_rows:,} of {n:,}"
+        yield f"going on with {file.partial}, which has {file.resumed_rows:,} of {n:,} boards"
     if existing:
         holds = size_text(existing.size)
         boards = existing.metadata.get("n_samples", "")
@@ -193,10 +198,12 @@ def _check_resumed_boards(file: OutputFile, plan: Plan) -> None:
     last = file.last_resumed
     if last is None:
         return
-    first_row, digests = last
-    indices = plan.indices[first_row : file.resumed_rows]
-    rows = read_batch(plan.pool, plan.labels, indices, first_row=first_row).tensors
-    if any(zlib.crc32(_bytes_of(each).data) != digests[name].crc32 for name, each in rows.items()):
+    rows, digests = last
+    indices = plan.indices[rows.start : rows.stop]
+    stored = read_batch(plan.pool, plan.labels, indices, first_row=rows.start).tensors
+    if any(
+        zlib.crc32(_bytes_of(each).data) != digests[name].crc32 for name, each in stored.items()
+    ):
         raise OutputError(
             f"{file.partial} holds other boards than {plan.pool.path} has now; restore the "
             f"pool, or drop the file with {switch('overwrite')}"

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from dump_activations.commands.summary import print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, describe
+from dump_activations.phases import begin
+from dump_activations.progress.display import shown_progress
 from dump_activations.storage.writing.targets import check_output
 
 if TYPE_CHECKING:
@@ -136,13 +140,13 @@ def dump_activations(
         begin("opening the pool")
         pool = StepsDataset(pool_path)
         if flags["indices"] is not None:
-            indices = read_step_indices(Path(flags["indices"]), pool)
-            options = replace(options, indices=indices)
-        result = (preview if dry_run else dump_to_file)(init, pool, Path(output), options)
-    if isinstance(result, Preview):
-        print_preview(result, as_json=as_json)
-    else:
-        print_summary(result, as_json=as_json)
+            steps = read_step_indices(Path(flags["indices"]), pool)
+            options = replace(options, indices=steps)
+        if dry_run:
+            show = partial(print_preview, preview(init, pool, Path(output), options))
+        else:
+            show = partial(print_summary, dump_to_file(init, pool, Path(output), options))
+    show(as_json=as_json)
 
 
 def _sources(init: str | None, pool: str | None, *, use_demo: bool) -> tuple[str, str]:

@@ -1,5 +1,8 @@
 """The 2048 transformer: a bidirectional pre-norm encoder over the 16 cells of a board.
 
+The weights of its matrix products may be narrower than those of its norms: the residual stream and
+the norms are then in the wide dtype, and what enters a product is rounded, once, to the narrow one.
+
 Shape letters: B boards in a batch, S cells (16), H hidden size, Q query heads, K key/value heads,
 G query heads that share one key/value head (Q = G K), D size of a head, N bins of a value head.
 """
@@ -60,11 +63,10 @@ class DotProduct(nn.Module):
         # has fewer bits than fp32 loses none in either.
         on_cuda = q_BSQD.is_cuda and q_BSQD.dtype == torch.float32
         dtype = torch.float64 if on_cuda else torch.float32
-        with torch.autocast(q_BSQD.device.type, enabled=False):
-            q_BQSD = q_BSQD.transpose(1, 2).to(dtype)
-            k_BQSD = _spread(k_BSKD, q_BSQD.shape[2]).to(dtype)
-            scores_BQSS = q_BQSD @ k_BQSD.transpose(2, 3) / math.sqrt(q_BQSD.shape[3])
-            return scores_BQSS.float()
+        q_BQSD = q_BSQD.transpose(1, 2).to(dtype)
+        k_BQSD = _spread(k_BSKD, q_BSQD.shape[2]).to(dtype)
+        scores_BQSS = q_BQSD @ k_BQSD.transpose(2, 3) / math.sqrt(q_BQSD.shape[3])
+        return scores_BQSS.float()
 
     @staticmethod
     def pattern(q_BSQD: Tensor, k_BSKD: Tensor, sinks_Q: Tensor | None) -> Tensor:
@@ -109,9 +111,11 @@ class Attention(nn.Module):
     def forward(self, x_BSH: Tensor) -> Tensor:
         """Map the normed hidden states (B, S, H) to the attention's output (B, S, H)."""
         B = x_BSH.shape[0]
-        q_BSQD = self.q_norm(self.wq(x_BSH).view(B, CELLS, self.q_heads, self.head_size))
-        k_BSKD = self.k_norm(self.wk(x_BSH).view(B, CELLS, self.kv_heads, self.head_size))
+        x_BSH = x_BSH.to(self.wq.weight.dtype)
+        q_BSQD = self.wq(x_BSH).view(B, CELLS, self.q_heads, self.head_size)
+        k_BSKD = self.wk(x_BSH).view(B, CELLS, self.kv_heads, self.head_size)
         v_BSKD = self.wv(x_BSH).view(B, CELLS, self.kv_heads, self.head_size)
+        q_BSQD, k_BSKD = _normed(self.q_norm, q_BSQD), _normed(self.k_norm, k_BSKD)
         sinks_Q = None if self.sinks is None else self.sinks_by_head()
         z_BSQD = self.dot_product(q_BSQD, k_BSKD, v_BSKD, sinks_Q)
         out_BSH: Tensor = self.wo(z_BSQD.flatten(2))
@@ -126,6 +130,13 @@ class Attention(nn.Module):
         return self.sinks.view(self.kv_heads, -1).t().flatten()
 
 
+def _normed(norm: nn.Module, heads: Tensor) -> Tensor:
+    """Apply a norm, which may be the identity, in the dtype of its weights."""
+    dtype = norm.weight.dtype if isinstance(norm, nn.RMSNorm) else heads.dtype
+    normed: Tensor = norm(heads.to(dtype))
+    return normed.to(heads.dtype)
+
+
 class MLP(nn.Module):
     """The gated SiLU MLP."""
 
@@ -138,6 +149,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """Map the normed hidden states (B, S, H) to the MLP's output (B, S, H)."""
+        x_BSH = x_BSH.to(self.w_gate.weight.dtype)
         out_BSH: Tensor = self.w_down(F.silu(self.w_gate(x_BSH)) * self.w_up(x_BSH))
         return out_BSH
 
@@ -209,8 +221,9 @@ class Encoder(nn.Module):
 
     def _head_logits(self, pooled_BH: Tensor) -> Tensor:
         if self.config.head_type == "binned_ev":
+            pooled_BH = pooled_BH.to(next(self.ev_heads.parameters()).dtype)
             return torch.stack([head(pooled_BH) for head in self.ev_heads], dim=1)
         if self.config.head_type == "none":
             return pooled_BH[:, :0]
-        logits_B4: Tensor = self.policy_head(pooled_BH)
+        logits_B4: Tensor = self.policy_head(pooled_BH.to(self.policy_head.weight.dtype))
         return logits_B4

@@ -17,7 +17,7 @@ from dump_activations.model.capture import Capture
 from dump_activations.pipeline.compile_cache import use_own_cache
 from dump_activations.pipeline.cuda_timing import CudaStopwatch
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pipeline.precision import arithmetic
+from dump_activations.pipeline.precision import arithmetic, in_precision
 from dump_activations.pipeline.shortage import shortage
 from dump_activations.pipeline.transfer import Buffers
 from dump_activations.timing import Stopwatch
@@ -49,7 +49,9 @@ class Forward:
         if compiled:
             use_own_cache()
         self._capture = Capture(
-            plan.model, plan.board_tensors, compiled_rows=self.rows if compiled else None
+            in_precision(plan.model, plan.options.precision, plan.device),
+            plan.board_tensors,
+            compiled_rows=self.rows if compiled else None,
         )
         self._computing: Stopwatch | CudaStopwatch = (
             CudaStopwatch(torch.cuda.current_stream(plan.device)) if on_cuda else Stopwatch()

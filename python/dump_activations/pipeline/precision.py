@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import nn
+
+from dump_activations.model.encoder import Encoder
+from dump_activations.model.replica import replicate
 
 
 class _Fp32Matmuls:
@@ -53,25 +57,40 @@ def _restoring() -> Callable[[], None]:
 _HIGHEST, _HIGH = _Fp32Matmuls("highest"), _Fp32Matmuls("high")
 
 
+def in_precision(model: Encoder, precision: str, device: torch.device) -> Encoder:
+    """Return the model as it is run in a precision: its weights are cast here, once a run.
+
+    `bf16` rounds the factors of matrix products to bf16 and keeps norms, embeddings and the
+    residual stream in fp32; `bf16-true` has everything in bf16, as a model that is served. The
+    others run the model as it is.
+
+    Args:
+        model: on `device`; it is left as it is.
+        precision: one of `options.PRECISIONS`.
+        device: where the model runs.
+    """
+    if precision == "bf16-true":
+        return replicate(model, device, lambda _: torch.bfloat16)
+    if precision == "bf16":
+        return replicate(model, device, _narrow_products)
+    return model
+
+
+def _narrow_products(module: nn.Module) -> torch.dtype | None:
+    return torch.bfloat16 if isinstance(module, nn.Linear) else None
+
+
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """Run a forward pass inside the context in a precision, whatever the caller's settings are.
 
-    `fp32` computes in IEEE single precision; `tf32` lets CUDA round the factors of matrix products
-    to 10 bits of mantissa; `bf16` runs matrix products in bf16 and keeps weights, norms and the
-    residual stream in fp32.
+    fp32 values are computed with in IEEE single precision, but that `tf32` lets CUDA round the
+    factors of matrix products to 10 bits of mantissa.
 
     Args:
         precision: one of `options.PRECISIONS`.
         device: where the model runs.
     """
-    # The cache of casts would be one with the caller's own autocast, and gains nothing: a pass uses
-    # each weight once.
-    autocast = torch.autocast(
-        device.type,
-        dtype=torch.bfloat16,
-        enabled=precision == "bf16",
-        cache_enabled=False,
-    )
-    with autocast, _HIGH if precision == "tf32" else _HIGHEST:
+    not_cast = torch.autocast(device.type, enabled=False)
+    with not_cast, _HIGH if precision == "tf32" else _HIGHEST:
         yield

@@ -16,8 +16,8 @@ MAX_AXES = 64  # as many as NumPy and torch have
 class StoredTensor:
     """A tensor in a file.
 
-    `offset` is where its data starts, in bytes; None if the data is compressed. `dtype` is NumPy's
-    name of it, or the format's own for one that dumps do not use.
+    `offset` is where its data starts, in bytes; None if the data is compressed, or not in C order.
+    `dtype` is NumPy's name of it, or the format's own for one that dumps do not use.
     """
 
     name: str

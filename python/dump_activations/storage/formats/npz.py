@@ -26,7 +26,7 @@ HEADER_ALIGNMENT = 64  # what numpy.lib.format pads its headers to
 MAX_HEADER_NBYTES = 10_000  # what NumPy reads of one that it does not trust
 MAX_METADATA_NBYTES = MAX_HEADER_NBYTES + 4 * MAX_JSON_CHARACTERS
 HEADER = re.compile(
-    r"\{'descr': ?(?P<dtype>.+), ?'fortran_order': ?(?:True|False), ?"
+    r"\{'descr': ?(?P<dtype>.+), ?'fortran_order': ?(?P<is_fortran>True|False), ?"
     r"'shape': ?\((?P<shape>[0-9, ]*)\) ?,? ?\} *\n",
     re.DOTALL,
 )
@@ -95,7 +95,8 @@ def _stored_array(head: bytes, member: StoredMember) -> StoredTensor:
     nbytes = member.nbytes - data_start
     if "|O" in dtype or not is_shape(shape) or not fits(dtype, shape, nbytes):
         raise ValueError(f"its array {member.name} is damaged, or holds objects")
-    offset = None if member.offset is None else member.offset + data_start
+    is_plain = header["is_fortran"] == "False" or len(shape) < 2
+    offset = member.offset + data_start if is_plain and member.offset is not None else None
     return StoredTensor(member.name.removesuffix(".npy"), dtype, shape, nbytes, offset)
 
 

@@ -3,8 +3,9 @@
 import threading
 import time
 
-from dump_activations.storage.writing.journal import BatchDigests, Journal
+from dump_activations.storage.writing.journal import Journal
 from dump_activations.storage.writing.partial import Partial
+from dump_activations.storage.writing.records import BatchRecord
 
 SYNC_INTERVAL = 0.5
 """Seconds between two flushes: how much work a crash may cost, against the cost of a flush."""
@@ -19,19 +20,19 @@ class BackgroundSync:
     def __init__(self, partial: Partial, journal: Journal) -> None:
         self._partial = partial
         self._journal = journal
-        self._written: dict[int, BatchDigests] = {}
+        self._written: dict[int, BatchRecord] = {}
         self._changed = threading.Condition()
         self._closing = False
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="output-sync", daemon=True)
         self._thread.start()
 
-    def add(self, batch: int, digests: BatchDigests) -> None:
+    def add(self, batch: int, record: BatchRecord) -> None:
         """Note that all data of a batch has been written."""
         with self._changed:
             if self._error is not None:
                 raise self._error
-            self._written[batch] = digests
+            self._written[batch] = record
             self._changed.notify()
 
     def close(self) -> None:
@@ -52,7 +53,7 @@ class BackgroundSync:
             with self._changed:
                 self._error = error
 
-    def _next_batches(self) -> dict[int, BatchDigests]:
+    def _next_batches(self) -> dict[int, BatchRecord]:
         """Wait for batches to journal; there are none only when the file is being closed."""
         with self._changed:
             deadline = time.monotonic() + SYNC_INTERVAL

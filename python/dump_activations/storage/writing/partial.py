@@ -14,12 +14,9 @@ import numpy.typing as npt
 from dump_activations import _rust
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest
+from dump_activations.storage.writing.journal import remove_journals
 from dump_activations.storage.writing.private_files import create, is_at, lock, open_ours
-from dump_activations.storage.writing.targets import (
-    journal_path,
-    partial_path,
-    replacement_path,
-)
+from dump_activations.storage.writing.targets import all_journals, partial_path
 
 
 class _Descriptor:
@@ -49,7 +46,8 @@ class Partial:
         self.path = partial_path(target)
         self.is_new = is_new
         self._target = target
-        self._file: _Descriptor | None = _Descriptor(fd)
+        self._locked: _Descriptor | None = _Descriptor(fd)
+        self._file: _Descriptor | None = self._locked
         direct_fd = _open_direct(fd)
         self._direct = None if direct_fd is None else _Descriptor(direct_fd)
 
@@ -80,6 +78,16 @@ class Partial:
                         os.close(fd)
                         raise
                     os.close(fd)
+
+    @classmethod
+    def join(cls, target: Path) -> Self:
+        """Open the partial file of a target, without a lock, while another process has it.
+
+        Raises:
+            OutputError: it is not this user's alone.
+            OSError: there is none, or the system refuses.
+        """
+        return cls(target, open_ours(partial_path(target), os.O_RDWR), is_new=False)
 
     @property
     def size(self) -> int:
@@ -125,6 +133,15 @@ class Partial:
             written = os.pwrite(self.fd, view, offset)
             view, offset = view[written:], offset + written
 
+    def reopen(self) -> None:
+        """Open the file anew, which is when a network file system shows what others wrote.
+
+        Raises:
+            OutputError: the file is no longer there.
+        """
+        self._file = _Descriptor(open_ours(self.path, os.O_RDWR))
+        self.check_place()
+
     def drop_cache(self) -> None:
         """Let reads come from the disk.
 
@@ -150,7 +167,8 @@ class Partial:
 
     def is_in_place(self) -> bool:
         """Whether the file's name still leads to it."""
-        return is_at(self.fd, self.path)
+        assert self._locked is not None
+        return is_at(self._locked.number, self.path)
 
     def publish(self) -> None:
         """Bring the file to disk and give it the target's name and mode."""
@@ -170,7 +188,7 @@ class Partial:
 
     def close(self) -> None:
         """Let go of the file and its lock."""
-        self._file = self._direct = None
+        self._file = self._locked = self._direct = None
 
     def _set_mode(self, mode: int) -> None:
         # The file is ours: only a file system without modes refuses.
@@ -179,17 +197,14 @@ class Partial:
 
 
 def tidy(target: Path) -> None:
-    """Remove the journal of a file that was published, and not its journal removed."""
-    journal = journal_path(target)
-    left = [path for path in (journal, replacement_path(journal)) if os.path.lexists(path)]
+    """Remove the journals of a file that was published, and not its journals removed."""
+    left = [path for path in all_journals(target) if os.path.lexists(path)]
     if not left or os.path.lexists(partial_path(target)):
         return
     partial = Partial.open(target, anew=False)
     if partial.is_new:
-        with OutputError.when(f"cannot remove {journal}"):
-            for path in left:
-                path.unlink(missing_ok=True)
-            partial.remove()
+        remove_journals(left)
+        partial.remove()
     partial.close()
 
 

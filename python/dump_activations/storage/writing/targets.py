@@ -1,6 +1,7 @@
 """An output's path: the names beside it, and all that is wrong with it before any work is done."""
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,14 +21,28 @@ def partial_path(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-def journal_path(target: Path) -> Path:
-    """Say where the journal of an unfinished target is."""
-    return target.with_name(target.name + ".partial.journal")
+def journal_path(target: Path, rank: int = 0) -> Path:
+    """Say where a process of those that write an unfinished target has its journal."""
+    return target.with_name(f"{target.name}.partial.journal" + (f".{rank}" if rank else ""))
+
+
+def journals_of_others(target: Path) -> list[Path]:
+    """List the journals of all processes but the first."""
+    name = re.compile(re.escape(journal_path(target).name) + r"\.[1-9][0-9]{0,8}")
+    with OutputError.when(f"cannot list {target.parent}"):
+        found = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.suffix[1:]))
 
 
 def replacement_path(path: Path) -> Path:
     """Say where a journal is written anew before it takes the place of the one at `path`."""
     return path.with_name(path.name + ".new")
+
+
+def all_journals(target: Path) -> list[Path]:
+    """List where journals of an unfinished target may be."""
+    first = journal_path(target)
+    return [first, replacement_path(first), *journals_of_others(target)]
 
 
 def check_output(

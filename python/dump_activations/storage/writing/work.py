@@ -10,11 +10,11 @@ from typing import Self
 
 from dump_activations.dtypes import TensorSpec
 from dump_activations.errors import OutputError, option
-from dump_activations.storage.digests import Digest
-from dump_activations.storage.formats.layout import RESERVED_NAMES
+from dump_activations.storage.digests import INTEGRITY_KEY, Digest, integrity_text
+from dump_activations.storage.formats.layout import RESERVED_NAMES, Layout
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.reading.inspection import inspect
-from dump_activations.storage.writing.journal import Header
+from dump_activations.storage.writing.records import Header
 from dump_activations.storage.writing.targets import target_of
 
 FINGERPRINT_KEY = "fingerprint"
@@ -103,6 +103,17 @@ class Work:
         }
         metadata[FINGERPRINT_KEY] = _sha256(work)
         return cls(target, specs, metadata, Header(work, rows, batch_rows, tuple(batched)))
+
+    def layout(self, digests: Mapping[str, Digest] | None = None) -> Layout:
+        """Lay the file out; without the digests of its tensors, all but some bytes of the skeleton.
+
+        Raises:
+            InvalidArgumentError: the format cannot hold a dtype.
+        """
+        file_format = format_of(self.target, [spec.dtype for spec in self.specs])
+        crc32s = {name: digest.crc32 for name, digest in digests.items()} if digests else None
+        integrity = integrity_text(self.specs, self.metadata, digests)
+        return file_format.layout(self.specs, {**self.metadata, INTEGRITY_KEY: integrity}, crc32s)
 
     def differences(self, theirs: Mapping[str, str]) -> str:
         """Name what differs in other work, options as such."""

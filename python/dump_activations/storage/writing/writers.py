@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dump_activations.chunks import Chunk
 from dump_activations.storage.digests import RunningDigest
-from dump_activations.storage.writing.output_file import OutputFile
+from dump_activations.storage.writing.batch_file import BatchFile
 from dump_activations.timing import SharedStopwatch
 
 # Bytes of a span: few enough for several threads to share a batch.
@@ -31,7 +31,7 @@ class WriterPool:
     the context.
     """
 
-    def __init__(self, file: OutputFile, *, threads: int) -> None:
+    def __init__(self, file: BatchFile, *, threads: int) -> None:
         self._file = file
         self._spans: queue.SimpleQueue[_Span | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(BATCHES_AHEAD)
@@ -168,7 +168,7 @@ class _Submission:
 
     def __init__(
         self,
-        file: OutputFile,
+        file: BatchFile,
         first_row: int,
         tensors: Mapping[str, npt.NDArray[np.uint8]],
         done: Callable[[], object],

@@ -1,0 +1,286 @@
+"""Cells in a shuffled order: each once an epoch, the same however they are read."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from dump_activations import ActivationsFile, CellBatch, InvalidArgumentError, OutputError
+from dump_activations.storage.reading import tensor_files
+
+LAYERS = (0, 2, 5)
+N, H, WIDE = 37, 6, 10
+METADATA = {"layers": "0,2,5"}
+CELL = 2 * H  # bytes
+
+
+def tensors(boards=N, seed=0):
+    """Values that say which they are: no two are equal."""
+    numbers = torch.arange(boards * 3 * 16 * max(H, WIDE)) + 1_000_000 * seed
+    mlp = numbers[: boards * 3 * 16 * WIDE].float().view(boards, 3, 16, WIDE)
+    hidden = numbers[: boards * 16 * H].to(torch.int16).view(torch.float16).view(boards, 16, H)
+    return {
+        "indices": torch.arange(boards) + seed,
+        "final_hidden": hidden.contiguous(),
+        "mlp_post": mlp,
+        "attn_q": mlp.reshape(boards, 3, 16, 2, 5).double(),
+        "attn_pattern": torch.zeros(boards, 3, 16, 16, 16),
+        "pooled": torch.zeros(boards, 16 + 1),
+    }
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cells")
+    paths = [directory / name for name in ("stacked.safetensors", "split.safetensors")]
+    save_file(tensors(), paths[0], METADATA)
+    split = tensors()
+    for key in ("mlp_post", "attn_q"):
+        values = split.pop(key)
+        split |= {f"{key}.{n}": values[:, i].contiguous() for i, n in enumerate(LAYERS)}
+    save_file(split, paths[1], METADATA)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def acts(paths):
+    return ActivationsFile(paths[0])
+
+
+def equal(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.values, other.values)
+        assert torch.equal(one.rows, other.rows)
+        assert torch.equal(one.cells, other.cells)
+
+
+def places(batches):
+    """Return the numbers of all cells in their order."""
+    return torch.cat([batch.rows * 16 + batch.cells for batch in batches]).tolist()
+
+
+def expected_order(cells, batch_size, window, seed, epoch):
+    """Follow the words of `cell_order`, with NumPy's own permutations."""
+    length = window // (batch_size * CELL) * batch_size
+
+    def permutation(n, number):
+        return np.random.default_rng([seed, epoch, number]).permutation(n)
+
+    windows = [*permutation(cells // length, 0), cells // length]
+    order = []
+    for number in windows:
+        inside = range(cells)[number * length : (number + 1) * length]
+        order += [inside[i] for i in permutation(len(inside), 1 + number)]
+    return order
+
+
+@st.composite
+def orders(draw):
+    batch_size = draw(st.integers(8, 700))
+    window = draw(st.integers(batch_size * CELL, max(16 * N, batch_size) * CELL))
+    numbers = {name: draw(st.integers(0, 2**40)) for name in ("seed", "epoch")}
+    return {"batch_size": batch_size, "window": window, **numbers}
+
+
+@given(orders())
+def test_each_cell_comes_once_in_the_order_that_is_written_down(acts, order):
+    stored = load_file(acts.paths[0])["final_hidden"].view(-1, H)
+    batches = list(acts.cells("final_hidden", **order))
+    assert places(batches) == expected_order(16 * N, **order)
+    assert sorted(places(batches)) == list(range(16 * N))
+    assert {len(batch.rows) for batch in batches[:-1]} <= {order["batch_size"]}
+    for batch in batches:
+        assert batch.values.dtype == torch.float16
+        expected = stored[batch.rows * 16 + batch.cells]
+        assert torch.equal(batch.values.view(torch.int16), expected.view(torch.int16))
+
+
+@given(st.sampled_from(LAYERS), st.booleans(), st.sampled_from(["mlp_post", "attn_q"]))
+def test_a_layer_of_a_stacked_or_split_key(paths, layer, split, key):
+    stored = load_file(paths[0])[key][:, LAYERS.index(layer)].reshape(N * 16, WIDE)
+    cells = ActivationsFile(paths[split]).cells(key, layer, batch_size=50, window=50 * 8 * WIDE * 3)
+    batches = list(cells)
+    assert sorted(places(batches)) == list(range(16 * N))
+    for batch in batches:
+        assert torch.equal(batch.values, stored[batch.rows * 16 + batch.cells])
+
+
+def test_several_keys_have_the_same_cells(acts):
+    stored = load_file(acts.paths[0])
+    for batch in acts.cells(["mlp_post", "attn_q"], 5, batch_size=64):
+        assert list(batch.values) == ["mlp_post", "attn_q"]
+        for key, values in batch.values.items():
+            assert torch.equal(values, stored[key][batch.rows, 2, batch.cells].flatten(1))
+
+
+@given(orders(), st.integers(1, 3))
+def test_ranks_take_the_batches_in_turns(acts, order, world_size):
+    whole = list(acts.cells("mlp_post", 2, **order | {"window": 1 << 20}))
+    shares = [
+        acts.cells("mlp_post", 2, rank=rank, world_size=world_size, **order | {"window": 1 << 20})
+        for rank in range(world_size)
+    ]
+    for rank, share in enumerate(shares):
+        assert len(share) == len(whole[rank::world_size])
+        equal(list(share), whole[rank::world_size])
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_order_does_not_depend_on_threads(acts, monkeypatch, threads):
+    whole = list(acts.cells("final_hidden", batch_size=100))
+    monkeypatch.setattr(tensor_files, "THREADS", threads)
+    monkeypatch.setattr(np, "empty", np.zeros)
+    found = list(acts.cells("final_hidden", batch_size=100))
+    assert places(found) == places(whole)
+
+
+@given(orders(), st.data())
+def test_resumed_in_the_middle_the_rest_is_the_same(acts, order, data):
+    first = acts.cells("final_hidden", **order)
+    batches, states = [], []
+    for batch in first:
+        batches.append(batch)
+        states.append(first.state_dict())
+    batches += list(first)  # the epoch after it
+    at = data.draw(st.integers(0, len(states) - 1))
+    again = acts.cells("final_hidden", **order | {"seed": 0, "epoch": 0})
+    again.load_state_dict(states[at])
+    assert set(states[at]) == {"seed", "epoch", "batch"}
+    rest = [*again, *again] if at < len(states) - 1 else list(again) or list(again)
+    assert places(rest) == places(batches[at + 1 :])
+
+
+def test_another_world_size_goes_on(acts):
+    whole = list(acts.cells("final_hidden", batch_size=32))
+    pair = [acts.cells("final_hidden", batch_size=32, rank=r, world_size=2) for r in range(2)]
+    for cells in pair:
+        seen = iter(cells)
+        for _ in range(3):
+            next(seen)
+    assert pair[0].state_dict() == pair[1].state_dict()
+    alone = acts.cells("final_hidden", batch_size=32)
+    alone.load_state_dict(pair[0].state_dict())
+    assert places(alone) == places(whole[6:])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_drop_last_leaves_as_many_whole_batches_to_each_rank(acts, world_size):
+    options = {"batch_size": 50, "world_size": world_size, "drop_last": True}
+    shares = [list(acts.cells("final_hidden", rank=r, **options)) for r in range(world_size)]
+    assert {len(share) for share in shares} == {16 * N // 50 // world_size}
+    assert {len(batch.rows) for share in shares for batch in share} == {50}
+
+
+@pytest.mark.parametrize(("start", "workers"), [("fork", 3), ("spawn", 1)])
+def test_workers_of_a_loader_share_the_batches(acts, start, workers):
+    cells = acts.cells("final_hidden", batch_size=40)
+    context = multiprocessing.get_context(start)
+    loader = DataLoader(
+        cells, batch_size=None, num_workers=workers, multiprocessing_context=context
+    )
+    found = list(loader)
+    assert isinstance(found[0], CellBatch)
+    assert places(found) == places(acts.cells("final_hidden", batch_size=40))
+
+
+def test_what_a_caller_keeps_is_not_written_over(acts):
+    stored = load_file(acts.paths[0])["final_hidden"].view(-1, H)
+    batches = list(acts.cells("final_hidden", batch_size=16, window=32 * CELL))
+    for batch in batches:
+        assert torch.equal(batch.values, stored[batch.rows * 16 + batch.cells])
+
+
+def test_memory_is_used_again_once_nobody_holds_it(acts):
+    addresses = {
+        batch.values.untyped_storage().data_ptr()
+        for batch in acts.cells("final_hidden", batch_size=16, window=32 * CELL)
+    }
+    assert len(addresses) <= 3
+
+
+def test_several_files_are_one(paths, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file(tensors(11, seed=1), other, METADATA)
+    acts = ActivationsFile(paths[0], other)
+    assert len(acts) == N + 11
+    stored = torch.cat([load_file(path)["mlp_post"] for path in (paths[0], other)])
+    assert torch.equal(acts.read("mlp_post", [N, N - 1, N + 10]), stored[[N, N - 1, N + 10]])
+    assert acts.indices.tolist() == [*range(N), *range(1, 12)]
+    batches = list(acts.cells("mlp_post", 2, batch_size=100))
+    assert sorted(places(batches)) == list(range(16 * (N + 11)))
+    for batch in batches:
+        assert torch.equal(batch.values, stored[batch.rows, 1, batch.cells])
+
+
+def test_files_that_do_not_belong_together(paths, tmp_path):
+    other = tmp_path / "other.safetensors"
+    with pytest.raises(InvalidArgumentError, match=r"as one with .*: its keys differ"):
+        ActivationsFile(*paths)
+    save_file(tensors(), other, METADATA | {"weights_sha256": "b"})
+    third = tmp_path / "third.safetensors"
+    save_file(tensors(), third, METADATA | {"weights_sha256": "a"})
+    with pytest.raises(InvalidArgumentError, match="its weights_sha256 is a, not b"):
+        ActivationsFile(other, third)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("nothing",), r"stacked.safetensors: no 'nothing' in it, only attn_q, .*, indices"),
+        (("mlp_post",), "mlp_post has layers 0, 2, 5; choose one by layer"),
+        (("mlp_post", 1), "layer=1: mlp_post has layers 0, 2, 5"),
+        (("final_hidden", 0), "layer=0: final_hidden has no layers"),
+        (("attn_pattern", 0), "attn_pattern has no axis of cells"),
+        (("pooled",), "pooled has no axis of cells"),
+        (("indices",), "indices has no axis of cells"),
+    ],
+)
+def test_keys_that_have_no_cells(acts, arguments, error):
+    with pytest.raises(InvalidArgumentError, match=error):
+        acts.cells(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"batch_size": 0}, "batch_size=0: no cells"),
+        ({"batch_size": 100, "window": 1199}, "window=1199: a batch has 1200 bytes; take a larger"),
+        ({"rank": 2, "world_size": 2}, "rank=2: ranks of world_size=2 are counted from 0"),
+        ({"rank": -1}, "rank=-1: at least 0"),
+        ({"rank": 0, "world_size": 0}, "rank=0: ranks of world_size=0"),
+        ({"seed": -1}, "seed=-1: at least 0"),
+        ({"epoch": -1}, "epoch=-1: at least 0"),
+        ({"device": "meta"}, "device='meta': neither cpu nor cuda"),
+    ],
+)
+def test_numbers_out_of_range(acts, options, error):
+    with pytest.raises(InvalidArgumentError, match=error):
+        acts.cells("final_hidden", **options)
+
+
+@pytest.mark.parametrize("change", ["replace", "cut", "write"])
+def test_a_file_that_changes_meanwhile(paths, tmp_path, change):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(paths[0].read_bytes())
+    cells = ActivationsFile(path).cells("final_hidden", batch_size=16, window=32 * CELL)
+    seen = iter(cells)
+    next(seen)
+    match change:
+        case "replace":
+            (tmp_path / "b").write_bytes(paths[1].read_bytes())
+            (tmp_path / "b").replace(path)
+        case "cut":
+            with path.open("r+b") as file:
+                file.truncate(1000)
+        case "write":
+            with path.open("r+b") as file:
+                file.seek(-1, 2)
+                file.write(b"x")
+    with pytest.raises(OutputError, match=r"a.safetensors was replaced or changed since"):
+        list(seen)
