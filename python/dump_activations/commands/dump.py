@@ -131,6 +131,7 @@ def dump_activations(
     keep_freed_memory()
     has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT
     with shown_progress():
+        begin("loading torch")
         with uncollected_imports():
             from dump_activations.api.dumping import dump_to_file, preview
             from dump_activations.commands.step_indices import read_step_indices

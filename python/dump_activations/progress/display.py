@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-_NARROWEST_BAR = 10
+_NARROWEST_BAR = 5
 _REFRESHES_A_SECOND = 5
 # Seconds from the start to the first line; each next one comes after as long again, up to the last.
 _FIRST_LINE = 10.0
@@ -119,8 +119,9 @@ class _Lines(_Display):
         """Write lines until the end."""
         pause = _FIRST_LINE
         while not self._ended.wait(pause):
+            line = self._line()
             with suppress(OSError, ValueError):  # Nobody is left to be told.
-                self._stream.write(f"{self._line()}\n")
+                self._stream.write(f"{line}\n")
                 self._stream.flush()
             pause = min(2 * pause, _LONGEST_PAUSE)
 

@@ -37,33 +37,34 @@ class Status:
 
     def text(self) -> str:
         """Say what is being done, and how much of it is."""
-        named = f"{self._phase.name}: " if self._phase.name else ""
+        name = self._phase.name
         if not self._phase.unit:
-            return self._phase.name
+            return name
         of = f"/{self._amount(self._of)}" if self._of else ""
-        unit = "" if self._phase.unit == BYTES else f" {self._phase.unit}"
-        return f"{named}{self._amount(self._done)}{of}{unit}"
+        return f"{name}{': ' if name else ''}{self._amount(self._done)}{of}{self._unit}"
 
     def figures(self, now: float) -> list[str]:
-        """List how fast it goes and how long it takes, the most wanted first."""
-        elapsed = duration_text(now - self._began)
+        """List how long it takes and how fast it goes, the most wanted first."""
+        figures = [duration_text(now - self._began)]
         rate = self._rate(now)
         if not rate:
-            return [elapsed]
-        left = (self._of - self._done) / rate
-        figures = [f"{duration_text(left)} left"] if self._of else []
-        per_second = self._amount(rate)
-        unit = "" if self._phase.unit == BYTES else f" {self._phase.unit}"
-        figures += [f"{per_second}{unit}/s", elapsed]
+            return figures
+        if self._of:
+            figures.append(f"{duration_text((self._of - self._done) / rate)} left")
+        figures.append(f"{self._amount(rate)}{self._unit}/s")
         if self._phase.nbytes and self._of:
-            throughput = rate * self._phase.nbytes / self._of
-            figures.append(f"{throughput / 1e9:.2f} GB/s of {size_text(self._phase.nbytes)}")
+            throughput = size_text(int(rate * self._phase.nbytes / self._of))
+            figures.append(f"{throughput}/s of {size_text(self._phase.nbytes)}")
         return figures
 
     def _rate(self, now: float) -> float:
         """Units a second; 0.0 while that is not known."""
         began, before = self._samples[0]
         return (self._done - before) / (now - began) if now > began else 0.0
+
+    @property
+    def _unit(self) -> str:
+        return "" if self._phase.unit == BYTES else f" {self._phase.unit}"
 
     def _amount(self, number: float) -> str:
         return size_text(int(number)) if self._phase.unit == BYTES else f"{number:,.0f}"
