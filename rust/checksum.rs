@@ -26,6 +26,21 @@ impl Element {
             _ => None,
         }
     }
+
+    /// Whether it is a floating element that a float32 holds.
+    pub fn is_float32_or_shorter(self) -> bool {
+        matches!(self, Self::Float32 | Self::Float16 | Self::BFloat16)
+    }
+
+    /// Bytes of an element, of a byte of those that are no floats.
+    pub fn nbytes(self) -> usize {
+        match self {
+            Self::Float64 => 8,
+            Self::Float32 => 4,
+            Self::Float16 | Self::BFloat16 => 2,
+            Self::Integer => 1,
+        }
+    }
 }
 
 /// What is known of a span of bytes once it has been seen.

@@ -36,26 +36,39 @@ pub fn open(path: &Path) -> io::Result<Opened> {
 
 #[cfg(target_os = "linux")]
 fn advise_random(file: &File) {
-    // SAFETY: the descriptor is open for as long as `file` lives. A refusal costs speed alone.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM);
-    }
+    advise(file, 0, 0, libc::POSIX_FADV_RANDOM);
+}
+
+/// Turns read-ahead on, for a file that is read from front to back.
+///
+/// What the kernel reads ahead by itself it keeps in large pages where it can, and what is
+/// announced in small ones, which take longer to read, then and later.
+#[cfg(target_os = "linux")]
+pub fn advise_sequential(file: &File) {
+    advise(file, 0, 0, libc::POSIX_FADV_SEQUENTIAL);
 }
 
 /// Starts reading `length` bytes into the page cache, without waiting for them.
 #[cfg(target_os = "linux")]
 pub fn announce(file: &File, length: usize, offset: u64) {
+    advise(file, offset, length, libc::POSIX_FADV_WILLNEED);
+}
+
+#[cfg(target_os = "linux")]
+fn advise(file: &File, offset: u64, length: usize, advice: libc::c_int) {
     let (offset, length) = (offset as libc::off_t, length as libc::off_t);
     // SAFETY: the descriptor is open for as long as `file` lives. A refusal costs speed alone.
     #[allow(unsafe_code)]
     unsafe {
-        libc::posix_fadvise(file.as_raw_fd(), offset, length, libc::POSIX_FADV_WILLNEED);
+        libc::posix_fadvise(file.as_raw_fd(), offset, length, advice);
     }
 }
 
 #[cfg(not(target_os = "linux"))]
 fn advise_random(_: &File) {}
+
+#[cfg(not(target_os = "linux"))]
+pub fn advise_sequential(_: &File) {}
 
 #[cfg(not(target_os = "linux"))]
 pub fn announce(_: &File, _: usize, _: u64) {}

@@ -93,3 +93,18 @@ impl Generator {
         (product >> 64) as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `default_rng(0).permutation(12)`, which is to stay so.
+    #[test]
+    fn a_permutation_is_that_of_numpy() {
+        let state = 0x1aa1_b534_5996_452d_0958_5eb7_a695_61e3;
+        let increment = 0x418d_dadb_3af7_1a82_5881_33bc_4478_73a9;
+        let mut out = [0; 12];
+        Generator::new(state, increment).permute(&mut out);
+        assert_eq!(out, [9, 2, 7, 4, 5, 11, 0, 3, 6, 10, 8, 1]);
+    }
+}

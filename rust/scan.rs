@@ -1,20 +1,13 @@
 //! Consecutive rows -> a buffer for each wanted field, read in the order of the files.
 
-use std::fs::File;
-use std::io;
 use std::ops::Range;
 
 use crate::boards::CELLS;
 use crate::fields::Selection;
-use crate::file::{self, Cached};
+use crate::file;
 use crate::interrupt::Interrupt;
 use crate::read_error::ReadError;
 use crate::row_files::RowFiles;
-
-/// Bytes that the kernel takes of one announcement, on any disk.
-const ANNOUNCEMENT: u64 = 256 << 10;
-/// Bytes that are announced to the disk beyond what is being read.
-const AHEAD: u64 = 8 << 20;
 
 /// Where the values of consecutive rows go.
 pub struct Columns<'o> {
@@ -107,47 +100,19 @@ impl Scan<'_> {
         let (first, itemsize) = (self.files.first(number), wanted.itemsize);
         let offset = |row| wanted.data_offset + (row - first) * itemsize as u64;
         let file = wanted.open().map_err(|source| ReadError::of_row(number, rows.start, source))?;
-        let mut ahead = Ahead { file: &file, announced: None, end: offset(rows.end) };
+        file::advise_sequential(&file);
         let per_extent = scratch.len() / itemsize;
         for start in rows.clone().step_by(per_extent) {
             interrupt()?;
             let count = per_extent.min((rows.end - start) as usize);
             let bytes = &mut scratch[..count * itemsize];
-            ahead.read(bytes, offset(start)).map_err(|(done, source)| {
+            file::read_full(&file, bytes, offset(start)).map_err(|(done, source)| {
                 ReadError::of_row(number, start + (done / itemsize) as u64, source)
             })?;
             let place = place + (start - rows.start) as usize;
             columns.fill(&self.selections[self.layouts[number]], bytes, itemsize, place);
         }
         Ok(())
-    }
-}
-
-/// Reads a part of a file from front to back. What the page cache does not hold is announced
-/// before it is its turn.
-struct Ahead<'f> {
-    file: &'f File,
-    /// Where the part ends.
-    end: u64,
-    /// Where what was announced ends, once the page cache was found wanting.
-    announced: Option<u64>,
-}
-
-impl Ahead<'_> {
-    fn read(&mut self, buffer: &mut [u8], start: u64) -> Result<(), (usize, io::Error)> {
-        if self.announced.is_none() && file::read_cached(self.file, buffer, start) == Cached::Filled
-        {
-            return Ok(());
-        }
-        let mut announced = self.announced.unwrap_or(start);
-        let wanted = self.end.min(start + buffer.len() as u64 + AHEAD);
-        while announced < wanted {
-            let length = (wanted - announced).min(ANNOUNCEMENT);
-            file::announce(self.file, length as usize, announced);
-            announced += length;
-        }
-        self.announced = Some(announced);
-        file::read_full(self.file, buffer, start)
     }
 }
 

@@ -88,3 +88,62 @@ impl StoredTensor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::testing;
+
+    const NBYTES: usize = 10;
+    const PARTS: u64 = 4;
+
+    /// Two files of 3 and 5 rows, and all their parts.
+    fn tensor(directory: &std::path::Path) -> (StoredTensor, Vec<u8>) {
+        let (files, all) = testing::row_files(directory, &[12, 20], NBYTES);
+        let place = |file: &RowFile| Stored {
+            path: file.path.clone(),
+            offset: file.data_offset,
+            rows: file.rows / PARTS,
+        };
+        let places = files.files().iter().map(place).collect();
+        (StoredTensor::open("x".into(), places, PARTS, NBYTES).expect("files"), all)
+    }
+
+    fn read(tensor: &StoredTensor, parts: &[i64], threads: usize) -> Result<Vec<u8>, Error> {
+        let mut out = vec![0; parts.len() * NBYTES];
+        tensor.read(parts, &mut out, Some(threads), &mut || Ok(()))?;
+        Ok(out)
+    }
+
+    #[test]
+    fn parts_are_counted_through_all_rows_of_all_files() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (tensor, all) = tensor(directory.path());
+        let parts: Vec<i64> = (0..2000).map(|i| i * 7 % 32).collect();
+        let part = |&part: &i64| &all[part as usize * NBYTES..][..NBYTES];
+        let expected: Vec<u8> = parts.iter().flat_map(part).copied().collect();
+        for threads in [0, 1, 3] {
+            assert_eq!(read(&tensor, &parts, threads).expect("parts"), expected);
+        }
+    }
+
+    #[test]
+    fn an_error_names_the_file_the_tensor_and_the_row() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (tensor, _) = tensor(directory.path());
+        let path = directory.path().join("rows-1");
+        let file = fs::OpenOptions::new().write(true).open(&path).expect("a file");
+        file.set_len(13 + 6 * NBYTES as u64).expect("shorter");
+        read(&tensor, &[17, 0], 1).expect("rows before the end");
+        let error = read(&tensor, &[2, 19], 1).expect_err("cut short").to_string();
+        let expected = "rows-1: row 1 of x cannot be read: the file was cut short before it";
+        assert!(error.ends_with(expected), "{error}");
+        assert!(matches!(read(&tensor, &[32], 1), Err(Error::StepIndex { .. })));
+        fs::remove_file(&path).expect("a file");
+        fs::write(&path, [0; 1000]).expect("written");
+        let error = read(&tensor, &[17], 1).expect_err("another file").to_string();
+        assert!(error.contains("another file has taken its place"), "{error}");
+    }
+}

@@ -9,23 +9,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
-LEAVES = ("board", "chunks", "dtypes", "errors", "paths", "phases", "pickles", "timing", "units")
+LEAVES = (
+    *("board", "chunks", "dtypes", "errors", "paths", "phases", "pickles", "statistics"),
+    *("timing", "units"),
+)
 
 # Room -> the rooms and modules that its modules may import, besides one another.
 ARROWS = {
     "__main__": ("commands",),
     "commands": (
         *LEAVES,
-        "api",
-        "demo",
-        "model",
-        "options",
-        "pipeline",
-        "pool",
-        "progress",
-        "storage",
+        *("api", "demo", "model", "options", "pipeline", "pool", "progress", "report", "storage"),
     ),
-    "__init__": (*LEAVES, "api", "model", "pipeline", "pool", "storage.reading"),
+    "__init__": (*LEAVES, "api", "model", "pipeline", "pool", "report", "storage.reading"),
     "api": (*LEAVES, "model", "options", "pipeline", "pool", "progress", "storage"),
     "pipeline": (*LEAVES, "_rust", "model", "options", "pool"),
     "options": (
@@ -34,11 +30,18 @@ ARROWS = {
     ),
     "model": LEAVES,
     "pool": (*LEAVES, "_rust"),
-    "storage.writing": (*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
-    "storage.reading": (*LEAVES, "_rust", "storage.digests", "storage.formats"),
+    "storage.writing": (
+        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
+        "storage.statistics",
+    ),
+    "storage.reading": (
+        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.statistics"),
+    ),
+    "storage.statistics": (*LEAVES, "_rust", "storage.digests"),
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
     "progress": LEAVES,
+    "report": (*LEAVES, "pool.game", "storage.digests", "storage.reading"),
     "demo": (),
     **dict.fromkeys(LEAVES, LEAVES),
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 from dump_activations.errors import DumpActivationsError, OutputError
 from dump_activations.storage.reading.inspection import find_damage, inspect
 from dump_activations.storage.writing.recorded import JournalError, read_journal
-from dump_activations.storage.writing.records import Header
+from dump_activations.storage.writing.records import BatchRecord, Header
 
 SECONDS = 1.0
 NBYTES = 200 << 20
@@ -77,7 +77,17 @@ def _journal(data: bytes) -> None:
     for content in (data, records, _with_crc32s([header]) + records):
         path.write_bytes(content)
         with suppress(JournalError):
-            read_journal(path, _HEADER)
+            read_journal(path, _HEADER, _check_record)
+
+
+def _check_record(batch: int, record: BatchRecord) -> None:
+    """Place no edge outside of what the record says its batch has."""
+    assert batch in range(_HEADER.batches)
+    for name, edges in record.edges.items():
+        for start, data in edges:
+            end = start + len(data)
+            assert 0 <= start <= end <= record.digests[name].nbytes
+            assert end == int(end) < 1 << 63
 
 
 def _with_crc32s(lines: Iterable[bytes]) -> bytes:

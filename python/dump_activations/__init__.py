@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dump_activations.model.encoder import Encoder
     from dump_activations.pipeline.summary import Summary
     from dump_activations.pool.dataset import Shard, StepsDataset
+    from dump_activations.report.writing import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
     from dump_activations.storage.reading.cell_batch import CellBatch
 
@@ -68,6 +69,7 @@ __all__ = [
     "dump",
     "load_encoder",
     "stream",
+    "write_report",
 ]
 
 # torch and NumPy take seconds to import, so a name's module is imported when it is first used.
@@ -83,6 +85,7 @@ _HOMES = {
     "dump": "api",
     "load_encoder": "model.checkpoint",
     "stream": "api",
+    "write_report": "report.writing",
 }
 
 # Type checkers take a module-level `__getattr__` for any name: they are to refuse a misspelt one.

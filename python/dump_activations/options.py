@@ -36,6 +36,8 @@ def _progress(name: str, value: Any) -> Progress | bool:
 
 DEFAULT_OUTPUT = "activations.safetensors"
 
+TENSORS = ("own", "borrowed", "device")
+
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-true")
 
 _Check = Callable[[str, Any], Any]
@@ -229,6 +231,9 @@ class DumpOptions(Options):
     write: bool = _option(
         "write the file; without, the model is run and nothing is kept", default=True
     )
+    stats: bool = _option(
+        "store statistics of each activation beside it: stats/KEY/mean and others", default=False
+    )
     resume: bool = _option(
         "do only what is missing: a complete file of the same work is left as it is", default=False
     )
@@ -246,6 +251,18 @@ class DumpOptions(Options):
             raise InvalidArgumentError(
                 f"{option('resume')}: contradicts {option('overwrite')}; leave out one of them"
             )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamOptions(Options):
+    """What a run computes and how, and in which memory its batches are handed out."""
+
+    tensors: str = _option(
+        "whose a batch's tensors are: own, the caller's to keep; borrowed, of the run, in host "
+        "memory, until the next batch; device, likewise but where they were computed, not copied",
+        default="own",
+        check=_one_of(TENSORS),
+    )
 
 
 def describe(options: type[Options]) -> list[tuple[str, Any, str]]:

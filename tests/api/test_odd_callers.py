@@ -49,6 +49,8 @@ def test_indices_in_fortran_order():
 
 def test_contradictions_in_a_call(tmp_path):
     values = {"n_samples": None, "outputs": [1], "dtype": ["fp32"], "precision": None}
+    with pytest.raises(InvalidArgumentError, match="'mine' is not one of own, borrowed, device"):
+        stream(DEMO_CHECKPOINT, DEMO_POOL, tensors="mine", **CPU)
     contradiction = {"resume": True, "overwrite": True}
     for wrong in (contradiction, {"outputs": None}, *({k: v} for k, v in values.items())):
         with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
@@ -70,6 +72,32 @@ def test_a_warning_points_at_the_call(tmp_path, recwarn):
     found = [*dumped, "no layers", "with replacement"]
     assert all(part in text for part, text in zip(found, texts, strict=True))
     assert {each.filename for each in recwarn} == {__file__}
+
+
+def tensors_of(batch):
+    return {"indices": batch.indices, "boards": batch.boards, **batch.labels, **batch.tensors}
+
+
+@pytest.mark.parametrize("tensors", ["own", "borrowed", "device"])
+def test_whose_the_tensors_of_a_batch_are(tensors):
+    """Without a GPU the device's memory is the host's."""
+    model = load_encoder(DEMO_CHECKPOINT)
+    keys, options = ["layer_outputs", "rmsnorm_gammas"], {"labels": "move_dir", **CPU}
+    (whole,) = stream(model, DEMO_POOL, outputs=keys, n_samples=38, **options)
+    options |= {"n_samples": 38, "batch_size": 8, "tensors": tensors}
+    kept = []
+    for batch in stream(model, DEMO_POOL, outputs=keys, **options):
+        rows = slice(batch.first_row, batch.first_row + len(batch.indices))
+        for name, tensor in tensors_of(batch).items():
+            expected = tensors_of(whole)[name]
+            expected = expected if name.startswith("rmsnorm") else expected[rows]
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-5)
+        kept.append(batch)
+    places = {batch["layer_outputs"].data_ptr() for batch in kept}
+    assert len(places) == (len(kept) if tensors == "own" else 1)
+    gammas = {batch["rmsnorm_gammas/final_ln"].data_ptr() for batch in kept}
+    assert len(gammas) == (len(kept) if tensors == "own" else 1)
+    assert model.final_ln.weight.data_ptr() not in gammas
 
 
 def test_parameters_in_a_stream_are_the_consumers():

@@ -210,7 +210,10 @@ def test_pinned_memory_is_not_the_devices(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", refuse)
     with (
-        pytest.raises(DeviceError, match=r"^out of pinned host memory at batch_size=8; "),
+        pytest.raises(
+            DeviceError,
+            match=r"^out of pinned host memory \(CUDA error: out of memory\) at batch_size=8; free",
+        ),
         batch_shortage_named(8),
     ):
         empty_pinned((2, 16), torch.uint8)

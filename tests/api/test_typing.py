@@ -23,6 +23,8 @@ dump(load_encoder("checkpoint"), "pool", write=False, batch_size=512, resume=Tru
 dump("checkpoint", "pool", batch_siz=512)  # wrong: no such option
 dump("checkpoint", "pool", batch_size="512")  # wrong: no number
 stream("checkpoint", "pool", write=False)  # wrong: of dump only
+stream("checkpoint", "pool", tensors="borrowed")
+dump("checkpoint", "pool", tensors="borrowed")  # wrong: of stream only
 for batch in stream("checkpoint", ds, outputs="pooled"):
     each: Batch = batch
     batch["pooled"].shape, batch.indices, batch.boards

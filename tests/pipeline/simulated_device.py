@@ -20,6 +20,8 @@ The rules, and where they are from:
   ATen/native/cuda/Copy.cu.)
 * Pinned memory that the program has let go of is handed out again, but not before the copies from
   and to it ran. (torch's CachingHostAllocator.)
+* Memory of its own that the program has registered with `cudaHostRegister` is pinned until it is
+  unregistered, which must not be before the copies from and to it ran. (CUDA Runtime API.)
 * Device memory that the program has let go of is overwritten by what is queued next in the stream
   in which it was allocated, whatever other streams still do with it. (torch's CUDACachingAllocator;
   `Tensor.record_stream`, the way out, is not simulated.)
@@ -41,12 +43,32 @@ from simulated.streams import Device, Event, Stream
 from simulated.tensors import Dispatch
 
 
+class _Runtime:
+    """Stands in for `torch.cuda.cudart()`."""
+
+    def __init__(self, device: Device, pinned: PinnedMemory) -> None:
+        assert threading.get_ident() in device.threads, "this thread has not named the device"
+        self._pinned = pinned
+
+    def cudaHostRegister(self, address: int, nbytes: int, _flags: int) -> int:  # noqa: N802
+        return self._pinned.register(address, nbytes)
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self._pinned.unregister(address)
+        return 0
+
+    def cudaGetErrorString(self, code: int) -> str:  # noqa: N802
+        return f"code {code}"
+
+
 @contextmanager
-def simulated(policy: Callable[[Device], None]) -> Iterator[Device]:
+def simulated(
+    policy: Callable[[Device], None], pinned: PinnedMemory | None = None
+) -> Iterator[Device]:
     """Let torch find the simulated device in place of any other."""
     if torch.cuda.is_available():
         torch.cuda.init()  # which the stand-in must not keep it from
-    device, pinned = Device(policy), PinnedMemory()
+    device, pinned = Device(policy), pinned or PinnedMemory()
 
     @contextmanager
     def named(_device: object = None) -> Iterator[None]:
@@ -73,6 +95,7 @@ def simulated(policy: Callable[[Device], None]) -> Iterator[Device]:
         "stream": device.stream,
         "device": named,
         "synchronize": device.synchronize,
+        "cudart": lambda: _Runtime(device, pinned),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():

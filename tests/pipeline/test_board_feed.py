@@ -4,7 +4,6 @@ from concurrent.futures import Executor, Future
 
 import numpy as np
 import pytest
-import torch
 
 from dump_activations import StepsDataset
 from dump_activations.errors import VocabularyError
@@ -12,7 +11,6 @@ from dump_activations.pipeline import board_feed
 from dump_activations.timing import Stopwatch
 from reference.pools import encode_rows, random_boards
 
-CPU = torch.device("cpu")
 N = 200
 
 
@@ -32,7 +30,6 @@ def feed(boards, tmp_path, monkeypatch):
             StepsDataset(tmp_path),
             np.arange(N),
             vocabulary=16,
-            device=CPU,
             reading=Stopwatch(),
             waiting=Stopwatch(),
             **options,

@@ -57,6 +57,21 @@ def test_the_time_it_takes_is_set_up(compile_with, monkeypatch, demo_checkpoint,
     assert summary.setup_seconds > 9e5 > summary.seconds + summary.stage_seconds["forward"]
 
 
+def test_a_stream_is_compiled_when_it_is_there(compile_with, demo_checkpoint, demo_pool):
+    found = []
+
+    def backend(graph, _inputs):
+        found.append(graph)
+        return graph.forward
+
+    compile_with(backend)
+    options = {"n_samples": 20, "batch_size": 8, "compile": True}
+    batches = stream(demo_checkpoint, demo_pool, device="cpu", allow_cpu=True, **options)
+    assert len(found) == 1
+    assert len([*batches]) == 3
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("flags", [[], ["--no-write"]])
 def test_a_failure_leaves_no_file(flags, compile_with, tmp_path, capsys):
     def backend(_graph, _inputs):
@@ -77,7 +92,7 @@ def test_a_failure_leaves_the_callers_model_alone(compile_with, demo_checkpoint,
     model = load_encoder(demo_checkpoint).train()
     options = {"n_samples": 40, "batch_size": 8, "compile": True, "device": "cpu"}
     with pytest.raises(RuntimeError):
-        next(stream(model, demo_pool, allow_cpu=True, **options))
+        stream(model, demo_pool, allow_cpu=True, **options)
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dump_activations import StepsDataset
-from dump_activations.pipeline import board_feed, transfer
+from dump_activations.pipeline import transfer
+from dump_activations.pipeline.board_feed import BoardBatch
 from dump_activations.pipeline.device import current
-from dump_activations.timing import Stopwatch
+from dump_activations.pipeline.pinned import PinnedSlots
 
 DEVICE = torch.device("cuda:1")
 
@@ -66,33 +66,32 @@ def cuda(monkeypatch):
     )
     monkeypatch.setattr(torch, "cuda", fake)
     monkeypatch.setattr(transfer, "_allocate", lambda *_, **__: cuda.touch() and {})
+    monkeypatch.setattr(transfer._DeviceSlot, "bring", lambda *_: cuda.touch())
     return cuda
 
 
-def test_the_reader(cuda, demo_pool, monkeypatch):
-    def allocate(shape, dtype):
+@pytest.fixture
+def host_slots(cuda, monkeypatch):
+    def registered(*_):
         cuda.touch()
-        return torch.empty(shape, dtype=dtype)
+        return 0
 
-    monkeypatch.setattr(board_feed, "empty_pinned", allocate)
-    indices = np.arange(9)
-    feed = board_feed.feed_boards(
-        StepsDataset(demo_pool),
-        indices,
-        batch_size=4,
-        vocabulary=99,
-        device=DEVICE,
-        reading=Stopwatch(),
-        waiting=Stopwatch(),
-    )
-    assert [len(batch.indices) for batch in feed] == [4, 4, 1]
-    assert set(cuda.touched) == {("boards_0", 1)}
+    runtime = SimpleNamespace(cudaHostRegister=registered, cudaHostUnregister=registered)
+    torch.cuda.cudart = lambda: runtime
+    return PinnedSlots({"pooled": (4, 8)}, torch.float32, DEVICE, count=2)
 
 
-def test_whoever_waits_for_a_copy(cuda):
-    with current(DEVICE):
-        copies = transfer.CudaTransfer({}, torch.float32, DEVICE, keep=True)
-        batch = copies.capture(4).send(None, [])
+def test_whoever_pins_memory(cuda, host_slots):
+    with host_slots:
+        assert len([*host_slots]) == 2
+    assert cuda.touched == [("pinning_0", 1), ("MainThread", 1)]
+
+
+def test_whoever_waits_for_a_copy(cuda, host_slots):
+    boards = BoardBatch(0, np.arange(4), torch.zeros((4, 16), dtype=torch.uint8), {})
+    with host_slots, current(DEVICE):
+        copies = transfer.CudaTransfer({}, torch.float32, DEVICE, host_slots=host_slots)
+        batch = copies.capture(boards).send([])
     writer = threading.Thread(target=batch.chunks[0].wait, name="writer")
     cuda.touched.clear()
     writer.start()

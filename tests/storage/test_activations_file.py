@@ -1,18 +1,31 @@
 """A finished file read by rows: every read as the ordinary reader of its format has it."""
 
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, random_split
 
-from dump_activations import ActivationsFile, InvalidArgumentError, dump
+from dump_activations import ActivationsFile, InvalidArgumentError, OutputError, RowIndexError, dump
+from dump_activations.model.activations import ACTIVATIONS, BoardActivation
+from dump_activations.storage.reading import catalog
+from dump_activations.storage.reading.inspection import inspect
 from reference.dumps import read_dump
 
 N = 40
 FORMATS = (".safetensors", ".pt", ".npz")
 LAYERS = (1, 3)
 STACKED = "layer_outputs"
+GAMMA = "rmsnorm_gammas/final_ln"
 OUTPUTS = [STACKED, "attn_q", "final_hidden", "head_logits", "rmsnorm_gammas"]
 
 
@@ -113,3 +126,193 @@ def test_slices_and_masks(path):
     for rows in (slice(3, 9), slice(None, None, -7), slice(9, 3), mask, mask.numpy()):
         found = acts.read("final_hidden", rows).double().numpy()
         np.testing.assert_array_equal(found, expected[rows])
+
+
+def test_headers_are_read_without_torch(make):
+    """NumPy arrays too; and nothing is kept open."""
+    program = """
+        import os, sys
+        from dump_activations import ActivationsFile
+        acts = ActivationsFile(sys.argv[1])
+        open_files = len(os.listdir("/proc/self/fd"))
+        assert acts.shape("final_hidden") == (40, 16, 64), acts.shape("final_hidden")
+        assert acts.labels["legal_moves"].shape == (40, 4)
+        assert acts.read_numpy("layer_outputs", [3], layer=1).shape == (1, 16, 64)
+        assert acts.dtype("final_hidden") == "float16"
+        assert len(os.listdir("/proc/self/fd")) == open_files
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), make()], check=True)
+
+
+def test_in_threads_and_after_a_fork(make):
+    acts = ActivationsFile(make(), make())
+    expected = acts.read_numpy("final_hidden", [5, 0])
+
+    def read(_):
+        np.testing.assert_array_equal(acts.read_numpy("final_hidden", [5, 0]), expected)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, range(100)))
+    process = multiprocessing.get_context("fork").Process(target=read, args=(None,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_pickle_holds_headers_alone(make):
+    acts = ActivationsFile(make())
+    small = len(pickle.dumps(acts))
+    assert len(acts.labels["move_dir"]) == len(acts.indices) == N  # which stay here
+    assert len(pickle.dumps(acts)) == small
+
+
+def test_the_boards_of_a_loader(make):
+    expected = read_dump(make()).tensors
+    boards = ActivationsFile(make()).boards(STACKED, layer=3, labels=["move_dir", "legal_moves"])
+    value, labels = boards[7]
+    same(value, expected[STACKED][7, 1])
+    assert labels["move_dir"] == expected["labels/move_dir"][7]
+    train, test = random_split(boards, [30, 10], torch.Generator().manual_seed(1))
+    for part, workers in ((train, 0), (test, 2), (boards, 0)):
+        rows = torch.tensor(part.indices) if part is not boards else torch.arange(N)
+        loader = DataLoader(part, batch_size=7, num_workers=workers)
+        values, labels = zip(*loader, strict=True)
+        same(torch.cat(values), expected[STACKED][rows, 1])
+        for name in ("move_dir", "legal_moves"):
+            found = torch.cat([of_batch[name] for of_batch in labels])
+            same(found, expected[f"labels/{name}"][rows])
+
+
+def test_boards_without_labels(make):
+    expected = read_dump(make()).tensors["head_logits"]
+    loader = DataLoader(ActivationsFile(make()).boards("head_logits"), sampler=[4, 4, 2])
+    same(torch.cat([values for values, _ in loader]), expected[[4, 4, 2]])
+
+
+@pytest.mark.parametrize(
+    ("read", "error"),
+    [
+        (lambda acts: acts.read("nothing"), r"a.safetensors: no 'nothing' in it, only .*, boards"),
+        (lambda acts: acts.shape("nothing"), "no 'nothing' in it"),
+        (lambda acts: acts.read(STACKED, layer=2), "layer=2: layer_outputs has layers 1, 3"),
+        (lambda acts: acts.read("boards", layer=1), "layer=1: boards has no layers"),
+        (lambda acts: acts.read("boards", [0.5]), "rows: integers .* are wanted, not float64"),
+        (lambda acts: acts.read("boards", [[1]]), "rows: integers .* are wanted, not int64"),
+        (lambda acts: acts.read("boards", [True]), "rows: integers .* are wanted, not bool"),
+        (lambda acts: acts.read("boards", 3), "rows: integers"),
+        (lambda acts: acts.read(GAMMA, [0]), "rows: .* has no axis of boards"),
+        (lambda acts: acts.read("boards", out=torch.empty(N, 16)), "out: a contiguous tensor"),
+        (
+            lambda acts: acts.read("boards", out=torch.empty(16, N, dtype=torch.uint8).T),
+            r"out: a contiguous tensor of torch.uint8 \(40, 16\) on the host is wanted",
+        ),
+        (lambda acts: acts.read("boards", [0], verify=True), "verify=True: .* leave out rows"),
+        (lambda acts: acts.read(STACKED, layer=1, verify=True), "verify=True: .* leave out layer"),
+        (lambda acts: acts.boards(STACKED, 0), "layer=0: layer_outputs has layers 1, 3"),
+        (lambda acts: acts.boards(GAMMA), "has no axis of boards"),
+        (
+            lambda acts: acts.boards(STACKED, labels="x"),
+            "labels: no 'x' in it; it has legal_",
+        ),
+    ],
+)
+def test_wrong_calls(make, tmp_path, read, error):
+    (tmp_path / "a.safetensors").hardlink_to(make())
+    with pytest.raises(InvalidArgumentError, match=error):
+        read(ActivationsFile(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("row", [-1, N, 2**62])
+def test_rows_that_there_are_not(make, row):
+    with pytest.raises(RowIndexError, match=rf"row {row} at position 1 is not in .*, which has 40"):
+        ActivationsFile(make()).read(STACKED, [3, row])
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_cannot_be_opened(make, tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    with pytest.raises(OutputError, match=r"cannot read .*: No such file"):
+        ActivationsFile(path)
+    whole = make(suffix).read_bytes()
+    for content in (whole[: len(whole) // 2], b"no dump at all", b""):
+        path.write_bytes(content)
+        with pytest.raises(OutputError, match="is no whole"):
+            ActivationsFile(path)
+    with pytest.raises(InvalidArgumentError, match="the suffix has to be"):
+        ActivationsFile(__file__)
+
+
+def test_files_of_other_programs(tmp_path):
+    path = tmp_path / "a.safetensors"
+    values = {"a": torch.randn(9, 3), "b": torch.zeros(9, dtype=torch.int32)}
+    save_file(values, path)
+    acts = ActivationsFile(path)
+    assert acts.keys() == ["a", "b"]
+    same(acts.read("a", [8, 2]), values["a"][[8, 2]])
+    with pytest.raises(InvalidArgumentError, match="b is of I32"):
+        acts.read("b")
+    save_file({"a": torch.zeros(9, 3), "b": torch.zeros(8)}, path)
+    with pytest.raises(OutputError, match=r"a.safetensors is no dump: .* no first axis in common"):
+        ActivationsFile(path)
+
+
+def test_what_numpy_does_not_store_by_rows(tmp_path):
+    array = np.arange(12).reshape(3, 4)
+    np.savez(tmp_path / "a.npz", values=np.asfortranarray(array))
+    np.savez_compressed(tmp_path / "b.npz", values=array)
+    for name in ("a.npz", "b.npz"):
+        with pytest.raises(OutputError, match="values is compressed or not in C order"):
+            ActivationsFile(tmp_path / name).read("values")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_damage_is_found_where_whole_tensors_are_read(make, tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    split = tmp_path / f"split{suffix}"
+    for copy, whole in ((path, make(suffix)), (split, make(suffix, split=True))):
+        content = bytearray(whole.read_bytes())
+        name = STACKED if copy is path else f"{STACKED}.3"
+        tensors = {tensor.name: tensor for tensor in inspect(whole).contents.tensors}
+        content[tensors[name].offset + tensors[name].nbytes - 1] ^= 1
+        copy.write_bytes(content)
+    acts = ActivationsFile(path)
+    acts.read(STACKED)
+    acts.read("final_hidden", verify=True)
+    with pytest.raises(OutputError, match=rf"a{suffix}: layer_outputs is damaged"):
+        acts.read(STACKED, verify=True)
+    acts = ActivationsFile(split)
+    acts.read(STACKED, layer=1, verify=True)
+    for layer in (3, None):
+        with pytest.raises(OutputError, match=r"layer_outputs.3 is damaged"):
+            acts.read(STACKED, layer=layer, verify=True)
+    save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
+    acts = ActivationsFile(tmp_path / "x.safetensors")
+    with pytest.raises(OutputError, match=r"x.safetensors carries no digest to verify x by"):
+        acts.read("x", verify=True)
+
+
+def test_digests_of_several_files(make):
+    acts = ActivationsFile(make(seed=1), make())
+    assert len(acts.read(STACKED, verify=True)) == 2 * N
+
+
+def test_a_file_that_was_changed(make, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(make().read_bytes())
+    acts = ActivationsFile(path)
+    for read in (acts.read, pickle.loads(pickle.dumps(acts)).read):
+        read("boards")
+    path.write_bytes(make().read_bytes())
+    for read in (acts.read, pickle.loads(pickle.dumps(acts)).read):
+        with pytest.raises(OutputError, match=r"a.safetensors was replaced or changed since"):
+            read("boards")
+    path.unlink()
+    with pytest.raises(OutputError, match=r"cannot read .*a.safetensors: No such file"):
+        acts.read("boards")
+
+
+def test_keys_that_have_no_axis_of_layers_are_those_of_the_registry():
+    """The room of storage cannot see the registry, which says it of every key."""
+    keys = (key for key in ACTIVATIONS if isinstance(key, BoardActivation) and not key.per_layer)
+    assert {key.key for key in keys} | {"indices", "boards"} == catalog._WITHOUT_LAYERS

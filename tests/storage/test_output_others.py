@@ -69,6 +69,10 @@ def interrupt(target: Path) -> None:
         write_batches(file, DUMP, DUMP.first_rows[:9])
 
 
+def second_journal(target: Path) -> Path:
+    return journal_path(target, 1)
+
+
 def link(path: Path) -> None:
     (path.parent / "victim").write_text("precious")
     path.unlink(missing_ok=True)
@@ -114,7 +118,7 @@ def planted(names):
 
 
 @planted(PLANTED)
-@pytest.mark.parametrize("path_of", [partial_path, journal_path], ids=["partial", "journal"])
+@pytest.mark.parametrize("path_of", [partial_path, journal_path, second_journal])
 def test_what_others_could_have_changed_is_not_gone_on_with(tmp_path, path_of, plant):
     target = tmp_path / "x.pt"
     interrupt(target)
@@ -128,7 +132,9 @@ def test_what_others_could_have_changed_is_not_gone_on_with(tmp_path, path_of, p
     assert os.path.samestat(before, path.lstat())
 
 
-@pytest.mark.parametrize("path_of", [journal_path, lambda at: replacement_path(journal_path(at))])
+@pytest.mark.parametrize(
+    "path_of", [journal_path, lambda at: replacement_path(journal_path(at)), second_journal]
+)
 def test_a_directory_in_place_of_a_journal_is_named(tmp_path, path_of):
     path = path_of(tmp_path / "x.pt")
     path.mkdir()
@@ -156,7 +162,9 @@ def test_starting_anew_leaves_what_it_finds_as_it_is(tmp_path, plant):
 
 
 @planted(PLANTED)
-@pytest.mark.parametrize("name", ["x.pt.partial.journal", "x.pt.partial.journal.new"])
+@pytest.mark.parametrize(
+    "name", ["x.pt.partial.journal", "x.pt.partial.journal.new", "x.pt.partial.journal.7"]
+)
 def test_a_journal_is_begun_in_the_place_of_what_was_planted(tmp_path, name, plant):
     target = tmp_path / "x.pt"
     plant(tmp_path / name)

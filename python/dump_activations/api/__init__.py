@@ -9,7 +9,7 @@ from dump_activations.api.dumping import dump_to_file, preview
 from dump_activations.api.signatures import documented
 from dump_activations.api.sources import Init, Pool
 from dump_activations.api.streaming import Batch, stream_batches
-from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, Options
+from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, StreamOptions
 from dump_activations.pipeline.summary import Summary
 
 __all__ = ["Batch", "dump", "preview", "stream"]
@@ -67,15 +67,16 @@ def _dump_taking(options_of: Callable[_P, DumpOptions]) -> _Dump[_P]:
     return dump
 
 
-def _stream_taking(options_of: Callable[_P, Options]) -> _Stream[_P]:
-    @documented(Options)
+def _stream_taking(options_of: Callable[_P, StreamOptions]) -> _Stream[_P]:
+    @documented(StreamOptions)
     def stream(
         init_or_model: Init, dataset_or_path: Pool, *args: _P.args, **options: _P.kwargs
     ) -> Iterator[Batch]:
         """Run boards through a model and yield the asked-for activations, a batch at a time.
 
-        Everything is loaded and checked before the call returns. On a GPU the next batch is
-        computed while the caller works on the one before it.
+        Everything is loaded, checked and compiled before the call returns. On a GPU the next batch
+        is computed while the caller works on the one before it, in the stream that is current now;
+        the caller's own work may be in any, the one that is current at each batch is waited for.
 
         Args:
             init_or_model: a checkpoint directory, `.pt` bundle or
@@ -94,4 +95,4 @@ def _stream_taking(options_of: Callable[_P, Options]) -> _Stream[_P]:
 
 # Their keyword arguments are the fields of the options classes, for type checkers too.
 dump = _dump_taking(DumpOptions)
-stream = _stream_taking(Options)
+stream = _stream_taking(StreamOptions)

@@ -35,6 +35,7 @@ from dump_activations.pipeline.preview import Preview
 from dump_activations.pipeline.provenance import fingerprint, metadata
 from dump_activations.pipeline.shortage import batch_shortage_named
 from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.transfer import HOST_SLOTS
 from dump_activations.progress.display import shown_progress
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
@@ -77,8 +78,8 @@ def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Su
 
 
 def _run(init: Init, pool: Pool, path: Path, options: DumpOptions, started: float) -> Summary:
-    plan = make_plan(init, pool, options)
-    with current(plan.device):
+    plan = make_plan(init, pool, options, host_slots=HOST_SLOTS if options.write else 0)
+    with plan, current(plan.device):
         if not options.write:
             return _discard(plan, options, started)
         return _write(plan, path, options, started)
@@ -90,7 +91,7 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         path,
         specs,
         metadata(plan),
-        batched=[spec.name for spec in specs if spec.name not in plan.weights],
+        batched=[spec.name for spec in specs if not plan.is_whole(spec.name)],
         batch_rows=options.batch_size,
         fingerprint=fingerprint(plan),
     )
@@ -263,7 +264,7 @@ def _discard(plan: Plan, options: DumpOptions, started: float) -> Summary:
     with (
         HeldInterrupts() as interrupts,
         Forward(plan) as forward,
-        Loop(plan, forward, keep=False) as loop,
+        Loop(plan, forward) as loop,
     ):
         for batch in loop.batches(_progress(plan, options)):
             batch.release()

@@ -22,7 +22,7 @@ from dump_activations.commands.summary import print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, describe
-from dump_activations.phases import begin
+from dump_activations.phases import Phase, begin, counted
 from dump_activations.progress.display import shown_progress
 from dump_activations.storage.writing.targets import check_output
 
@@ -141,7 +141,8 @@ def dump_activations(
         begin("opening the pool")
         pool = StepsDataset(pool_path)
         if flags["indices"] is not None:
-            steps = read_step_indices(Path(flags["indices"]), pool)
+            looked_up = counted(Phase("looking up the indices", "rows"))
+            steps = read_step_indices(Path(flags["indices"]), pool, looked_up)
             options = replace(options, indices=steps)
         if dry_run:
             show = partial(print_preview, preview(init, pool, Path(output), options))

@@ -19,6 +19,8 @@ from dump_activations.errors import (
     OutputError,
     option,
 )
+from dump_activations.phases import Phase, begin, counted
+from dump_activations.progress.display import shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,11 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @click.argument("file", type=click.Path(path_type=Path, readable=False))
 @click.argument("other", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="FILE",
+    help="Write a page that shows the dump, for a browser; it loads nothing from the network.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.version_option(package_name="dump-activations")
 @click.pass_context
 def inspect_activations(
-    context: click.Context, /, *, file: Path, other: Path | None, verify: bool, as_json: bool
+    context: click.Context,
+    /,
+    *,
+    file: Path,
+    other: Path | None,
+    verify: bool,
+    report: Path | None,
+    as_json: bool,
 ) -> None:
     """List the tensors and the metadata of a dump; FILE is a .safetensors, .pt or .npz file.
 
@@ -57,6 +72,11 @@ def inspect_activations(
     The exit code is then 0 if all tensors are equal, 1 if some differ, and 2 if the files cannot
     be compared.
     """
+    if report is not None:
+        if other is not None or verify or as_json:
+            raise InvalidArgumentError(f"{option('report')}: takes one file, and no other option")
+        _write_report(file, report)
+        return
     if other is None:
         _show(file, verify=verify, as_json=as_json)
         return
@@ -80,7 +100,9 @@ def _show(file: Path, *, verify: bool, as_json: bool) -> None:
         _show_unfinished(found, verify=verify, as_json=as_json)
         return
     inspection = inspect(file)
-    damaged = find_damage(inspection, threads=_threads()) if verify else None
+    with shown_progress():
+        begin("verifying")
+        damaged = find_damage(inspection, threads=_threads()) if verify else None
     contents = FileContents.of(inspection, damaged)
     if as_json:
         print_json(contents.as_dict())
@@ -90,6 +112,17 @@ def _show(file: Path, *, verify: bool, as_json: bool) -> None:
         print_note(f"{left} is beside it: another dump to its name, not finished")
     if damaged:
         raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
+
+
+def _write_report(file: Path, report: Path) -> None:
+    from dump_activations.report.writing import write_report
+    from dump_activations.storage.writing.unfinished import find_unfinished
+
+    if (found := find_unfinished(file)) is not None:
+        raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
+    with shown_progress():
+        write_report(file, report, progress=counted(Phase("writing the report", "keys")))
+    print_note(f"{report} shows {file}; open it in a browser")
 
 
 def _show_unfinished(found: Unfinished, *, verify: bool, as_json: bool) -> None:
@@ -109,7 +142,10 @@ def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:
     from dump_activations.storage.reading.comparison import compare
     from dump_activations.storage.reading.inspection import inspect
 
-    comparison = compare(inspect(file), inspect(other), threads=_threads())
+    inspections = inspect(file), inspect(other)
+    with shown_progress():
+        count = counted(Phase("comparing", "values"))
+        comparison = compare(*inspections, threads=_threads(), progress=count)
     if as_json:
         print_json(differences.as_dict(file, other, comparison))
     else:

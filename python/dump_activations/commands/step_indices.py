@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dump_activations.errors import IndicesError, IndicesNotFoundError, warn
+from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
 from dump_activations.pool.indices import load_indices, step_indices
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.inspection import inspect
@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dump_activations.pool.dataset import StepsDataset
+    from dump_activations.pool.scan import Progress
     from dump_activations.storage.formats.contents import StoredTensor
 
 _NAME = "indices"
+_RUN, _STEPS = "labels/run_id", ("labels/step_index", "labels/step_idx")
 
 
-def read_step_indices(path: Path, pool: StepsDataset) -> NDArray[np.int64]:
+def read_step_indices(
+    path: Path, pool: StepsDataset, progress: Progress | None = None
+) -> NDArray[np.int64]:
     """Read step indices, int64 (n,), from a `.npy`, or `indices` of an `.npz` or a dump.
 
-    Warns where a dump is of another pool than this.
+    Where a dump is of another pool than this, its rows are found by what its labels say of them;
+    without such labels that is cause for a warning.
 
     Raises:
         IndicesNotFoundError: there is no such file.
-        IndicesError: there are no step indices in it.
+        IndicesError: there are no step indices in it, or their rows are not in the pool.
         OutputError: it is no whole file of its format.
+        PoolError: the rows are looked for, and one cannot be read.
     """
     if path.suffix.lower() not in FORMATS:
         return load_indices(path)
@@ -41,21 +47,30 @@ def read_step_indices(path: Path, pool: StepsDataset) -> NDArray[np.int64]:
     tensors = {tensor.name: tensor for tensor in contents.tensors}
     if _NAME not in tensors:
         raise IndicesError(f"{path}: no {_NAME!r} in it, only {', '.join(tensors) or 'nothing'}")
-    if contents.metadata.get("dataset_sha256", pool.sha256) != pool.sha256:
-        warn(
-            f"{path}: its indices are of another pool, {contents.metadata.get('dataset')}, or of "
-            f"other shards than {pool.path} has now"
-        )
+    if contents.metadata.get("dataset_sha256", pool.sha256) == pool.sha256:
+        return _read(path, tensors[_NAME])
+    other = f"{path}: its indices are of another pool, {contents.metadata.get('dataset')}, or of "
+    other += f"other shards than {pool.path} has now"
+    steps = next((name for name in _STEPS if name in tensors), None)
+    if steps is None or _RUN not in tensors:
+        warn(f"{other}; with {option('labels', 'run_id,step_index')} its rows could be found here")
+        return _read(path, tensors[_NAME])
+    note(f"{other}; its rows are found by their run_id and step_index")
+    run_ids, run_steps = _read(path, tensors[_RUN]), _read(path, tensors[steps])
+    return pool.locate(run_ids, run_steps, progress=progress)
+
+
+def _read(path: Path, tensor: StoredTensor) -> NDArray[np.int64]:
     try:
-        return step_indices(_read(path, tensors[_NAME]).reshape(-1))
+        return step_indices(_array(path, tensor).reshape(-1))
     except (IndicesError, OSError, ValueError, TypeError) as error:
         raise IndicesError(f"{path}: {error}") from None
 
 
-def _read(path: Path, tensor: StoredTensor) -> NDArray[Any]:
+def _array(path: Path, tensor: StoredTensor) -> NDArray[Any]:
     if path.suffix.lower() == ".npz":  # They may be compressed, or of another byte order.
         with np.load(path, allow_pickle=False) as arrays:
-            array: NDArray[Any] = arrays[_NAME]
+            array: NDArray[Any] = arrays[tensor.name]
         return array
     assert tensor.offset is not None
     dtype = np.dtype(tensor.dtype)

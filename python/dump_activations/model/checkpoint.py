@@ -58,9 +58,20 @@ def load_encoder(
         CheckpointError: the config or the weights are damaged, contradictory or do not fit.
         InvalidArgumentError: `hf://` and no name of a repository.
     """
+    return load_announced(init, lambda _: None, device=device, random_init=random_init)
+
+
+def load_announced(
+    init: str | os.PathLike[str],
+    announce: Callable[[EncoderConfig], object],
+    *,
+    device: str | torch.device,
+    random_init: bool,
+) -> Encoder:
+    """Do as `load_encoder` does, and call `announce` as soon as the config is known."""
     source = os.fspath(init)
     if not source.startswith(_HUB_SCHEME):
-        model = _load(Path(source), random_init=random_init)
+        model = _load(Path(source), announce, random_init=random_init)
     else:
         from dump_activations.model.hub import download_checkpoint
 
@@ -68,7 +79,7 @@ def load_encoder(
         directory, commit = download_checkpoint(source, choose)
         begin("loading the checkpoint")
         try:
-            model = _load(directory, random_init=random_init)
+            model = _load(directory, announce, random_init=random_init)
         except (CheckpointError, CheckpointNotFoundError) as error:
             raise type(error)(f"{source}: {error.args[0]}") from error
         model.hub_commit = commit
@@ -77,7 +88,7 @@ def load_encoder(
     return model.to(device).eval().requires_grad_(requires_grad=False)
 
 
-def _load(path: Path, *, random_init: bool) -> Encoder:
+def _load(path: Path, announce: Callable[[EncoderConfig], object], *, random_init: bool) -> Encoder:
     try:
         files = read_checkpoint(path, weights_required=not random_init)
     except OSError as error:
@@ -90,6 +101,7 @@ def _load(path: Path, *, random_init: bool) -> Encoder:
         config = EncoderConfig.from_dict(files.config | said)
     except CheckpointError as error:
         raise CheckpointError(f"{files.config_origin}: {error.args[0]}") from error
+    announce(config)
     model = _random_encoder(config) if random_init else _encoder_with(config, files)
     model.checkpoint_files = files.paths
     model.tokenizer = files.tokenizer

@@ -16,8 +16,6 @@ from torch import Tensor
 from dump_activations import _rust
 from dump_activations.board import CELLS
 from dump_activations.errors import VocabularyError, option
-from dump_activations.pipeline.device import current
-from dump_activations.pipeline.shortage import empty_pinned
 from dump_activations.pool.columns import Values
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.pool.label_reader import LabelReader
@@ -40,7 +38,7 @@ class BoardBatch:
     Attributes:
         first_row: place of the first board in the run, hence in the output.
         indices: global step indices, int64 (B,).
-        boards_BS: exponents, uint8 (B, 16), in pinned memory if the run asked for that.
+        boards_BS: exponents, uint8 (B, 16).
         labels: name -> tensor (B, *shape) in the dtype it is stored in.
     """
 
@@ -71,7 +69,6 @@ def read_batch(
     indices: NDArray[np.int64],
     *,
     first_row: int,
-    boards_BS: Tensor | None = None,
     cancel: _rust.Cancel | None = None,
 ) -> BoardBatch:
     """Read boards, and their labels from the same bytes of the shards.
@@ -81,11 +78,9 @@ def read_batch(
         labels: reads what is wanted of the rows beside the boards; None for nothing.
         indices: global step indices, int64 (B,).
         first_row: place of the first board in the run.
-        boards_BS: where to put the boards.
         cancel: lets another thread end the read.
     """
-    if boards_BS is None:
-        boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
+    boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
     values: Values = {}
     if labels is None:
         pool.read_boards(indices, out=boards_BS.numpy(), cancel=cancel)
@@ -102,7 +97,6 @@ def feed_boards(
     *,
     batch_size: int,
     vocabulary: int,
-    device: torch.device,
     start: int = 0,
     reading: Stopwatch,
     waiting: Stopwatch,
@@ -115,8 +109,6 @@ def feed_boards(
         labels: reads what is wanted of the rows beside the boards.
         batch_size: boards a batch.
         vocabulary: exponents must be below this.
-        device: where they go; for a CUDA device they lie in page-locked memory, so that copies do
-            not block.
         start: row to begin at, a multiple of `batch_size`.
         reading: counts the time spent reading.
         waiting: counts the time the consumer waited for boards.
@@ -127,21 +119,9 @@ def feed_boards(
     """
 
     def read(first: int, stop: int) -> BoardBatch:
-        with reading, current(device):
-            shape = (stop - first, CELLS)
-            if device.type == "cuda":
-                window_WS = empty_pinned(shape, torch.uint8)
-            else:
-                window_WS = torch.empty(shape, dtype=torch.uint8, device="cpu")
-            window = read_batch(
-                pool,
-                labels,
-                indices[first:stop],
-                first_row=first,
-                boards_BS=window_WS,
-                cancel=cancel,
-            )
-            if window_WS.numpy().max(initial=0) >= vocabulary:
+        with reading:
+            window = read_batch(pool, labels, indices[first:stop], first_row=first, cancel=cancel)
+            if window.boards_BS.numpy().max(initial=0) >= vocabulary:
                 # Reading this much again takes no time beside a run's.
                 counted_N = indices[first : max(stop, _LARGEST_WINDOW)]
                 boards_NS = pool.read_boards(counted_N, cancel=cancel)

@@ -87,7 +87,7 @@ class Forward:
     def _compile(self) -> None:
         """Run a full batch of empty boards, for torch to compile the model meanwhile."""
         plan = self._plan
-        tokens_BS = torch.zeros((self.rows, CELLS), dtype=torch.uint8, device="cpu")
+        tokens_BS = torch.zeros((self.rows, CELLS), dtype=torch.uint8, device=plan.device)
         buffers = {
             tensor.name: torch.empty(
                 (self.rows, *tensor.shape), dtype=plan.storage_dtype, device=plan.device
@@ -117,7 +117,7 @@ class Forward:
         """Queue a batch, which is run as far as needed to fill the buffers.
 
         Args:
-            tokens_BS: exponents (B, 16), any integer dtype, on the host; pinned for CUDA.
+            tokens_BS: exponents (B, 16), any integer dtype, on the device.
             buffers: for each tensor's name, one (B, *shape) on the device.
 
         Returns:
@@ -148,4 +148,4 @@ class Forward:
     def _fill(self, tokens_BS: Tensor, buffers: Buffers) -> None:
         plan = self._plan
         with torch.inference_mode(), arithmetic(plan.options.precision, plan.device):
-            self._capture.run(tokens_BS.to(plan.device, non_blocking=True), buffers)
+            self._capture.run(tokens_BS, buffers)

@@ -26,17 +26,18 @@ class Loop:
     Args:
         plan: what to run.
         forward: the plan's, entered.
-        keep: whether the activations are wanted on the host; else they are discarded.
+        on_device: whether batches are taken on the device that computes them.
     """
 
-    def __init__(self, plan: Plan, forward: Forward, *, keep: bool = True) -> None:
+    def __init__(self, plan: Plan, forward: Forward, *, on_device: bool = False) -> None:
         self._plan = plan
         self._forward = forward
         self._transfer = make_transfer(
             {tensor.name: (forward.rows, *tensor.shape) for tensor in plan.board_tensors},
             plan.storage_dtype,
             plan.device,
-            keep=keep,
+            host_slots=plan.host_slots,
+            on_device=on_device,
         )
         self._reading = Stopwatch()
         self._waiting = Stopwatch()
@@ -70,7 +71,6 @@ class Loop:
             plan.labels,
             batch_size=plan.options.batch_size,
             vocabulary=plan.model.config.input_vocab_size,
-            device=plan.device,
             start=start,
             reading=self._reading,
             waiting=self._waiting,
@@ -78,10 +78,10 @@ class Loop:
         queued: deque[Chunk] = deque()
         try:
             for boards in self._exits.enter_context(closing(feed)):
-                capturing = self._transfer.capture(len(boards.indices))
-                chunks = self._forward.start(boards.boards_BS, capturing.buffers)
+                capturing = self._transfer.capture(boards)
+                chunks = self._forward.start(capturing.tokens, capturing.buffers)
                 queued.extend(chunks)
-                yield capturing.send(boards, chunks)
+                yield capturing.send(chunks)
                 # As many as keep the workers busy while the next batch is queued.
                 while len(queued) > self._forward.workers:
                     queued.popleft().wait()

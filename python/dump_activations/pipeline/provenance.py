@@ -43,6 +43,7 @@ def metadata(plan: Plan) -> dict[str, str]:
         "dataset_sha256": plan.pool.sha256,
         "indices_from": plan.indices_from,
         **_selection_metadata(plan),
+        **({"stats": "true"} if plan.has_statistics else {}),
     }
 
 

@@ -34,13 +34,13 @@ def empty_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     except RuntimeError as error:
         if shortage(error) is None:
             raise
-        raise PinnedMemoryError(str(error)) from None
+        raise PinnedMemoryError(str(error).partition("\n")[0]) from None
 
 
 def shortage(error: BaseException | None) -> str | None:
     """Say of what there was too little, where that is what an error means."""
     if isinstance(error, PinnedMemoryError):
-        return "pinned host memory"
+        return f"pinned host memory ({error})"
     if isinstance(error, MemoryError):
         return "host memory"
     if not isinstance(error, RuntimeError) or isinstance(error, DumpActivationsError):
@@ -54,15 +54,22 @@ class _NamedShortage(AbstractContextManager[None]):
 
     Callers try again where they catch it, while it is alive: it keeps no frame of what failed, and
     so none of its memory.
+
+    Args:
+        advise: error -> what follows the name of what there is too little of.
+        but: an error that is another's to name.
     """
 
-    def __init__(self, advise: Callable[[BaseException], str]) -> None:
+    def __init__(
+        self, advise: Callable[[BaseException], str], but: tuple[type[BaseException], ...] = ()
+    ) -> None:
         self._advise = advise
+        self._but = but
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         del traceback
         what = shortage(error)
-        if error is None or what is None:
+        if error is None or what is None or isinstance(error, self._but):
             return
         text = f"out of {what}{self._advise(error)}"
         if what == _THREADS:
@@ -95,5 +102,6 @@ def batch_shortage_named(batch_size: int) -> AbstractContextManager[None]:
 def model_shortage_named(device: torch.device) -> AbstractContextManager[None]:
     """Say that it is the model that does not fit."""
     return _NamedShortage(
-        lambda _: f": the model does not fit on {device}; free some, or take another"
+        lambda _: f": the model does not fit on {device}; free some, or take another",
+        but=(PinnedMemoryError,),
     )

@@ -1,10 +1,10 @@
-"""Buffers that a forward pass fills, and their way to host memory.
+"""The way of boards to the device that the model runs on, and of activations from it.
 
 A batch is captured in a slot's buffers, one whole contiguous tensor a key, and handed on as an
-`ActivationBatch`. A bounded ring of host slots is what slows the forward down when the consumer is
+`ActivationBatch`. A bounded ring of slots is what slows the forward down when the consumer is
 slower, and what bounds memory.
 
-Shape letters: B boards in a batch.
+Shape letters: B boards in a batch, S cells (16).
 """
 
 import math
@@ -18,14 +18,18 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from dump_activations.board import CELLS
 from dump_activations.chunks import Chunk
 from dump_activations.pipeline.board_feed import BoardBatch
 from dump_activations.pipeline.cuda_timing import CudaStopwatch
 from dump_activations.pipeline.device import current
+from dump_activations.pipeline.pinned import PinnedSlots
 from dump_activations.pipeline.shortage import empty_pinned
 from dump_activations.timing import Stopwatch
 
-_HOST_SLOTS = 3
+HOST_SLOTS = 3
+"""So many let one batch be copied while others are written."""
+
 _DEVICE_SLOTS = 2
 _PAGE = 4096
 _HOST = torch.device("cpu")
@@ -40,8 +44,9 @@ class ActivationBatch:
 
     Attributes:
         boards: the batch of boards.
-        tensors: key -> tensor (B, *shape) in host memory; none where activations are discarded.
-        chunks: the batch's rows; those of a chunk count once it has been waited for.
+        tensors: key -> tensor (B, *shape) where the consumer wants it; none where it wants none.
+        chunks: the batch's rows; those of a chunk count once it has been waited for. On a device
+            the thread's current stream does the waiting: what it is given next finds them.
         release: gives the memory back to the ring; `tensors` must not be used after it.
     """
 
@@ -55,16 +60,19 @@ class Capturing(Protocol):
     """A batch that is being captured."""
 
     @property
+    def tokens(self) -> Tensor:
+        """The boards, uint8 (B, 16), on the model's device."""
+
+    @property
     def buffers(self) -> Buffers:
         """Where the forward pass puts the activations: key -> tensor (B, *shape)."""
 
-    def send(self, boards: BoardBatch, chunks: Sequence[Chunk]) -> ActivationBatch:
+    def send(self, chunks: Sequence[Chunk]) -> ActivationBatch:
         """Hand on the batch once its forward is queued; the buffers are the caller's no longer.
 
         Blocks while every host slot is taken.
 
         Args:
-            boards: what the buffers were filled from.
             chunks: all of the batch, as the forward pass fills the buffers.
         """
 
@@ -74,10 +82,10 @@ class Transfer(Protocol):
 
     @property
     def copying(self) -> Stopwatch | CudaStopwatch:
-        """Counts the time the copies take."""
+        """Counts the time the copies to the host take."""
 
-    def capture(self, rows: int) -> Capturing:
-        """Begin a batch of so many boards."""
+    def capture(self, boards: BoardBatch) -> Capturing:
+        """Begin a batch."""
 
     def close(self) -> None:
         """Wait until nothing is under way in the buffers."""
@@ -107,12 +115,18 @@ class _Ring(Generic[_SlotT]):
 class _HostCapture:
     """Buffers that the consumer reads as they are."""
 
+    boards: BoardBatch
     buffers: Buffers
     release: Callable[[], None]
 
-    def send(self, boards: BoardBatch, chunks: Sequence[Chunk]) -> ActivationBatch:
+    @property
+    def tokens(self) -> Tensor:
+        """The boards as they were read."""
+        return self.boards.boards_BS
+
+    def send(self, chunks: Sequence[Chunk]) -> ActivationBatch:
         """Hand on the batch."""
-        return ActivationBatch(boards, self.buffers, chunks, self.release)
+        return ActivationBatch(self.boards, self.buffers, chunks, self.release)
 
 
 class HostTransfer:
@@ -120,20 +134,55 @@ class HostTransfer:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         self.copying: Stopwatch | CudaStopwatch = Stopwatch()
-        self._ring = _Ring(lambda: _allocate(shapes, dtype), _HOST_SLOTS)
+        self._ring = _Ring(lambda: _allocate(shapes, dtype), HOST_SLOTS)
 
-    def capture(self, rows: int) -> Capturing:
-        """Begin a batch of so many boards."""
+    def capture(self, boards: BoardBatch) -> Capturing:
+        """Begin a batch."""
         slot = self._ring.take()
-        return _HostCapture(_cut(slot, rows), lambda: self._ring.give_back(slot))
+        buffers = _cut(slot, len(boards.indices))
+        return _HostCapture(boards, buffers, lambda: self._ring.give_back(slot))
 
     def close(self) -> None:
         """Nothing is ever under way on the host."""
 
 
+class _DeviceSlot:
+    """One batch's memory on the device, and its boards' on their way there.
+
+    Attributes:
+        buffers: key -> tensor (B, *shape).
+        copied: the event of the last copy out of them.
+        filled: the event of the forward pass that filled them last.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.buffers = _allocate(shapes, dtype, device=device)
+        self.copied, self.filled = torch.cuda.Event(), torch.cuda.Event()
+        self._boards_BS = torch.empty((0, CELLS), dtype=torch.uint8, device=_HOST)
+        # Whoever waits on the host sleeps, instead of spinning on a core that others need.
+        self._boards_copied = torch.cuda.Event(blocking=True)
+
+    def bring(self, boards_BS: Tensor, device: torch.device) -> Tensor:
+        """Queue the copy of boards, uint8 (B, 16), to the device, in the current stream.
+
+        A batch's few bytes are put in page-locked memory for it, which is used again once the
+        device has read it.
+        """
+        self._boards_copied.synchronize()
+        if len(self._boards_BS) < len(boards_BS):
+            self._boards_BS = empty_pinned(tuple(boards_BS.shape), torch.uint8)
+        pinned_BS = self._boards_BS[: len(boards_BS)]
+        pinned_BS.copy_(boards_BS)
+        tokens_BS = pinned_BS.to(device, non_blocking=True)
+        self._boards_copied.record()
+        return tokens_BS
+
+
 @dataclass(frozen=True)
-class _CudaSlot:
-    """One batch's buffers, and the event of the last copy out of or into them."""
+class _HostSlot:
+    """One batch's page-locked buffers, and the event of the last copy into them."""
 
     buffers: Buffers
     copied: torch.cuda.Event
@@ -144,7 +193,18 @@ class CudaTransfer:
 
     The forward of one batch runs while the batch before it is copied. A device slot is used again
     once its copy is done (the device waits), a host slot once its consumer released it (the
-    calling thread waits). Without `keep` nothing is copied.
+    calling thread waits). The forward passes are in the stream that is current.
+
+    Without host slots nothing is copied. A consumer that takes batches on the device has each until
+    the one after the next is captured, in the same slot: before, the current stream has to wait for
+    what the consumer still does with it.
+
+    Args:
+        shapes: key -> shape of a full batch's tensor, (B, *shape).
+        dtype: storage dtype of all of them.
+        device: where the model runs.
+        host_slots: what batches are copied to.
+        on_device: whether the consumer takes them where they are; else it takes what is copied.
     """
 
     def __init__(
@@ -153,36 +213,48 @@ class CudaTransfer:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        keep: bool,
+        host_slots: PinnedSlots | None = None,
+        on_device: bool = False,
     ) -> None:
         self._device = device
-        self._keep = keep
+        self._on_device = on_device
         self._stream = torch.cuda.Stream(device)
         self.copying: Stopwatch | CudaStopwatch = CudaStopwatch(self._stream)
         # Used in turn, each allocated at its first: the one being copied is the last to be used.
         self._device_slots = cycle(
-            _CudaSlot(_allocate(shapes, dtype, device=device), torch.cuda.Event())
-            for _ in range(_DEVICE_SLOTS if keep else 1)
+            _DeviceSlot(shapes, dtype, device)
+            for _ in range(_DEVICE_SLOTS if on_device or host_slots else 1)
         )
-        # Writers sleep on this event instead of spinning on a core that others need.
-        self._host_ring = _Ring(
-            lambda: _CudaSlot(
-                _allocate(shapes, dtype, pinned=True), torch.cuda.Event(blocking=True)
-            ),
-            _HOST_SLOTS,
-        )
+        self._host_ring: _Ring[_HostSlot] | None = None
+        if host_slots is not None:
+            slots = iter(host_slots)
+            self._host_ring = _Ring(
+                # Writers sleep on this event instead of spinning on a core that others need.
+                lambda: _HostSlot(next(slots), torch.cuda.Event(blocking=True)),
+                host_slots.count,
+            )
 
-    def capture(self, rows: int) -> Capturing:
-        """Begin a batch of so many boards."""
+    def capture(self, boards: BoardBatch) -> Capturing:
+        """Begin a batch."""
         slot = next(self._device_slots)
         torch.cuda.current_stream(self._device).wait_event(slot.copied)
-        return _CudaCapture(self, slot, rows)
+        return _CudaCapture(self, slot, boards, slot.bring(boards.boards_BS, self._device))
 
-    def copy(self, source: _CudaSlot, boards: BoardBatch, rows: int) -> ActivationBatch:
-        """Start the copy of a batch whose forward pass is queued."""
-        if not self._keep:
+    def send(self, source: _DeviceSlot, boards: BoardBatch) -> ActivationBatch:
+        """Hand on a batch whose forward pass is queued."""
+        rows = len(boards.indices)
+        if self._host_ring is not None:
+            return self._copy(source, boards, self._host_ring)
+        if not self._on_device:
             return ActivationBatch(boards, {}, [Chunk(0, rows)], _nothing)
-        target = self._host_ring.take()
+        source.filled.record()
+        whole = Chunk(0, rows, partial(self._wait_on_device, source.filled))
+        return ActivationBatch(boards, _cut(source.buffers, rows), [whole], _nothing)
+
+    def _copy(
+        self, source: _DeviceSlot, boards: BoardBatch, ring: _Ring[_HostSlot]
+    ) -> ActivationBatch:
+        target, rows = ring.take(), len(boards.indices)
         host = _cut(target.buffers, rows)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream), self.copying:
@@ -191,11 +263,14 @@ class CudaTransfer:
             source.copied.record(self._stream)
             target.copied.record(self._stream)
         whole = Chunk(0, rows, partial(self._wait, target.copied))
-        return ActivationBatch(boards, host, [whole], lambda: self._host_ring.give_back(target))
+        return ActivationBatch(boards, host, [whole], lambda: ring.give_back(target))
 
     def _wait(self, event: torch.cuda.Event) -> None:
         with current(self._device):
             event.synchronize()
+
+    def _wait_on_device(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
 
     def close(self) -> None:
         """Wait for all that is queued, so that the buffers may be freed and times are complete."""
@@ -207,18 +282,19 @@ class _CudaCapture:
     """A batch in a device slot."""
 
     transfer: CudaTransfer
-    slot: _CudaSlot
-    rows: int
+    slot: _DeviceSlot
+    boards: BoardBatch
+    tokens: Tensor
 
     @property
     def buffers(self) -> Buffers:
         """Where the forward pass puts the activations."""
-        return _cut(self.slot.buffers, self.rows)
+        return _cut(self.slot.buffers, len(self.boards.indices))
 
-    def send(self, boards: BoardBatch, chunks: Sequence[Chunk]) -> ActivationBatch:
-        """Hand on the batch; the stream orders the copy after the forward pass."""
+    def send(self, chunks: Sequence[Chunk]) -> ActivationBatch:
+        """Hand on the batch; the stream orders what follows after the forward pass."""
         del chunks
-        return self.transfer.copy(self.slot, boards, self.rows)
+        return self.transfer.send(self.slot, self.boards)
 
 
 def make_transfer(
@@ -226,18 +302,12 @@ def make_transfer(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    keep: bool,
+    host_slots: PinnedSlots | None,
+    on_device: bool,
 ) -> Transfer:
-    """Allocate the buffers for batches on a device.
-
-    Args:
-        shapes: key -> shape of a full batch's tensor, (B, *shape).
-        dtype: storage dtype of all of them.
-        device: where the model runs.
-        keep: whether the consumer wants the activations; else they stay where they are captured.
-    """
+    """Make what a device needs; the arguments are those of `CudaTransfer`."""
     if device.type == "cuda":
-        return CudaTransfer(shapes, dtype, device, keep=keep)
+        return CudaTransfer(shapes, dtype, device, host_slots=host_slots, on_device=on_device)
     return HostTransfer(shapes, dtype)
 
 
@@ -246,15 +316,9 @@ def _nothing() -> None:
 
 
 def _allocate(
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    *,
-    device: torch.device = _HOST,
-    pinned: bool = False,
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, device: torch.device = _HOST
 ) -> Buffers:
-    """Allocate a tensor a key, on the device or in host memory."""
-    if pinned:
-        return {key: empty_pinned(shape, dtype) for key, shape in shapes.items()}
+    """Allocate a tensor a key, on the device or in ordinary host memory."""
     if device == _HOST:
         return {key: _empty_on_pages(shape, dtype) for key, shape in shapes.items()}
     return {key: torch.empty(shape, dtype=dtype, device=device) for key, shape in shapes.items()}

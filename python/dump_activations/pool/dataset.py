@@ -31,6 +31,7 @@ from dump_activations.pool.indices import step_indices
 from dump_activations.pool.label_names import split_names
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import Matches, StepRange
+from dump_activations.pool.row_ids import locate_rows
 from dump_activations.pool.scan import Progress, find_matches
 from dump_activations.pool.shard_names import warn_of_odd_names
 
@@ -211,6 +212,33 @@ class StepsDataset(_Dataset):
             return StepRange(wanted)
         expression = parse(where) if isinstance(where, str) else where
         return find_matches(self._filter_reader(expression), expression, wanted, progress)
+
+    def locate(
+        self, run_id: ArrayLike, step_index: ArrayLike, *, progress: Progress | None = None
+    ) -> NDArray[np.int64]:
+        """Find the rows that are these steps of these self-play runs: step indices, int64 (n,).
+
+        Step indices change when a pool is merged or cut into other shards, these do not:
+        `ds.locate(dump["labels/run_id"], dump["labels/step_index"])` are the steps of an earlier
+        dump in this pool. The pool is read once, on all cores, in memory that grows with n alone.
+
+        Args:
+            run_id: As the rows have it, (n,); duplicates are allowed.
+            step_index: The number of the step in its run, as the rows have it, (n,).
+            progress: Called now and then with the rows done and the rows in all.
+
+        Raises:
+            IndicesError: No row is such a step of such a run, or several are.
+            InvalidArgumentError: The rows have no `run_id` and `step_index`, or `step_idx`.
+            PoolError: A row cannot be read.
+
+        """
+        run_ids, run_steps = step_indices(run_id), step_indices(step_index)
+        if len(run_ids) != len(run_steps):
+            raise InvalidArgumentError(
+                f"{option('indices')}: {len(run_ids)} runs, but {len(run_steps)} steps of them"
+            )
+        return locate_rows(self._columns, run_ids, run_steps, progress)
 
     def _filter_reader(self, where: Expression) -> ColumnReader:
         """Find the columns that a filter names, and check that it can be evaluated on them."""

@@ -1,26 +1,28 @@
-"""Looks at consecutive rows of a pool for those that pass a filter, on all cores."""
+"""Looks at consecutive rows of a pool, on all cores."""
 
 import os
 import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dump_activations import _rust
-from dump_activations.pool.columns import ColumnReader
+from dump_activations.pool.columns import ColumnReader, Values
 from dump_activations.pool.expressions import Expression
 from dump_activations.pool.filters import evaluate
 from dump_activations.pool.matches import Matches
 
-# Some megabytes of rows: few enough for a core's cache to hold their columns, and enough for the
+# Some megabytes of rows: few enough for a core's cache to hold a column, and enough for the
 # interpreter to matter little.
-CHUNK_ROWS = 1 << 18
+CHUNK_ROWS = 1 << 19
 # Seconds between reports of progress, and questions whether the user wants to end it.
 _PAUSE = 0.05
 
 Progress = Callable[[int, int], None]
 """Called now and then with the rows done and the rows in all."""
+
+Look = Callable[[int, int, Values], None]
+"""Called with the first of consecutive rows, their number, and the columns that were read."""
 
 
 def find_matches(
@@ -38,34 +40,49 @@ def find_matches(
         InvalidArgumentError: the filter mixes numbers and comparisons.
         PoolError: a row cannot be read, or the filter divides by zero.
     """
-    rows = steps[-1] + 1 - steps[0] if steps else 0
-    matches = Matches(steps.start, rows, chunk_rows=CHUNK_ROWS)
-    scan = _Scan(reader, where, steps, matches)
-    scan.run(range(0, rows, CHUNK_ROWS), rows, progress)
+    rows = range(steps.start, steps[-1] + 1) if steps else range(0)
+    matches = Matches(rows.start, len(rows), chunk_rows=CHUNK_ROWS)
+
+    def look(first: int, count: int, columns: Values) -> None:
+        wanted = None
+        if steps.step > 1:
+            wanted = np.zeros(count, np.bool_)
+            wanted[(steps.start - first) % steps.step :: steps.step] = True
+        holds = evaluate(where, columns, rows=count, first=first, wanted=wanted)
+        matches.put((first - rows.start) // CHUNK_ROWS, holds)
+
+    scan_rows(reader, rows, look, progress)
     return matches
+
+
+def scan_rows(
+    reader: ColumnReader, rows: range, look: Look, progress: Progress | None = None
+) -> None:
+    """Read columns of consecutive rows, chunk by chunk, and look at them in any thread and order.
+
+    Raises what `look` raises, and:
+        PoolError: a row cannot be read.
+    """
+    _Scan(reader, look).run(rows, progress)
 
 
 class _Scan:
     """The threads of a scan. The one that began it only waits, and hears interrupts."""
 
-    def __init__(
-        self, reader: ColumnReader, where: Expression, steps: range, matches: Matches
-    ) -> None:
+    def __init__(self, reader: ColumnReader, look: Look) -> None:
         self._reader = reader
-        self._where = where
-        self._steps = steps
-        self._matches = matches
+        self._look = look
         self._cancel = _rust.Cancel()
         self._error: BaseException | None = None
         self._done = 0
         self._lock = threading.Lock()
 
-    def run(self, starts: range, rows: int, progress: Progress | None) -> None:
-        chunks = iter(enumerate(starts))
-        count = min(len(os.sched_getaffinity(0)), len(starts))
+    def run(self, rows: range, progress: Progress | None) -> None:
+        starts = range(0, len(rows), CHUNK_ROWS)
+        chunks = (rows[start : start + CHUNK_ROWS] for start in starts)
         threads = [
-            threading.Thread(target=self._work, args=(chunks, rows), name=f"scan-{i}")
-            for i in range(count)
+            threading.Thread(target=self._work, args=(chunks, len(rows)), name=f"scan-{i}")
+            for i in range(min(len(os.sched_getaffinity(0)), len(starts)))
         ]
         try:
             for thread in threads:
@@ -74,7 +91,7 @@ class _Scan:
                 while thread.is_alive():
                     thread.join(_PAUSE)
                     if progress is not None:
-                        progress(self._done, rows)
+                        progress(self._done, len(rows))
         except BaseException as error:
             self._stop(error)
             raise
@@ -86,31 +103,22 @@ class _Scan:
         if self._error is not None:
             raise self._error
         if progress is not None:
-            progress(rows, rows)
+            progress(len(rows), len(rows))
 
-    def _work(self, chunks: Iterator[tuple[int, int]], rows: int) -> None:
+    def _work(self, chunks: Iterator[range], rows: int) -> None:
         try:
             buffers = self._reader.buffers(min(CHUNK_ROWS, rows))
             while self._error is None:
                 with self._lock:
-                    chunk, start = next(chunks, (None, 0))
+                    chunk = next(chunks, None)
                 if chunk is None:
                     return
-                count = min(CHUNK_ROWS, rows - start)
-                self._matches.put(chunk, self._holds(start, count, buffers))
+                columns = self._reader.scan(chunk.start, len(chunk), buffers, self._cancel)
+                self._look(chunk.start, len(chunk), columns)
                 with self._lock:
-                    self._done += count
+                    self._done += len(chunk)
         except BaseException as error:
             self._stop(error)
-
-    def _holds(self, start: int, count: int, buffers: list[NDArray[np.uint8]]) -> NDArray[np.bool_]:
-        first = self._steps.start + start
-        columns = self._reader.scan(first, count, buffers, self._cancel)
-        wanted = None
-        if self._steps.step > 1:
-            wanted = np.zeros(count, np.bool_)
-            wanted[-start % self._steps.step :: self._steps.step] = True
-        return evaluate(self._where, columns, rows=count, first=first, wanted=wanted)
 
     def _stop(self, error: BaseException) -> None:
         """End all threads for the first error."""

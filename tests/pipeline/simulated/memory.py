@@ -1,5 +1,6 @@
 """Memory that is all 0xFF bytes until something is written to it."""
 
+import ctypes
 import weakref
 
 import numpy as np
@@ -22,14 +23,34 @@ def unwritten(like: Tensor) -> Tensor:
 
 
 class PinnedMemory:
-    """Page-locked memory, in blocks that are handed out again as soon as nobody holds them."""
+    """Page-locked memory.
+
+    Of torch's, in blocks that are handed out again as soon as nobody holds them, and memory of the
+    program's own that it has registered.
+    """
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
         self._addresses: set[int] = set()
+        self.registered: dict[int, int] = {}
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._addresses
+        first = tensor.data_ptr()
+        return tensor.untyped_storage().data_ptr() in self._addresses or any(
+            start <= first and first + tensor.nbytes <= start + nbytes
+            for start, nbytes in self.registered.items()
+        )
+
+    def register(self, address: int, nbytes: int) -> int:
+        """Page-lock memory of the program's; return CUDA's code of an error, or 0."""
+        assert address % _PAGE == nbytes % _PAGE == 0
+        assert address not in self.registered
+        ctypes.memset(address, 0xFF, nbytes)
+        self.registered[address] = nbytes
+        return 0
+
+    def unregister(self, address: int) -> None:
+        del self.registered[address]
 
     def allocate(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         nbytes = torch.Size(shape).numel() * dtype.itemsize

@@ -29,7 +29,7 @@ def first(number: int) -> Callable[[Device], None]:
 def at_random(seed: int) -> Callable[[Device], None]:
     """Run as much of each stream as a generator says, which has favourites."""
     generator = random.Random(seed)
-    haste = [generator.random(), generator.random()]
+    haste = [generator.random() for _ in range(4)]
 
     def policy(device: Device) -> None:
         for stream, probability in zip(device.streams, haste, strict=False):

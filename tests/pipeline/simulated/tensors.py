@@ -118,12 +118,18 @@ class Dispatch(TorchDispatchMode):
     def _copy(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         into, of = _memory(target), _memory(source)
         name = f"copy {source.device.type} to {target.device.type}"
-        task = self._queue(name, lambda: into.copy_(of))
         on_host = [each for each in (target, source) if not isinstance(each, DeviceTensor)]
-        if on_host and non_blocking and on_host[0] in self._pinned:
+        queued = bool(on_host) and non_blocking and on_host[0] in self._pinned
+        if queued:
             for_one_memcpy = into.dtype == of.dtype and into.is_contiguous() and of.is_contiguous()
             assert for_one_memcpy, "torch would copy by way of a temporary"
-        elif on_host:
+
+        def run() -> None:
+            assert not queued or on_host[0] in self._pinned, "it was unregistered before its copy"
+            into.copy_(of)
+
+        task = self._queue(name, run)
+        if on_host and not queued:
             self._device.finish(task)
         return target
 

@@ -3,13 +3,18 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, filterfalse
 
 from dump_activations.dtypes import DTYPES, TensorSpec
+from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.formats.contents import Reader
 
 # Bytes: tensor data starts on a multiple of it where the format allows, as direct I/O, memory maps
 # and device reads want it.
 ALIGNMENT = 4096
+
+# Bytes of an element of statistics.
+_STATISTICS_ALIGNMENT = 8
 
 # Names under which a format keeps the metadata: no tensor may have them.
 RESERVED_NAMES = frozenset({"metadata", "__metadata__"})
@@ -62,11 +67,19 @@ def storage_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
 
     Wide elements first, so that each tensor is aligned to its element where a format packs tensors
     without holes; among equals those whose rows are multiples of the larger power of two first, so
-    that as many slices as possible start on a page.
+    that as many slices as possible start on a page. Statistics, of which there are few bytes, lie
+    as far back as they are aligned to their elements.
     """
 
     def key(spec: TensorSpec) -> tuple[int, int]:
         row_alignment = min(spec.row_nbytes & -spec.row_nbytes, ALIGNMENT)
         return -DTYPES[spec.dtype].nbytes, -row_alignment
 
-    return sorted(specs, key=key)
+    def is_statistic(spec: TensorSpec) -> bool:
+        return spec.name.startswith(STATISTICS_PREFIX)
+
+    statistics = [*filter(is_statistic, specs)]
+    ordered = sorted(filterfalse(is_statistic, specs), key=key)
+    ends = accumulate((spec.nbytes for spec in ordered), initial=0)
+    place = max(number for number, end in enumerate(ends) if end % _STATISTICS_ALIGNMENT == 0)
+    return [*ordered[:place], *statistics, *ordered[place:]]

@@ -275,6 +275,24 @@ class ActivationsFile:
             drop_last=drop_last,
         )
 
+    def stats(self, key: str, layer: int | None = None) -> dict[str, NDArray[np.float64]]:
+        """Return the statistics that were stored with the file (`stats=True`), float64, by name.
+
+        Of the vectors along the last axis, F features each: `count`, `norm_mean` and
+        `norm_square_mean` are (L,), or () of one layer or a key without; `mean`, `variance`, `min`,
+        `max` and `outliers` are (L, F) or (F,).
+
+        Args:
+            key: An activation key.
+            layer: One layer by its number in the model; None for all of them.
+
+        Raises:
+            InvalidArgumentError: There is no such key or layer, or there are no statistics.
+        """
+        from dump_activations.storage.reading.statistics import key_statistics
+
+        return key_statistics(self, self._find(key), layer)
+
     def _find(self, name: str) -> Key:
         """Find a key; InvalidArgumentError where there is none, or of a dtype that dumps lack."""
         found = self._files.catalog.find(name)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest
+from dump_activations.storage.statistics import RunningStatistics
 from dump_activations.storage.writing.durability import BackgroundSync
 from dump_activations.storage.writing.journal import Journal
 from dump_activations.storage.writing.partial import Partial
@@ -35,7 +36,14 @@ class BatchFile(ABC):
     """
 
     def __init__(
-        self, work: Work, partial: Partial, places: Places, journal: Journal, kept: Collection[int]
+        self,
+        work: Work,
+        partial: Partial,
+        places: Places,
+        journal: Journal,
+        kept: Collection[int],
+        *,
+        statistics: RunningStatistics,
     ) -> None:
         """Private: `OutputFile.open` and `JoinedFile.join` make one."""
         self.target = work.target
@@ -48,6 +56,7 @@ class BatchFile(ABC):
         self._file = partial
         self._places = places
         self._journal = journal
+        self._statistics = statistics
         self._is_open = True
         self._sync: BackgroundSync | None = None
         self._lock = Lock()
@@ -72,17 +81,23 @@ class BatchFile(ABC):
     def begin_ticket(self, batches: range) -> None:
         """Say which consecutive batches are this process's to write, before the first of them."""
 
-    @abstractmethod
+    def span_nbytes(self, name: str, most: int) -> int:
+        """Return of how many bytes spans of a tensor are to be: at most so many, if it can be."""
+        return self._statistics.whole_vectors(name, most)
+
     def write_span(
         self, first_row: int, name: str, start: int, data: npt.NDArray[np.uint8]
     ) -> Digest:
         """Write bytes that begin `start` bytes into the batch of a tensor at `first_row`.
 
-        Nothing is noted of them before `finish_batch`.
+        Nothing is noted of them before `finish_batch`, but for the statistics.
 
         Raises:
             OutputError: the system refused; `errno` is its reason.
         """
+        digest = self._write_span(first_row, name, start, data)
+        self._statistics.add(name, first_row * self._places.row_nbytes[name] + start, data)
+        return digest
 
     def finish_batch(self, first_row: int, digests: BatchDigests) -> None:
         """Note that all of the batch at `first_row` was written by `write_span`.
@@ -119,6 +134,11 @@ class BatchFile(ABC):
     @abstractmethod
     def discard(self) -> None:
         """Remove what this process may remove of what was written; an existing target stays."""
+
+    @abstractmethod
+    def _write_span(
+        self, first_row: int, name: str, start: int, data: npt.NDArray[np.uint8]
+    ) -> Digest: ...
 
     @abstractmethod
     def _record(self, batch: int, digests: BatchDigests) -> BatchRecord: ...

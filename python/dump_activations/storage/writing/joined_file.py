@@ -10,7 +10,9 @@ import numpy.typing as npt
 from dump_activations import _rust
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest
+from dump_activations.storage.statistics import RunningStatistics, vectors_of
 from dump_activations.storage.writing.batch_file import BatchFile
+from dump_activations.storage.writing.handed_over import hand_over
 from dump_activations.storage.writing.journal import Journal, sync_directory
 from dump_activations.storage.writing.partial import Partial
 from dump_activations.storage.writing.places import Places
@@ -31,7 +33,8 @@ class JoinedFile(BatchFile):
         self, work: Work, partial: Partial, places: Places, journal: Journal, kept: Collection[int]
     ) -> None:
         """Private: `JoinedFile.join` makes one."""
-        super().__init__(work, partial, places, journal, kept)
+        statistics = RunningStatistics(vectors_of(work.specs))
+        super().__init__(work, partial, places, journal, kept, statistics=statistics)
         self._tickets = Tickets(places)
 
     @classmethod
@@ -64,7 +67,7 @@ class JoinedFile(BatchFile):
         """Say which consecutive batches are this process's to write, before the first of them."""
         self._tickets.begin(batches)
 
-    def write_span(
+    def _write_span(
         self, first_row: int, name: str, start: int, data: npt.NDArray[np.uint8]
     ) -> Digest:
         """Write the whole pages of a span, and keep the rest for the journal."""
@@ -87,6 +90,8 @@ class JoinedFile(BatchFile):
         with OutputError.when(f"cannot write {self.partial}"):
             self._stop_sync()
             self._file.check_place()
+            if self._statistics:
+                hand_over(self._statistics, self._journal)
         self._close()
 
     def discard(self) -> None:

@@ -22,6 +22,7 @@ class Journal:
     """Records batches; each call returns once the records are on disk.
 
     Attributes:
+        path: where it is.
         token: of the processes that share the file; None for a process alone.
         batches: numbers of those that are recorded.
     """
@@ -29,7 +30,7 @@ class Journal:
     def __init__(self, path: Path, header: Header, token: int | None) -> None:
         self.token = token
         self.batches: set[int] = set()
-        self._path = path
+        self.path = path
         self._new_path = replacement_path(path)
         self._header = header
         self._fd: int | None = None
@@ -43,9 +44,9 @@ class Journal:
         with OutputError.when(f"cannot write {self._new_path}"):
             self._new_path.unlink(missing_ok=True)
             self._create(self._new_path, batches)
-        with OutputError.when(f"cannot write {self._path}"):
-            self._new_path.replace(self._path)
-            sync_directory(self._path.parent)
+        with OutputError.when(f"cannot write {self.path}"):
+            self._new_path.replace(self.path)
+            sync_directory(self.path.parent)
 
     def join(self) -> None:
         """Begin a journal of no batches, where there is none.
@@ -53,9 +54,9 @@ class Journal:
         Raises:
             OutputError: there is one, or the system refused; it names the file.
         """
-        with OutputError.when(f"cannot write {self._path}"):
-            self._create(self._path, {})
-            sync_directory(self._path.parent)
+        with OutputError.when(f"cannot write {self.path}"):
+            self._create(self.path, {})
+            sync_directory(self.path.parent)
 
     def append(self, batches: Mapping[int, BatchRecord]) -> None:
         """Record batches, whose data is on disk already."""
@@ -71,7 +72,7 @@ class Journal:
     def remove(self) -> None:
         """Close the journal, and remove it if its name still leads to it."""
         if self._fd is not None:
-            for path in (self._new_path, self._path):
+            for path in (self._new_path, self.path):
                 if is_at(self._fd, path):
                     path.unlink()
         self.close()

@@ -12,17 +12,20 @@ import numpy.typing as npt
 
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest, RunningDigest
+from dump_activations.storage.statistics import RunningStatistics, vectors_of
 from dump_activations.storage.writing.batch_file import BatchFile
+from dump_activations.storage.writing.handed_over import take_over
 from dump_activations.storage.writing.journal import Journal, remove_journals, sync_directory
 from dump_activations.storage.writing.partial import Partial
 from dump_activations.storage.writing.places import Places
 from dump_activations.storage.writing.recorded import JournalError, Recorded, read_journals
 from dump_activations.storage.writing.records import BatchDigests, BatchRecord
-from dump_activations.storage.writing.resume import edge_writer, resumable_batches
+from dump_activations.storage.writing.resume import edge_writer, read_back, resumable_batches
 from dump_activations.storage.writing.targets import (
     check_output,
+    files_of_others,
     journal_path,
-    journals_of_others,
+    statistics_path,
 )
 from dump_activations.storage.writing.work import Work
 
@@ -49,10 +52,11 @@ class OutputFile(BatchFile):
         journal: Journal,
         batches: Mapping[int, BatchDigests],
         *,
+        statistics: RunningStatistics,
         unusable: str | None,
     ) -> None:
         """Private: `OutputFile.open` makes one."""
-        super().__init__(work, partial, places, journal, batches)
+        super().__init__(work, partial, places, journal, batches, statistics=statistics)
         self.unusable = unusable
         self.token = journal.token
         self._specs = {spec.name: spec for spec in work.specs}
@@ -95,18 +99,27 @@ class OutputFile(BatchFile):
         partial = Partial.open(target, anew=overwrite)
         unusable = None
         batches: Mapping[int, BatchDigests] = {}
+        statistics = RunningStatistics(vectors_of(work.specs))
         try:
             if not partial.is_new:
                 try:
                     with OutputError.when(f"cannot read {partial.path}"):
-                        batches = resumable_batches(partial, work, places, check)
+                        batches = resumable_batches(partial, work, places, statistics, check)
                 except JournalError as error:
                     unusable = str(error)
                     partial.close()
                     partial = Partial.open(target, anew=True)
             token = secrets.randbits(63) if shared else None
             journal = Journal(journal_path(target), work.header, token)
-            file = cls(work, partial, places, journal, batches, unusable=unusable)
+            file = cls(
+                work,
+                partial,
+                places,
+                journal,
+                batches,
+                statistics=statistics,
+                unusable=unusable,
+            )
             file._begin()
         except BaseException:
             partial.close()
@@ -135,10 +148,9 @@ class OutputFile(BatchFile):
         with self._lock:
             self._digests[name].add(0, digest)
 
-    def write_span(
+    def _write_span(
         self, first_row: int, name: str, start: int, data: npt.NDArray[np.uint8]
     ) -> Digest:
-        """Write bytes that begin `start` bytes into the batch of a tensor at `first_row`."""
         start += first_row * self._specs[name].row_nbytes
         return self._write_bytes(name, start, data)
 
@@ -154,6 +166,8 @@ class OutputFile(BatchFile):
         with OutputError.when(f"cannot write {self.target}"):
             self._stop_sync()
             others = [] if self.token is None else self._gather()
+            for name, values in self._statistics.tensors().items():
+                self.write(name, values.reshape(-1).view(np.uint8))
             digests = self._whole_digests()
             layout = self._work.layout(digests)
             assert (layout.size, layout.offsets) == (self.size, self._places.layout.offsets)
@@ -167,6 +181,8 @@ class OutputFile(BatchFile):
                 sync_directory(self.target.parent)
                 for each in others:
                     each.remove()
+                    if self._statistics:
+                        statistics_path(each.path).unlink(missing_ok=True)
                 self._journal.remove()
         finally:
             self._close()
@@ -178,7 +194,7 @@ class OutputFile(BatchFile):
             self._stop_sync()
         with suppress(OSError):
             if self._file.is_in_place():
-                remove_journals(journals_of_others(self.target))
+                remove_journals(files_of_others(self.target))
         with suppress(OSError):
             self._file.remove()
             self._journal.remove()
@@ -190,7 +206,7 @@ class OutputFile(BatchFile):
             with OutputError.when(f"cannot reserve {self.size:,} bytes for {self.target}"):
                 self._file.reserve(self.size)
             self._journal.start(self._resumed)
-            remove_journals(journals_of_others(self.target))
+            remove_journals(files_of_others(self.target))
         except OutputError:
             if self._resumed:
                 self._close()
@@ -206,6 +222,8 @@ class OutputFile(BatchFile):
         except JournalError as error:
             raise OutputError(f"{self.partial} cannot be completed: {error}") from None
         self._file.sync()
+        if self._file.size != self.size:
+            raise OutputError(f"{self.partial} is not complete: it has another size by now")
         found = [each for each in found if each.token == self.token]
         others = [each for each in found if each.path != journal_path(self.target)]
         times = Counter(
@@ -217,15 +235,28 @@ class OutputFile(BatchFile):
         for batch in range(self._header.batches):
             if times[batch] != 1:
                 rows = self.rows_of(range(batch, batch + 1))
+                where = f"{times[batch]} journals" if times[batch] else "no journal"
                 raise OutputError(
                     f"{self.partial} is not complete: boards {rows.start:,} to {rows.stop - 1:,} "
-                    f"are in {times[batch] or 'no'} journals, not in one; the same call does "
-                    "the rest"
+                    f"are in {where}; the same call does the rest"
                 )
         for each in others:
             for batch, digests in each.batches.items():
                 self._note_batch(batch, digests)
+            self._take_statistics(each)
         return others
+
+    def _take_statistics(self, other: Recorded) -> None:
+        """Add another's statistics: as it handed them over, or else of what it wrote."""
+        if not self._statistics or take_over(self._statistics, other):
+            return
+        candidates = {batch: [digests] for batch, digests in other.batches.items()}
+        found = read_back(self._file, self._places, candidates, self._statistics)
+        if found != other.batches:
+            raise OutputError(
+                f"{self.partial} cannot be completed: it is not as it was written; the same call "
+                "does the rest"
+            )
 
     def _whole_digests(self) -> dict[str, Digest]:
         digests = {name: running.whole for name, running in self._digests.items()}

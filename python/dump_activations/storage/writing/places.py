@@ -11,18 +11,19 @@ class Places:
     Attributes:
         header: what batches there are.
         layout: of the finished file.
+        dtypes, row_nbytes: of each tensor.
     """
 
     def __init__(self, work: Work, layout: Layout) -> None:
         self.header: Header = work.header
         self.layout = layout
         self.dtypes = {spec.name: spec.dtype for spec in work.specs}
-        self._row_nbytes = {spec.name: spec.row_nbytes for spec in work.specs}
+        self.row_nbytes = {spec.name: spec.row_nbytes for spec in work.specs}
 
     def of(self, batches: range, name: str) -> tuple[int, int]:
         """Return (start, stop) of the bytes of consecutive batches of a tensor, in the file."""
         rows = self.header.rows_of(batches)
-        offset, row_nbytes = self.layout.offsets[name], self._row_nbytes[name]
+        offset, row_nbytes = self.layout.offsets[name], self.row_nbytes[name]
         return offset + rows.start * row_nbytes, offset + rows.stop * row_nbytes
 
     def fit(self, batch: int, digests: BatchDigests) -> bool:

@@ -50,9 +50,12 @@ class Recorded:
     batches: Mapping[int, BatchDigests]
 
     def remove(self) -> None:
-        """Remove the journal, if its name still leads to it."""
+        """Remove the journal, if its name still leads to it and it is as it was read."""
         with suppress(FileNotFoundError):
-            if os.path.samestat(self.file, self.path.lstat()):
+            found = self.path.lstat()
+            # The number of a file that was removed may be that of the next one.
+            is_as_read = found.st_mtime_ns == self.file.st_mtime_ns
+            if is_as_read and os.path.samestat(self.file, found):
                 self.path.unlink()
 
 

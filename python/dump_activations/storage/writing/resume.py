@@ -1,13 +1,12 @@
 """What of an unfinished file can be trusted: batches that journals have and the disk confirms."""
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
-from dump_activations import _rust
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.reading.inspection import READ_NBYTES
+from dump_activations.storage.statistics import RunningStatistics
 from dump_activations.storage.writing.partial import Partial
 from dump_activations.storage.writing.places import Places
 from dump_activations.storage.writing.recorded import JournalError, read_journals
@@ -21,7 +20,11 @@ _BATCHES_AT_ONCE = 32
 
 
 def resumable_batches(
-    partial: Partial, work: Work, places: Places, check: Callable[[], object]
+    partial: Partial,
+    work: Work,
+    places: Places,
+    statistics: RunningStatistics,
+    check: Callable[[], object],
 ) -> dict[int, BatchDigests]:
     """Return the batches of a partial file that need not be written again.
 
@@ -31,6 +34,7 @@ def resumable_batches(
         partial: the file.
         work: what it is to hold.
         places: where in it.
+        statistics: to which those of the batches that are returned are added.
         check: called now and then; what it raises ends the reading.
 
     Raises:
@@ -46,8 +50,7 @@ def resumable_batches(
     for each in recorded:
         for batch, digests in each.batches.items():
             candidates.setdefault(batch, []).append(digests)
-    with closing(_read_back(partial, places, sorted(candidates), check)) as found:
-        resumable = {batch: digests for batch, digests in found if digests in candidates[batch]}
+    resumable = read_back(partial, places, candidates, statistics, check)
     if not resumable:
         raise JournalError("no batch of it is whole")
     return resumable
@@ -67,35 +70,72 @@ def edge_writer(partial: Partial, places: Places) -> Callable[[int, BatchRecord]
     return write
 
 
-def _read_back(
-    partial: Partial, places: Places, batches: Sequence[int], check: Callable[[], object]
-) -> Generator[tuple[int, BatchDigests], None, None]:
-    """Yield batches with the digests of what is on disk."""
-    ended = threading.Event()
-
-    def digest(offset: int, nbytes: int, dtype: str) -> Digest:
-        whole = Digest()
-        for start in range(0, nbytes, READ_NBYTES):
-            if ended.is_set():
-                break
-            some = min(READ_NBYTES, nbytes - start)
-            whole += Digest(some, *_rust.digest_span(partial.fd, offset + start, some, dtype))
-        return whole
-
-    def digests(batch: int) -> BatchDigests:
-        found = {}
-        for name in places.header.tensors:
-            at, stop = places.of(range(batch, batch + 1), name)
-            found[name] = digest(at, stop - at, places.dtypes[name])
-        return found
-
+def read_back(
+    partial: Partial,
+    places: Places,
+    candidates: Mapping[int, Sequence[BatchDigests]],
+    statistics: RunningStatistics,
+    check: Callable[[], object] = lambda: None,
+) -> dict[int, BatchDigests]:
+    """Return batches of which one of the candidates is on disk, and add up their statistics."""
+    reader = _Reader(partial, places, candidates, statistics)
+    batches = sorted(candidates)
+    found: dict[int, BatchDigests] = {}
     executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="verify")
     try:
         for first in range(0, len(batches), _BATCHES_AT_ONCE):
             group = batches[first : first + _BATCHES_AT_ONCE]
-            for found in zip(group, executor.map(digests, group), strict=True):
+            for batch, digests in zip(group, executor.map(reader.read, group), strict=True):
                 check()
-                yield found
+                if digests is not None:
+                    found[batch] = digests
     finally:
-        ended.set()
+        reader.ended.set()
         executor.shutdown(cancel_futures=True)
+    return found
+
+
+class _Reader:
+    """Reads batches, from any thread.
+
+    Attributes:
+        ended: set where what is read is no longer wanted.
+    """
+
+    def __init__(
+        self,
+        partial: Partial,
+        places: Places,
+        candidates: Mapping[int, Sequence[BatchDigests]],
+        statistics: RunningStatistics,
+    ) -> None:
+        self.ended = threading.Event()
+        self._partial = partial
+        self._places = places
+        self._candidates = candidates
+        self._statistics = statistics
+
+    def read(self, batch: int) -> BatchDigests | None:
+        """Return the digests of what is on disk, if it is one of the candidates."""
+        statistics = self._statistics.new()
+        found = {
+            name: self._digest(batch, name, statistics) for name in self._places.header.tensors
+        }
+        if found not in self._candidates[batch]:
+            return None
+        self._statistics.merge(statistics.state())
+        return found
+
+    def _digest(self, batch: int, name: str, statistics: RunningStatistics) -> Digest:
+        at, stop = self._places.of(range(batch, batch + 1), name)
+        offset, dtype = self._places.layout.offsets[name], self._places.dtypes[name]
+        whole = Digest()
+        at_once = statistics.whole_vectors(name, READ_NBYTES)
+        for start in range(at, stop, at_once):
+            if self.ended.is_set():
+                break
+            nbytes = min(at_once, stop - start)
+            whole += statistics.read(
+                name, dtype, self._partial.fd, offset=start, nbytes=nbytes, start=start - offset
+            )
+        return whole

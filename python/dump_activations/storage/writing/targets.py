@@ -34,15 +34,26 @@ def journals_of_others(target: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.suffix[1:]))
 
 
+def statistics_path(journal: Path) -> Path:
+    """Say where a process that has left hands over its statistics of what is in its journal."""
+    return journal.with_name(journal.name + ".statistics")
+
+
+def files_of_others(target: Path) -> list[Path]:
+    """List the files beside an unfinished target that are not the first process's."""
+    name = re.compile(re.escape(journal_path(target).name) + r"\.[1-9][0-9]{0,8}(\.statistics)?")
+    return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+
+
 def replacement_path(path: Path) -> Path:
     """Say where a journal is written anew before it takes the place of the one at `path`."""
     return path.with_name(path.name + ".new")
 
 
 def all_journals(target: Path) -> list[Path]:
-    """List where journals of an unfinished target may be."""
+    """List where journals of an unfinished target may be, and statistics beside them."""
     first = journal_path(target)
-    return [first, replacement_path(first), *journals_of_others(target)]
+    return [first, replacement_path(first), *files_of_others(target)]
 
 
 def check_output(

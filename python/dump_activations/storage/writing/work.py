@@ -33,6 +33,7 @@ _OPTIONS = frozenset(
         "precision",
         "random_init",
         "seed",
+        "stats",
         "steps",
         "where",
     }

@@ -186,9 +186,10 @@ class _Submission:
         """Cut the batch into spans, each to be given to `write` or counted in `drop`."""
         nbytes = {name: data.nbytes for name, data in self._tensors.items()}
         spans = [
-            _Span(self, name, at, self._tensors[name][at : min(at + SPAN_NBYTES, stop)], awaited)
+            _Span(self, name, at, self._tensors[name][at : min(at + at_once, stop)], awaited)
             for name, start, stop, awaited in _stretches(nbytes, chunks)
-            for at in range(start, stop, SPAN_NBYTES)
+            for at_once in [self._file.span_nbytes(name, SPAN_NBYTES)]
+            for at in range(start, stop, at_once)
         ]
         self._left = len(spans)
         return spans

@@ -1,0 +1,72 @@
+"""Writes the page where nothing else can be lost."""
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from dump_activations.errors import OutputError, option
+from dump_activations.report.page import DOCTYPE, GENERATOR, Progress, render
+
+# The line that names it stands at the start.
+_HEAD_NBYTES = 1024
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    report: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write a page that shows a dump; one that is there already is replaced.
+
+    Args:
+        path: the dump.
+        report: the page.
+        progress: called with activation keys done and how many there are.
+
+    Raises:
+        InvalidArgumentError: the suffix of `path` names no format.
+        OutputError: the dump cannot be read, or the page not be written: there is something else
+            of its name, which is left as it is.
+    """
+    target = Path(os.path.realpath(report))
+    _check_replaceable(target)
+    page = render(Path(path), progress=progress).encode("utf-8", "backslashreplace")
+    with OutputError.when(f"cannot write {target}"):
+        _replace(target, page)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise where there is something at a name that is no page of this package's."""
+    with OutputError.when(f"cannot write {target}"):
+        try:
+            found = target.lstat()
+        except FileNotFoundError:
+            return
+        if stat.S_ISREG(found.st_mode):
+            with target.open("rb") as file:
+                head = file.read(_HEAD_NBYTES)
+            if head.startswith(DOCTYPE.encode()) and f'"{GENERATOR}"'.encode() in head:
+                return
+    raise OutputError(f"{target} is there and is no report; choose another {option('report')}")
+
+
+def _replace(target: Path, content: bytes) -> None:
+    with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            Path(file.name).replace(target)
+        except BaseException:
+            with suppress(OSError):
+                Path(file.name).unlink()
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,48 @@
+"""What tests under the simulated device have in common."""
+
+import inspect
+import textwrap
+
+import pytest
+import torch
+
+from simulated.policies import at_random
+
+
+def randoms(seeds):
+    return [pytest.param(at_random(seed), id=f"random-{seed}") for seed in range(seeds)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Have the CPU compute a batch as a whole, as the device does: the same kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def wrong(found, expected):
+    """Name the tensors in which any byte differs."""
+    assert found.keys() == expected.keys()
+    return {
+        key
+        for key, tensor in expected.items()
+        if not torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8))
+    }
+
+
+def in_other_words(owner, name, *changes):
+    """Return a slip: other words, (old, new), in the source of a function, which has them once."""
+
+    def make(monkeypatch):
+        function = getattr(owner, name)
+        source = textwrap.dedent(inspect.getsource(function))
+        for old, new in changes:
+            assert source.count(old) == 1, f"{name} has changed; where is {old!r}?"
+            source = source.replace(old, new)
+        made = {}
+        exec(source, function.__globals__, made)
+        monkeypatch.setattr(owner, name, made[name])
+
+    return make

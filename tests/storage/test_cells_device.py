@@ -1,0 +1,67 @@
+"""Cells on their way to a device, under schedulers that run its work as late or early as may be."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from simulated.policies import at_random, first, greedy, lazy
+from simulated_device import simulated
+
+from dump_activations import ActivationsFile, DeviceError
+from dump_activations.storage.reading import device_feed
+
+OPTIONS = {"batch_size": 64, "window": 3 * 64 * 40}
+POLICIES = {
+    "lazy": lazy,
+    "greedy": greedy,
+    "compute_first": first(0),
+    "side_first": first(1),
+    **{f"random-{seed}": at_random(seed) for seed in range(4)},
+}
+
+
+@pytest.fixture
+def acts(tmp_path):
+    hidden = torch.arange(60 * 16 * 10.0).view(60, 16, 10)
+    save_file({"hidden": hidden, "other": hidden.double()}, tmp_path / "a.safetensors")
+    return ActivationsFile(tmp_path / "a.safetensors")
+
+
+def used_on_the_device(cells):
+    """Return twice the values, as a program computes them from each batch before it takes more."""
+    used = [batch.values["hidden"] * 2 for batch in cells]
+    return torch.cat([values.cpu() for values in used])
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_the_values_are_those_on_the_host(acts, policy):
+    keys = ["hidden", "other"]
+    expected = torch.cat([b.values["hidden"] * 2 for b in acts.cells(keys, **OPTIONS)])
+    with simulated(policy):
+        cells = acts.cells(keys, device="cuda:0", **OPTIONS)
+        found = used_on_the_device(cells)
+        batch = next(iter(cells))  # and the rest is left
+        assert batch.values["other"].device == torch.device("cuda:0")
+        assert batch.rows.device == torch.device("cpu")
+    assert torch.equal(found, expected)
+
+
+def test_a_copy_that_nobody_waits_for_is_found_out(acts, monkeypatch):
+    expected = torch.cat([b.values["hidden"] * 2 for b in acts.cells(["hidden"], **OPTIONS)])
+    monkeypatch.setattr(device_feed, "_finish", lambda batch, *_: batch)
+    with simulated(lazy):
+        found = used_on_the_device(acts.cells(["hidden"], device="cuda:0", **OPTIONS))
+    assert not torch.equal(found, expected)
+
+
+def test_the_next_batch_is_copied_while_one_is_used(acts):
+    with simulated(first(1)) as device:
+        cells = iter(acts.cells("hidden", device="cuda:0", **OPTIONS))
+        next(cells)
+        assert device.log.count("copy cpu to cuda") == 2
+        cells.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_there_is_not(acts):
+    with pytest.raises(DeviceError, match="device='cuda': there is no CUDA device"):
+        acts.cells("hidden", device="cuda")
