@@ -18,6 +18,7 @@ from dump_activations.api.sources import Init, Pool
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import GroupError, Note, VocabularyError, muted, note, option
 from dump_activations.options import DumpOptions
+from dump_activations.phases import Phase, begin, counted
 from dump_activations.pipeline.device import current, shared_cores
 from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.group import Group
@@ -31,6 +32,7 @@ from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.tickets import cut_tickets
 from dump_activations.pipeline.transfer import HOST_SLOTS
 from dump_activations.place import Place
+from dump_activations.progress.display import shown_progress
 from dump_activations.storage.writing.batch_file import BatchFile
 from dump_activations.storage.writing.joined_file import JoinedFile
 from dump_activations.storage.writing.output_file import OutputFile
@@ -66,6 +68,7 @@ def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Su
     """Write a run to a file, or run it without one; each process of a group does its share."""
     started = time.perf_counter()
     with (
+        shown_progress() if options.progress is True else nullcontext(),
         Group.join() as group,
         muted() if group.place.rank else nullcontext(),
         batch_shortage_named(options.batch_size),
@@ -111,7 +114,7 @@ class _Run:
             for ticket in self._tickets([range(-(-rows // size))]):
                 yield range(ticket.start * size, min(ticket.stop * size, rows))
 
-        progress = self._progress_from(0)
+        progress = self._progress_from(0, 0)
         with Forward(self.plan) as forward:
             with Loop(self.plan, forward) as loop:
                 for batch in loop.batches(progress, stretches=stretches()):
@@ -146,6 +149,7 @@ class _Run:
         group.say(_SIZE, 0)
         warn_of_large_tensors(work.specs)
         previewed = Preview.of(plan, path, free_space(path))
+        begin("preparing the file")
         with Forward(plan) as forward:
             file = OutputFile.open(
                 work,
@@ -164,8 +168,10 @@ class _Run:
                 with self._kept_or_discarded(file):
                     for name, tensor in plan.whole_tensors().items():
                         file.write(name, bytes_of(tensor))
-                    loop = self._fill(file, forward)
-                    self._wait_for_others(loop, self._progress_from(file.resumed_rows))
+                    progress = self._progress_from(file.resumed_rows, file.size)
+                    loop = self._fill(file, forward, progress)
+                    self._wait_for_others(loop, progress)
+                    begin("completing the file")
                     digests = file.commit()
                     group.say(_COMMITTED, 1)
                     self.interrupts.check()
@@ -187,7 +193,8 @@ class _Run:
             token = group.hear(_TOKEN, 0)
             with JoinedFile.join(work, rank=group.place.rank, token=token) as file:
                 with self._kept_or_discarded(file):
-                    loop = self._fill(file, forward)
+                    progress = self._progress_from(file.resumed_rows, file.size)
+                    loop = self._fill(file, forward, progress)
                     file.leave()
                 group.leave()
                 group.hear(_COMMITTED, 0)
@@ -199,7 +206,7 @@ class _Run:
             bytes_written=file.size,
         )
 
-    def _fill(self, file: BatchFile, forward: Forward) -> Loop:
+    def _fill(self, file: BatchFile, forward: Forward, progress: Callable[[int], None]) -> Loop:
         """Do this process's share of the batches that a file lacks."""
 
         def stretches() -> Iterator[range]:
@@ -207,7 +214,6 @@ class _Run:
                 file.begin_ticket(ticket)
                 yield file.rows_of(ticket)
 
-        progress = self._progress_from(file.resumed_rows)
         if file.resumed_rows:
             progress(0)
         with (
@@ -235,15 +241,12 @@ class _Run:
             missing = list(cut_tickets(missing, processes=processes, largest_nbytes=largest_nbytes))
         return self.group.take(missing)
 
-    def _progress_from(self, resumed_rows: int) -> Callable[[int], None]:
-        """Return what is called with the boards of each batch that this process did."""
-
-        def progress(boards: int) -> None:
-            done = resumed_rows + self.group.advance(boards)
-            if self.options.progress:
-                self.options.progress(done, len(self.plan.indices))
-
-        return progress
+    def _progress_from(self, resumed_rows: int, nbytes: int) -> Callable[[int], None]:
+        """Go on to the boards; returns what is called with those that this process has done."""
+        n, progress = len(self.plan.indices), self.options.progress
+        phase = Phase("", "boards", start=resumed_rows, of=n, nbytes=nbytes)
+        count = counted(phase, also=progress if callable(progress) else None)
+        return lambda boards: count(resumed_rows + self.group.advance(boards), n)
 
     def _check(self) -> None:
         """Let the run be interrupted, and the others know that it goes on."""

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from dump_activations import demo
-from dump_activations.commands.console import print_note, progress_bar
+from dump_activations.commands.console import print_note
 from dump_activations.commands.launcher import is_launched, launch
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
@@ -21,6 +23,8 @@ from dump_activations.commands.summary import print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, describe
+from dump_activations.phases import Phase, begin, counted
+from dump_activations.progress.display import shown_progress
 from dump_activations.storage.writing.targets import check_output
 
 if TYPE_CHECKING:
@@ -151,31 +155,26 @@ def dump_activations(
         return
 
     keep_freed_memory()
-    with uncollected_imports():
-        from dump_activations.api import dump, preview
-        from dump_activations.commands.step_indices import read_step_indices
-        from dump_activations.pool.dataset import StepsDataset
-
-    if options.allow_cpu and context.get_parameter_source("device") is ParameterSource.DEFAULT:
-        flags["device"] = _device_there_is(options.device)
-    pool = StepsDataset(pool_path)
-    if flags["indices"] is not None:
-        with progress_bar() as progress_of:
-            flags["indices"] = read_step_indices(Path(flags["indices"]), pool, progress_of("rows"))
-    if dry_run:
-        previewed = preview(init, pool, Path(output), DumpOptions(**flags))
-        print_preview(previewed, as_json=as_json)
-        return
-    with progress_bar() as progress_of:
-        summary = dump(
-            init,
-            pool,
-            output,
-            progress=progress_of("boards"),
-            scan_progress=progress_of("rows"),
-            **flags,
-        )
-    print_summary(summary, as_json=as_json)
+    has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT
+    with shown_progress():
+        begin("loading torch")
+        with uncollected_imports():
+            from dump_activations.api.dumping import dump_to_file, preview
+            from dump_activations.commands.step_indices import read_step_indices
+            from dump_activations.pool.dataset import StepsDataset
+        if options.allow_cpu and not has_device:
+            options = replace(options, device=_device_there_is(options.device))
+        begin("opening the pool")
+        pool = StepsDataset(pool_path)
+        if flags["indices"] is not None:
+            looked_up = counted(Phase("looking up the indices", "rows"))
+            steps = read_step_indices(Path(flags["indices"]), pool, looked_up)
+            options = replace(options, indices=steps)
+        if dry_run:
+            show = partial(print_preview, preview(init, pool, Path(output), options))
+        else:
+            show = partial(print_summary, dump_to_file(init, pool, Path(output), options))
+    show(as_json=as_json)
 
 
 def _sources(init: str | None, pool: str | None, *, use_demo: bool) -> tuple[str, str]:
