@@ -149,7 +149,7 @@ def test_a_small_share_makes_for_fewer_slots(ways, memory, share, tmp_path, demo
 
 def test_a_share_without_room_is_an_error_at_once(ways, memory, share, tmp_path):
     share(2 * SLOT - 1)
-    text = r"pinned host memory \(2 x 0.14 MB, .* 0.27 MB is .*batch_size=8; .*try batch_size=4$"
+    text = r"pinned host memory \(2 x 135 kB, .* 270 kB is .*batch_size=8; .*try batch_size=4$"
     with simulated(lazy, memory):
         for way in ("dump", "stream", "never begun"):
             with pytest.raises(DeviceError, match=text):
@@ -161,8 +161,8 @@ def test_a_share_without_room_is_an_error_at_once(ways, memory, share, tmp_path)
 @pytest.mark.parametrize(
     ("refusal", "kind", "text"),
     [
-        (2, DeviceError, r"out of pinned host memory \(0.41 MB: code 2\) .*try batch_size=4$"),
-        (304, DeviceError, r"out of pinned host memory \(0.41 MB: code 304\)"),
+        (2, DeviceError, r"out of pinned host memory \(406 kB: code 2\) .*try batch_size=4$"),
+        (304, DeviceError, r"out of pinned host memory \(406 kB: code 304\)"),
         (700, RuntimeError, "CUDA error: code 700"),
     ],
 )
