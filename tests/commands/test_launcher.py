@@ -53,7 +53,7 @@ def is_alive(pid):
 
 
 def told(lines):
-    return [line for line in lines if not line.startswith(("note: ", "progress: "))]
+    return [line for line in lines if not line.startswith("note: ")]
 
 
 def launch(server, target, log, *more):
