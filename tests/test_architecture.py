@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
 LEAVES = (
-    *("board", "chunks", "dtypes", "errors", "paths", "pickles", "statistics"),
+    *("board", "chunks", "dtypes", "errors", "paths", "pickles", "place", "statistics"),
     *("timing", "units"),
 )
 

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from dump_activations import demo
 from dump_activations.commands.console import print_note, progress_bar
+from dump_activations.commands.launcher import is_launched, launch
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
 from dump_activations.commands.runner import be_process, run_command
@@ -96,6 +97,20 @@ def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--dry-run", is_flag=True, help="Check everything, show what would be written, and exit."
 )
+@click.option(
+    "--nproc-per-node", help="Run in so many processes on this machine, or one for each GPU: gpu."
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    help="How often to start the processes again when one fails.",
+)
+@click.option(
+    "--numa-binding",
+    type=click.Choice(["node", "socket", "exclusive", "core-complex"]),
+    help="Keep each process near its GPU, as torchrun does.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what is shown at the end as JSON.")
 @click.version_option(package_name="dump-activations")
 @click.pass_context
@@ -108,6 +123,9 @@ def dump_activations(
     dry_run: bool,
     as_json: bool,
     output: str,
+    nproc_per_node: str | None,
+    max_restarts: int,
+    numa_binding: str | None,
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to one file for offline analysis."""
@@ -123,6 +141,14 @@ def dump_activations(
     if options.write:
         indices = [Path(flags["indices"])] if flags["indices"] else []
         check_output(output, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
+    if nproc_per_node is not None and not dry_run and not is_launched():
+        launch(
+            context.obj,
+            processes=nproc_per_node,
+            max_restarts=max_restarts,
+            numa_binding=numa_binding,
+        )
+        return
 
     keep_freed_memory()
     with uncollected_imports():
