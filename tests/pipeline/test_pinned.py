@@ -199,9 +199,10 @@ def test_half_of_the_host_is_shared_by_its_processes(monkeypatch):
     monkeypatch.setattr(
         "dump_activations.pipeline.host_share.limits_of_groups", lambda: iter([1000, 800])
     )
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert share_of_host() == 400
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "8")
+    monkeypatch.setenv("MASTER_PORT", "1")
     assert share_of_host() == 50
 
 
