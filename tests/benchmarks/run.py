@@ -11,6 +11,8 @@ ratios are taken within a round. The sections:
     loops_50m      the same with a 50M model, which must run as fast as the plain forward loop
     keys           attn_pattern beside layer_outputs, one layer, a tensor a layer; 50M model, CPU
     digests        dumps with the digests and counts against dumps without, CPU
+    stats_demo     dumps with --stats against dumps without, demo checkpoint, CPU
+    stats_50m      the same with a 50M model
     start          --help against an empty app; the demo's time outside its loop
     gpu_forward    --no-write against the plain forward loop; forward and copies in a profile
     gpu_memory     dumps against the plain script and each stage's limit, to a memory-backed file
@@ -34,6 +36,7 @@ import keys
 import loops
 import memory
 import start
+import stats
 import whole_process
 from machine import describe_machine
 from measure import Section
@@ -48,6 +51,8 @@ SECTIONS = {
     "loops_50m": loops.measure_50m,
     "keys": keys.measure,
     "digests": digests.measure,
+    "stats_demo": stats.measure_demo,
+    "stats_50m": stats.measure_50m,
     "start": start.measure,
     "gpu_forward": gpu.measure_forward,
     "gpu_memory": gpu.measure_memory,
