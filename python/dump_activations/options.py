@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called after each batch with the boards done and the boards in all."""
 
+
+def _progress(name: str, value: Any) -> Progress | bool:
+    if value is not None and not isinstance(value, bool) and not callable(value):
+        raise InvalidArgumentError(
+            f"{option(name)}: {value!r} is neither True, for a bar, nor to be called"
+        )
+    return value or False
+
+
 DEFAULT_OUTPUT = "activations.safetensors"
 
 TENSORS = ("own", "borrowed", "device")
@@ -229,8 +238,11 @@ class DumpOptions(Options):
         "do only what is missing: a complete file of the same work is left as it is", default=False
     )
     overwrite: bool = _option("start anew, whatever an interrupted run left", default=False)
-    progress: Progress | None = _option(
-        "called after each batch with the boards done and the boards in all", default=None
+    progress: Progress | bool | None = _option(
+        "True for a bar, or what is called after each batch with the boards done and the boards "
+        "in all",
+        default=None,
+        check=_progress,
     )
 
     def __post_init__(self) -> None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,8 @@ import click
 from click.core import ParameterSource
 
 from dump_activations import demo
-from dump_activations.commands.console import print_note, progress_bar
+from dump_activations.commands.console import print_note
+from dump_activations.commands.launcher import is_launched, launch
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
 from dump_activations.commands.runner import be_process, run_command
@@ -20,6 +23,8 @@ from dump_activations.commands.summary import print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, describe
+from dump_activations.phases import Phase, begin, counted
+from dump_activations.progress.display import shown_progress
 from dump_activations.storage.writing.targets import check_output
 
 if TYPE_CHECKING:
@@ -96,6 +101,20 @@ def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--dry-run", is_flag=True, help="Check everything, show what would be written, and exit."
 )
+@click.option(
+    "--nproc-per-node", help="Run in so many processes on this machine, or one for each GPU: gpu."
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    help="How often to start the processes again when one fails.",
+)
+@click.option(
+    "--numa-binding",
+    type=click.Choice(["node", "socket", "exclusive", "core-complex"]),
+    help="Keep each process near its GPU, as torchrun does.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what is shown at the end as JSON.")
 @click.version_option(package_name="dump-activations")
 @click.pass_context
@@ -108,6 +127,9 @@ def dump_activations(
     dry_run: bool,
     as_json: bool,
     output: str,
+    nproc_per_node: str | None,
+    max_restarts: int,
+    numa_binding: str | None,
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to one file for offline analysis."""
@@ -123,33 +145,36 @@ def dump_activations(
     if options.write:
         indices = [Path(flags["indices"])] if flags["indices"] else []
         check_output(output, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
+    if nproc_per_node is not None and not dry_run and not is_launched():
+        launch(
+            context.obj,
+            processes=nproc_per_node,
+            max_restarts=max_restarts,
+            numa_binding=numa_binding,
+        )
+        return
 
     keep_freed_memory()
-    with uncollected_imports():
-        from dump_activations.api import dump, preview
-        from dump_activations.commands.step_indices import read_step_indices
-        from dump_activations.pool.dataset import StepsDataset
-
-    if options.allow_cpu and context.get_parameter_source("device") is ParameterSource.DEFAULT:
-        flags["device"] = _device_there_is(options.device)
-    pool = StepsDataset(pool_path)
-    if flags["indices"] is not None:
-        with progress_bar() as progress_of:
-            flags["indices"] = read_step_indices(Path(flags["indices"]), pool, progress_of("rows"))
-    if dry_run:
-        previewed = preview(init, pool, Path(output), DumpOptions(**flags))
-        print_preview(previewed, as_json=as_json)
-        return
-    with progress_bar() as progress_of:
-        summary = dump(
-            init,
-            pool,
-            output,
-            progress=progress_of("boards"),
-            scan_progress=progress_of("rows"),
-            **flags,
-        )
-    print_summary(summary, as_json=as_json)
+    has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT
+    with shown_progress():
+        begin("loading torch")
+        with uncollected_imports():
+            from dump_activations.api.dumping import dump_to_file, preview
+            from dump_activations.commands.step_indices import read_step_indices
+            from dump_activations.pool.dataset import StepsDataset
+        if options.allow_cpu and not has_device:
+            options = replace(options, device=_device_there_is(options.device))
+        begin("opening the pool")
+        pool = StepsDataset(pool_path)
+        if flags["indices"] is not None:
+            looked_up = counted(Phase("looking up the indices", "rows"))
+            steps = read_step_indices(Path(flags["indices"]), pool, looked_up)
+            options = replace(options, indices=steps)
+        if dry_run:
+            show = partial(print_preview, preview(init, pool, Path(output), options))
+        else:
+            show = partial(print_summary, dump_to_file(init, pool, Path(output), options))
+    show(as_json=as_json)
 
 
 def _sources(init: str | None, pool: str | None, *, use_demo: bool) -> tuple[str, str]:

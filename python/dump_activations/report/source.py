@@ -23,8 +23,6 @@ MOST_BOARDS = 1_000_000
 # Bytes of one activation key, in fp32, that are read: few where the file has its statistics.
 _MOST_NBYTES, _FEW_NBYTES = 128 << 20, 32 << 20
 
-_STATISTICS = ("count", "variance", "min", "max", "outliers", "norm_mean")
-
 # Fields of the rows that say how far the game was, by the name in each kind of pool.
 _STEP_LABELS = ("step_index", "step_idx")
 
@@ -100,17 +98,12 @@ class Source:
         return spaced(len(self.rows), max(most, 1))
 
     def stored_statistics(self, key: str) -> Mapping[str, NDArray[np.float64]] | None:
-        """Return the statistics of a key, each with an axis of layers before it; None without."""
-        names = frozenset(self.file.tensor_names())
-        stored = [key] if key in names else [f"{key}.{i}" for i in self.file.layers(key)]
-        if f"{STATISTICS_PREFIX}{stored[0]}/count" not in names:
-            return None
-        return {
-            name: np.stack(
-                [self.file.read_numpy(f"{STATISTICS_PREFIX}{each}/{name}") for each in stored]
-            )
-            for name in _STATISTICS
-        }
+        """Return the statistics of a key, (L, F) and (L,) or without L; None without."""
+        prefix = f"{STATISTICS_PREFIX}{key}"
+        names = self.file.tensor_names()
+        if any(name.startswith((f"{prefix}/", f"{prefix}.")) for name in names):
+            return self.file.stats(key)
+        return None
 
     def read(self, key: str, places: NDArray[np.int64], *, layer: int | None = None) -> Floats:
         """Read a key of boards at places in `rows`, float32; of all layers or one."""
