@@ -38,10 +38,11 @@ from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS
 from dump_activations.progress.display import shown_progress
 from dump_activations.storage.digests import Digest
+from dump_activations.storage.writing.outlook import outlook
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import tidy
 from dump_activations.storage.writing.room import check_room, free_space
-from dump_activations.storage.writing.targets import check_output
+from dump_activations.storage.writing.targets import check_output, partial_path
 from dump_activations.storage.writing.work import Existing, Work, find_existing
 from dump_activations.storage.writing.writers import WriterPool
 from dump_activations.units import size_text
@@ -64,6 +65,9 @@ def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview
     previewed = Preview.of(plan, path, free_space(path))
     check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
     check_room(path, previewed.nbytes)
+    work = _work(plan, path, options)
+    for text in outlook(work, resume=options.resume, overwrite=options.overwrite):
+        note(text)
     return previewed
 
 
@@ -85,9 +89,9 @@ def _run(init: Init, pool: Pool, path: Path, options: DumpOptions, started: floa
         return _write(plan, path, options, started)
 
 
-def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
+def _work(plan: Plan, path: Path, options: DumpOptions) -> Work:
     specs = plan.tensor_specs()
-    work = Work.of(
+    return Work.of(
         path,
         specs,
         metadata(plan),
@@ -95,12 +99,18 @@ def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summ
         batch_rows=options.batch_size,
         fingerprint=fingerprint(plan),
     )
+
+
+def _write(plan: Plan, path: Path, options: DumpOptions, started: float) -> Summary:
+    work = _work(plan, path, options)
     existing = find_existing(work.target)
     if options.resume and existing and existing.is_of(work):
         tidy(work.target)
         note(f"{path} is complete already: there is nothing to do")
+        if (partial := partial_path(work.target)).exists():
+            note(f"{partial} is beside it, and stays: an unfinished dump of other work")
         return _nothing_done(plan, path, existing, started)
-    warn_of_large_tensors(specs)
+    warn_of_large_tensors(work.specs)
     previewed = Preview.of(plan, path, free_space(path))
     n = len(plan.indices)
     begin("preparing the file")
