@@ -21,7 +21,9 @@ def test_each_option_is_in_the_group_of_its_field(capsys):
     flags = {flag.name: flag.opts[-1] for flag in dump_activations.params}
     for each in fields(DumpOptions):
         if each.name in flags:
-            found = [title for title, text in shown.items() if f" {flags[each.name]} " in text]
+            found = [
+                t for t, text in shown.items() if re.search(rf"^  {flags[each.name]} ", text, re.M)
+            ]
             assert found == [each.metadata["group"]], each.name
     assert "--dry-run" in shown["Look before you run"]
 
