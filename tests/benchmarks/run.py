@@ -12,6 +12,7 @@ ratios are taken within a round. The sections:
     keys           attn_pattern beside layer_outputs, one layer, a tensor a layer; 50M model, CPU
     streams        stream with tensors of one's own and with borrowed ones, demo checkpoint, CPU
     digests        dumps with the digests and counts against dumps without, CPU
+    processes      two processes against one of two threads, a ticket, a slow rank, the start; CPU
     reading        shuffled cells and rows of a finished file against NumPy and the disk
     start          --help against an empty app; the demo's time outside its loop
     gpu_forward    --no-write against the plain forward loop; forward and copies in a profile
@@ -37,6 +38,7 @@ import gpu
 import keys
 import loops
 import memory
+import processes
 import reading
 import start
 import streams
@@ -55,6 +57,7 @@ SECTIONS = {
     "keys": keys.measure,
     "streams": streams.measure_cpu,
     "digests": digests.measure,
+    "processes": processes.measure,
     "reading": reading.measure,
     "start": start.measure,
     "gpu_forward": gpu.measure_forward,

@@ -17,7 +17,7 @@ def sections(capsys):
 def test_each_option_is_in_the_group_of_its_field(capsys):
     shown = sections(capsys)
     shown.pop("Examples")
-    assert [*shown][:4] == [*Group]
+    assert {*shown} >= {*Group}
     flags = {flag.name: flag.opts[-1] for flag in dump_activations.params}
     for each in fields(DumpOptions):
         if each.name in flags:

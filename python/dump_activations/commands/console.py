@@ -15,6 +15,7 @@ import click
 from dump_activations.commands.tables import Table
 from dump_activations.commands.text import filled, printable
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
+from dump_activations.place import Place
 from dump_activations.progress.display import live_console
 
 if TYPE_CHECKING:
@@ -28,12 +29,19 @@ def print_error(text: str) -> None:
 
 def print_warning(text: str) -> None:
     """Print one yellow line on stderr."""
-    _print_line("warning", "yellow", text)
+    if not _is_silent():
+        _print_line("warning", "yellow", text)
 
 
 def print_note(text: str) -> None:
     """Print one blue line on stderr."""
-    _print_line("note", "blue", text)
+    if not _is_silent():
+        _print_line("note", "blue", text)
+
+
+def _is_silent() -> bool:
+    """Whether another process of the same run prints all but errors."""
+    return Place.here().rank > 0
 
 
 def _print_line(label: str, colour: str, text: str) -> None:
@@ -72,6 +80,8 @@ def print_json(value: object) -> None:
     Raises:
         OutputError: stdout cannot take it.
     """
+    if _is_silent():
+        return
     with _named_stdout():
         click.echo(json.dumps(value))
 
@@ -82,7 +92,7 @@ def print_parts(*parts: str | Table) -> None:
     Raises:
         OutputError: stdout cannot take it.
     """
-    if sys.stdout is None:
+    if sys.stdout is None or _is_silent():
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     with _named_stdout():

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from dump_activations import demo
 from dump_activations.commands.console import print_note
 from dump_activations.commands.grouped import GroupedCommand, GroupedOption
+from dump_activations.commands.launcher import is_launched, launch
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
 from dump_activations.commands.runner import be_process, run_command
@@ -80,13 +81,14 @@ def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
 
 _option = partial(click.option, cls=GroupedOption)
 
+_PROCESSES = "Many processes"
 _LOOK = "Look before you run"
 
 
 @click.command(
     cls=GroupedCommand,
     context_settings={"show_default": True, "max_content_width": 100},
-    groups=(Group.RUN, Group.KEEP, Group.COMPUTE, Group.AGAIN, _LOOK),
+    groups=(Group.RUN, Group.KEEP, Group.COMPUTE, _PROCESSES, Group.AGAIN, _LOOK),
     examples=(
         ("The embedded demo, to see what a dump is", "dump-activations --demo -o demo.safetensors"),
         (
@@ -127,6 +129,24 @@ _LOOK = "Look before you run"
     is_flag=True,
     help="Check everything, show what would be written, and exit.",
 )
+@_option(
+    "--nproc-per-node",
+    group=_PROCESSES,
+    help="Run in so many processes on this machine, or one for each GPU: gpu.",
+)
+@_option(
+    "--max-restarts",
+    group=_PROCESSES,
+    type=click.IntRange(min=0),
+    default=0,
+    help="How often to start the processes again when one fails.",
+)
+@_option(
+    "--numa-binding",
+    group=_PROCESSES,
+    type=click.Choice(["node", "socket", "exclusive", "core-complex"]),
+    help="Keep each process near its GPU, as torchrun does.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what is shown at the end as JSON.")
 @click.version_option(package_name="dump-activations")
 @click.pass_context
@@ -139,6 +159,9 @@ def dump_activations(
     dry_run: bool,
     as_json: bool,
     output: str,
+    nproc_per_node: str | None,
+    max_restarts: int,
+    numa_binding: str | None,
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to one file for offline analysis."""
@@ -156,6 +179,14 @@ def dump_activations(
 
         indices = [Path(flags["indices"])] if flags["indices"] else []
         check_output(output, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
+    if nproc_per_node is not None and not dry_run and not is_launched():
+        launch(
+            context.obj,
+            processes=nproc_per_node,
+            max_restarts=max_restarts,
+            numa_binding=numa_binding,
+        )
+        return
 
     keep_freed_memory()
     has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT

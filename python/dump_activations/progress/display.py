@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dump_activations.phases import Phase, reported_to, reporter
+from dump_activations.place import Place
 from dump_activations.progress.status import Status
 
 if TYPE_CHECKING:
@@ -40,8 +41,11 @@ def live_console() -> Console | None:
 
 
 def shown_progress() -> AbstractContextManager[None]:
-    """Show what this thread does in the context, unless that is shown already."""
-    if reporter() is not None or sys.stderr is None:
+    """Show what this thread does in the context, unless that is shown already.
+
+    Of the processes of a group, one shows what all of them do.
+    """
+    if reporter() is not None or sys.stderr is None or Place.here().rank:
         return nullcontext()
     if _is_notebook() or (sys.stderr.isatty() and os.environ.get("TERM") != "dumb"):
         return _bar()
