@@ -10,9 +10,13 @@ ratios are taken within a round. The sections:
     loops_demo     dumps against the plain script and each stage's limit, demo checkpoint, CPU
     loops_50m      the same with a 50M model, which must run as fast as the plain forward loop
     keys           attn_pattern beside layer_outputs, one layer, a tensor a layer; 50M model, CPU
+    streams        stream with tensors of one's own and with borrowed ones, demo checkpoint, CPU
     digests        dumps with the digests and counts against dumps without, CPU
+    reading        shuffled cells and rows of a finished file against NumPy and the disk
     start          --help against an empty app; the demo's time outside its loop
     gpu_forward    --no-write against the plain forward loop; forward and copies in a profile
+    gpu_precisions --no-write in each precision, and which of them runs how much faster
+    gpu_streams    stream with tensors of one's own, borrowed ones, and on the device
     gpu_memory     dumps against the plain script and each stage's limit, to a memory-backed file
     gpu_disk       the same to an ordinary disk
 
@@ -33,7 +37,9 @@ import gpu
 import keys
 import loops
 import memory
+import reading
 import start
+import streams
 import whole_process
 from machine import describe_machine
 from measure import Section
@@ -47,9 +53,13 @@ SECTIONS = {
     "loops_demo": loops.measure_demo,
     "loops_50m": loops.measure_50m,
     "keys": keys.measure,
+    "streams": streams.measure_cpu,
     "digests": digests.measure,
+    "reading": reading.measure,
     "start": start.measure,
     "gpu_forward": gpu.measure_forward,
+    "gpu_precisions": gpu.measure_precisions,
+    "gpu_streams": streams.measure_gpu,
     "gpu_memory": gpu.measure_memory,
     "gpu_disk": gpu.measure_disk,
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dump_activations.commands.console import print_json, print_note, print_parts
+from dump_activations.commands.console import print_json, print_note, print_parts, progress_bar
 from dump_activations.commands.runner import be_process, run_command
 from dump_activations.errors import (
     DumpActivationsError,
@@ -21,9 +21,11 @@ from dump_activations.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import NoReturn
 
+    from dump_activations.storage.reading.inspection import Inspection
+    from dump_activations.storage.statistics import TensorStatistics
     from dump_activations.storage.writing.unfinished import Unfinished
 
 
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @click.argument("file", type=click.Path(path_type=Path, readable=False))
 @click.argument("other", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
+@click.option("--stats", is_flag=True, help="Show statistics; a file without is read for them.")
 @click.option(
     "--report",
     type=click.Path(path_type=Path, readable=False),
@@ -61,6 +64,7 @@ def inspect_activations(
     file: Path,
     other: Path | None,
     verify: bool,
+    stats: bool,
     report: Path | None,
     as_json: bool,
 ) -> None:
@@ -71,47 +75,64 @@ def inspect_activations(
     be compared.
     """
     if report is not None:
-        if other is not None or verify or as_json:
+        if other is not None or verify or stats or as_json:
             raise InvalidArgumentError(f"{option('report')}: takes one file, and no other option")
         _write_report(file, report)
         return
     if other is None:
-        _show(file, verify=verify, as_json=as_json)
+        _show(file, verify=verify, stats=stats, as_json=as_json)
         return
     try:
-        if verify:
-            raise InvalidArgumentError(f"{option('verify')}: takes one file at a time")
+        for name, is_given in (("verify", verify), ("stats", stats)):
+            if is_given:
+                raise InvalidArgumentError(f"{option(name)}: takes one file at a time")
         context.exit(0 if _show_differences(file, other, as_json=as_json) else 1)
     except DumpActivationsError as error:
         error.exit_code = 2  # 1 says that they differ, as it does of diff and cmp
         raise
 
 
-def _show(file: Path, *, verify: bool, as_json: bool) -> None:
+def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
+    from dump_activations.commands import statistics
     from dump_activations.commands.contents import FileContents
     from dump_activations.storage.reading.inspection import find_damage, inspect
     from dump_activations.storage.writing.targets import partial_path, target_of
     from dump_activations.storage.writing.unfinished import find_unfinished
 
-    found = find_unfinished(file)
-    if found is not None:
-        _show_unfinished(found, verify=verify, as_json=as_json)
+    unfinished = find_unfinished(file)
+    if unfinished is not None and stats:
+        raise OutputError(f"{unfinished.path} is not finished: it has no statistics yet")
+    if unfinished is not None:
+        _show_unfinished(unfinished, verify=verify, as_json=as_json)
         return
     inspection = inspect(file)
     damaged = find_damage(inspection, threads=_threads()) if verify else None
     contents = FileContents.of(inspection, damaged)
+    found = _statistics(inspection) if stats else {}
     if as_json:
-        print_json(contents.as_dict())
+        of_tensors = {"stats": statistics.as_dict(found)} if stats else {}
+        print_json({**contents.as_dict(), **of_tensors})
     else:
         print_parts(*contents.parts())
+        if found:
+            print_parts(statistics.table(found, contents.layers or []))
     if (left := partial_path(target_of(file))).exists():
         print_note(f"{left} is beside it: another dump to its name, not finished")
     if damaged:
         raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
 
 
+def _statistics(inspection: Inspection) -> Mapping[str, TensorStatistics]:
+    """Return the statistics of a file, its own if it has them."""
+    from dump_activations.storage.reading.statistics import compute_statistics, stored_statistics
+
+    if found := stored_statistics(inspection):
+        return found
+    with progress_bar() as progress_of:
+        return compute_statistics(inspection, threads=_threads(), progress=progress_of("bytes"))
+
+
 def _write_report(file: Path, report: Path) -> None:
-    from dump_activations.commands.console import progress_bar
     from dump_activations.report.writing import write_report
     from dump_activations.storage.writing.unfinished import find_unfinished
 

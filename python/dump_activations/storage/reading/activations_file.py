@@ -116,7 +116,7 @@ class ActivationsFile:
     @cached_property
     def labels(self) -> Mapping[str, NDArray[Any]]:
         """Labels by name, (N,) or (N, ...); each is read when it is first asked for."""
-        return _Labels(self, self._files.catalog.labels)
+        return _Stored(self, self._files.catalog.labels, LABEL_PREFIX)
 
     def read(
         self,
@@ -291,7 +291,9 @@ class ActivationsFile:
         """
         from dump_activations.storage.reading.statistics import key_statistics
 
-        return key_statistics(self, self._find(key), layer)
+        if len(self.paths) > 1:
+            raise InvalidArgumentError(f"{self}: statistics are of one file; open each by itself")
+        return key_statistics(self._find(key), layer, _Stored(self, self.tensor_names()))
 
     def _find(self, name: str) -> Key:
         """Find a key; InvalidArgumentError where there is none, or of a dtype that dumps lack."""
@@ -339,19 +341,20 @@ def _not_whole(name: str) -> InvalidArgumentError:
     )
 
 
-class _Labels(Mapping[str, NDArray[Any]]):
-    """Reads a label when it is first asked for."""
+class _Stored(Mapping[str, NDArray[Any]]):
+    """Tensors of a file, by names without a prefix; each is read when it is first asked for."""
 
-    def __init__(self, acts: ActivationsFile, names: list[str]) -> None:
+    def __init__(self, acts: ActivationsFile, names: list[str], prefix: str = "") -> None:
         self._acts = acts
         self._names = names
+        self._prefix = prefix
         self._read: dict[str, NDArray[Any]] = {}
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._names:
             raise KeyError(name)
         if name not in self._read:
-            self._read[name] = self._acts.read_numpy(LABEL_PREFIX + name)
+            self._read[name] = self._acts.read_numpy(self._prefix + name)
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:

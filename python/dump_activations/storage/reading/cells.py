@@ -4,7 +4,6 @@ Shape letters: M cells read at once, D the width of a cell's value.
 """
 
 import math
-import weakref
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dump_activations.storage.reading.catalog import Key, Part
 from dump_activations.storage.reading.cell_batch import CellBatch, KeyedCells
 from dump_activations.storage.reading.cell_order import CellOrder, Stretch
 from dump_activations.storage.reading.device_feed import on_device
+from dump_activations.storage.reading.host_memory import RecycledMemory
 from dump_activations.storage.reading.tensor_files import TensorFiles
 
 # Values that are of pairs of cells, whose first axis is that of attention heads.
@@ -124,6 +124,7 @@ class Cells(IterableDataset[CellBatch]):
         self._world_size = world_size
         self._device = _device(device)
         self._drop_last = drop_last
+        self._memory = RecycledMemory()
         self._state = {"seed": seed, "epoch": epoch, "batch": 0}
 
     def __len__(self) -> int:
@@ -196,7 +197,7 @@ class Cells(IterableDataset[CellBatch]):
             memory = {name: new(name, most * each.nbytes) for name, each in self._values.items()}
             return memory, reader.submit(read, stretch, memory)
 
-        new = self._pinned if self._device.type == "cuda" else _Recycled()
+        new = self._pinned if self._device.type == "cuda" else self._memory.take
         stretches = order.stretches(batches)
         cancel = _rust.Cancel()
         reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cells")
@@ -233,20 +234,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"{option('device', str(found))}: there is no CUDA device")
     return found
-
-
-class _Recycled:
-    """Memory that is handed out again once nobody holds it: fresh pages cost as much as a read."""
-
-    def __init__(self) -> None:
-        self._free: dict[str, list[NDArray[np.uint8]]] = {}
-
-    def __call__(self, name: str, nbytes: int) -> Tensor:
-        free = self._free.setdefault(name, [])
-        block = free.pop() if free else np.empty(0, np.uint8)
-        if block.nbytes < nbytes:
-            block = np.empty(nbytes, np.uint8)
-        # The tensor and its views hold on to it.
-        lease = block[:nbytes]
-        weakref.finalize(lease, free.append, block).atexit = False
-        return torch.from_numpy(lease)
