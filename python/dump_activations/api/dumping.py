@@ -35,10 +35,11 @@ from dump_activations.place import Place
 from dump_activations.progress.display import shown_progress
 from dump_activations.storage.writing.batch_file import BatchFile
 from dump_activations.storage.writing.joined_file import JoinedFile
+from dump_activations.storage.writing.outlook import outlook
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import tidy
 from dump_activations.storage.writing.room import check_room, free_space
-from dump_activations.storage.writing.targets import check_output
+from dump_activations.storage.writing.targets import check_output, partial_path
 from dump_activations.storage.writing.work import Existing, Work, find_existing
 from dump_activations.storage.writing.writers import WriterPool
 
@@ -61,6 +62,9 @@ def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview
     previewed = Preview.of(plan, path, free_space(path))
     check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
     check_room(path, previewed.nbytes)
+    work = _work(plan, path, options)
+    for text in outlook(work, resume=options.resume, overwrite=options.overwrite):
+        note(text)
     return previewed
 
 
@@ -88,6 +92,18 @@ def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Su
             return run.write() if options.write else run.discard()
 
 
+def _work(plan: Plan, path: Path, options: DumpOptions) -> Work:
+    specs = plan.tensor_specs()
+    return Work.of(
+        path,
+        specs,
+        metadata(plan),
+        batched=[spec.name for spec in specs if not plan.is_whole(spec.name)],
+        batch_rows=options.batch_size,
+        fingerprint=fingerprint(plan),
+    )
+
+
 @dataclass(frozen=True)
 class _Run:
     """A run and its file, as one process of the group does its share."""
@@ -101,7 +117,7 @@ class _Run:
 
     def write(self) -> Summary:
         """Run it, and write its file."""
-        work = self._work()
+        work = _work(self.plan, self.path, self.options)
         check_same_work(self.group, work.header.work)
         return self._join(work) if self.group.place.rank else self._lead(work)
 
@@ -125,18 +141,6 @@ class _Run:
             self._wait_for_others(loop, progress)
         return loop.summary(self.group, self.started)
 
-    def _work(self) -> Work:
-        plan = self.plan
-        specs = plan.tensor_specs()
-        return Work.of(
-            self.path,
-            specs,
-            metadata(plan),
-            batched=[spec.name for spec in specs if not plan.is_whole(spec.name)],
-            batch_rows=self.options.batch_size,
-            fingerprint=fingerprint(plan),
-        )
-
     def _lead(self, work: Work) -> Summary:
         """Make the file, do a share of its batches, and complete it when all are done."""
         group, plan, path, options = self.group, self.plan, self.path, self.options
@@ -144,6 +148,8 @@ class _Run:
         if (options.resume or group.restarted) and existing and existing.is_of(work):
             tidy(work.target)
             note(f"{path} is complete already: there is nothing to do")
+            if (partial := partial_path(work.target)).exists():
+                note(f"{partial} is beside it, and stays: an unfinished dump of other work")
             group.say(_SIZE, existing.size)
             return nothing_done(group, plan, path, existing, self.started)
         group.say(_SIZE, 0)

@@ -25,12 +25,13 @@ def reported_download(uri: str) -> Iterator[type[Any] | None]:
     if reporter() is None:
         yield None
         return
-    count = counted(Phase(f"downloading {uri}", BYTES))
+    bar = _bar_telling(counted(Phase(f"downloading {uri}", BYTES)))
     were_disabled = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        yield _bar_telling(count)
+        yield bar
     finally:
+        bar.has_ended = True
         if not were_disabled:
             enable_progress_bars()
 
@@ -39,13 +40,15 @@ def _bar_telling(count: Count) -> type[Any]:
     """Make a class of bars that draw nothing, and tell of the one that counts bytes."""
 
     class Bar(tqdm):  # type: ignore[misc]
+        has_ended = False  # the client leaves some to be closed when they are collected
+
         def __init__(self, *args: Any, **options: Any) -> None:
             self._counts_bytes = options.get("unit") == BYTES
             super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
 
         def display(self, *_args: object, **_options: object) -> None:
             """Tell instead; several bars may count the same bytes in several ways."""
-            if self._counts_bytes and self.n:
+            if self._counts_bytes and self.n and not Bar.has_ended:
                 count(int(self.n), int(self.total or 0))
 
     return Bar
