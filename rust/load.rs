@@ -92,3 +92,43 @@ fn widened(half: u16) -> f32 {
     let value = if magnitude < SMALLEST_NORMAL { subnormal } else { normal };
     f32::from_bits(value.to_bits() | (bits & 0x8000) << 16)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// By what its fields mean: an exponent of 5 bits less 15, and 10 bits after the point.
+    fn value_of(half: u16) -> f64 {
+        let (exponent, fraction) = (i32::from(half >> 10 & 0x1f), f64::from(half & 0x3ff) / 1024.0);
+        let magnitude = match exponent {
+            0 => fraction * 2_f64.powi(-14),
+            31 if fraction == 0.0 => f64::INFINITY,
+            31 => f64::NAN,
+            _ => (1.0 + fraction) * 2_f64.powi(exponent - 15),
+        };
+        if half >> 15 == 0 { magnitude } else { -magnitude }
+    }
+
+    #[test]
+    fn every_float16_is_widened_alike_by_all_processors() {
+        for first in (0..=u16::MAX).step_by(LANES) {
+            let halves: Lanes<u16> = each(|lane| first + lane as u16);
+            let widened = from_float16(&halves.map(u16::to_le_bytes));
+            for (half, value) in halves.into_iter().zip(widened) {
+                let expected = value_of(half);
+                assert_eq!(value.is_nan(), expected.is_nan(), "{half:#x}");
+                assert!(value.is_nan() || f64::from(value) == expected, "{half:#x}");
+                assert_eq!(value.is_sign_negative(), half >> 15 == 1, "{half:#x}");
+            }
+            #[cfg(target_arch = "x86_64")]
+            if std::arch::is_x86_feature_detected!("f16c") {
+                // SAFETY: the processor has the instructions that the function is compiled for.
+                #[allow(unsafe_code)]
+                let others = unsafe { from_float16_by_f16c(&halves.map(u16::to_le_bytes)) };
+                assert_eq!(widened.map(|x| x.is_nan()), others.map(|x| x.is_nan()));
+                let bits = |x: f32| if x.is_nan() { 0 } else { x.to_bits() };
+                assert_eq!(widened.map(bits), others.map(bits));
+            }
+        }
+    }
+}

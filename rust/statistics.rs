@@ -377,3 +377,57 @@ impl Block {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of which few are zero, so that elements are of all magnitudes.
+    fn bytes(count: usize) -> Vec<u8> {
+        (0..count as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+    }
+
+    fn state_of(
+        vectors: Vectors,
+        data: &[u8],
+        take: impl Fn(&mut Block, &[u8], &[usize]),
+    ) -> Vec<u8> {
+        let mut block = Block::new(vectors).expect("memory");
+        let starts: Vec<_> = (0..data.len()).step_by(vectors.nbytes()).collect();
+        block.count = starts.len();
+        take(&mut block, data, &starts);
+        let mut layer = Layer::new(vectors.width).expect("memory");
+        block.add_to(&mut layer);
+        layer.to_bytes()
+    }
+
+    #[test]
+    fn all_processors_find_the_same() {
+        for element in [Element::Float32, Element::Float16, Element::BFloat16] {
+            for width in [1, 16, 75, 130] {
+                let vectors = Vectors { element, layers: 1, run: 1, width };
+                let data = bytes(ROWS * vectors.nbytes());
+                let portably = state_of(vectors, &data, |block, data, starts| {
+                    block.take_portably(data, starts, from_float16);
+                });
+                assert_eq!(state_of(vectors, &data, Block::take), portably, "{element:?} {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_belong_to_their_layers() {
+        let vectors = Vectors { element: Element::Float32, layers: 3, run: 2, width: 1 };
+        for (among, layer, expected) in [
+            (0..12, 1, vec![2, 3, 8, 9]),
+            (3..9, 1, vec![3, 8]),
+            (3..9, 0, vec![6, 7]),
+            (4..5, 2, vec![4]),
+            (4..5, 0, vec![]),
+            (5..5, 2, vec![]),
+        ] {
+            let found: Vec<u64> = runs_of(vectors, layer, among.clone()).flatten().collect();
+            assert_eq!(found, expected, "{among:?} {layer}");
+        }
+    }
+}
