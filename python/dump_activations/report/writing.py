@@ -56,9 +56,8 @@ def _check_replaceable(target: Path) -> None:
 def _replace(target: Path, content: bytes) -> None:
     """Put a file in the place of one that is there, or of none, at once."""
     temporary = target.with_name(f".report-{secrets.token_hex(8)}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with open(fd, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
         _check_replaceable(target)  # There may be something else by now.
         temporary.replace(target)
