@@ -14,6 +14,8 @@ ratios are taken within a round. The sections:
     digests        dumps with the digests and counts against dumps without, CPU
     processes      two processes against one of two threads, a ticket, a slow rank, the start; CPU
     reading        shuffled cells and rows of a finished file against NumPy and the disk
+    stats_demo     dumps with --stats against dumps without, demo checkpoint, CPU
+    stats_50m      the same with a 50M model
     start          --help against an empty app; the demo's time outside its loop
     gpu_forward    --no-write against the plain forward loop; forward and copies in a profile
     gpu_precisions --no-write in each precision, and which of them runs how much faster
@@ -41,6 +43,7 @@ import memory
 import processes
 import reading
 import start
+import stats
 import streams
 import whole_process
 from machine import describe_machine
@@ -59,6 +62,8 @@ SECTIONS = {
     "digests": digests.measure,
     "processes": processes.measure,
     "reading": reading.measure,
+    "stats_demo": stats.measure_demo,
+    "stats_50m": stats.measure_50m,
     "start": start.measure,
     "gpu_forward": gpu.measure_forward,
     "gpu_precisions": gpu.measure_precisions,

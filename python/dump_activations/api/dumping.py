@@ -18,6 +18,7 @@ from dump_activations.api.sources import Init, Pool
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import GroupError, Note, VocabularyError, muted, note, option
 from dump_activations.options import DumpOptions
+from dump_activations.phases import Phase, begin, counted
 from dump_activations.pipeline.device import current, shared_cores
 from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.group import Group
@@ -31,12 +32,14 @@ from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.tickets import cut_tickets
 from dump_activations.pipeline.transfer import HOST_SLOTS
 from dump_activations.place import Place
+from dump_activations.progress.display import shown_progress
 from dump_activations.storage.writing.batch_file import BatchFile
 from dump_activations.storage.writing.joined_file import JoinedFile
+from dump_activations.storage.writing.outlook import outlook
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.partial import tidy
 from dump_activations.storage.writing.room import check_room, free_space
-from dump_activations.storage.writing.targets import check_output
+from dump_activations.storage.writing.targets import check_output, partial_path
 from dump_activations.storage.writing.work import Existing, Work, find_existing
 from dump_activations.storage.writing.writers import WriterPool
 
@@ -59,6 +62,9 @@ def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview
     previewed = Preview.of(plan, path, free_space(path))
     check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
     check_room(path, previewed.nbytes)
+    work = _work(plan, path, options)
+    for text in outlook(work, resume=options.resume, overwrite=options.overwrite):
+        note(text)
     return previewed
 
 
@@ -66,6 +72,7 @@ def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Su
     """Write a run to a file, or run it without one; each process of a group does its share."""
     started = time.perf_counter()
     with (
+        shown_progress() if options.progress is True else nullcontext(),
         Group.join() as group,
         muted() if group.place.rank else nullcontext(),
         batch_shortage_named(options.batch_size),
@@ -85,6 +92,18 @@ def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Su
             return run.write() if options.write else run.discard()
 
 
+def _work(plan: Plan, path: Path, options: DumpOptions) -> Work:
+    specs = plan.tensor_specs()
+    return Work.of(
+        path,
+        specs,
+        metadata(plan),
+        batched=[spec.name for spec in specs if not plan.is_whole(spec.name)],
+        batch_rows=options.batch_size,
+        fingerprint=fingerprint(plan),
+    )
+
+
 @dataclass(frozen=True)
 class _Run:
     """A run and its file, as one process of the group does its share."""
@@ -98,7 +117,7 @@ class _Run:
 
     def write(self) -> Summary:
         """Run it, and write its file."""
-        work = self._work()
+        work = _work(self.plan, self.path, self.options)
         check_same_work(self.group, work.header.work)
         return self._join(work) if self.group.place.rank else self._lead(work)
 
@@ -111,7 +130,7 @@ class _Run:
             for ticket in self._tickets([range(-(-rows // size))]):
                 yield range(ticket.start * size, min(ticket.stop * size, rows))
 
-        progress = self._progress_from(0)
+        progress = self._progress_from(0, 0)
         with Forward(self.plan) as forward:
             with Loop(self.plan, forward) as loop:
                 for batch in loop.batches(progress, stretches=stretches()):
@@ -122,18 +141,6 @@ class _Run:
             self._wait_for_others(loop, progress)
         return loop.summary(self.group, self.started)
 
-    def _work(self) -> Work:
-        plan = self.plan
-        specs = plan.tensor_specs()
-        return Work.of(
-            self.path,
-            specs,
-            metadata(plan),
-            batched=[spec.name for spec in specs if not plan.is_whole(spec.name)],
-            batch_rows=self.options.batch_size,
-            fingerprint=fingerprint(plan),
-        )
-
     def _lead(self, work: Work) -> Summary:
         """Make the file, do a share of its batches, and complete it when all are done."""
         group, plan, path, options = self.group, self.plan, self.path, self.options
@@ -141,11 +148,14 @@ class _Run:
         if (options.resume or group.restarted) and existing and existing.is_of(work):
             tidy(work.target)
             note(f"{path} is complete already: there is nothing to do")
+            if (partial := partial_path(work.target)).exists():
+                note(f"{partial} is beside it, and stays: an unfinished dump of other work")
             group.say(_SIZE, existing.size)
             return nothing_done(group, plan, path, existing, self.started)
         group.say(_SIZE, 0)
         warn_of_large_tensors(work.specs)
         previewed = Preview.of(plan, path, free_space(path))
+        begin("preparing the file")
         with Forward(plan) as forward:
             file = OutputFile.open(
                 work,
@@ -164,8 +174,10 @@ class _Run:
                 with self._kept_or_discarded(file):
                     for name, tensor in plan.whole_tensors().items():
                         file.write(name, bytes_of(tensor))
-                    loop = self._fill(file, forward)
-                    self._wait_for_others(loop, self._progress_from(file.resumed_rows))
+                    progress = self._progress_from(file.resumed_rows, file.size)
+                    loop = self._fill(file, forward, progress)
+                    self._wait_for_others(loop, progress)
+                    begin("completing the file")
                     digests = file.commit()
                     group.say(_COMMITTED, 1)
                     self.interrupts.check()
@@ -187,7 +199,8 @@ class _Run:
             token = group.hear(_TOKEN, 0)
             with JoinedFile.join(work, rank=group.place.rank, token=token) as file:
                 with self._kept_or_discarded(file):
-                    loop = self._fill(file, forward)
+                    progress = self._progress_from(file.resumed_rows, file.size)
+                    loop = self._fill(file, forward, progress)
                     file.leave()
                 group.leave()
                 group.hear(_COMMITTED, 0)
@@ -199,7 +212,7 @@ class _Run:
             bytes_written=file.size,
         )
 
-    def _fill(self, file: BatchFile, forward: Forward) -> Loop:
+    def _fill(self, file: BatchFile, forward: Forward, progress: Callable[[int], None]) -> Loop:
         """Do this process's share of the batches that a file lacks."""
 
         def stretches() -> Iterator[range]:
@@ -207,7 +220,6 @@ class _Run:
                 file.begin_ticket(ticket)
                 yield file.rows_of(ticket)
 
-        progress = self._progress_from(file.resumed_rows)
         if file.resumed_rows:
             progress(0)
         with (
@@ -235,15 +247,12 @@ class _Run:
             missing = list(cut_tickets(missing, processes=processes, largest_nbytes=largest_nbytes))
         return self.group.take(missing)
 
-    def _progress_from(self, resumed_rows: int) -> Callable[[int], None]:
-        """Return what is called with the boards of each batch that this process did."""
-
-        def progress(boards: int) -> None:
-            done = resumed_rows + self.group.advance(boards)
-            if self.options.progress:
-                self.options.progress(done, len(self.plan.indices))
-
-        return progress
+    def _progress_from(self, resumed_rows: int, nbytes: int) -> Callable[[int], None]:
+        """Go on to the boards; returns what is called with those that this process has done."""
+        n, progress = len(self.plan.indices), self.options.progress
+        phase = Phase("", "boards", start=resumed_rows, of=n, nbytes=nbytes)
+        count = counted(phase, also=progress if callable(progress) else None)
+        return lambda boards: count(resumed_rows + self.group.advance(boards), n)
 
     def _check(self) -> None:
         """Let the run be interrupted, and the others know that it goes on."""

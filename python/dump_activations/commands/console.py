@@ -1,8 +1,4 @@
-"""Everything that is drawn on the terminal: the progress bar, tables, warnings and errors.
-
-Progress, warnings and errors go to stderr, results to stdout. rich is imported
-when a table or a bar is drawn.
-"""
+"""What is printed: warnings, notes and errors on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -20,17 +16,10 @@ from dump_activations.commands.tables import Table
 from dump_activations.commands.text import filled, printable
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
 from dump_activations.place import Place
+from dump_activations.progress.display import live_console
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from rich.console import Console
-
-    from dump_activations.options import Progress
-
-
-# Where a bar is drawn, if one is: a line that went past its console would break it.
-_live: Console | None = None
+    from collections.abc import Iterator
 
 
 def print_error(text: str) -> None:
@@ -57,10 +46,10 @@ def _is_silent() -> bool:
 
 def _print_line(label: str, colour: str, text: str) -> None:
     text = printable(" ".join(text.splitlines()))
-    if _live is not None:
+    if (live := live_console()) is not None:
         from rich.text import Text
 
-        _live.print(Text.assemble((f"{label}: ", f"bold {colour}"), text), soft_wrap=True)
+        live.print(Text.assemble((f"{label}: ", f"bold {colour}"), text), soft_wrap=True)
         return
     label += ": "
     if not os.environ.get("NO_COLOR"):
@@ -83,48 +72,6 @@ def shown_warnings() -> Iterator[None]:
         warnings.simplefilter("always", DumpActivationsWarning)
         warnings.showwarning = show
         yield
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str], Progress | None]]:
-    """Draw a bar for each unit that makes progress, with units a second and the time left.
-
-    Yields what makes a callback of a unit's name; None where stderr is no terminal.
-    """
-    if sys.stderr is None or not sys.stderr.isatty() or _is_silent():
-        yield lambda _unit: None
-        return
-    global _live  # noqa: PLW0603 -- there is one terminal
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}  {task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-    def progress_of(unit: str) -> Progress:
-        task = bar.add_task(unit, total=None, rate="", visible=False)
-
-        def update(done: int, of: int) -> None:
-            speed = bar.tasks[task].speed
-            rate = f"{speed:,.0f} {unit}/s" if speed else ""
-            bar.update(task, completed=done, total=of, rate=rate, visible=done < of)
-
-        return update
-
-    with bar:
-        _live = bar.console
-        try:
-            yield progress_of
-        finally:
-            _live = None
 
 
 def print_json(value: object) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dump_activations import phases
 from dump_activations.board import CELLS
 from dump_activations.dtypes import STORAGE_DTYPES, TensorSpec
 from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
@@ -179,6 +180,7 @@ def make_plan(
     """
     device = find_device(options.device, place)
     if not isinstance(pool, StepsDataset):
+        phases.begin("opening the pool")
         pool = StepsDataset(pool)
     if isinstance(init, Encoder) and options.random_init:
         raise InvalidArgumentError(
@@ -195,6 +197,7 @@ def make_plan(
                 slots = PinnedSlots(shapes, _storage_dtype(options), device, count=host_slots)
                 exits.enter_context(slots)
 
+        phases.begin("loading the checkpoint")
         with model_shortage_named(device), current(device):
             if isinstance(init, Encoder):
                 begin(init.config)
@@ -273,10 +276,14 @@ def _shapes_at_most(
 
 def _step_indices(pool: StepsDataset, options: Options) -> tuple[StepIndices, str]:
     """Return the step indices of a run, and say where they came from."""
+    phases.begin("choosing the steps")
     if options.indices is not None:
         return pool.check_indices(options.indices), "given"
     assert not isinstance(options.steps, str)
-    steps = pool.matches(options.where, options.steps, progress=options.scan_progress)
+    progress = options.scan_progress
+    if options.where is not None:
+        progress = phases.counted(phases.Phase("scanning the pool", "rows"), also=progress)
+    steps = pool.matches(options.where, options.steps, progress=progress)
     if options.steps is None:
         replaced = options.n_samples > len(steps)
         drawn = pool.draw_from(steps, options.n_samples, options.seed)

@@ -12,9 +12,9 @@ from dump_activations.pool.expressions import Expression
 from dump_activations.pool.filters import evaluate
 from dump_activations.pool.matches import Matches
 
-# Some megabytes of rows: few enough for a core's cache to hold a column, and enough for the
+# Some megabytes of rows: few enough for a core's cache to hold their columns, and enough for the
 # interpreter to matter little.
-CHUNK_ROWS = 1 << 19
+CHUNK_ROWS = 1 << 18
 # Seconds between reports of progress, and questions whether the user wants to end it.
 _PAUSE = 0.05
 

@@ -114,7 +114,7 @@ def _cells(figures: KeyFigures, norms_LS: NDArray[np.float64]) -> Markup:
     return charts.figure(
         f"{figures.key}: mean norm at each cell",
         tag("div", *boards, class_="heats"),
-        note="Blue deepens from a layer's smallest to its largest, a tenth of its mean or more.",
+        note="Blue grows from a layer's smallest norm to its largest, a tenth apart or more.",
     )
 
 
