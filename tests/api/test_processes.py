@@ -166,6 +166,21 @@ def test_what_the_others_have_done_is_kept(launcher, directory):
     assert kept > 100
 
 
+def test_who_is_slow_is_waited_for(launcher, unbroken, directory):
+    target = directory / "a.safetensors"
+    group = launcher.start([*ARGUMENTS, f"-o{target}"], size=2, sync_interval=0)
+    journals = [directory / f"a.safetensors.partial.journal{end}" for end in ("", ".1")]
+    for journal, command in zip(journals, group.commands, strict=True):
+        command.wait_until(lambda path=journal: path.exists() and path.stat().st_size > 5000)
+    group.commands[1].signal(signal.SIGSTOP)
+    size = 0
+    while size != (size := journals[0].stat().st_size):
+        time.sleep(1)  # Until the other one has nothing more to do.
+    group.commands[1].signal(signal.SIGCONT)
+    assert group.wait() == [0, 0], group.lines
+    is_whole(target, unbroken[".safetensors"][0])
+
+
 def test_started_again_it_goes_on_by_itself(launcher, unbroken, directory):
     """Also where --overwrite is given, which counted when all were started first."""
     target = directory / "a.safetensors"
