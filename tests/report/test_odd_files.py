@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dump_activations import OutputError, write_report
+from dump_activations.statistics import STATISTICS
 
 N = 7
 BOARDS = {
@@ -36,7 +37,11 @@ REFUSED = {
     "boards-of-floats": ({"boards": np.ones((N, 16), np.float32)}, "no boards"),
     "three-moves": ({"head_probs": np.ones((N, 3), np.float32)}, "head_probs are 7x3"),
     "no-layers": ({"attn_pattern": np.ones((N, 2, 16, 16), np.float32)}, "attn_pattern are 7x2x16"),
-    "statistics": ({"pooled": POOLED, "stats/pooled/count": np.ones(2)}, "stats/pooled/"),
+    "few-statistics": ({"pooled": POOLED, "stats/pooled/count": np.ones(1)}, "stats/pooled/"),
+    "misshapen-statistics": (
+        {"pooled": POOLED, **{f"stats/pooled/{each.name}": np.ones(5) for each in STATISTICS}},
+        "stats/pooled/",
+    ),
 }
 
 
