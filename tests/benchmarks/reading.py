@@ -1,7 +1,8 @@
 """Reads a finished file back: shuffled cells and rows, against NumPy, safetensors and the disk.
 
 A cell is 512 values in fp16, 1 KB. The file is cached but where "cold" stands, and lies under
---directory. CPU only; every contender has all cores, and NumPy takes one.
+--directory. CPU only; every contender has all cores, and NumPy takes one. What other packages do is
+measured by reading_others.py, in an environment of its own.
 
 Shape letters: N boards in the file, L layers, S cells (16), D width of a cell.
 """
@@ -37,8 +38,8 @@ def measure(setting: Setting) -> Section:
     """Take all cells of a file in a shuffled order, as an SAE is trained."""
     whole, stacked, split = _write(setting.scratch)
     acts = ActivationsFile(whole)
-    mapped_NSD = _memmap(whole)
-    values_CD = np.array(mapped_NSD).reshape(-1, _WIDTH)
+    shuffled, in_windows = acts.cells("resid"), acts.cells("resid", window=_WINDOW)
+    values_CD = np.array(_memmap(whole))
     generator = np.random.default_rng(0)
 
     def take() -> None:
@@ -48,7 +49,7 @@ def measure(setting: Setting) -> Section:
 
     def take_windows() -> None:
         """Read a window, shuffle it, and hand out batches: one thread."""
-        flat_CD = mapped_NSD.reshape(-1, _WIDTH)
+        flat_CD = _memmap(whole)
         length = _WINDOW // (2 * _WIDTH)
         for first in range(0, len(flat_CD), length):
             window_CD = np.array(flat_CD[first : first + length])
@@ -64,7 +65,7 @@ def measure(setting: Setting) -> Section:
 
     def loader() -> None:
         """Let a DataLoader index a memory map."""
-        flat = torch.from_numpy(mapped_NSD.reshape(-1, _WIDTH))
+        flat = torch.from_numpy(_memmap(whole))
         few = torch.utils.data.Subset(flat, generator.integers(0, len(flat), _FEW).tolist())
         for _ in DataLoader(few, batch_size=_BATCH):
             pass
@@ -72,10 +73,8 @@ def measure(setting: Setting) -> Section:
     cells = len(values_CD)
     speeds = alternate(
         {
-            "cells": lambda: cells / timed(partial(_exhaust, acts.cells("resid"))),
-            "cells, 64 MB windows": lambda: (
-                cells / timed(partial(_exhaust, acts.cells("resid", window=_WINDOW)))
-            ),
+            "cells": lambda: cells / timed(partial(_exhaust, shuffled)),
+            "cells, 64 MB windows": lambda: cells / timed(partial(_exhaust, in_windows)),
             "one layer of a stacked file": _layer_speed(stacked),
             "one layer of a split file": _layer_speed(split),
             "np.take in memory": lambda: 32 * _BATCH / timed(take),
@@ -87,7 +86,7 @@ def measure(setting: Setting) -> Section:
     )
     cold = alternate(
         {
-            "cells": lambda: _cold(whole, lambda: _exhaust(acts.cells("resid"))),
+            "cells": lambda: _cold(whole, lambda: _exhaust(shuffled)),
             "raw": lambda: _cold(whole, lambda: _read_raw(whole)),
         },
         rounds=setting.rounds,
@@ -128,14 +127,16 @@ def _write(directory: Path) -> list[Path]:
 
 
 def _memmap(path: Path) -> np.memmap:
+    """Map a file's cells, (C, D). While it lives the page cache cannot be emptied of them."""
     [tensor] = inspect(path).contents.tensors
-    return np.memmap(path, np.float16, "c", offset=tensor.offset, shape=tensor.shape)
+    mapped_NSD = np.memmap(path, np.float16, "c", offset=tensor.offset, shape=tensor.shape)
+    return mapped_NSD.reshape(-1, _WIDTH)
 
 
 def _layer_speed(path: Path) -> Callable[[], float]:
     acts = ActivationsFile(path)
-    cells = len(acts) * CELLS
-    return lambda: cells / timed(partial(_exhaust, acts.cells("resid", 1, window=_WINDOW)))
+    of_layer = acts.cells("resid", 1, window=_WINDOW)
+    return lambda: len(acts) * CELLS / timed(partial(_exhaust, of_layer))
 
 
 def _batches(order: np.ndarray) -> Iterable[np.ndarray]:

@@ -1,6 +1,7 @@
 """Cells in a shuffled order: each once an epoch, the same however they are read."""
 
 import multiprocessing
+import pickle
 
 import numpy as np
 import pytest
@@ -203,6 +204,15 @@ def test_memory_is_used_again_once_nobody_holds_it(acts):
         for batch in acts.cells("final_hidden", batch_size=16, window=32 * CELL)
     }
     assert len(addresses) <= 3
+
+
+def test_a_pickle_is_without_the_memory(acts):
+    cells = acts.cells("final_hidden", batch_size=16)
+    small = len(pickle.dumps(cells))
+    assert sum(len(batch.rows) for batch in cells) == 16 * N
+    assert len(pickle.dumps(cells)) == small
+    cells.load_state_dict(cells.state_dict() | {"epoch": 0})
+    assert places(pickle.loads(pickle.dumps(cells))) == places(cells)
 
 
 def test_several_files_are_one(paths, tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dump_activations.statistics import STATISTICS_PREFIX, statistics_specs
 from dump_activations.storage.formats.layout import storage_order
 from dump_activations.storage.reading.inspection import find_damage, inspect
+from dump_activations.storage.writing import resume, writers
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.targets import partial_path
 from output_support import (
@@ -27,7 +28,7 @@ from output_support import (
     write_whole_tensors,
 )
 from reference.dumps import read_dump
-from reference.statistics import numpy_statistics
+from reference.statistics import as_float64, numpy_statistics
 
 
 def with_statistics(dump: Dump) -> Dump:
@@ -74,7 +75,7 @@ def damage(path: Path, offset: int) -> None:
 def test_a_file_has_what_numpy_makes_of_its_tensors(tmp_path, suffix):
     path = write_dump(tmp_path / f"x{suffix}", DUMP)
     tensors = read_dump(path).tensors
-    hidden, pooled = (np.asarray(tensors[name], np.float64) for name in ("hidden", "pooled"))
+    hidden, pooled = (as_float64(tensors[name].numpy()) for name in ("hidden", "pooled"))
     for layer in range(3):
         for name, expected in numpy_statistics(hidden[:, layer]).items():
             found = np.asarray(tensors[f"stats/hidden/{name}"])
@@ -102,6 +103,17 @@ def test_order_threads_and_interruptions_leave_no_trace(order, threads, kept):
             write_batches(file, DUMP, order[:kept], threads=threads)
         write_dump(target, DUMP, order=order, threads=threads)
         assert target.read_bytes() == unbroken_bytes()
+
+
+def test_vectors_are_whole_however_short_the_spans(tmp_path, monkeypatch):
+    expected = unbroken_bytes()
+    monkeypatch.setattr(writers, "SPAN_NBYTES", 101)
+    monkeypatch.setattr(resume, "READ_NBYTES", 101)
+    target = tmp_path / "x.safetensors"
+    with open_file(target, DUMP) as file:
+        write_whole_tensors(file, DUMP)
+        write_batches(file, DUMP, DUMP.first_rows[3:6])
+    assert write_dump(target, DUMP).read_bytes() == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
