@@ -9,10 +9,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::checksum::{Digest, Digester, Element};
 use crate::exact::{ExactSums, NBYTES};
-use crate::load::load;
+use crate::load::{from_float16, from_float16_by_f16c, load};
 use crate::memory::{self, OutOfMemory};
 use crate::norms;
-use crate::tile::{self, LANES, ROWS, STRIPES, Scan, Sums, Tile};
+use crate::tile::{self, LANES, Lanes, ROWS, STRIPES, Scan, Sums, Tile};
+
+/// Tiles that are filled at once, so that rows are read in long pieces.
+const TILES: usize = 4;
 
 /// Read at a time: enough vectors of each layer to fill a tile.
 const READ: usize = 4 << 20;
@@ -219,7 +222,8 @@ fn raise(most: &mut f32, value: f32) {
 struct Block {
     vectors: Vectors,
     count: usize,
-    tile: Box<Tile>,
+    /// Tiles side by side.
+    tiles: Vec<Tile>,
     class: Box<Tile>,
     /// Partial sums of each vector's squares.
     squares: Box<[[f64; STRIPES]; ROWS]>,
@@ -239,7 +243,7 @@ impl Block {
         Ok(Self {
             vectors,
             count: 0,
-            tile: Box::new(Tile::new()),
+            tiles: memory::filled(Tile::new(), TILES)?,
             class: Box::new(Tile::new()),
             squares: Box::new([[0.0; STRIPES]; ROWS]),
             sums: Vec::new(),
@@ -256,67 +260,85 @@ impl Block {
     fn fill(&mut self, data: &[u8], starts: &mut impl Iterator<Item = usize>) -> bool {
         let mut taken = [0; ROWS];
         self.count = taken.iter_mut().zip(starts).map(|(to, start)| *to = start).count();
-        self.squares.fill([0.0; STRIPES]);
-        self.sums.clear();
-        self.special.clear();
-        for first in (0..self.vectors.width).step_by(LANES) {
-            self.take(data, &taken[..self.count], first);
-        }
-        norms::terms(&self.squares[..self.count], &mut self.norms);
+        self.take(data, &taken[..self.count]);
         self.count > 0
     }
 
-    /// Takes the features of a tile from the `first`, with vectors as wide as the processor has
-    /// them.
-    fn take(&mut self, data: &[u8], starts: &[usize], first: usize) {
+    /// Takes vectors, with instructions as wide as the processor has them.
+    fn take(&mut self, data: &[u8], starts: &[usize]) {
         #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+        if std::arch::is_x86_feature_detected!("avx2")
+            && std::arch::is_x86_feature_detected!("fma")
+            && std::arch::is_x86_feature_detected!("f16c")
         {
             // SAFETY: the processor has the instructions that the function is compiled for.
             #[allow(unsafe_code)]
-            return unsafe { self.take_avx2(data, starts, first) };
+            return unsafe { self.take_avx2(data, starts) };
         }
-        self.take_portably(data, starts, first);
+        self.take_portably(data, starts, from_float16);
     }
 
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma")]
-    fn take_avx2(&mut self, data: &[u8], starts: &[usize], first: usize) {
-        self.take_portably(data, starts, first);
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn take_avx2(&mut self, data: &[u8], starts: &[usize]) {
+        self.take_portably(data, starts, |halves| from_float16_by_f16c(halves));
     }
 
     #[inline(always)]
-    fn take_portably(&mut self, data: &[u8], starts: &[usize], first: usize) {
+    fn take_portably(
+        &mut self,
+        data: &[u8],
+        starts: &[usize],
+        from_float16: impl Fn(&[[u8; 2]; LANES]) -> Lanes<f32>,
+    ) {
         let Vectors { element, width, .. } = self.vectors;
-        let columns = first..width.min(first + LANES);
-        let mut scan = load(&mut self.tile, data, starts, columns, element);
+        self.squares.fill([0.0; STRIPES]);
+        self.sums.clear();
+        self.special.clear();
+        for first in (0..width).step_by(TILES * LANES) {
+            let columns = first..width.min(first + TILES * LANES);
+            let count = columns.len().div_ceil(LANES);
+            load(&mut self.tiles[..count], data, starts, columns, element, &from_float16);
+            for number in 0..count {
+                self.sum(number, first + number * LANES);
+            }
+        }
+        norms::terms(&self.squares[..self.count], &mut self.norms);
+    }
+
+    /// Sums a tile up, whose first feature is the `first`.
+    #[inline(always)]
+    fn sum(&mut self, number: usize, first: usize) {
+        let element = self.vectors.element;
+        let tile = &mut self.tiles[number];
+        let mut scan = Scan::of(tile);
         let features = first..first + LANES;
         self.min[features.clone()].copy_from_slice(&scan.min);
         self.max[features.clone()].copy_from_slice(&scan.max);
         if scan.has_outliers() {
-            self.outliers[features].copy_from_slice(&tile::outliers(&self.tile));
+            self.outliers[features].copy_from_slice(&tile::outliers(tile));
         } else {
             self.outliers[features].fill(0);
         }
-        let sums = tile::sums(&self.tile, &scan, &mut self.squares);
+        let sums = tile::sums(tile, &scan, &mut self.squares);
         if sums.sum.iter().any(|sum| !sum.is_finite()) {
-            self.set_apart(first);
-            scan = Scan::of(&self.tile);
+            self.set_apart(number, first);
+            scan = Scan::of(&self.tiles[number]);
         } else if scan.is_narrow(element) {
             self.sums.push((first, sums));
             return;
         }
         let mut unused = Box::new([[0.0; STRIPES]; ROWS]);
         while scan.has_nonzero() {
-            tile::take_class(&mut self.tile, &mut self.class, &scan, element);
+            tile::take_class(&mut self.tiles[number], &mut self.class, &scan, element);
             self.sums.push((first, tile::sums(&self.class, &scan, &mut unused)));
-            scan = Scan::of(&self.tile);
+            scan = Scan::of(&self.tiles[number]);
         }
     }
 
     /// Leaves zeros in the tile where it is not finite.
-    fn set_apart(&mut self, first: usize) {
-        for (row, squares) in self.tile.values[..self.count].iter_mut().zip(&mut *self.squares) {
+    fn set_apart(&mut self, number: usize, first: usize) {
+        for row in &mut self.tiles[number].values[..self.count] {
             for (lane, value) in row.iter_mut().enumerate().filter(|(_, value)| !value.is_finite())
             {
                 let feature = first + lane;
@@ -325,7 +347,6 @@ impl Block {
                     self.max[feature] = f32::NAN;
                 }
                 self.special.push((feature, f64::from(*value)));
-                squares[0] += f64::from(*value).abs();
                 *value = 0.0;
             }
         }
@@ -353,6 +374,60 @@ impl Block {
             } else {
                 layer.special_norms += norm;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of which few are zero, so that elements are of all magnitudes.
+    fn bytes(count: usize) -> Vec<u8> {
+        (0..count as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+    }
+
+    fn state_of(
+        vectors: Vectors,
+        data: &[u8],
+        take: impl Fn(&mut Block, &[u8], &[usize]),
+    ) -> Vec<u8> {
+        let mut block = Block::new(vectors).expect("memory");
+        let starts: Vec<_> = (0..data.len()).step_by(vectors.nbytes()).collect();
+        block.count = starts.len();
+        take(&mut block, data, &starts);
+        let mut layer = Layer::new(vectors.width).expect("memory");
+        block.add_to(&mut layer);
+        layer.to_bytes()
+    }
+
+    #[test]
+    fn all_processors_find_the_same() {
+        for element in [Element::Float32, Element::Float16, Element::BFloat16] {
+            for width in [1, 16, 75, 130] {
+                let vectors = Vectors { element, layers: 1, run: 1, width };
+                let data = bytes(ROWS * vectors.nbytes());
+                let portably = state_of(vectors, &data, |block, data, starts| {
+                    block.take_portably(data, starts, from_float16);
+                });
+                assert_eq!(state_of(vectors, &data, Block::take), portably, "{element:?} {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_belong_to_their_layers() {
+        let vectors = Vectors { element: Element::Float32, layers: 3, run: 2, width: 1 };
+        for (among, layer, expected) in [
+            (0..12, 1, vec![2, 3, 8, 9]),
+            (3..9, 1, vec![3, 8]),
+            (3..9, 0, vec![6, 7]),
+            (4..5, 2, vec![4]),
+            (4..5, 0, vec![]),
+            (5..5, 2, vec![]),
+        ] {
+            let found: Vec<u64> = runs_of(vectors, layer, among.clone()).flatten().collect();
+            assert_eq!(found, expected, "{among:?} {layer}");
         }
     }
 }

@@ -20,6 +20,7 @@ const SIX: u32 = 6.0_f32.to_bits();
 pub type Lanes<T> = [T; LANES];
 
 /// Values, zero where there are none.
+#[derive(Clone)]
 pub struct Tile {
     pub values: [Lanes<f32>; ROWS],
     pub rows: usize,
@@ -49,30 +50,22 @@ impl Tile {
 }
 
 impl Scan {
-    pub fn new() -> Self {
-        Self {
+    #[inline(always)]
+    pub fn of(tile: &Tile) -> Self {
+        let mut scan = Self {
             min: [f32::INFINITY; LANES],
             max: [f32::NEG_INFINITY; LANES],
             least: [u32::MAX; LANES],
+        };
+        for row in &tile.values[..tile.rows] {
+            for (lane, &value) in row.iter().enumerate() {
+                let magnitude = value.to_bits() & !(1 << 31);
+                scan.min[lane] = if value < scan.min[lane] { value } else { scan.min[lane] };
+                scan.max[lane] = if value > scan.max[lane] { value } else { scan.max[lane] };
+                scan.least[lane] = scan.least[lane].min(magnitude.wrapping_sub(1));
+            }
         }
-    }
-
-    #[inline(always)]
-    pub fn of(tile: &Tile) -> Self {
-        let mut scan = Self::new();
-        tile.values[..tile.rows].iter().for_each(|row| scan.see(row));
         scan
-    }
-
-    #[inline(always)]
-    pub fn see(&mut self, row: &Lanes<f32>) {
-        for lane in 0..LANES {
-            let value = row[lane];
-            let magnitude = value.to_bits() & !(1 << 31);
-            self.min[lane] = if value < self.min[lane] { value } else { self.min[lane] };
-            self.max[lane] = if value > self.max[lane] { value } else { self.max[lane] };
-            self.least[lane] = self.least[lane].min(magnitude.wrapping_sub(1));
-        }
     }
 
     /// Bits of the greatest magnitudes.
@@ -164,14 +157,12 @@ pub fn sums(tile: &Tile, scan: &Scan, squares: &mut [[f64; STRIPES]; ROWS]) -> S
         sums.high[half..half + HALF].copy_from_slice(&high);
         sums.low[half..half + HALF].copy_from_slice(&low);
     }
-    for lane in 0..LANES {
-        sums.high[lane] -= above[lane];
-    }
+    sums.high.iter_mut().zip(above).for_each(|(high, above)| *high -= above);
     sums
 }
 
 #[inline(always)]
-fn each<const N: usize>(value: impl FnMut(usize) -> f64) -> [f64; N] {
+pub fn each<T, const N: usize>(value: impl FnMut(usize) -> T) -> [T; N] {
     std::array::from_fn(value)
 }
 

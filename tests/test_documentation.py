@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from dump_activations import dump
 from dump_activations.commands.dump import dump_activations
 from dump_activations.model.activations import ACTIVATIONS
+from dump_activations.statistics import STATISTICS
 from test_architecture import ARROWS, LEAVES, PACKAGE
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,10 @@ def test_the_activation_keys():
     keys = {activation.key for activation in ACTIVATIONS}
     assert column(README, "Key") == {*keys, "attn_weights"}
     assert column(FORMAT, "Name") == {*keys, "labels", "indices", "boards"}
+
+
+def test_the_statistics():
+    assert [row[0] for row in table(FORMAT, "Statistic")] == [each.name for each in STATISTICS]
 
 
 def test_the_rooms():

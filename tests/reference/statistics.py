@@ -9,7 +9,8 @@ def as_float64(values: np.ndarray) -> np.ndarray:
     """Widen float32, float16, or bfloat16 as its bits in uint16."""
     if values.dtype == np.uint16:
         values = (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return values.astype(np.float64)
 
 
 def numpy_statistics(values_VF: np.ndarray) -> dict[str, np.ndarray]:

@@ -99,7 +99,8 @@ def test_nan_and_infinite_values_count_as_in_numpy(tensor):
     )
     del expected["variance"]
     # A sum of both signs may come out as any small number in NumPy.
-    cancelled = np.abs(expected["mean"]) < 1e-6 * np.abs(vectors_VF).max(0)
+    with np.errstate(invalid="ignore"):
+        cancelled = np.abs(expected["mean"]) < 1e-6 * np.abs(vectors_VF).max(0)
     found["mean"][cancelled] = expected["mean"][cancelled]
     assert_equal(found, expected, rtol=1e-9)
 
@@ -185,6 +186,12 @@ def test_zeros_are_positive_and_nan_is_one_value():
         found = statistics_of(bits[order].view(np.float32), "float32")
         assert found["min"].tobytes() == found["max"].tobytes()
         assert found["min"].tobytes() == np.array([0.0, np.nan]).tobytes()
+
+
+def test_outliers_are_beyond_six():
+    beyond = np.nextafter(np.float32(6), np.float32(7))
+    values = np.array([[6, beyond], [-6, -beyond], [np.inf, np.nan]], np.float32)
+    np.testing.assert_array_equal(statistics_of(values, "float32")["outliers"], [1, 2])
 
 
 def test_every_statistic_is_taken_and_no_other():

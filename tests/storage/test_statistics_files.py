@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dump_activations.statistics import STATISTICS_PREFIX, statistics_specs
 from dump_activations.storage.formats.layout import storage_order
 from dump_activations.storage.reading.inspection import find_damage, inspect
+from dump_activations.storage.writing import resume, writers
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.targets import partial_path
 from output_support import (
@@ -27,7 +28,7 @@ from output_support import (
     write_whole_tensors,
 )
 from reference.dumps import read_dump
-from reference.statistics import numpy_statistics
+from reference.statistics import as_float64, numpy_statistics
 
 
 def with_statistics(dump: Dump) -> Dump:
@@ -74,7 +75,7 @@ def damage(path: Path, offset: int) -> None:
 def test_a_file_has_what_numpy_makes_of_its_tensors(tmp_path, suffix):
     path = write_dump(tmp_path / f"x{suffix}", DUMP)
     tensors = read_dump(path).tensors
-    hidden, pooled = (np.asarray(tensors[name], np.float64) for name in ("hidden", "pooled"))
+    hidden, pooled = (as_float64(tensors[name].numpy()) for name in ("hidden", "pooled"))
     for layer in range(3):
         for name, expected in numpy_statistics(hidden[:, layer]).items():
             found = np.asarray(tensors[f"stats/hidden/{name}"])
@@ -104,6 +105,17 @@ def test_order_threads_and_interruptions_leave_no_trace(order, threads, kept):
         assert target.read_bytes() == unbroken_bytes()
 
 
+def test_vectors_are_whole_however_short_the_spans(tmp_path, monkeypatch):
+    expected = unbroken_bytes()
+    monkeypatch.setattr(writers, "SPAN_NBYTES", 101)
+    monkeypatch.setattr(resume, "READ_NBYTES", 101)
+    target = tmp_path / "x.safetensors"
+    with open_file(target, DUMP) as file:
+        write_whole_tensors(file, DUMP)
+        write_batches(file, DUMP, DUMP.first_rows[3:6])
+    assert write_dump(target, DUMP).read_bytes() == expected
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("earlier", [0, 2, 3])
 def test_processes_leave_no_trace(tmp_path, ranks, earlier):
@@ -118,12 +130,12 @@ def test_processes_leave_no_trace(tmp_path, ranks, earlier):
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
-def leave_and_commit(target: Path, tamper) -> None:
+def leave_and_commit(target: Path, tamper, of_first: int = 4) -> None:
     with open_group(target, DUMP, 2) as (first, other):
         assert isinstance(first, OutputFile)
         write_whole_tensors(first, DUMP)
-        write_ticket(first, DUMP, range(4))
-        write_ticket(other, DUMP, range(4, BATCHES))
+        write_ticket(first, DUMP, range(of_first))
+        write_ticket(other, DUMP, range(of_first, BATCHES))
         other.leave()
         (handed_over,) = target.parent.glob("*.statistics")
         assert handed_over.stat().st_mode & 0o777 == 0o600
@@ -134,11 +146,11 @@ def leave_and_commit(target: Path, tamper) -> None:
 def test_what_another_process_hands_over_need_not_arrive(tmp_path):
     target = tmp_path / "x.safetensors"
     stale = tmp_path / "stale"
+    leave_and_commit(target, lambda path: stale.write_bytes(path.read_bytes()), of_first=2)
     for tamper in (
         Path.unlink,
         lambda path: damage(path, 100),
         lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: stale.write_bytes(path.read_bytes()),
         lambda path: path.write_bytes(stale.read_bytes()),  # of another token
         lambda path: path.chmod(0o666),
     ):

@@ -110,14 +110,14 @@ def test_computed_statistics_are_the_stored_ones_to_the_bit(make, form):
 
 def test_what_has_no_statistics_says_so(make):
     acts = ActivationsFile(make(*FORMS[0], stats=False))
-    with pytest.raises(InvalidArgumentError, match=r"no statistics of pooled .* stats=True"):
+    with pytest.raises(InvalidArgumentError, match=r"pooled has no statistics .* stats=True"):
         acts.stats("pooled")
     acts = ActivationsFile(make(*FORMS[0]))
     with pytest.raises(InvalidArgumentError, match="has layers 1, 3"):
         acts.stats("attn_q", 2)
     with pytest.raises(InvalidArgumentError, match="no 'attn_k' in it"):
         acts.stats("attn_k")
-    with pytest.raises(InvalidArgumentError, match="no statistics of rmsnorm_gammas/final_ln"):
+    with pytest.raises(InvalidArgumentError, match="final_ln has no statistics"):
         acts.stats("rmsnorm_gammas/final_ln")
     with pytest.raises(InvalidArgumentError, match="of one file"):
         ActivationsFile(make(*FORMS[0]), make(*FORMS[0])).stats("pooled")

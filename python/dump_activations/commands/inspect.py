@@ -6,6 +6,7 @@ It needs no torch to read.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,15 @@ from dump_activations.errors import (
     OutputError,
     option,
 )
+from dump_activations.phases import BYTES, Phase, counted
+from dump_activations.progress.display import shown_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import NoReturn
 
+    from dump_activations.storage.reading.inspection import Inspection
+    from dump_activations.storage.statistics import TensorStatistics
     from dump_activations.storage.writing.unfinished import Unfinished
 
 
@@ -45,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @click.argument("file", type=click.Path(path_type=Path, readable=False))
 @click.argument("other", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
+@click.option("--stats", is_flag=True, help="Show statistics; a file without is read for them.")
 @click.option(
     "--report",
     type=click.Path(path_type=Path, readable=False),
@@ -61,6 +67,7 @@ def inspect_activations(
     file: Path,
     other: Path | None,
     verify: bool,
+    stats: bool,
     report: Path | None,
     as_json: bool,
 ) -> None:
@@ -71,54 +78,79 @@ def inspect_activations(
     be compared.
     """
     if report is not None:
-        if other is not None or verify or as_json:
+        if other is not None or verify or stats or as_json:
             raise InvalidArgumentError(f"{option('report')}: takes one file, and no other option")
         _write_report(file, report)
         return
     if other is None:
-        _show(file, verify=verify, as_json=as_json)
+        _show(file, verify=verify, stats=stats, as_json=as_json)
         return
     try:
-        if verify:
-            raise InvalidArgumentError(f"{option('verify')}: takes one file at a time")
+        for name, is_given in (("verify", verify), ("stats", stats)):
+            if is_given:
+                raise InvalidArgumentError(f"{option(name)}: takes one file at a time")
         context.exit(0 if _show_differences(file, other, as_json=as_json) else 1)
     except DumpActivationsError as error:
         error.exit_code = 2  # 1 says that they differ, as it does of diff and cmp
         raise
 
 
-def _show(file: Path, *, verify: bool, as_json: bool) -> None:
+def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
+    from dump_activations.commands import statistics
     from dump_activations.commands.contents import FileContents
-    from dump_activations.storage.reading.inspection import find_damage, inspect
+    from dump_activations.storage.reading.inspection import inspect
     from dump_activations.storage.writing.targets import partial_path, target_of
     from dump_activations.storage.writing.unfinished import find_unfinished
 
-    found = find_unfinished(file)
-    if found is not None:
-        _show_unfinished(found, verify=verify, as_json=as_json)
+    unfinished = find_unfinished(file)
+    if unfinished is not None and stats:
+        raise OutputError(f"{unfinished.path} is not finished: it has no statistics yet")
+    if unfinished is not None:
+        _show_unfinished(unfinished, verify=verify, as_json=as_json)
         return
     inspection = inspect(file)
-    damaged = find_damage(inspection, threads=_threads()) if verify else None
+    with shown_progress() if verify or stats else nullcontext():
+        damaged = _damage(inspection) if verify else None
+        found = _statistics(inspection, compute=stats)
     contents = FileContents.of(inspection, damaged)
     if as_json:
-        print_json(contents.as_dict())
+        of_tensors = {"stats": statistics.as_dict(found)} if stats else {}
+        print_json({**contents.as_dict(), **of_tensors})
     else:
-        print_parts(*contents.parts())
+        table = statistics.table(found, contents.layers or []) if found else None
+        print_parts(*contents.parts(table))
     if (left := partial_path(target_of(file))).exists():
         print_note(f"{left} is beside it: another dump to its name, not finished")
     if damaged:
         raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
 
 
+def _damage(inspection: Inspection) -> list[str]:
+    from dump_activations.storage.reading.inspection import find_damage
+
+    count = counted(Phase("verifying", BYTES))
+    return find_damage(inspection, threads=_threads(), progress=count)
+
+
+def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
+    """Return the statistics of a file: its own, or else, if it is to be read for them, these."""
+    from dump_activations.storage.reading.statistics import compute_statistics, stored_statistics
+
+    found = stored_statistics(inspection)
+    if found or not compute:
+        return found
+    count = counted(Phase("computing statistics", BYTES))
+    return compute_statistics(inspection, threads=_threads(), progress=count)
+
+
 def _write_report(file: Path, report: Path) -> None:
-    from dump_activations.commands.console import progress_bar
     from dump_activations.report.writing import write_report
     from dump_activations.storage.writing.unfinished import find_unfinished
 
     if (found := find_unfinished(file)) is not None:
         raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
-    with progress_bar() as progress_of:
-        write_report(file, report, progress=progress_of("keys"))
+    with shown_progress():
+        write_report(file, report, progress=counted(Phase("writing the report", "keys")))
     print_note(f"{report} shows {file}; open it in a browser")
 
 
@@ -139,7 +171,10 @@ def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:
     from dump_activations.storage.reading.comparison import compare
     from dump_activations.storage.reading.inspection import inspect
 
-    comparison = compare(inspect(file), inspect(other), threads=_threads())
+    inspections = inspect(file), inspect(other)
+    with shown_progress():
+        count = counted(Phase("comparing", "values"))
+        comparison = compare(*inspections, threads=_threads(), progress=count)
     if as_json:
         print_json(differences.as_dict(file, other, comparison))
     else:

@@ -1,14 +1,12 @@
 """Statistics of a finished file: those that it has, and what reading it gives."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dump_activations.errors import InvalidArgumentError, OutputError, switch
 from dump_activations.statistics import STATISTICS, STATISTICS_PREFIX
@@ -16,9 +14,6 @@ from dump_activations.storage.formats.contents import read_exactly
 from dump_activations.storage.reading.catalog import Catalog, Key
 from dump_activations.storage.reading.inspection import READ_NBYTES, Inspection, open_again
 from dump_activations.storage.statistics import RunningStatistics, TensorStatistics, Vectors
-
-if TYPE_CHECKING:
-    from dump_activations.storage.reading.activations_file import ActivationsFile
 
 _DTYPES = frozenset({"float32", "float16", "bfloat16"})
 
@@ -89,22 +84,26 @@ def compute_statistics(
     return statistics.values()
 
 
-def key_statistics(acts: ActivationsFile, key: Key, layer: int | None = None) -> TensorStatistics:
-    """Return the statistics that a file has of a key, of all its layers or of one.
+def key_statistics(
+    key: Key, layer: int | None, stored: Mapping[str, NDArray[np.float64]]
+) -> TensorStatistics:
+    """Return the statistics of a key, of all its layers or of one.
+
+    Args:
+        key: the key.
+        layer: the layer by its number in the model; None for all.
+        stored: the tensors of statistics in a file by name.
 
     Raises:
-        InvalidArgumentError: it has none, or not that layer.
+        InvalidArgumentError: there are none, or not that layer.
     """
     parts = key.parts(layer)
-    if len(acts.paths) > 1:
-        raise InvalidArgumentError(f"{acts}: statistics are those of one file; open each by itself")
-    names = frozenset(acts.tensor_names())
     found: TensorStatistics = {}
     for each in STATISTICS:
-        stored = [f"{STATISTICS_PREFIX}{part.tensor}/{each.name}" for part in parts]
-        if not names.issuperset(stored):
+        names = [f"{STATISTICS_PREFIX}{part.tensor}/{each.name}" for part in parts]
+        if not all(name in stored for name in names):
             continue
-        values = np.stack([acts.read_numpy(name) for name in stored])
+        values = np.stack([stored[name] for name in names])
         if not each.per_feature and (key.is_split or key.layers is None):
             values = values[:, 0]
         # Tensors of one layer are stacked here, layers of one tensor are so already.
@@ -114,7 +113,7 @@ def key_statistics(acts: ActivationsFile, key: Key, layer: int | None = None) ->
         found[each.name] = values[parts[0].at] if one_of_stacked else values
     if not found:
         raise InvalidArgumentError(
-            f"{acts}: no statistics of {key.name} in it; dump with {switch('stats')}, or let "
+            f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "
             "inspect-activations --stats compute them"
         )
     return found

@@ -3,15 +3,20 @@
 import fcntl
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dump_activations.dtypes import TensorSpec
 from dump_activations.errors import OutputError
-from dump_activations.storage.writing.journal import Header, JournalError, read_journal
 from dump_activations.storage.writing.private_files import open_ours
-from dump_activations.storage.writing.targets import journal_path, partial_path, target_of
+from dump_activations.storage.writing.recorded import JournalError, Recorded, read_journal
+from dump_activations.storage.writing.records import Header
+from dump_activations.storage.writing.targets import (
+    journal_path,
+    journals_of_others,
+    partial_path,
+    target_of,
+)
 
 _SUFFIX = partial_path(Path("x")).suffix
 _NO_HEADER = Header({}, 0, 1, ())
@@ -19,7 +24,7 @@ _NO_HEADER = Header({}, 0, 1, ())
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A partial file, as its journal has it: nothing of its data is read.
+    """A partial file, as its journals have it: nothing of its data is read.
 
     Attributes:
         path: where it is.
@@ -27,7 +32,7 @@ class Unfinished:
         header: the work that it is of.
         batches: numbers of those that are on disk.
         is_being_written: whether a process is at work on it.
-        written_at: when the journal was last written, in seconds of the epoch.
+        written_at: when a journal was last written, in seconds of the epoch.
     """
 
     path: Path
@@ -40,8 +45,7 @@ class Unfinished:
     @property
     def rows(self) -> int:
         """Boards that are on disk."""
-        rows, all_rows = self.header.batch_rows, self.header.rows
-        return sum(min(rows, all_rows - batch * rows) for batch in self.batches)
+        return self.header.count_rows(self.batches)
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -61,7 +65,7 @@ def find_unfinished(path: str | os.PathLike[str]) -> Unfinished | None:
     Returns None where there is none.
 
     Raises:
-        OutputError: it may be changed by others, or its journal tells nothing.
+        OutputError: it may be changed by others, or its journals tell nothing.
     """
     target = target_of(path)
     if target.suffix == _SUFFIX:
@@ -72,29 +76,43 @@ def find_unfinished(path: str | os.PathLike[str]) -> Unfinished | None:
     if not os.path.lexists(partial):
         return None
     with OutputError.when(f"cannot read {partial}"):
-        fd = open_ours(partial, os.O_RDONLY)
+        size, is_locked = partial.stat().st_size, is_being_written(partial)
+        journals = _read_journals(target)
+    header = journals[0].header
+    batches = {batch for each in journals if each.header == header for batch in each.batches}
+    written_at = max(each.file.st_mtime for each in journals)
+    return Unfinished(partial, size, header, frozenset(batches), is_locked, written_at)
+
+
+def _read_journals(target: Path) -> list[Recorded]:
+    """Read the journals that can be read: of those of one file the first says what it is of."""
+    found: list[Recorded] = []
+    errors: list[JournalError] = []
+    for path in (journal_path(target), *journals_of_others(target)):
         try:
-            size, is_being_written = os.fstat(fd).st_size, _is_locked(fd)
-        finally:
-            os.close(fd)
-        journal = journal_path(target)
-        try:
-            header, _ = read_journal(journal, _NO_HEADER)
-            _, batches = read_journal(journal, header)
+            theirs = read_journal(path, _NO_HEADER)
+            found.append(read_journal(path, theirs.header))
         except JournalError as error:
-            raise OutputError(f"{partial}: {error}") from None
-        written_at = journal.stat().st_mtime
-    return Unfinished(partial, size, header, frozenset(batches), is_being_written, written_at)
+            errors.append(error)
+    if not found:
+        raise OutputError(f"{partial_path(target)}: {errors[0]}")
+    return found
 
 
-def _is_locked(fd: int) -> bool:
-    """Whether a dump is at work on a file; one that starts at this moment tries again."""
+def is_being_written(partial: Path) -> bool:
+    """Whether a dump is at work on a partial file; one that starts at this moment tries again.
+
+    Raises:
+        OutputError: it may be changed by others.
+        OSError: it cannot be opened.
+    """
+    fd = open_ours(partial, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # A file system without locks.
-        return False
-    with suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        pass
+    finally:
+        os.close(fd)
     return False
