@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Array2D, Dataset, Features, List, Value
 from sae_lens.training.mixing_buffer import mixing_buffer
 from saev import activations, config
 from torch.utils.data import DataLoader
@@ -51,8 +51,10 @@ def best(epoch: Callable[[], Iterable[torch.Tensor]]) -> float:
 
 
 def stored(column: np.ndarray, path: Path) -> Dataset:
-    """Write an Arrow file of fp16 arrays, one a row, and map it."""
-    Dataset.from_dict({"acts": column.astype(np.float16)}).save_to_disk(path)
+    """Write an Arrow file of fp16 arrays, one a row, and map it; matrices as SAELens has them."""
+    kind = Array2D(column.shape[1:], "float16") if column.ndim > 2 else List(Value("float16"))
+    features = Features({"acts": kind})
+    Dataset.from_dict({"acts": column.astype(np.float16)}, features=features).save_to_disk(path)
     return Dataset.load_from_disk(path).with_format("torch")
 
 

@@ -88,7 +88,7 @@ def test_a_log_gets_a_line_of_what_is_being_done(logged, soon):
     assert threading.active_count() == 1
 
 
-def test_lines_come_at_growing_intervals(logged):
+def test_lines_come_at_growing_intervals(logged, monkeypatch):
     log, pauses = logged(), []
 
     class Ended(threading.Event):
@@ -96,6 +96,7 @@ def test_lines_come_at_growing_intervals(logged):
             pauses.append(pause)
             return len(pauses) == 9
 
+    monkeypatch.setattr(display, "_FIRST_LINE", 10.0)
     lines = display._Lines(log)
     lines._ended = Ended()
     lines.run()

@@ -91,7 +91,7 @@ def test_the_command(dump_path, tmp_path, capfd):
     assert str(report) in err
 
 
-@pytest.mark.parametrize("more", [["--verify"], ["--json"], ["other.npz"]])
+@pytest.mark.parametrize("more", [["--verify"], ["--stats"], ["--json"], ["other.npz"]])
 def test_the_command_takes_one_thing_at_a_time(dump_path, tmp_path, more):
     assert main([str(dump_path), "--report", str(tmp_path / "report.html"), *more]) == 2
     assert names(tmp_path) == set()

@@ -32,6 +32,7 @@ def tensors(boards=N, seed=0):
         "attn_q": mlp.reshape(boards, 3, 16, 2, 5).double(),
         "attn_pattern": torch.zeros(boards, 3, 16, 16, 16),
         "pooled": torch.zeros(boards, 16 + 1),
+        "empty": torch.zeros(boards, 16, 0),
     }
 
 
@@ -250,6 +251,8 @@ def test_files_that_do_not_belong_together(paths, tmp_path):
         (("attn_pattern", 0), "attn_pattern has no axis of cells"),
         (("pooled",), "pooled has no axis of cells"),
         (("indices",), "indices has no axis of cells"),
+        (("empty",), "empty has no axis of cells"),
+        (([],), "key: no keys"),
     ],
 )
 def test_keys_that_have_no_cells(acts, arguments, error):

@@ -130,12 +130,12 @@ def test_processes_leave_no_trace(tmp_path, ranks, earlier):
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
-def leave_and_commit(target: Path, tamper) -> None:
+def leave_and_commit(target: Path, tamper, of_first: int = 4) -> None:
     with open_group(target, DUMP, 2) as (first, other):
         assert isinstance(first, OutputFile)
         write_whole_tensors(first, DUMP)
-        write_ticket(first, DUMP, range(4))
-        write_ticket(other, DUMP, range(4, BATCHES))
+        write_ticket(first, DUMP, range(of_first))
+        write_ticket(other, DUMP, range(of_first, BATCHES))
         other.leave()
         (handed_over,) = target.parent.glob("*.statistics")
         assert handed_over.stat().st_mode & 0o777 == 0o600
@@ -146,11 +146,11 @@ def leave_and_commit(target: Path, tamper) -> None:
 def test_what_another_process_hands_over_need_not_arrive(tmp_path):
     target = tmp_path / "x.safetensors"
     stale = tmp_path / "stale"
+    leave_and_commit(target, lambda path: stale.write_bytes(path.read_bytes()), of_first=2)
     for tamper in (
         Path.unlink,
         lambda path: damage(path, 100),
         lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: stale.write_bytes(path.read_bytes()),
         lambda path: path.write_bytes(stale.read_bytes()),  # of another token
         lambda path: path.chmod(0o666),
     ):

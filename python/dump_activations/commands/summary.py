@@ -57,7 +57,8 @@ def _title(summary: Summary) -> str:
 def _speed_table(summary: Summary) -> Table:
     def row(name: str, seconds: float) -> list[str]:
         share = f"{seconds / summary.seconds:.0%}" if summary.seconds else "-"
-        rate = f"{summary.boards / seconds:,.0f}" if seconds else "-"
+        # What takes no time that could be shown has no rate.
+        rate = f"{summary.boards / seconds:,.0f}" if seconds >= 0.0005 else "-"
         return [name, f"{seconds:.3f}", share, rate]
 
     rows = [

@@ -260,6 +260,8 @@ class ActivationsFile:
         from dump_activations.storage.reading.cells import Cells
 
         keys = (key,) if isinstance(key, str) else tuple(key)
+        if not keys:
+            raise InvalidArgumentError(f"{option('key')}: no keys")
         return Cells(
             self._files,
             {name: CellValues.of(self._find(name), layer) for name in keys},

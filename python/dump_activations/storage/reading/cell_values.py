@@ -43,7 +43,8 @@ class CellValues:
                 f"{option('layer')}"
             )
         [part] = key.parts(layer)
-        if not key.of_boards or key.value[:1] != (CELLS,) or key.name in _OF_PAIRS:
+        has_cells = key.of_boards and key.value[:1] == (CELLS,) and 0 not in key.value
+        if not has_cells or key.name in _OF_PAIRS:
             raise InvalidArgumentError(f"{key.name} has no axis of cells")
         return cls(part, key.dtype, math.prod(key.value[1:]))
 
