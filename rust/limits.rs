@@ -1,6 +1,6 @@
 //! What a call may take of the machine.
 
-use std::thread;
+use std::{env, thread};
 
 use crate::file;
 
@@ -18,8 +18,15 @@ pub struct Limits {
 
 impl Limits {
     pub fn of_process() -> Self {
-        let cores = thread::available_parallelism().map_or(1, usize::from).min(READERS);
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let cores = (cores / neighbours()).clamp(1, READERS);
         let files = (file::descriptor_limit() / 4).clamp(1, 1024) as usize;
         Self { cores, files, asks_cache: true }
     }
+}
+
+/// How many processes of a run share this machine: torchrun says it.
+fn neighbours() -> usize {
+    let said = env::var("LOCAL_WORLD_SIZE").ok().and_then(|text| text.parse().ok());
+    said.unwrap_or(1).max(1)
 }

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from dump_activations.progress import display
+
 # The models here are tiny: a thread pool costs them more than it gives. Set before torch is
 # imported, and inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -64,6 +66,12 @@ def demo_pool() -> Path:
 def layouts() -> Path:
     """Return the directory of the sample rows in every layout, with what they decode to."""
     return LAYOUTS
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a run on a machine that does other things too from saying how far it is."""
+    monkeypatch.setattr(display, "_FIRST_LINE", 3600.0)
 
 
 @pytest.fixture

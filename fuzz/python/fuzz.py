@@ -20,7 +20,8 @@ EXTREMES = [
 
 ROOT = Path(__file__).resolve().parents[2]
 
-with atheris.instrument_imports(include=["dump_activations", "zipfile", "pickletools"]):
+INSTRUMENTED = ["dump_activations", "pool_targets", "zipfile", "pickletools"]
+with atheris.instrument_imports(include=INSTRUMENTED):
     from targets import TARGETS, measured
 
 

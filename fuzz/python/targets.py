@@ -17,6 +17,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from pool_targets import (
+    make_labels_target,
+    make_runs_schema_target,
+    make_runs_target,
+    make_selection_target,
+)
+
 from dump_activations.errors import DumpActivationsError, OutputError
 from dump_activations.storage.reading.inspection import find_damage, inspect
 from dump_activations.storage.writing.recorded import JournalError, read_journal
@@ -137,5 +144,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "checkpoint_config": _checkpoint("config.json"),
     "checkpoint_safetensors": _checkpoint("model.safetensors"),
     "checkpoint_bundle": _checkpoint("bundle.pt"),
+    "labels": make_labels_target(_DIRECTORY / "labels"),
+    "selection": make_selection_target(_DIRECTORY / "selection"),
+    "runs": make_runs_target(_DIRECTORY / "runs"),
+    "runs_schema": make_runs_schema_target(_DIRECTORY / "runs_schema"),
     "checkpoint_pickle": _in_archive("archive/data.pkl", _checkpoint("bundle.pt")),
 }

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Self
 
 # Of the private use area: no text has them by accident.
@@ -131,6 +132,10 @@ class DeviceError(DumpActivationsError, RuntimeError):
     """What the machine lacks: a compute device, memory, threads, or what compiling needs."""
 
 
+class GroupError(DumpActivationsError, RuntimeError):
+    """Another process of the same run has failed, or cannot be reached."""
+
+
 class OutputError(DumpActivationsError, OSError):
     """An output file that cannot be written, resumed or read back."""
 
@@ -177,8 +182,23 @@ class DumpActivationsNote(DumpActivationsWarning):
 warnings.simplefilter("ignore", DumpActivationsNote, append=True)
 
 
+_is_muted = ContextVar("_is_muted", default=False)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Neither warn nor note anything inside the context: another process says the same."""
+    token = _is_muted.set(True)
+    try:
+        yield
+    finally:
+        _is_muted.reset(token)
+
+
 def warn(warning: str | DumpActivationsWarning) -> None:
     """Warn whoever called this package, at the line of the call."""
+    if _is_muted.get():
+        return
     if isinstance(warning, str):
         warning = DumpActivationsWarning(warning)
     frame, level = sys._getframe(), 1

@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from dump_activations.dtypes import STORAGE_DTYPES
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called after each batch with the boards done and the boards in all."""
 
+
+def _progress(name: str, value: Any) -> Progress | bool:
+    if value is not None and not isinstance(value, bool) and not callable(value):
+        raise InvalidArgumentError(
+            f"{option(name)}: {value!r} is neither True, for a bar, nor to be called"
+        )
+    return value or False
+
+
 DEFAULT_OUTPUT = "activations.safetensors"
 
 TENSORS = ("own", "borrowed", "device")
@@ -34,9 +44,47 @@ PRECISIONS = ("fp32", "tf32", "bf16", "bf16-true")
 _Check = Callable[[str, Any], Any]
 
 
-def _option(text: str, *, default: Any, check: _Check = lambda _name, value: value) -> Any:
+class Group(StrEnum):
+    """What an option is about, as `--help` has it."""
+
+    RUN = "What to run"
+    KEEP = "What to keep"
+    COMPUTE = "How to compute"
+    AGAIN = "After an interruption"
+
+
+@dataclass(frozen=True)
+class Described:
+    """An option as others show it.
+
+    Attributes:
+        name: of the field.
+        default: its default.
+        text: what it is.
+        group: what it is about.
+        choices: all values that it takes, where they are few.
+    """
+
+    name: str
+    default: Any
+    text: str
+    group: Group
+    choices: tuple[str, ...]
+
+
+def _option(
+    text: str,
+    *,
+    group: Group,
+    default: Any,
+    check: _Check = lambda _name, value: value,
+    choices: Collection[str] = (),
+) -> Any:
     """Describe an option; `check` gives the value as the run has it, or refuses it."""
-    return field(default=default, metadata={"help": text, "check": check})
+    if choices:
+        check = _one_of(choices)
+    shown = {"help": text, "group": group, "choices": tuple(choices)}
+    return field(default=default, metadata={**shown, "check": check})
 
 
 def _whole_from(least: int) -> _Check:
@@ -127,73 +175,94 @@ class Options:
     outputs: str | Sequence[str] = _option(
         "comma-separated activation keys, globs of them (quoted: 'attn_*') or names of "
         "TransformerLens hooks without a layer",
+        group=Group.KEEP,
         default=("final_hidden",),
         check=_keys,
     )
     layers: Layers | None = _option(
         f"layers to keep, as Python indexes them: {option('layers', '0,3,-1,4:8')}; all by default",
+        group=Group.KEEP,
         default=None,
         check=parse_layers,
     )
     split_layers: bool = _option(
-        "one tensor a layer, KEY.LAYER, in place of a stacked one", default=False
+        "one tensor a layer, KEY.LAYER, in place of a stacked one", group=Group.KEEP, default=False
     )
     n_samples: int = _option(
         f"number of samples to draw (ignored with {option('indices')} or {option('steps')})",
+        group=Group.RUN,
         default=1024,
         check=_whole_from(1),
     )
     indices: ArrayLike | None = _option(
-        "global step indices to use instead of a draw; order and duplicates are kept", default=None
+        "global step indices to use instead of a draw; order and duplicates are kept",
+        group=Group.RUN,
+        default=None,
     )
     steps: slice | str | None = _option(
         "a stretch of the pool in its order instead of a draw, START:STOP or START:STOP:STEP; "
         "':' is all of it",
+        group=Group.RUN,
         default=None,
         check=_steps,
     )
     where: str | Expression | None = _option(
         "only steps for which an expression holds, such as 'max_rank >= 11 and run_id % 10 != 0', "
         "over fields of the rows and labels",
+        group=Group.RUN,
         default=None,
         check=_where,
     )
     labels: str | Sequence[str] = _option(
         "comma-separated labels to store with the boards: fields of the rows, what the rules say "
         "of the board, what metadata.db says of the run, globs of them, or all for every field",
+        group=Group.KEEP,
         default=(),
         check=_labels,
     )
     scan_progress: Progress | None = _option(
         f"called while {option('where')} is looked for, with the rows done and the rows in all",
+        group=Group.COMPUTE,
         default=None,
     )
     seed: int = _option(
         "seed of the draw, which is that of numpy.random.default_rng",
+        group=Group.RUN,
         default=0,
         check=_whole_from(0),
     )
-    batch_size: int = _option("boards a forward pass", default=1024, check=_whole_from(1))
+    batch_size: int = _option(
+        "boards a forward pass", group=Group.COMPUTE, default=1024, check=_whole_from(1)
+    )
     dtype: str = _option(
-        f"storage dtype of floating tensors: {', '.join(STORAGE_DTYPES)}",
+        "storage dtype of floating tensors",
+        group=Group.KEEP,
         default="fp32",
-        check=_one_of(STORAGE_DTYPES),
+        choices=STORAGE_DTYPES,
     )
     device: str = _option(
         f"compute device: cuda, cuda:N, or cpu with {switch('allow_cpu')}",
+        group=Group.COMPUTE,
         default="cuda",
         check=_device,
     )
-    allow_cpu: bool = _option("accept a device that is not CUDA", default=False)
+    allow_cpu: bool = _option(
+        "accept a device that is not CUDA", group=Group.COMPUTE, default=False
+    )
     random_init: bool = _option(
-        "untrained weights in the checkpoint's architecture, as a control", default=False
+        "untrained weights in the checkpoint's architecture, as a control",
+        group=Group.RUN,
+        default=False,
     )
     precision: str = _option(
-        f"arithmetic of the forward pass: {', '.join(PRECISIONS)} (tf32 on CUDA only)",
+        "arithmetic of the forward pass (tf32 on CUDA only)",
+        group=Group.COMPUTE,
         default="fp32",
-        check=_one_of(PRECISIONS),
+        choices=PRECISIONS,
     )
-    compile: bool = _option("run the model through torch.compile", default=False)
+    compile: bool = _option(
+        "run the model through torch.compile", group=Group.COMPUTE, default=False
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -220,17 +289,29 @@ class DumpOptions(Options):
     """What a run computes and how, and what becomes of its file."""
 
     write: bool = _option(
-        "write the file; without, the model is run and nothing is kept", default=True
+        "write the file; without, the model is run and nothing is kept",
+        group=Group.KEEP,
+        default=True,
     )
     stats: bool = _option(
-        "store statistics of each activation beside it: stats/KEY/mean and others", default=False
+        "store statistics of each activation beside it: stats/KEY/mean and others",
+        group=Group.KEEP,
+        default=False,
     )
     resume: bool = _option(
-        "do only what is missing: a complete file of the same work is left as it is", default=False
+        "do only what is missing: a complete file of the same work is left as it is",
+        group=Group.AGAIN,
+        default=False,
     )
-    overwrite: bool = _option("start anew, whatever an interrupted run left", default=False)
-    progress: Progress | None = _option(
-        "called after each batch with the boards done and the boards in all", default=None
+    overwrite: bool = _option(
+        "start anew, whatever an interrupted run left", group=Group.AGAIN, default=False
+    )
+    progress: Progress | bool | None = _option(
+        "True for a bar, or what is called after each batch with the boards done and the boards "
+        "in all",
+        group=Group.COMPUTE,
+        default=None,
+        check=_progress,
     )
 
     def __post_init__(self) -> None:
@@ -248,11 +329,21 @@ class StreamOptions(Options):
     tensors: str = _option(
         "whose a batch's tensors are: own, the caller's to keep; borrowed, of the run, in host "
         "memory, until the next batch; device, likewise but where they were computed, not copied",
+        group=Group.KEEP,
         default="own",
         check=_one_of(TENSORS),
     )
 
 
-def describe(options: type[Options]) -> list[tuple[str, Any, str]]:
-    """List an options class's fields as (name, default, description), in their order."""
-    return [(each.name, each.default, each.metadata["help"]) for each in fields(options)]
+def describe(options: type[Options]) -> list[Described]:
+    """Describe an options class's fields, in their order."""
+    return [
+        Described(
+            each.name,
+            each.default,
+            each.metadata["help"],
+            each.metadata["group"],
+            each.metadata["choices"],
+        )
+        for each in fields(options)
+    ]

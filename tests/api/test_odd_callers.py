@@ -194,3 +194,10 @@ def test_metadata_that_unfolds_without_end(tmp_path):
             changed.writestr(info.filename, content if is_pickle else whole.read(info))
     with pytest.raises(OutputError, match="metadata"):
         inspect(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("function", [dump, stream])
+def test_an_unknown_argument_is_named_with_the_nearest(function):
+    message = rf"^{function.__name__}\(\) got an unexpected keyword argument 'batchsize'; did you "
+    with pytest.raises(TypeError, match=message + r"mean 'batch_size'\?$"):
+        function(DEMO_CHECKPOINT, DEMO_POOL, batchsize=3)

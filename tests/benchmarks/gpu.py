@@ -1,7 +1,7 @@
 """Dumps of the 50M model on a GPU: against the plain script and against each stage's own limit.
 
-Everything runs in this process, in turns, with the memory it once pinned at hand; what the first
-dump takes to set up is a figure of its own.
+Everything runs in this process, in turns; what the first dump takes to set up is a figure of its
+own. Each run page-locks its memory anew, before its loop: only whole calls count that.
 
 Shape letters: N boards in all, S cells (16).
 """
@@ -11,6 +11,7 @@ import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import baseline
 import torch
@@ -21,6 +22,7 @@ from setting import Setting
 from workload import KEYS_50M, STORED_NBYTES, board_nbytes
 
 from dump_activations import dump, load_encoder
+from dump_activations.options import PRECISIONS
 from dump_activations.pipeline.loop import Summary
 
 BOARDS, BATCH = 65_536, 1024
@@ -70,6 +72,36 @@ def measure_forward(setting: Setting) -> Section:
             ),
             Figure.of("what the first dump took longer than the second", [first - second], "s"),
             *overlapped,
+        ],
+    )
+
+
+def measure_precisions(setting: Setting) -> Section:
+    """Run the model in each precision, and compiled in the one that is meant to be quick."""
+    title = "GPU, precisions"
+    if reason := _why_not(setting.memory):
+        return Section(title, f"skipped: {reason}", [])
+    ways = {name: {"precision": name} for name in PRECISIONS}
+    ways |= {"bf16, compiled": {"precision": "bf16", "compile": True}}
+    speeds = alternate(
+        {
+            name: lambda options=options: _loop_speed(
+                _dump(setting, setting.memory, "bf16", boards=BOARDS, write=False, **options)
+            )
+            for name, options in ways.items()
+        },
+        rounds=setting.rounds,
+    )
+    return Section(
+        title,
+        f"50M model, {BOARDS:,} boards, {KEYS_50M}, batch {BATCH}, --no-write --dtype bf16",
+        [
+            *(Figure.of(name, values, "boards/s") for name, values in speeds.items()),
+            *(
+                Figure.of(f"{name} to fp32", ratios(speeds, name, "fp32"), "x")
+                for name in ways
+                if name != "fp32"
+            ),
         ],
     )
 
@@ -157,7 +189,13 @@ def _affordable_boards(setting: Setting, directory: Path, dtype: str) -> int:
 
 
 def _dump(
-    setting: Setting, directory: Path, dtype: str, *, boards: int, write: bool = True
+    setting: Setting,
+    directory: Path,
+    dtype: str,
+    *,
+    boards: int,
+    write: bool = True,
+    **options: Any,
 ) -> Summary:
     target = directory / "gpu.safetensors"
     try:
@@ -171,6 +209,7 @@ def _dump(
             dtype=dtype,
             device=DEVICE,
             write=write,
+            **options,
         )
     finally:
         target.unlink(missing_ok=True)

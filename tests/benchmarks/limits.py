@@ -12,7 +12,8 @@ from measure import timed
 from output import write_raw
 from torch import Tensor, nn
 
-from dump_activations.api.dumping import _WRITER_THREADS
+from dump_activations.api.dumping import writer_threads
+from dump_activations.place import Place
 
 _COPIED_NBYTES = 1 << 30
 
@@ -31,7 +32,7 @@ def write_speed(directory: Path, nbytes: int) -> float:
 
     Through the page cache or past it, whichever is faster here.
     """
-    options = Namespace(directory=directory, threads=_WRITER_THREADS)
+    options = Namespace(directory=directory, threads=writer_threads(Place.here()))
     seconds = [write_raw(nbytes, options, direct=False, flush=True)]
     with suppress(OSError):  # Not every file system has direct writes.
         seconds.append(write_raw(nbytes, options, direct=True, flush=True))

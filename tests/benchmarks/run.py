@@ -10,11 +10,16 @@ ratios are taken within a round. The sections:
     loops_demo     dumps against the plain script and each stage's limit, demo checkpoint, CPU
     loops_50m      the same with a 50M model, which must run as fast as the plain forward loop
     keys           attn_pattern beside layer_outputs, one layer, a tensor a layer; 50M model, CPU
+    streams        stream with tensors of one's own and with borrowed ones, demo checkpoint, CPU
     digests        dumps with the digests and counts against dumps without, CPU
+    processes      two processes against one of two threads, a ticket, a slow rank, the start; CPU
+    reading        shuffled cells and rows of a finished file against NumPy and the disk
     stats_demo     dumps with --stats against dumps without, demo checkpoint, CPU
     stats_50m      the same with a 50M model
     start          --help against an empty app; the demo's time outside its loop
     gpu_forward    --no-write against the plain forward loop; forward and copies in a profile
+    gpu_precisions --no-write in each precision, and which of them runs how much faster
+    gpu_streams    stream with tensors of one's own, borrowed ones, and on the device
     gpu_memory     dumps against the plain script and each stage's limit, to a memory-backed file
     gpu_disk       the same to an ordinary disk
 
@@ -35,8 +40,11 @@ import gpu
 import keys
 import loops
 import memory
+import processes
+import reading
 import start
 import stats
+import streams
 import whole_process
 from machine import describe_machine
 from measure import Section
@@ -50,11 +58,16 @@ SECTIONS = {
     "loops_demo": loops.measure_demo,
     "loops_50m": loops.measure_50m,
     "keys": keys.measure,
+    "streams": streams.measure_cpu,
     "digests": digests.measure,
+    "processes": processes.measure,
+    "reading": reading.measure,
     "stats_demo": stats.measure_demo,
     "stats_50m": stats.measure_50m,
     "start": start.measure,
     "gpu_forward": gpu.measure_forward,
+    "gpu_precisions": gpu.measure_precisions,
+    "gpu_streams": streams.measure_gpu,
     "gpu_memory": gpu.measure_memory,
     "gpu_disk": gpu.measure_disk,
 }

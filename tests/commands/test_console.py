@@ -17,6 +17,8 @@ from dump_activations.commands import console
 from dump_activations.commands.dump import main as dump_main
 from dump_activations.commands.inspect import main as inspect_main
 from dump_activations.errors import DumpActivationsWarning, option
+from dump_activations.phases import Phase, counted
+from dump_activations.progress.display import shown_progress
 
 
 def read_all(terminal):
@@ -50,13 +52,13 @@ def visible_before(text, shown):
 
 def test_a_warning_leaves_the_bar_whole(terminal):
     shown_since, long = terminal(), "x" * 200
-    with console.shown_warnings(), console.progress_bar() as progress_of:
-        progress = progress_of("boards")
+    with console.shown_warnings(), shown_progress():
+        progress = counted(Phase("", "boards", of=10))
         progress(5, 10)
         warnings.warn(DumpActivationsWarning(f"[bold] {option('dtype')} {long}"), stacklevel=1)
         progress(9, 10)
     shown = shown_since()
-    assert "9/10" in shown
+    assert "9/10 boards" in shown
     assert f"[bold] --dtype {long}\r\n" in shown
     assert visible_before("warning: ", shown) == ""
     console.print_warning("after")
@@ -68,7 +70,7 @@ def test_no_colour(live, terminal, monkeypatch):
     shown_since = terminal()
 
     def lines():
-        with console.progress_bar():
+        with shown_progress():
             if live:
                 console.print_error("red")
         if not live:

@@ -1,6 +1,7 @@
 """What a run would write, and what there is to ask for: `--dry-run` and `--list-outputs`."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import warnings
 
 import pytest
 
-from dump_activations import dump
+from dump_activations import demo, dump
 from dump_activations.commands.dump import main
 from dump_activations.errors import DumpActivationsNote
 from faults.fixtures import small_disk  # noqa: F401
@@ -143,3 +144,53 @@ def test_the_list_of_keys_without_a_model_or_of_one_without_sinks(capsys):
     assert "(N, 4, 16, 64)" in out
     assert f"{4 * 16 * 64 * 4:,}" in out
     assert "this model has no" in out
+
+
+def interrupted(target):
+    """Leave a partial file of 16 of 20 boards."""
+
+    def fail(done, _of):
+        if done == 16:
+            raise RuntimeError("enough")
+
+    options = {"n_samples": 20, "batch_size": 4, "device": "cpu", "allow_cpu": True}
+    with pytest.raises(RuntimeError):
+        dump(demo.CHECKPOINT, demo.POOL, target, progress=fail, **options)
+
+
+def test_a_dry_run_says_what_becomes_of_a_partial_file(tmp_path, capsys):
+    target = tmp_path / "a.pt"
+    partial = tmp_path / "a.pt.partial"
+    same = ["--n-samples=20", "--batch-size=4"]
+    interrupted(target)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, line = refusal(capsys, target, *same)
+    assert (code, line) == (0, f"note: {partial} will be gone on with: it has 16 of 20 boards")
+    code, line = refusal(capsys, target, *same, "--seed=1")
+    assert code == 1
+    assert f"{partial} is left over from other work" in line
+    assert "--seed (0 there, 1 here)" in line
+    code, line = refusal(capsys, target, *same, "--seed=1", "--overwrite")
+    assert (code, line) == (0, f"note: {partial} will be dropped")
+    with partial.open("rb") as running:
+        fcntl.flock(running, fcntl.LOCK_EX)
+        code, line = refusal(capsys, target, *same)
+    assert (code, line) == (1, f"error: another dump to {target} is running")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "a.pt.partial.journal").unlink()
+    code, line = refusal(capsys, target, *same)
+    assert (code, line) == (0, f"note: {partial} will be started anew: it has no journal")
+
+
+def test_a_partial_file_beside_a_complete_one_is_mentioned(tmp_path, capsys):
+    target = tmp_path / "a.pt"
+    call = ["--demo", "--n-samples=20", "--batch-size=4", "--resume", f"--output={target}"]
+    assert main(call) == 0
+    interrupted(tmp_path / "b.pt")
+    for path in tmp_path.glob("b.pt.*"):
+        path.rename(tmp_path / path.name.replace("b", "a", 1))
+    for arguments in (call, [*call, "--dry-run"]):
+        capsys.readouterr()
+        assert main(arguments) == 0
+        assert f"{target}.partial is beside it, and stays" in capsys.readouterr().err
+    assert (tmp_path / "a.pt.partial").exists()

@@ -126,4 +126,6 @@ class Command:
 
     @property
     def lines(self) -> list[str]:
-        return self.log.read_text().splitlines() if self.log.exists() else []
+        """What it printed, but for the progress that only a slow machine is told."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line for line in lines if not line.startswith("progress: ")]

@@ -16,15 +16,29 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import dump_activations.api  # imports torch
+import torch.distributed.run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+import dump_activations.api
 import dump_activations.commands.dump
 import dump_activations.commands.inspect
 from dump_activations.pipeline.interrupts import die_of
 from dump_activations.storage.writing import durability
 
+
+def torchrun(arguments: list[str]) -> int:
+    """Be torchrun, whose exit code is 1 where a process failed."""
+    try:
+        torch.distributed.run.main(arguments)
+    except ChildFailedError:
+        return 1
+    return 0
+
+
 COMMANDS = {
     "dump-activations": dump_activations.commands.dump.main,
     "inspect-activations": dump_activations.commands.inspect.main,
+    "torchrun": torchrun,
 }
 
 

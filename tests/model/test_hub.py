@@ -382,3 +382,38 @@ def test_command_dumps_from_the_hub_and_then_offline(hub, demo_checkpoint, demo_
         assert dump.metadata["hub_commit"] == commit
         assert_close(dump.numpy("head_logits"), expected["head_logits"])
     assert sorted(hub.downloads) == ["v0.1/config.json", "v0.1/model.safetensors"]
+
+
+TOLD = """
+import json
+from dump_activations import load_encoder, phases
+
+class Told:
+    events = []
+    def begin(self, phase):
+        self.events.append([phase.name, phase.unit])
+    def advance(self, done, of):
+        self.events.append([done, of])
+
+with phases.reported_to(Told()):
+    load_encoder("hf://lab/told")
+print(json.dumps(Told.events))
+"""
+
+
+def test_a_download_is_told_of_and_draws_no_bars(hub, tmp_path):
+    files, _ = checkpoint_files(tmp_path / "a")
+    hub.commit("lab/told", files)
+    run = subprocess.run(
+        [sys.executable, "-c", TOLD],
+        env=hub_environment(hub, tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, *counts, last = json.loads(run.stdout)
+    assert first == ["downloading hf://lab/told", "B"]
+    assert last == ["loading the checkpoint", ""]
+    assert counts == sorted(counts)
+    assert counts[-1] == [sum(map(len, files.values()))] * 2
+    assert run.stderr == ""

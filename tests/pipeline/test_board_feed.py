@@ -42,7 +42,7 @@ def feed(boards, tmp_path, monkeypatch):
 @pytest.mark.parametrize("first", [0, 1])
 def test_batches_are_whole_whatever_the_largest_window(first, batch_size, feed, boards):
     start = first * batch_size
-    batches = [*feed(batch_size=batch_size, start=start)]
+    batches = [*feed(batch_size=batch_size, stretches=[range(start, N)])]
     assert [batch.first_row for batch in batches] == [*range(start, N, batch_size)]
     for batch in batches:
         rows = np.arange(N)[batch.first_row : batch.first_row + batch_size]
@@ -88,16 +88,38 @@ def test_what_is_read_ahead(read, feed):
     assert sum(read) == N
 
 
+def test_no_more_than_one_stretch_is_taken_ahead(read, feed):
+    """Whoever took it would keep others from it; the boards of one are read meanwhile."""
+    rows = [range(100, 104), range(0, 2), range(2, 3), range(50, 80), range(4, 6), range(7, 9)]
+    taken = []
+
+    def stretches():
+        for stretch in rows:
+            taken.append(stretch)
+            yield stretch
+
+    for batch in feed(batch_size=2, stretches=stretches()):
+        at = next(i for i, stretch in enumerate(rows) if batch.first_row in stretch)
+        ahead = rows[at + 1 : at + 2]
+        if at != 3:  # Of the long one, not all is read yet.
+            assert taken == rows[: at + 1] + ahead
+            assert sum(read) > sum(map(len, rows[: at + 1])) or not ahead
+        assert len(taken) <= at + 2
+    assert sum(read) == sum(map(len, rows))
+
+
 def test_an_exponent_outside_is_told_as_soon_as_it_is_read(read, feed, boards):
     boards[19, 3] = 16
     boards[[18, 150], 5] = 17
     batches = feed(batch_size=1)
     with pytest.raises(VocabularyError, match=r"step 18: exponent 17 .*\(2 of the first 21 bo"):
         next(batches)
-    assert read == [1, 4, 16, 16]  # the windows, and once more to count
+    assert read == [1, 4, 16, 21]  # the windows, and once more to count
 
 
-@pytest.mark.parametrize(("largest", "counted"), [(1000, "3 of the 200"), (20, "1 of the first")])
+@pytest.mark.parametrize(
+    ("largest", "counted"), [(1000, "3 of the 200"), (20, "1 of the 16 boards from number 56 on")]
+)
 def test_exponents_outside_are_counted_where_that_is_cheap(
     largest, counted, feed, boards, monkeypatch
 ):

@@ -8,6 +8,7 @@ import torch
 
 from dump_activations import dump, load_encoder, stream
 from dump_activations.commands.dump import main
+from dump_activations.errors import DeviceError
 from reference.checkpoints import VARIANTS, load_demo
 from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
 from reference.model import LAYER_KEYS, PER_BOARD_KEYS, assert_close, naive_dump
@@ -172,6 +173,49 @@ def test_stream_yields_what_dump_writes(model, pools, tmp_path):
         seen["boards"].append(torch.as_tensor(batch.boards).clone().cpu())
     for key, parts in seen.items():
         assert torch.equal(torch.cat(parts), written.tensors[key]), key
+
+
+USES = {
+    "own": lambda tensor: tensor,
+    "borrowed": lambda tensor: tensor.to("cuda", non_blocking=True),
+    "device": lambda tensor: tensor.clone(),
+}
+
+
+@pytest.mark.parametrize("tensors", USES)
+def test_what_is_lent_holds_in_streams_of_the_callers(tensors, model, pools, tmp_path):
+    """Work on a batch is queued behind some that takes long, in another stream each time."""
+    pool, keys = pools["packed_46"].path, ["layer_outputs", "pooled"]
+    run(model, pool, tmp_path / "a.safetensors", outputs=keys)
+    written = read_dump(tmp_path / "a.safetensors")
+    mine = [torch.cuda.Stream(), torch.cuda.Stream()]
+    options = {"n_samples": SAMPLES, "batch_size": BATCH, "seed": SEED}
+    batches = stream(model, pool, outputs=keys, tensors=tensors, **options)
+    copies = {key: [] for key in keys}
+    for i in range(-(-SAMPLES // BATCH)):
+        with torch.cuda.stream(mine[i % 2]):
+            batch = next(batches)
+            torch.cuda._sleep(10**8)
+            for key in keys:
+                copies[key].append(USES[tensors](batch[key]))
+    assert next(batches, None) is None
+    for key, parts in copies.items():
+        assert torch.equal(torch.cat([part.cpu() for part in parts]), written.tensors[key]), key
+
+
+def test_borrowed_memory_is_page_locked_until_the_run_ends(model, pools):
+    batches = stream(model, pools["packed_46"].path, tensors="borrowed", n_samples=900)
+    pooled = next(batches)["final_hidden"]
+    assert pooled.is_pinned()
+    batches.close()
+    assert not pooled.is_pinned()
+
+
+def test_memory_that_cannot_be_page_locked(model, pools, tmp_path, monkeypatch):
+    monkeypatch.setattr("dump_activations.pipeline.pinned.share_of_host", lambda: 1000)
+    with pytest.raises(DeviceError, match=r"pinned host memory .* try batch_size=16"):
+        run(model, pools["packed_46"].path, tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stream_closed_early(model, pools):

@@ -102,3 +102,15 @@ def test_what_is_ignored_in_a_context_is_heard_after_it(received):
     signal.raise_signal(signal.SIGTERM)
     assert received == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_all_signals_are_held_where_a_launcher_repeats_them():
+    with HeldInterrupts(all_of_them=True) as interrupts:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+        interrupts.check()

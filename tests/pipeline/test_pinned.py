@@ -149,7 +149,7 @@ def test_a_small_share_makes_for_fewer_slots(ways, memory, share, tmp_path, demo
 
 def test_a_share_without_room_is_an_error_at_once(ways, memory, share, tmp_path):
     share(2 * SLOT - 1)
-    text = r"pinned host memory \(2 x 0.14 MB, .* 0.27 MB is .*batch_size=8; .*try batch_size=4$"
+    text = r"pinned host memory \(2 x .*, and .* is the share .*batch_size=8; .*try batch_size=4$"
     with simulated(lazy, memory):
         for way in ("dump", "stream", "never begun"):
             with pytest.raises(DeviceError, match=text):
@@ -159,16 +159,16 @@ def test_a_share_without_room_is_an_error_at_once(ways, memory, share, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("refusal", "kind", "text"),
+    ("refusal", "text"),
     [
-        (2, DeviceError, r"out of pinned host memory \(0.41 MB: code 2\) .*try batch_size=4$"),
-        (304, DeviceError, r"out of pinned host memory \(0.41 MB: code 304\)"),
-        (700, RuntimeError, "CUDA error: code 700"),
+        (2, r"^out of pinned host memory \(.*: code 2\) .*try batch_size=4$"),
+        (304, r"^out of pinned host memory \(.*: code 304\)"),
+        (801, r"^cuda:0 cannot page-lock host memory: code 801$"),
     ],
 )
-def test_what_the_system_refuses(refusal, kind, text, ways, tmp_path):
+def test_what_the_system_refuses(refusal, text, ways, tmp_path):
     memory = Watched(refusal)
-    with simulated(lazy, memory), pytest.raises(kind, match=text):
+    with simulated(lazy, memory), pytest.raises(DeviceError, match=text):
         ways["dump"][0]()
     assert list(tmp_path.iterdir()) == []
 
@@ -199,9 +199,10 @@ def test_half_of_the_host_is_shared_by_its_processes(monkeypatch):
     monkeypatch.setattr(
         "dump_activations.pipeline.host_share.limits_of_groups", lambda: iter([1000, 800])
     )
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert share_of_host() == 400
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "8")
+    monkeypatch.setenv("MASTER_PORT", "1")
     assert share_of_host() == 50
 
 

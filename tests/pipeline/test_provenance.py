@@ -3,7 +3,10 @@
 import hashlib
 import json
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from dump_activations.errors import ActivationUnavailableError
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 from reference.dumps import read_dump
 from reference.model import assert_close, naive_dump
+from reference.pools import make_pool, write_shards
 
 ON_CPU = {"device": "cpu", "allow_cpu": True, "n_samples": 7}
 TRUNK_KEYS = ["final_hidden", "pooled", "layer_outputs", "attn_norm", "mlp_input"]
@@ -41,6 +45,51 @@ def checkpoint(tmp_path):
     directory = save_checkpoint(tmp_path / "init", random_state_dict(BASE), config_json(BASE))
     (directory / "tokenizer.json").write_text('{"bins":\n [0.5, "\N{SNOWMAN}"]}')
     return directory
+
+
+def test_every_entry_says_what_was_run(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = make_pool(tmp_path / "pool", "packed_46", n=40).rows
+    write_shards(tmp_path / "shards", rows, [30, 10])
+    path = Path("a.npz")
+    asked = {"outputs": ["pooled", "attn_out"], "layers": [-1], "labels": "move_dir,empty_cells"}
+    chosen = {"steps": slice(5, None, 2), "where": " step_index >= 0 ", "n_samples": 3, "seed": 9}
+    how = {"dtype": "fp16", "batch_size": 4, "device": "cpu", "allow_cpu": True}
+    dump("init", "shards", path, **asked, **chosen, **how)
+    metadata = dict(read_dump(path).metadata)
+    descr = str(np.lib.format.dtype_to_descr(rows.dtype))
+    shards = [["steps-00000.npy", 30, descr], ["steps-00001.npy", 10, descr]]
+    assert metadata.pop("device").startswith("cpu (")
+    assert json.loads(metadata.pop("integrity")).keys() > {"indices", "boards", "pooled"}
+    assert len(metadata.pop("fingerprint")) == 64
+    assert metadata == {
+        "checkpoint": "init",
+        "tokenizer": '{"bins":\n [0.5, "\N{SNOWMAN}"]}',
+        "hidden_size": str(BASE.hidden),
+        "num_layers": str(BASE.layers),
+        "head_type": "binned_ev",
+        "n_bins": str(BASE.n_bins),
+        "n_samples": "18",
+        "seed": "9",
+        "dtype": "fp16",
+        "outputs": "attn_out,pooled",
+        "layers": str(BASE.layers - 1),
+        "precision": "fp32",
+        "compile": "false",
+        "random_init": "false",
+        "format_version": "1",
+        "dump_activations_version": version("dump-activations"),
+        "torch_version": torch.__version__,
+        "batch_size": "4",
+        "dataset": "shards",
+        "dataset_rows": "40",
+        "dataset_sha256": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
+        "indices_from": "steps 5:40:2",
+        "where": "step_index >= 0",
+        "steps": "5:40:2",
+        "labels": "move_dir,empty_cells",
+        "weights_sha256": naive_sha256(random_state_dict(BASE)),
+    }
 
 
 def test_what_does_not_apply_is_left_out(checkpoint, metadata_of):

@@ -36,7 +36,7 @@ POLICIES = [
     pytest.param(run_first, id="run_first"),
     pytest.param(one_first, id="one_first"),
     pytest.param(side_first, id="side_first"),
-    *randoms(12),
+    *randoms(6),
 ]
 
 

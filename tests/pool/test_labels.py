@@ -154,7 +154,11 @@ DATABASES = {
     "virtual": ("CREATE VIRTUAL TABLE runs USING fts5(id, seed);", "it has no table 'runs'"),
     "no-column": ("CREATE TABLE runs (id INT);", "no column 'seed', only id"),
     "no-runs": (RUNS, "is empty"),
-    "text": (f"{RUNS} INSERT INTO runs VALUES (0, 'five', 6, 7, 8);", "row 1 .* no whole number"),
+    "text": (f"{RUNS} INSERT INTO runs VALUES (0, 'five', 6, 7, 8);", "run 0 has no whole number"),
+    "blob": (
+        f"{RUNS} INSERT INTO runs VALUES (zeroblob(30000000), 5, 6, 7, 8);",
+        "too big",
+    ),
     "null": (f"{RUNS} INSERT INTO runs VALUES (0, NULL, 6, 7, 8);", "no whole number"),
     "fraction": (f"{RUNS} INSERT INTO runs VALUES (0, 1.5, 6, 7, 8);", "no whole number"),
     "twice": (f"{RUNS} {ROW} {ROW}", "run 0 is in it twice"),
@@ -181,7 +185,14 @@ def test_what_is_no_database(demo_pool, tmp_path):
     shutil.copytree(demo_pool, tmp_path / "pool")
     database = tmp_path / "pool" / "metadata.db"
     content = database.read_bytes()
-    for damaged in (b"", b"not a database" * 99, content[:5000], content[:100] + b"\xff" * 9000):
+    no_text = content.replace(b"CREATE TABLE", b"CR\xb8ATE TABLE")
+    for damaged in (
+        b"",
+        b"no database" * 99,
+        content[:5000],
+        content[:99] + b"\xff" * 9000,
+        no_text,
+    ):
         database.write_bytes(damaged)
         with pytest.raises(PoolError, match=r"metadata\.db: "):
             StepsDataset(tmp_path / "pool").read_labels([0], "run_seed")
@@ -194,6 +205,53 @@ def test_what_is_no_database(demo_pool, tmp_path):
     assert "run_seed" not in ds.read_labels([0], "run_*")
     with pytest.raises(InvalidArgumentError, match=r"no 'run_seed' .* metadata\.db .* run_id"):
         ds.read_labels([0], "run_seed")
+
+
+def test_pages_that_hold_one_another(demo_pool, tmp_path):
+    page = 1 << 16
+    ds = pool_with_database(
+        demo_pool, tmp_path / "pool", f"PRAGMA page_size = {page}; {RUNS} {ROW}"
+    )
+    database = tmp_path / "pool" / "metadata.db"
+    content = database.read_bytes()
+    header, leaf = content[:page], content[page:]
+
+    def interior(child):
+        """Write a page of a table that holds one page 9,000 times."""
+        cell = child.to_bytes(4) + b"\x01"
+        cells = 9000
+        start = page - len(cell) * cells
+        places = b"".join((start + 5 * at).to_bytes(2) for at in range(cells))
+        head = b"\x05\0\0" + cells.to_bytes(2) + start.to_bytes(2) + b"\0" + child.to_bytes(4)
+        return (head + places).ljust(start, b"\0") + cell * cells
+
+    pages = [
+        header[:28] + (5).to_bytes(4) + header[32:],
+        interior(3),
+        interior(4),
+        interior(5),
+        leaf,
+    ]
+    database.write_bytes(b"".join(pages))
+    with pytest.raises(PoolError, match="it holds more rows than its size allows"):
+        ds.read_labels([0], "run_seed")
+
+
+def test_an_index_is_not_believed(demo_pool, tmp_path):
+    others = "CREATE TABLE t (a, b); INSERT INTO t VALUES ('x', 'y'); CREATE INDEX j ON t(a, b);"
+    script = f"""
+        {RUNS} {ROW} {others} CREATE INDEX i ON runs(id, seed); PRAGMA writable_schema = ON;
+        UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'j')
+        WHERE name = 'i';
+    """
+    ds = pool_with_database(demo_pool, tmp_path / "pool", script)
+    assert ds.read_labels([0], "run_seed")["run_seed"].tolist() == [5]
+
+
+def test_a_database_without_row_numbers(demo_pool, tmp_path):
+    table = RUNS.replace("id INT", "id INT PRIMARY KEY").replace(");", ") WITHOUT ROWID;")
+    ds = pool_with_database(demo_pool, tmp_path / "pool", f"{table} {ROW}")
+    assert ds.read_labels([0, 1], "run_steps")["run_steps"].tolist() == [6, 6]
 
 
 def test_a_database_is_only_read(demo_pool, tmp_path):

@@ -104,7 +104,7 @@ def browser(profile: Path) -> Iterator[Page]:
     answers, to_write = os.pipe()
     # It takes commands on descriptor 3 and answers on 4.
     script = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
-    command = ["sh", "-c", script, CHROMIUM, f"--user-data-dir={profile}", *_FLAGS]
+    command = ["bash", "-c", script, CHROMIUM, f"--user-data-dir={profile}", *_FLAGS]
     process = subprocess.Popen(
         command, pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -1,6 +1,7 @@
 """Cells in a shuffled order: each once an epoch, the same however they are read."""
 
 import multiprocessing
+import pickle
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def tensors(boards=N, seed=0):
         "attn_q": mlp.reshape(boards, 3, 16, 2, 5).double(),
         "attn_pattern": torch.zeros(boards, 3, 16, 16, 16),
         "pooled": torch.zeros(boards, 16 + 1),
+        "empty": torch.zeros(boards, 16, 0),
     }
 
 
@@ -205,6 +207,15 @@ def test_memory_is_used_again_once_nobody_holds_it(acts):
     assert len(addresses) <= 3
 
 
+def test_a_pickle_is_without_the_memory(acts):
+    cells = acts.cells("final_hidden", batch_size=16)
+    small = len(pickle.dumps(cells))
+    assert sum(len(batch.rows) for batch in cells) == 16 * N
+    assert len(pickle.dumps(cells)) == small
+    cells.load_state_dict(cells.state_dict() | {"epoch": 0})
+    assert places(pickle.loads(pickle.dumps(cells))) == places(cells)
+
+
 def test_several_files_are_one(paths, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file(tensors(11, seed=1), other, METADATA)
@@ -240,6 +251,8 @@ def test_files_that_do_not_belong_together(paths, tmp_path):
         (("attn_pattern", 0), "attn_pattern has no axis of cells"),
         (("pooled",), "pooled has no axis of cells"),
         (("indices",), "indices has no axis of cells"),
+        (("empty",), "empty has no axis of cells"),
+        (([],), "key: no keys"),
     ],
 )
 def test_keys_that_have_no_cells(acts, arguments, error):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ParamSpec, Protocol
 
 from dump_activations.api.dumping import dump_to_file, preview
-from dump_activations.api.signatures import documented
+from dump_activations.api.signatures import check_names, documented
 from dump_activations.api.sources import Init, Pool
 from dump_activations.api.streaming import Batch, stream_batches
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, StreamOptions
@@ -60,6 +60,7 @@ def _dump_taking(options_of: Callable[_P, DumpOptions]) -> _Dump[_P]:
             DumpActivationsError: with one line that names what is wrong and the way out. No file of
                 the target's name appears then, and one that was there is left as it was.
         """
+        check_names("dump", DumpOptions, options)
         return dump_to_file(
             init_or_model, dataset_or_path, Path(output), options_of(*args, **options)
         )
@@ -88,6 +89,7 @@ def _stream_taking(options_of: Callable[_P, StreamOptions]) -> _Stream[_P]:
         Raises:
             DumpActivationsError: with one line that names what is wrong and the way out.
         """
+        check_names("stream", StreamOptions, options)
         return stream_batches(init_or_model, dataset_or_path, options_of(*args, **options))
 
     return stream

@@ -3,11 +3,12 @@
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from dump_activations.errors import with_arguments
-from dump_activations.options import Options, describe
+from dump_activations.options import Described, Options, describe
 
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., object])
 
@@ -35,11 +36,25 @@ def documented(options: type[Options]) -> Callable[[_FunctionT], _FunctionT]:
             [each.replace(annotation=_shown(each.annotation)) for each in parameters],
             return_annotation=_shown(own.return_annotation),
         )
-        text = "\n".join(_line(name, text) for name, _, text in describe(options))
+        text = "\n".join(map(_line, describe(options)))
         function.__doc__ = (function.__doc__ or "").replace(_PLACE, text)
         return function
 
     return document
+
+
+def check_names(function: str, options: type[Options], given: Iterable[str]) -> None:
+    """Refuse keyword arguments that a function does not have, in its own name.
+
+    Raises:
+        TypeError: names the first, and the nearest that there is.
+    """
+    names = [each.name for each in describe(options)]
+    for name in given:
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def _shown(annotation: Any) -> _Shown:
@@ -48,9 +63,10 @@ def _shown(annotation: Any) -> _Shown:
     return _Shown(re.sub(r"(\w+\.)+", "", text))
 
 
-def _line(name: str, text: str) -> str:
+def _line(described: Described) -> str:
+    choices = f": {', '.join(described.choices)}" if described.choices else ""
     return textwrap.fill(
-        f"{name}: {with_arguments(text)}.",
+        f"{described.name}: {with_arguments(described.text)}{choices}.",
         _WIDTH,
         initial_indent=" " * 12,
         subsequent_indent=" " * 16,

@@ -100,7 +100,7 @@ class _Caller:
         boards = computed.boards
         batch = Batch(
             boards.first_row,
-            torch.from_numpy(boards.indices),
+            torch.from_numpy(boards.indices.copy()),
             boards.boards_BS,
             boards.labels,
             computed.tensors,
@@ -116,7 +116,7 @@ class _Caller:
 def _cloned(batch: Batch) -> Batch:
     return Batch(
         batch.first_row,
-        batch.indices.clone(),
+        batch.indices,
         batch.boards.clone(),
         {name: values.clone() for name, values in batch.labels.items()},
         {key: tensor.clone() for key, tensor in batch.tensors.items()},

@@ -1,8 +1,4 @@
-"""Everything that is drawn on the terminal: the progress bar, tables, warnings and errors.
-
-Progress, warnings and errors go to stderr, results to stdout. rich is imported
-when a table or a bar is drawn.
-"""
+"""What is printed: warnings, notes and errors on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -19,17 +15,11 @@ import click
 from dump_activations.commands.tables import Table
 from dump_activations.commands.text import filled, printable
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
+from dump_activations.place import Place
+from dump_activations.progress.display import live_console
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from rich.console import Console
-
-    from dump_activations.options import Progress
-
-
-# Where a bar is drawn, if one is: a line that went past its console would break it.
-_live: Console | None = None
+    from collections.abc import Iterator
 
 
 def print_error(text: str) -> None:
@@ -39,20 +29,27 @@ def print_error(text: str) -> None:
 
 def print_warning(text: str) -> None:
     """Print one yellow line on stderr."""
-    _print_line("warning", "yellow", text)
+    if not _is_silent():
+        _print_line("warning", "yellow", text)
 
 
 def print_note(text: str) -> None:
     """Print one blue line on stderr."""
-    _print_line("note", "blue", text)
+    if not _is_silent():
+        _print_line("note", "blue", text)
+
+
+def _is_silent() -> bool:
+    """Whether another process of the same run prints all but errors."""
+    return Place.here().rank > 0
 
 
 def _print_line(label: str, colour: str, text: str) -> None:
     text = printable(" ".join(text.splitlines()))
-    if _live is not None:
+    if (live := live_console()) is not None:
         from rich.text import Text
 
-        _live.print(Text.assemble((f"{label}: ", f"bold {colour}"), text), soft_wrap=True)
+        live.print(Text.assemble((f"{label}: ", f"bold {colour}"), text), soft_wrap=True)
         return
     label += ": "
     if not os.environ.get("NO_COLOR"):
@@ -77,54 +74,14 @@ def shown_warnings() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str], Progress | None]]:
-    """Draw a bar for each unit that makes progress, with units a second and the time left.
-
-    Yields what makes a callback of a unit's name; None where stderr is no terminal.
-    """
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda _unit: None
-        return
-    global _live  # noqa: PLW0603 -- there is one terminal
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}  {task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-    def progress_of(unit: str) -> Progress:
-        task = bar.add_task(unit, total=None, rate="", visible=False)
-
-        def update(done: int, of: int) -> None:
-            speed = bar.tasks[task].speed
-            rate = f"{speed:,.0f} {unit}/s" if speed else ""
-            bar.update(task, completed=done, total=of, rate=rate, visible=done < of)
-
-        return update
-
-    with bar:
-        _live = bar.console
-        try:
-            yield progress_of
-        finally:
-            _live = None
-
-
 def print_json(value: object) -> None:
     """Print JSON, in a line, on stdout.
 
     Raises:
         OutputError: stdout cannot take it.
     """
+    if _is_silent():
+        return
     with _named_stdout():
         click.echo(json.dumps(value))
 
@@ -135,7 +92,7 @@ def print_parts(*parts: str | Table) -> None:
     Raises:
         OutputError: stdout cannot take it.
     """
-    if sys.stdout is None:
+    if sys.stdout is None or _is_silent():
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     with _named_stdout():

@@ -108,10 +108,17 @@ class FileContents:
             "inf": digest and digest.inf,
         }
 
-    def parts(self) -> Iterator[str | Table]:
-        """Yield what people are shown: a line and tables."""
+    def parts(self, statistics: Table | None = None) -> Iterator[str | Table]:
+        """Yield what people are shown: a line and tables.
+
+        Args:
+            statistics: what is shown in the place of the tensors that hold them.
+        """
+        hidden = "" if statistics is None else "statistics"
         yield self._title()
-        yield self._tensor_table()
+        yield self._tensor_table([each for each in self.tensors if _group_of(each.name) != hidden])
+        if statistics is not None:
+            yield statistics
         rows = [
             (key, shortened(value))
             for key, value in self.metadata.items()
@@ -134,12 +141,12 @@ class FileContents:
     def _has_nonfinite(self) -> bool:
         return any(digest.nan or digest.inf for digest in self.digests.values())
 
-    def _tensor_table(self) -> Table:
+    def _tensor_table(self, tensors: Sequence[StoredTensor | TensorSpec]) -> Table:
         numbers = ["size", *["nan", "inf"] * self._has_nonfinite()]
         headings = ["tensor", "dtype", "shape", *numbers]
         headings += ["digest"] * (self.damaged is not None)
         groups: dict[str, list[list[str]]] = {group: [] for group in _GROUPS}
-        for tensor in self.tensors:
+        for tensor in tensors:
             groups[_group_of(tensor.name)].append(self._row(tensor))
         rows = [row for group, own in groups.items() if own for row in (group, *own)]
         return Table(headings, rows, numbers)

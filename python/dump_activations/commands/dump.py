@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +14,18 @@ import click
 from click.core import ParameterSource
 
 from dump_activations import demo
-from dump_activations.commands.console import print_note, progress_bar
+from dump_activations.commands.console import print_note
+from dump_activations.commands.grouped import GroupedCommand, GroupedOption
+from dump_activations.commands.launcher import is_launched, launch
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
 from dump_activations.commands.runner import be_process, run_command
 from dump_activations.commands.summary import print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
-from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, describe
-from dump_activations.storage.writing.targets import check_output
+from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
+from dump_activations.phases import Phase, begin, counted
+from dump_activations.progress.display import shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,60 +46,106 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(dump_activations, arguments)
 
 
-def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any] | None:
+def _flag(described: Described) -> Callable[[Any], Any] | None:
     """Make an option of the command of one of `dump`; None where only Python has it."""
-    help_text = with_flags(text)[:1].upper() + with_flags(text)[1:] + "."
+    name, default = described.name, described.default
+    text = with_flags(described.text)
+    attributes: dict[str, Any] = {"help": f"{text[:1].upper()}{text[1:]}.", "default": default}
+    if described.choices:
+        attributes["metavar"] = f"[{'|'.join(described.choices)}]"
     flag = f"--{name.replace('_', '-')}"
     if name == "indices":
-        return click.option(flag, help=f"An .npy or .npz file, or a dump: {with_flags(text)}.")
-    if name in ("outputs", "labels"):
-        return click.option(flag, multiple=True, default=default, help=help_text)
-    if name == "write":
-        return click.option(
-            "--no-write",
-            "write",
-            flag_value=False,
-            default=True,
-            show_default=False,
-            help="Run the model and write nothing.",
-        )
-    if isinstance(default, bool):
-        return click.option(flag, is_flag=True, help=help_text)
-    if name in ("layers", "steps", "where") or isinstance(default, int | str):
-        kind = str if default is None else type(default)
-        return click.option(flag, type=kind, default=default, help=help_text)
-    return None
+        attributes["help"] = f"An .npy or .npz file, or a dump: {text}."
+    elif name in ("outputs", "labels"):
+        attributes["multiple"] = True
+    elif name == "write":
+        attributes |= {"flag_value": False, "show_default": False}
+        attributes["help"] = "Run the model and write nothing."
+        return _option("--no-write", "write", group=described.group, **attributes)
+    elif isinstance(default, bool):
+        attributes["is_flag"] = True
+    elif name in ("layers", "steps", "where") or isinstance(default, int | str):
+        attributes["type"] = str if default is None else type(default)
+    else:
+        return None
+    return _option(flag, group=described.group, **attributes)
 
 
 def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
     """Give the command a flag for each option that `dump` has."""
-    flags = [_flag(*described) for described in describe(DumpOptions)]
+    flags = [_flag(described) for described in describe(DumpOptions)]
     for flag in reversed([flag for flag in flags if flag is not None]):
         command = flag(command)
     return command
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 100})
-@click.option("--init", help="Checkpoint directory, .pt bundle, or hf://org/repo. [required]")
-@click.option("--dataset", help="Directory of steps.npy or steps-*.npy. [required]")
-@click.option(
+_option = partial(click.option, cls=GroupedOption)
+
+_PROCESSES = "Many processes"
+_LOOK = "Look before you run"
+
+
+@click.command(
+    cls=GroupedCommand,
+    context_settings={"show_default": True, "max_content_width": 100},
+    groups=(Group.RUN, Group.KEEP, Group.COMPUTE, _PROCESSES, Group.AGAIN, _LOOK),
+    examples=(
+        ("The embedded demo, to see what a dump is", "dump-activations --demo -o demo.safetensors"),
+        (
+            "The last layer of 100,000 boards in 16 bits",
+            "dump-activations --init hf://org/repo --dataset pool --n-samples 100000 \\\n"
+            "      --outputs layer_outputs --layers=-1 --dtype bf16 -o last.safetensors",
+        ),
+    ),
+)
+@_option(
+    "--init", group=Group.RUN, help="Checkpoint directory, .pt bundle, or hf://org/repo. [required]"
+)
+@_option("--dataset", group=Group.RUN, help="Directory of steps.npy or steps-*.npy. [required]")
+@_option(
+    "--demo",
+    "use_demo",
+    group=Group.RUN,
+    is_flag=True,
+    help="Use the embedded checkpoint and pool; --allow-cpu is implied.",
+)
+@_option(
     "-o",
     "--output",
+    group=Group.KEEP,
     default=DEFAULT_OUTPUT,
     help="Output file; .safetensors, .pt or .npz selects the format.",
 )
 @_options_of_dump
-@click.option(
-    "--demo",
-    "use_demo",
+@_option(
+    "--list-outputs",
+    group=_LOOK,
     is_flag=True,
-    help="Use the embedded checkpoint and pool; --allow-cpu is implied.",
+    help="Show every key, with its sizes for --init, and exit.",
 )
-@click.option(
-    "--list-outputs", is_flag=True, help="Show every key, with its sizes for --init, and exit."
+@_option(
+    "--dry-run",
+    group=_LOOK,
+    is_flag=True,
+    help="Check everything, show what would be written, and exit.",
 )
-@click.option(
-    "--dry-run", is_flag=True, help="Check everything, show what would be written, and exit."
+@_option(
+    "--nproc-per-node",
+    group=_PROCESSES,
+    help="Run in so many processes on this machine, or one for each GPU: gpu.",
+)
+@_option(
+    "--max-restarts",
+    group=_PROCESSES,
+    type=click.IntRange(min=0),
+    default=0,
+    help="How often to start the processes again when one fails.",
+)
+@_option(
+    "--numa-binding",
+    group=_PROCESSES,
+    type=click.Choice(["node", "socket", "exclusive", "core-complex"]),
+    help="Keep each process near its GPU, as torchrun does.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what is shown at the end as JSON.")
 @click.version_option(package_name="dump-activations")
@@ -108,6 +159,9 @@ def dump_activations(
     dry_run: bool,
     as_json: bool,
     output: str,
+    nproc_per_node: str | None,
+    max_restarts: int,
+    numa_binding: str | None,
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to one file for offline analysis."""
@@ -121,35 +175,40 @@ def dump_activations(
     if not output or flags["indices"] == "":
         raise InvalidArgumentError(f"{option('output' if not output else 'indices')}: no name")
     if options.write:
+        from dump_activations.storage.writing.targets import check_output
+
         indices = [Path(flags["indices"])] if flags["indices"] else []
         check_output(output, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
+    if nproc_per_node is not None and not dry_run and not is_launched():
+        launch(
+            context.obj,
+            processes=nproc_per_node,
+            max_restarts=max_restarts,
+            numa_binding=numa_binding,
+        )
+        return
 
     keep_freed_memory()
-    with uncollected_imports():
-        from dump_activations.api import dump, preview
-        from dump_activations.commands.step_indices import read_step_indices
-        from dump_activations.pool.dataset import StepsDataset
-
-    if options.allow_cpu and context.get_parameter_source("device") is ParameterSource.DEFAULT:
-        flags["device"] = _device_there_is(options.device)
-    pool = StepsDataset(pool_path)
-    if flags["indices"] is not None:
-        with progress_bar() as progress_of:
-            flags["indices"] = read_step_indices(Path(flags["indices"]), pool, progress_of("rows"))
-    if dry_run:
-        previewed = preview(init, pool, Path(output), DumpOptions(**flags))
-        print_preview(previewed, as_json=as_json)
-        return
-    with progress_bar() as progress_of:
-        summary = dump(
-            init,
-            pool,
-            output,
-            progress=progress_of("boards"),
-            scan_progress=progress_of("rows"),
-            **flags,
-        )
-    print_summary(summary, as_json=as_json)
+    has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT
+    with shown_progress():
+        begin("loading torch")
+        with uncollected_imports():
+            from dump_activations.api.dumping import dump_to_file, preview
+            from dump_activations.commands.step_indices import read_step_indices
+            from dump_activations.pool.dataset import StepsDataset
+        if options.allow_cpu and not has_device:
+            options = replace(options, device=_device_there_is(options.device))
+        begin("opening the pool")
+        pool = StepsDataset(pool_path)
+        if flags["indices"] is not None:
+            looked_up = counted(Phase("looking up the indices", "rows"))
+            steps = read_step_indices(Path(flags["indices"]), pool, looked_up)
+            options = replace(options, indices=steps)
+        if dry_run:
+            show = partial(print_preview, preview(init, pool, Path(output), options))
+        else:
+            show = partial(print_summary, dump_to_file(init, pool, Path(output), options))
+    show(as_json=as_json)
 
 
 def _sources(init: str | None, pool: str | None, *, use_demo: bool) -> tuple[str, str]:

@@ -6,12 +6,13 @@ It needs no torch to read.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dump_activations.commands.console import print_json, print_note, print_parts, progress_bar
+from dump_activations.commands.console import print_json, print_note, print_parts
 from dump_activations.commands.runner import be_process, run_command
 from dump_activations.errors import (
     DumpActivationsError,
@@ -19,6 +20,8 @@ from dump_activations.errors import (
     OutputError,
     option,
 )
+from dump_activations.phases import BYTES, Phase, counted
+from dump_activations.progress.display import shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -95,7 +98,7 @@ def inspect_activations(
 def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     from dump_activations.commands import statistics
     from dump_activations.commands.contents import FileContents
-    from dump_activations.storage.reading.inspection import find_damage, inspect
+    from dump_activations.storage.reading.inspection import inspect
     from dump_activations.storage.writing.targets import partial_path, target_of
     from dump_activations.storage.writing.unfinished import find_unfinished
 
@@ -106,30 +109,38 @@ def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
         _show_unfinished(unfinished, verify=verify, as_json=as_json)
         return
     inspection = inspect(file)
-    damaged = find_damage(inspection, threads=_threads()) if verify else None
+    with shown_progress() if verify or stats else nullcontext():
+        damaged = _damage(inspection) if verify else None
+        found = _statistics(inspection, compute=stats)
     contents = FileContents.of(inspection, damaged)
-    found = _statistics(inspection) if stats else {}
     if as_json:
         of_tensors = {"stats": statistics.as_dict(found)} if stats else {}
         print_json({**contents.as_dict(), **of_tensors})
     else:
-        print_parts(*contents.parts())
-        if found:
-            print_parts(statistics.table(found, contents.layers or []))
+        table = statistics.table(found, contents.layers or []) if found else None
+        print_parts(*contents.parts(table))
     if (left := partial_path(target_of(file))).exists():
         print_note(f"{left} is beside it: another dump to its name, not finished")
     if damaged:
         raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
 
 
-def _statistics(inspection: Inspection) -> Mapping[str, TensorStatistics]:
-    """Return the statistics of a file, its own if it has them."""
+def _damage(inspection: Inspection) -> list[str]:
+    from dump_activations.storage.reading.inspection import find_damage
+
+    count = counted(Phase("verifying", BYTES))
+    return find_damage(inspection, threads=_threads(), progress=count)
+
+
+def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
+    """Return the statistics of a file: its own, or else, if it is to be read for them, these."""
     from dump_activations.storage.reading.statistics import compute_statistics, stored_statistics
 
-    if found := stored_statistics(inspection):
+    found = stored_statistics(inspection)
+    if found or not compute:
         return found
-    with progress_bar() as progress_of:
-        return compute_statistics(inspection, threads=_threads(), progress=progress_of("bytes"))
+    count = counted(Phase("computing statistics", BYTES))
+    return compute_statistics(inspection, threads=_threads(), progress=count)
 
 
 def _write_report(file: Path, report: Path) -> None:
@@ -138,8 +149,8 @@ def _write_report(file: Path, report: Path) -> None:
 
     if (found := find_unfinished(file)) is not None:
         raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
-    with progress_bar() as progress_of:
-        write_report(file, report, progress=progress_of("keys"))
+    with shown_progress():
+        write_report(file, report, progress=counted(Phase("writing the report", "keys")))
     print_note(f"{report} shows {file}; open it in a browser")
 
 
@@ -160,7 +171,10 @@ def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:
     from dump_activations.storage.reading.comparison import compare
     from dump_activations.storage.reading.inspection import inspect
 
-    comparison = compare(inspect(file), inspect(other), threads=_threads())
+    inspections = inspect(file), inspect(other)
+    with shown_progress():
+        count = counted(Phase("comparing", "values"))
+        comparison = compare(*inspections, threads=_threads(), progress=count)
     if as_json:
         print_json(differences.as_dict(file, other, comparison))
     else:

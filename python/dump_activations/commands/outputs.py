@@ -11,6 +11,7 @@ from dump_activations.commands.text import shape_text
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.model.activations import ACTIVATIONS, Activation, WeightActivation
 from dump_activations.model.layers import find_layers
+from dump_activations.progress.display import shown_progress
 from dump_activations.units import size_text
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def print_keys(init: str | os.PathLike[str] | None, options: Options, *, as_json
     if init is not None:
         from dump_activations.model.checkpoint import load_encoder
 
-        config = load_encoder(init, random_init=options.random_init).config
+        with shown_progress():
+            config = load_encoder(init, random_init=options.random_init).config
     rows = [_describe(activation, config, options) for activation in ACTIVATIONS]
     if as_json:
         print_json(rows)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dump_activations.commands.console import print_error, shown_warnings
+from dump_activations.commands.failures import Failure, is_to_say
 from dump_activations.commands.process import leave
 from dump_activations.errors import DumpActivationsError
 from dump_activations.pipeline.interrupts import signal_of, terminated_like_interrupted
@@ -40,29 +41,29 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        print_error(error.format_message())
-        return _WRONG_CALL
+        return _failed(_WRONG_CALL, error.format_message())
     except DumpActivationsError as error:
-        print_error(_with_notes(error.flags_text, error))
-        return error.exit_code
+        return _failed(error.exit_code, error.flags_text, error)
     except KeyboardInterrupt as error:
-        print_error(_with_notes("interrupted", error))
-        return -signal_of(error)
+        return _failed(-signal_of(error), "interrupted", error)
     except Exception as error:
         # In development mode (python -X dev) the traceback is wanted.
         if sys.flags.dev_mode:
             raise
-        print_error(_with_notes(f"{type(error).__name__}: {error}", error))
-        return _FAILED
+        return _failed(_FAILED, f"{type(error).__name__}: {error}", error)
     return 0
 
 
 def _invoke(command: click.Command, arguments: Sequence[str]) -> None:
     """Run a command without `click.main`, which loses the notes of an interruption."""
-    with command.make_context(command.name, [*arguments]) as context:
+    with command.make_context(command.name, [*arguments], obj=[*arguments]) as context:
         command.invoke(context)
 
 
-def _with_notes(text: str, error: BaseException) -> str:
+def _failed(code: int, text: str, error: BaseException | None = None) -> int:
+    """Say why a command failed, or leave it to who says it; return the exit code."""
     notes = getattr(error, "__notes__", [])
-    return "; ".join([text, *(getattr(note, "flags_text", note) for note in notes)])
+    line = "; ".join([text, *(getattr(note, "flags_text", note) for note in notes)])
+    if is_to_say(Failure(code, text, line)):
+        print_error(line)
+    return code

@@ -40,6 +40,12 @@ def _parts(summary: Summary) -> Iterator[str | Table]:
             f"{size_text(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
             f"{summary.commit_seconds:.2f} s to commit"
         )
+    if summary.processes > 1:
+        fewest = summary.boards_by_rank[summary.slowest_rank]
+        yield (
+            f"{summary.processes} processes; the slowest is rank {summary.slowest_rank}: "
+            f"{fewest:,} boards"
+        )
 
 
 def _title(summary: Summary) -> str:
@@ -51,7 +57,8 @@ def _title(summary: Summary) -> str:
 def _speed_table(summary: Summary) -> Table:
     def row(name: str, seconds: float) -> list[str]:
         share = f"{seconds / summary.seconds:.0%}" if summary.seconds else "-"
-        rate = f"{summary.boards / seconds:,.0f}" if seconds else "-"
+        # What takes no time that could be shown has no rate.
+        rate = f"{summary.boards / seconds:,.0f}" if seconds >= 0.0005 else "-"
         return [name, f"{seconds:.3f}", share, rate]
 
     rows = [

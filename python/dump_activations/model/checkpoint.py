@@ -29,6 +29,7 @@ from dump_activations.model.state_dict import (
     warn_of_nonfinite,
     warn_of_others,
 )
+from dump_activations.phases import begin
 
 _HUB_SCHEME = "hf://"
 # Two norms, four projections of the attention and three of the MLP.
@@ -76,6 +77,7 @@ def load_announced(
 
         choose = partial(files_to_download, where=source, weights_required=not random_init)
         directory, commit = download_checkpoint(source, choose)
+        begin("loading the checkpoint")
         try:
             model = _load(directory, announce, random_init=random_init)
         except (CheckpointError, CheckpointNotFoundError) as error:

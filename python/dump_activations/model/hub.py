@@ -23,6 +23,7 @@ from dump_activations.errors import (
     InvalidArgumentError,
     warn,
 )
+from dump_activations.model.hub_progress import reported_download
 
 _SCHEME = "hf://"
 _FORM = "hf://org/repo[/subdir][@revision]"
@@ -93,9 +94,15 @@ def download_checkpoint(
         return _take_cached(uri, location, choose_files, str(error))
     chosen = [glob.escape(location.path_of(name)) for name in choose_files(names)]
     try:
-        snapshot = Path(
-            snapshot_download(location.repo_id, revision=location.revision, allow_patterns=chosen)
-        )
+        with reported_download(uri) as bar:
+            snapshot = Path(
+                snapshot_download(
+                    location.repo_id,
+                    revision=location.revision,
+                    allow_patterns=chosen,
+                    tqdm_class=bar,
+                )
+            )
     except Exception as error:
         raise CheckpointError(f"{uri}: download failed: {_first_line(error)}") from error
     return snapshot / location.subdir, snapshot.name

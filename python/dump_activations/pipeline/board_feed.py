@@ -97,11 +97,11 @@ def feed_boards(
     *,
     batch_size: int,
     vocabulary: int,
-    start: int = 0,
+    stretches: Iterable[range] | None = None,
     reading: Stopwatch,
     waiting: Stopwatch,
 ) -> Generator[BoardBatch, None, None]:
-    """Yield the boards of the given steps in order, in batches; the last may be short.
+    """Yield the boards of the given steps, in batches; the last may be short.
 
     Args:
         pool: where the steps are.
@@ -109,7 +109,9 @@ def feed_boards(
         labels: reads what is wanted of the rows beside the boards.
         batch_size: boards a batch.
         vocabulary: exponents must be below this.
-        start: row to begin at, a multiple of `batch_size`.
+        stretches: rows of the run to read, each stretch beginning at a multiple of `batch_size`;
+            all rows by default. The next one is taken when boards are to be read ahead, and never
+            more than one beyond that whose batches are yielded.
         reading: counts the time spent reading.
         waiting: counts the time the consumer waited for boards.
 
@@ -123,33 +125,55 @@ def feed_boards(
             window = read_batch(pool, labels, indices[first:stop], first_row=first, cancel=cancel)
             if window.boards_BS.numpy().max(initial=0) >= vocabulary:
                 # Reading this much again takes no time beside a run's.
-                counted_N = indices[first : max(stop, _LARGEST_WINDOW)]
+                begin = 0 if first < _LARGEST_WINDOW else first
+                counted_N = indices[begin : max(stop, _LARGEST_WINDOW)]
                 boards_NS = pool.read_boards(counted_N, cancel=cancel)
-                raise _outside(boards_NS, counted_N, vocabulary, first=first, n=len(indices))
+                raise _outside(boards_NS, counted_N, vocabulary, begin=begin, n=len(indices))
             return window
 
     cancel = _rust.Cancel()
-    windows = _windows(start, len(indices), batch_size)
+    if stretches is None:
+        stretches = [range(len(indices))]
+    windows = _windows(stretches, batch_size)
     ahead: deque[Future[BoardBatch]] = deque()
-    asked = taken = start
+    held: deque[_Window] = deque()
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="boards")
     try:
-        while taken < len(indices):
+        while True:
             # At most two of the largest windows; at the start all of a run that is no longer.
-            while asked - taken <= _LARGEST_WINDOW and (bounds := next(windows, None)):
-                ahead.append(reader.submit(read, *bounds))
-                asked = bounds[1]
+            while _may_read_on(held) and (window := next(windows, None)):
+                ahead.append(reader.submit(read, window.first, window.stop))
+                held.append(window)
+            if not ahead:
+                return
             future = ahead.popleft()
             with waiting:
-                window = future.result()
-            taken = window.first_row + len(window.indices)
-            for i in range(0, len(window.indices), batch_size):
+                boards = future.result()
+            held.popleft()
+            for i in range(0, len(boards.indices), batch_size):
                 _raise_early(ahead)
-                yield window.cut(i, i + batch_size)
+                yield boards.cut(i, i + batch_size)
     finally:
         cancel.ask()
         reader.shutdown(wait=True, cancel_futures=True)
         ahead.clear()
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Rows that are read in one call; `is_last` of their stretch."""
+
+    first: int
+    stop: int
+    is_last: bool
+
+
+def _may_read_on(held: Iterable[_Window]) -> bool:
+    """Whether another window may be read while those are held."""
+    return (
+        sum(window.stop - window.first for window in held) <= _LARGEST_WINDOW
+        and sum(window.is_last for window in held) <= 1
+    )
 
 
 def _raise_early(reads: Iterable[Future[BoardBatch]]) -> None:
@@ -159,14 +183,16 @@ def _raise_early(reads: Iterable[Future[BoardBatch]]) -> None:
             read.result()
 
 
-def _windows(start: int, n: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Cut the rows into windows, (first, stop), each but the last of whole batches."""
+def _windows(stretches: Iterable[range], batch_size: int) -> Iterator[_Window]:
+    """Cut stretches of rows into windows, each but the last of a stretch of whole batches."""
     largest = max(_LARGEST_WINDOW // batch_size, 1) * batch_size
     size = batch_size
-    while start < n:
-        stop = min(start + size, n)
-        yield start, stop
-        start, size = stop, min(size * _GROWTH, largest)
+    for stretch in stretches:
+        first = stretch.start
+        while first < stretch.stop:
+            stop = min(first + size, stretch.stop)
+            yield _Window(first, stop, is_last=stop == stretch.stop)
+            first, size = stop, min(size * _GROWTH, largest)
 
 
 def _outside(
@@ -174,18 +200,22 @@ def _outside(
     indices_N: NDArray[np.int64],
     vocabulary: int,
     *,
-    first: int,
+    begin: int,
     n: int,
 ) -> VocabularyError:
-    """Make the error of the boards from row `first` on; those before it have no such exponent."""
+    """Make the error of a run of `n` boards, of those from row `begin` on."""
     highest_N = boards_NS.max(axis=1)
     outside_N = highest_N >= vocabulary
     at = int(np.argmax(outside_N))
-    counted = first + len(boards_NS)
+    counted = f"{len(boards_NS):,} boards"
+    if begin:
+        counted += f" from number {begin:,} on"
+    elif len(boards_NS) < n:
+        counted = f"first {counted}"
     return VocabularyError(
         f"step {indices_N[at]}: exponent {highest_N[at]} is outside the model's vocabulary of "
         f"{vocabulary} ({np.count_nonzero(outside_N):,} of the "
-        f"{'first ' if counted < n else ''}{counted:,} boards have such); leave them out by "
+        f"{counted} have such); leave them out by "
         f"{option('where', f'max_exponent < {vocabulary}')} or of the {option('indices')} given, "
         "or use a model with a larger input_vocab_size"
     )

@@ -1,20 +1,27 @@
 """Turns the option `device` into a torch device that is there."""
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from dump_activations.errors import DeviceError, option, switch
+from dump_activations.errors import DeviceError, InvalidArgumentError, option, switch
+from dump_activations.place import Place
+
+_ALONE = Place()
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, place: Place = _ALONE) -> torch.device:
     """Return the device of that name.
 
     Args:
         name: `cuda`, `cuda:N` or `cpu`.
+        place: of several processes of a machine, `cuda` is to each the one of its local rank.
 
     Raises:
         DeviceError: there is no such CUDA device.
+        InvalidArgumentError: several processes would share one.
     """
     kind, _, number = name.partition(":")
     if kind != "cuda":
@@ -25,11 +32,18 @@ def find_device(name: str) -> torch.device:
             f"{option('device')}: no CUDA device for {name!r} ({_why_no_cuda()}); "
             f"{option('device', 'cpu')} {switch('allow_cpu')} runs on the CPU"
         )
+    if place.local_size > 1:
+        if number:
+            raise InvalidArgumentError(
+                f"{option('device', name)}: not for {place.local_size} processes of one machine; "
+                f"{option('device', 'cuda')} gives each its own"
+            )
+        number = str(place.local_rank)
     if not number:
         return torch.device("cuda", torch.cuda.current_device())
     # Compared here: torch keeps no more than the low byte of a larger number.
     if int(number) >= count:
-        raise DeviceError(f"{option('device')}: no {name}; the last one is cuda:{count - 1}")
+        raise DeviceError(f"{option('device')}: no cuda:{number}; the last one is cuda:{count - 1}")
     return torch.device("cuda", int(number))
 
 
@@ -48,6 +62,21 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     device the run uses.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def shared_cores(place: Place) -> Iterator[None]:
+    """Let torch use this process's share of its machine's cores inside the context.
+
+    torchrun sets OMP_NUM_THREADS to 1 where nobody has; another number is what somebody wants.
+    """
+    threads = torch.get_num_threads()
+    if place.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(place.cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def device_name(device: torch.device) -> str:

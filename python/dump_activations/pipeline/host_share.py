@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from dump_activations.place import Place
+
 # What is page-locked nobody else has, nor the page cache that writers fill.
 _LARGEST_SHARE = 0.5
 
@@ -16,8 +18,8 @@ def share_of_host() -> int:
     Beyond the limit of a control group there is no error: the kernel kills.
     """
     host = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return int(min([host, *limits_of_groups()]) * _LARGEST_SHARE) // processes
+    most = min([host, *limits_of_groups()]) * _LARGEST_SHARE
+    return int(most) // Place.here().local_size
 
 
 def limits_of_groups(

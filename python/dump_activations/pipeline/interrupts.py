@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+TERMINATED = -signal.SIGTERM
+"""Exit code of a process that SIGTERM ended."""
+
 
 @contextmanager
 def ignored_interrupts() -> Iterator[None]:
@@ -36,9 +39,14 @@ class HeldInterrupts:
     context is left without an error. A second signal is not held back.
 
     Only signals that have a handler in Python are held.
+
+    Args:
+        all_of_them: hold back the ones after the first too, as where a launcher passes on what
+            a terminal or a scheduler has sent already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, all_of_them: bool = False) -> None:
+        self._all = all_of_them
         self._handlers: dict[int, Any] = {}
         self._held: int | None = None
         self._holds = True
@@ -71,7 +79,7 @@ class HeldInterrupts:
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if self._holds:
-            self._holds, self._held = False, number
+            self._holds, self._held = self._all, number
         else:
             self._handlers[number](number, frame)
 
@@ -106,6 +114,16 @@ def ignore_interrupts() -> None:
 def signal_of(interrupt: KeyboardInterrupt) -> int:
     """Return the number of the signal that an interruption stands for."""
     return signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+
+
+def interruption_by(number: int) -> KeyboardInterrupt:
+    """Return what a signal raises in a command; any but SIGINT stands for SIGTERM."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal: SIGKILL."""
+    return signal.Signals(number).name
 
 
 def die_of(number: int) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from dump_activations.errors import DeviceError
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.host_share import share_of_host
 from dump_activations.pipeline.shortage import PinnedMemoryError
@@ -20,7 +21,7 @@ from dump_activations.units import size_text
 # Below this the forward would wait for each batch's consumer.
 _FEWEST_SLOTS = 2
 _PORTABLE = 1  # cudaHostRegisterPortable
-# cudaErrorMemoryAllocation, cudaErrorOperatingSystem; others are of earlier work on the device.
+# cudaErrorMemoryAllocation and cudaErrorOperatingSystem, which a smaller batch may not meet.
 _SHORTAGES = (2, 304)
 
 
@@ -94,7 +95,12 @@ def _whole_pages(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def _lock(nbytes: int, device: torch.device) -> Tensor:
-    """Return page-locked memory, uint8 (nbytes,)."""
+    """Return page-locked memory, uint8 (nbytes,).
+
+    Raises:
+        PinnedMemoryError: the system has no more of it.
+        DeviceError: CUDA refuses for another reason.
+    """
     try:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -110,4 +116,4 @@ def _lock(nbytes: int, device: torch.device) -> Tensor:
         reason = cudart.cudaGetErrorString(error_code)
     if int(error_code) in _SHORTAGES:
         raise PinnedMemoryError(f"{size_text(nbytes)}: {reason}")
-    raise RuntimeError(f"CUDA error: {reason}")
+    raise DeviceError(f"{device} cannot page-lock host memory: {reason}")

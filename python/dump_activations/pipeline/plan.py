@@ -1,5 +1,6 @@
 """A run that is checked and ready: model, pool, step indices, and what the tensors will be."""
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dump_activations import phases
 from dump_activations.board import CELLS
 from dump_activations.dtypes import STORAGE_DTYPES, TensorSpec
 from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
@@ -33,11 +35,13 @@ from dump_activations.pipeline.board_feed import LABEL_PREFIX
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.pinned import PinnedSlots
 from dump_activations.pipeline.shortage import model_shortage_named
+from dump_activations.place import Place
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import StepIndices
 from dump_activations.statistics import STATISTICS_PREFIX, statistics_specs
 
+_ALONE = Place()
 _LARGE_TENSOR = 8 << 30
 
 
@@ -97,6 +101,12 @@ class Plan:
         """Dtype of the floating tensors in the output."""
         return _storage_dtype(self.options)
 
+    @property
+    def largest_row_nbytes(self) -> int:
+        """Bytes of a board in the largest tensor."""
+        itemsize = STORAGE_DTYPES[self.options.dtype].nbytes
+        return max((math.prod(each.shape) * itemsize for each in self.board_tensors), default=CELLS)
+
     def whole_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that do not come in batches: parameters."""
         return {name: tensor.to(self.storage_dtype) for name, tensor in self.weights.items()}
@@ -152,6 +162,7 @@ def make_plan(
     options: Options,
     *,
     host_slots: int = 0,
+    place: Place = _ALONE,
 ) -> Plan:
     """Load and check everything a run needs, before any forward pass.
 
@@ -161,13 +172,15 @@ def make_plan(
         options: what to compute and how.
         host_slots: how many batches there is to be room for on the host, where a CUDA device copies
             them. It is page-locked while the model is loaded.
+        place: where this process stands: of several on a machine each gets a device of its own.
 
     Raises:
         DumpActivationsError: names what is wrong with the call, a file or the machine.
         PinnedMemoryError: this process's share of the host's memory is too small for the batches.
     """
-    device = find_device(options.device)
+    device = find_device(options.device, place)
     if not isinstance(pool, StepsDataset):
+        phases.begin("opening the pool")
         pool = StepsDataset(pool)
     if isinstance(init, Encoder) and options.random_init:
         raise InvalidArgumentError(
@@ -184,6 +197,7 @@ def make_plan(
                 slots = PinnedSlots(shapes, _storage_dtype(options), device, count=host_slots)
                 exits.enter_context(slots)
 
+        phases.begin("loading the checkpoint")
         with model_shortage_named(device), current(device):
             if isinstance(init, Encoder):
                 begin(init.config)
@@ -262,10 +276,14 @@ def _shapes_at_most(
 
 def _step_indices(pool: StepsDataset, options: Options) -> tuple[StepIndices, str]:
     """Return the step indices of a run, and say where they came from."""
+    phases.begin("choosing the steps")
     if options.indices is not None:
         return pool.check_indices(options.indices), "given"
     assert not isinstance(options.steps, str)
-    steps = pool.matches(options.where, options.steps, progress=options.scan_progress)
+    progress = options.scan_progress
+    if options.where is not None:
+        progress = phases.counted(phases.Phase("scanning the pool", "rows"), also=progress)
+    steps = pool.matches(options.where, options.steps, progress=progress)
     if options.steps is None:
         replaced = options.n_samples > len(steps)
         drawn = pool.draw_from(steps, options.n_samples, options.seed)

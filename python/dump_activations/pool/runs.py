@@ -13,6 +13,13 @@ from dump_activations.paths import check_ordinary
 
 DATABASE = "metadata.db"
 
+# Steps of SQLite's machine between two looks at whether it takes too many.
+_STEPS = 1000
+# A sound table takes fewer for each byte, and no value is longer; in a damaged one, pages may hold
+# one another.
+_STEPS_PER_BYTE = 16
+_LONGEST_VALUE = 16 << 20
+
 
 class Runs:
     """The table `runs` of a database, each column loaded when it is first asked for.
@@ -64,13 +71,18 @@ def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np
     try:
         with closing(sqlite3.connect(address, uri=True)) as database:
             database.execute("PRAGMA trusted_schema = OFF")
+            database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
+            looks = iter(range(1000 + path.stat().st_size * _STEPS_PER_BYTE // _STEPS))
+            database.set_progress_handler(lambda: next(looks, None) is None, _STEPS)
             _check_table(database, path, column)
             rows = np.fromiter(
-                database.execute(f'SELECT id, "{column}" FROM runs ORDER BY id'),
+                database.execute(f'SELECT id, "{column}" FROM runs NOT INDEXED ORDER BY id'),
                 np.dtype([("id", np.int64), ("value", np.int64)]),
             )
-    except sqlite3.Error as error:
-        raise PoolError(f"{path}: its runs cannot be read: {error}") from error
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        endless = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
+        reason = "it holds more rows than its size allows" if endless else error
+        raise PoolError(f"{path}: its runs cannot be read: {reason}") from error
     ids, values = np.ascontiguousarray(rows["id"]), np.ascontiguousarray(rows["value"])
     if len(ids) == 0:
         raise PoolError(f"{path}: its table 'runs' is empty")
@@ -89,8 +101,8 @@ def _check_table(database: sqlite3.Connection, path: Path, column: str) -> None:
         if wanted not in names:
             raise PoolError(f"{path}: 'runs' has no column {wanted!r}, only {', '.join(names)}")
     odd = database.execute(
-        f"SELECT rowid FROM runs WHERE typeof(id) != 'integer' "
+        f"SELECT substr(id, 1, 99) FROM runs NOT INDEXED WHERE typeof(id) != 'integer' "
         f"OR typeof(\"{column}\") != 'integer' LIMIT 1"
     ).fetchone()
     if odd:
-        raise PoolError(f"{path}: row {odd[0]} of 'runs' has no whole number as its {column!r}")
+        raise PoolError(f"{path}: run {odd[0]} has no whole number as its 'id' or {column!r}")

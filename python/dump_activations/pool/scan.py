@@ -1,20 +1,20 @@
 """Looks at consecutive rows of a pool, on all cores."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from dump_activations import _rust
+from dump_activations.place import Place
 from dump_activations.pool.columns import ColumnReader, Values
 from dump_activations.pool.expressions import Expression
 from dump_activations.pool.filters import evaluate
 from dump_activations.pool.matches import Matches
 
-# Some megabytes of rows: few enough for a core's cache to hold a column, and enough for the
+# Some megabytes of rows: few enough for a core's cache to hold their columns, and enough for the
 # interpreter to matter little.
-CHUNK_ROWS = 1 << 19
+CHUNK_ROWS = 1 << 18
 # Seconds between reports of progress, and questions whether the user wants to end it.
 _PAUSE = 0.05
 
@@ -82,7 +82,7 @@ class _Scan:
         chunks = (rows[start : start + CHUNK_ROWS] for start in starts)
         threads = [
             threading.Thread(target=self._work, args=(chunks, len(rows)), name=f"scan-{i}")
-            for i in range(min(len(os.sched_getaffinity(0)), len(starts)))
+            for i in range(min(Place.here().cores, len(starts)))
         ]
         try:
             for thread in threads:

@@ -31,7 +31,7 @@ def draw(source: Source, progress: Callable[[int, int], None] | None) -> Markup:
         if progress is not None:
             progress(done, len(keys))
     if not parts:
-        return tag("p", "No activations but those of the sections below are in this dump.")
+        return tag("p", "No activations but those of the sections above are in this dump.")
     links = [tag("a", key, href=f"#key-{key}") for key in keys]
     return Markup.of(tag("p", intro), tag("p", *links, class_="links"), *parts)
 
@@ -46,6 +46,8 @@ def _key(figures: KeyFigures, of: int) -> Markup:
     exact, some = figures.board_counts
     counts = f"Statistics of {looked_at(exact, of)}"
     counts += "." if exact == some else f"; quantiles and cells of {looked_at(some, of)}."
+    if exact < of:
+        counts += " A dump made with --stats has those of all."
     if not figures.outliers.any():
         counts += f" No entry is beyond ±{OUTLIER:.0f}."
     content = [tag("h3", figures.key, id=f"key-{figures.key}"), tag("p", counts)]
@@ -86,7 +88,9 @@ def _by_layer(figures: KeyFigures) -> Iterator[Markup]:
 def _table(figures: KeyFigures) -> Markup:
     columns = ("norm: mean", "5%", "median", "95%", "spread", "outliers", "largest features: |x|")
     rows = ([name, *_row(figures, i)] for i, name in enumerate(_names(figures)))
-    return table(f"{figures.key} in numbers", ["layer" if figures.layers else "", *columns], rows)
+    return table(
+        f"{figures.key} in numbers", ["layer" if figures.layers else "key", *columns], rows
+    )
 
 
 def _row(figures: KeyFigures, i: int) -> Iterator[str]:
@@ -110,7 +114,7 @@ def _cells(figures: KeyFigures, norms_LS: NDArray[np.float64]) -> Markup:
     return charts.figure(
         f"{figures.key}: mean norm at each cell",
         tag("div", *boards, class_="heats"),
-        note="Blue deepens from a layer's smallest to its largest, a tenth of its mean or more.",
+        note="Blue grows from a layer's smallest norm to its largest, a tenth apart or more.",
     )
 
 

@@ -65,9 +65,9 @@ def draw(source: Source, examples: NDArray[np.int64]) -> Markup:
     intro = (
         f"Means are of {looked_at(found.count, len(source.file))}. A head's mean is drawn as a "
         "board of small boards: one for each cell that looks, at that cell's place, with the cells "
-        f"it looks at; clear is 0 and the deepest blue {charts.short_text(top)}. Beside it, of one "
-        "board, how much each cell gets from a looking cell on average, in percent, and 100 the "
-        "deepest blue. Depth grows with the square root."
+        f"it looks at, from 0, clear, to {charts.short_text(top)}, all blue. Beside it, of one "
+        "board, how much each cell gets from a looking cell on average, in percent. Both blues "
+        "grow with the square root."
     )
     shown = _shown(found)
     options = [

@@ -108,5 +108,5 @@ def _cells(boards: NDArray[np.uint8]) -> Markup:
     mean_S = boards.mean(axis=0)
     texts = [charts.short_text(value) for value in mean_S]
     board = heat_board("mean exponent", texts, mean_S / (mean_S.max() or 1))
-    note = "0 is an empty cell, e the tile 2^e; a darker blue is more."
+    note = "0 is an empty cell, e the tile 2^e; a stronger blue is more."
     return charts.figure("Where the large tiles are", board, note=note)

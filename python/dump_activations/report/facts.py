@@ -94,7 +94,7 @@ def _tensors(inspection: Inspection) -> Markup:
     others = len(inspection.contents.tensors) - len(tensors)
     notes = [
         f"{more:,} more are not listed." if more else "",
-        f"{others:,} hold statistics." if others else "",
+        f"{others:,} more hold statistics." if others else "",
     ]
     note = tag("p", " ".join(filter(None, notes))) if any(notes) else None
     summary = tag("summary", f"The {len(tensors):,} tensors")

@@ -13,10 +13,6 @@ _DEPTH = 4
 _DARKEST = (1 << _DEPTH) - 1
 
 
-# It stands out from a light page and from a dark one; numbers have it too.
-_COLOUR = (0, 114, 178)
-
-
 def data_url(values: NDArray[np.floating]) -> str:
     """Return an image, (height, width), as the address of a PNG; 0 and NaN are white."""
     shades = _DARKEST - np.nan_to_num(_DARKEST * values).round().clip(0, _DARKEST)
@@ -39,10 +35,11 @@ def data_url(values: NDArray[np.floating]) -> str:
 
 def heat_filter() -> Markup:
     """Return the filter that makes shades from white to black those from clear to one colour."""
-    red, green, blue = (part / 255 for part in _COLOUR)
-    matrix = f"0 0 0 0 {red:.3f} 0 0 0 0 {green:.3f} 0 0 0 0 {blue:.3f} -1 0 0 1 0"
-    content = tag("feColorMatrix", values=matrix)
-    return tag("filter", content, id="heat", color_interpolation_filters="sRGB")
+    darkness = tag("feColorMatrix", values="0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 -1 0 0 1 0", result="it")
+    colour = tag("feFlood", class_="heat")
+    inside = tag("feComposite", in2="it", operator="in")
+    filters = (darkness, colour, inside)
+    return tag("filter", *filters, id="heat", color_interpolation_filters="sRGB")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

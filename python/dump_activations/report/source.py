@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dump_activations.board import CELLS, MOVES
 from dump_activations.errors import OutputError
-from dump_activations.statistics import STATISTICS_PREFIX
+from dump_activations.statistics import STATISTICS, STATISTICS_PREFIX
 from dump_activations.storage.reading.activations_file import ActivationsFile
 
 Floats = NDArray[np.float32]
@@ -22,8 +22,6 @@ MOST_BOARDS = 1_000_000
 
 # Bytes of one activation key, in fp32, that are read: few where the file has its statistics.
 _MOST_NBYTES, _FEW_NBYTES = 128 << 20, 32 << 20
-
-_STATISTICS = ("count", "variance", "min", "max", "outliers", "norm_mean")
 
 # Fields of the rows that say how far the game was, by the name in each kind of pool.
 _STEP_LABELS = ("step_index", "step_idx")
@@ -48,14 +46,16 @@ class Source:
 
     def __post_init__(self) -> None:
         """Raise OutputError for a file that is no dump: it has no boards, or misshapen values."""
-        boards = len(self.file)
-        for key, shapes in _SHAPES.items():
-            if key not in (*self.keys, "boards"):
-                continue
-            found = self.file.shape(key)
-            if not any(_fits(found, (boards, *shape)) for shape in shapes):
-                path, axes = self.file.paths[0], "x".join(map(str, found))
-                raise OutputError(f"{path} is no dump that can be shown: its {key} are {axes}")
+        if "boards" not in self.file.tensor_names() or self.file.dtype("boards") != "uint8":
+            raise self._not_shown("it has no boards, or others than of bytes")
+        for key in ("boards", *self.keys):
+            shape = self.file.shape(key)
+            wanted = [(len(self.file), *value) for value in _SHAPES.get(key, ())]
+            if wanted and not any(_fits(shape, each) for each in wanted):
+                raise self._not_shown(f"its {key} are {'x'.join(map(str, shape))}")
+
+    def _not_shown(self, reason: str) -> OutputError:
+        return OutputError(f"{self.file.paths[0]} is no dump that can be shown: {reason}")
 
     @cached_property
     def keys(self) -> list[str]:
@@ -100,17 +100,18 @@ class Source:
         return spaced(len(self.rows), max(most, 1))
 
     def stored_statistics(self, key: str) -> Mapping[str, NDArray[np.float64]] | None:
-        """Return the statistics of a key, each with an axis of layers before it; None without."""
-        names = frozenset(self.file.tensor_names())
-        stored = [key] if key in names else [f"{key}.{i}" for i in self.file.layers(key)]
-        if f"{STATISTICS_PREFIX}{stored[0]}/count" not in names:
+        """Return the statistics of a key, (L, F) and (L,) or without L; None without."""
+        prefix = f"{STATISTICS_PREFIX}{key}"
+        names = self.file.tensor_names()
+        if not any(name.startswith((f"{prefix}/", f"{prefix}.")) for name in names):
             return None
-        return {
-            name: np.stack(
-                [self.file.read_numpy(f"{STATISTICS_PREFIX}{each}/{name}") for each in stored]
-            )
-            for name in _STATISTICS
-        }
+        found = self.file.stats(key)
+        layers, features = max(len(self.file.layers(key)), 1), self.file.shape(key)[-1]
+        for each in STATISTICS:
+            size = layers * (features if each.per_feature else 1)
+            if each.name not in found or found[each.name].size != size:
+                raise self._not_shown(f"its {prefix}/{each.name} are not those of {key}")
+        return found
 
     def read(self, key: str, places: NDArray[np.int64], *, layer: int | None = None) -> Floats:
         """Read a key of boards at places in `rows`, float32; of all layers or one."""

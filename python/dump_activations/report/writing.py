@@ -1,10 +1,10 @@
 """Writes the page where nothing else can be lost."""
 
 import os
+import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from dump_activations.errors import OutputError, option
 from dump_activations.report.page import DOCTYPE, GENERATOR, Progress, render
@@ -31,7 +31,7 @@ def write_report(
         OutputError: the dump cannot be read, or the page not be written: there is something else
             of its name, which is left as it is.
     """
-    target = Path(os.path.realpath(report))
+    target = Path(report)
     _check_replaceable(target)
     page = render(Path(path), progress=progress).encode("utf-8", "backslashreplace")
     with OutputError.when(f"cannot write {target}"):
@@ -54,19 +54,14 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _replace(target: Path, content: bytes) -> None:
-    with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        try:
+    """Put a file in the place of one that is there, or of none, at once."""
+    temporary = target.with_name(f".report-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
             file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            Path(file.name).replace(target)
-        except BaseException:
-            with suppress(OSError):
-                Path(file.name).unlink()
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+        _check_replaceable(target)  # There may be something else by now.
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from dump_activations.dtypes import DTYPES
-from dump_activations.errors import InvalidArgumentError, RowIndexError, option, switch
+from dump_activations.errors import InvalidArgumentError, option, switch
 from dump_activations.storage.reading.catalog import LABEL_PREFIX, Key
+from dump_activations.storage.reading.rows import Rows, row_numbers
 from dump_activations.storage.reading.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
     from dump_activations.storage.reading.board_values import BoardValues
     from dump_activations.storage.reading.cells import Cells
-
-Rows = ArrayLike | slice | None
-"""Numbers of rows in any order, with repeats; a slice; a mask, bool (N,); None for all."""
 
 
 class ActivationsFile:
@@ -230,11 +228,11 @@ class ActivationsFile:
         """Return shuffled batches of cells, `CellBatch(values, rows, cells)`, as SAEs train on.
 
         Each cell of each board comes once an epoch. The file is read in windows, stretches of
-        consecutive boards in a drawn order, and the cells are shuffled within each. Boards that
-        were drawn are in a drawn order already; two cells of one board are then on average a third
-        of a window apart. With the defaults and 1 KB a cell, half of the cells have another one of
-        their board in the same batch, where a shuffle of all would do without. Three windows are
-        held in memory.
+        consecutive boards that come in a drawn order, and cells are shuffled within each; three
+        windows are held in memory. Boards that were drawn are in a drawn order already, so only the
+        cells of one board stay near one another: with the defaults and 1 KB a cell two of them are
+        11 batches apart on average, and 38 % of all cells share a batch with another one of their
+        board, where a shuffle of 4 million cells as one leaves 3 %.
 
         The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cell_order` has it.
         Ranks take its batches in turns. `state_dict()` and `load_state_dict()` leave off and go on
@@ -258,9 +256,12 @@ class ActivationsFile:
                 number is out of range.
             DeviceError: There is no such device.
         """
-        from dump_activations.storage.reading.cells import Cells, CellValues
+        from dump_activations.storage.reading.cell_values import CellValues
+        from dump_activations.storage.reading.cells import Cells
 
         keys = (key,) if isinstance(key, str) else tuple(key)
+        if not keys:
+            raise InvalidArgumentError(f"{option('key')}: no keys")
         return Cells(
             self._files,
             {name: CellValues.of(self._find(name), layer) for name in keys},
@@ -304,7 +305,7 @@ class ActivationsFile:
 
     def _numbers(self, key: Key, rows: Rows) -> NDArray[np.int64]:
         if key.of_boards:
-            return _row_numbers(rows, len(self), self)
+            return row_numbers(rows, len(self), self)
         if rows is not None:
             raise InvalidArgumentError(
                 f"{option('rows')}: {key.name} has no axis of boards; it is read whole"
@@ -362,32 +363,3 @@ class _Stored(Mapping[str, NDArray[Any]]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def _row_numbers(rows: Rows, boards: int, acts: ActivationsFile) -> NDArray[np.int64]:
-    """Return numbers of rows of so many, int64 (R,).
-
-    Raises:
-        InvalidArgumentError: they are no integers, no mask of all rows, or not one-dimensional.
-        RowIndexError: one is negative or past the end.
-    """
-    if rows is None or isinstance(rows, slice):
-        return np.arange(boards)[rows or slice(None)]
-    numbers = np.asarray(rows)
-    if numbers.shape == (0,):
-        return np.empty(0, np.int64)
-    if numbers.dtype == bool and numbers.shape == (boards,):
-        return np.flatnonzero(numbers)
-    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
-        raise InvalidArgumentError(
-            f"{option('rows')}: integers (n,) or bool ({boards},) are wanted, not {numbers.dtype} "
-            f"{numbers.shape}"
-        )
-    outside = (numbers < 0) | (numbers >= boards)
-    if outside.any():
-        at = int(np.argmax(outside))
-        raise RowIndexError(
-            f"{option('rows')}: row {numbers[at]} at position {at} is not in {acts}, which has "
-            f"{boards} boards"
-        )
-    return np.ascontiguousarray(numbers, np.int64)

@@ -1,13 +1,7 @@
-"""Cells of all boards in a shuffled order, a batch at a time.
+"""Cells of all boards in a shuffled order, a batch at a time."""
 
-Shape letters: M cells read at once, D the width of a cell's value.
-"""
-
-import math
-import weakref
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,63 +11,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dump_activations import _rust
 from dump_activations.board import CELLS
-from dump_activations.dtypes import DTYPES
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
-from dump_activations.storage.reading.catalog import Key, Part
 from dump_activations.storage.reading.cell_batch import CellBatch, KeyedCells
 from dump_activations.storage.reading.cell_order import CellOrder, Stretch
+from dump_activations.storage.reading.cell_values import CellValues
 from dump_activations.storage.reading.device_feed import on_device
+from dump_activations.storage.reading.host_memory import RecycledMemory
 from dump_activations.storage.reading.tensor_files import TensorFiles
-
-# Values that are of pairs of cells, whose first axis is that of attention heads.
-_OF_PAIRS = frozenset({"attn_scores", "attn_pattern"})
-
-
-@dataclass(frozen=True)
-class CellValues:
-    """Where the values of the cells are that a key has.
-
-    Attributes:
-        part: the layer's part of each row of a stored tensor.
-        dtype: NumPy's and torch's name of it.
-        width: D.
-    """
-
-    part: Part
-    dtype: str
-    width: int
-
-    @classmethod
-    def of(cls, key: Key, layer: int | None) -> "CellValues":
-        """Find them; InvalidArgumentError where the key has no axis of cells."""
-        if key.layers and layer is None:
-            raise InvalidArgumentError(
-                f"{key.name} has layers {', '.join(map(str, key.layers))}; choose one by "
-                f"{option('layer')}"
-            )
-        [part] = key.parts(layer)
-        if not key.of_boards or key.value[:1] != (CELLS,) or key.name in _OF_PAIRS:
-            raise InvalidArgumentError(f"{key.name} has no axis of cells")
-        return cls(part, key.dtype, math.prod(key.value[1:]))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one cell's value."""
-        return self.width * DTYPES[self.dtype].nbytes
-
-    def read(
-        self,
-        files: TensorFiles,
-        numbers: NDArray[np.int64],
-        out: NDArray[np.uint8],
-        cancel: _rust.Cancel,
-    ) -> None:
-        """Read cells, counted through the file, into uint8 (M, nbytes)."""
-        if self.part.of > 1:
-            rows = numbers // CELLS
-            numbers = numbers + ((self.part.of - 1) * rows + self.part.at) * CELLS
-        parts = self.part.of * CELLS
-        files.read(self.part.tensor, numbers, out, parts=parts, cancel=cancel)
 
 
 class Cells(IterableDataset[CellBatch]):
@@ -124,6 +68,7 @@ class Cells(IterableDataset[CellBatch]):
         self._world_size = world_size
         self._device = _device(device)
         self._drop_last = drop_last
+        self._memory = RecycledMemory()
         self._state = {"seed": seed, "epoch": epoch, "batch": 0}
 
     def __len__(self) -> int:
@@ -196,7 +141,7 @@ class Cells(IterableDataset[CellBatch]):
             memory = {name: new(name, most * each.nbytes) for name, each in self._values.items()}
             return memory, reader.submit(read, stretch, memory)
 
-        new = self._pinned if self._device.type == "cuda" else _Recycled()
+        new = self._pinned if self._device.type == "cuda" else self._memory.take
         stretches = order.stretches(batches)
         cancel = _rust.Cancel()
         reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cells")
@@ -233,20 +178,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"{option('device', str(found))}: there is no CUDA device")
     return found
-
-
-class _Recycled:
-    """Memory that is handed out again once nobody holds it: fresh pages cost as much as a read."""
-
-    def __init__(self) -> None:
-        self._free: dict[str, list[NDArray[np.uint8]]] = {}
-
-    def __call__(self, name: str, nbytes: int) -> Tensor:
-        free = self._free.setdefault(name, [])
-        block = free.pop() if free else np.empty(0, np.uint8)
-        if block.nbytes < nbytes:
-            block = np.empty(nbytes, np.uint8)
-        # The tensor and its views hold on to it.
-        lease = block[:nbytes]
-        weakref.finalize(lease, free.append, block).atexit = False
-        return torch.from_numpy(lease)

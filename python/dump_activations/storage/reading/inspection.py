@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -77,11 +77,21 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     return Inspection(path, file_format, size, contents)
 
 
-def find_damage(inspection: Inspection, *, threads: int) -> list[str]:
+def find_damage(
+    inspection: Inspection,
+    *,
+    threads: int,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[str]:
     """Read the whole file; returns the names of tensors that are not as they were written.
 
     `METADATA_NAME` and `STRUCTURE` are among them if other bytes are damaged. `INTEGRITY_KEY` alone
     is returned where the digests are, or are those of other tensors: nothing can be compared then.
+
+    Args:
+        inspection: the file.
+        threads: how many read at once.
+        progress: called in this thread with the bytes read and the bytes in all.
 
     Raises:
         OutputError: the file cannot be read, or carries no digests.
@@ -96,7 +106,7 @@ def find_damage(inspection: Inspection, *, threads: int) -> list[str]:
     except ValueError:
         return [INTEGRITY_KEY]
     with open_again(inspection) as file:
-        found = _digest_tensors(file.fileno(), inspection.contents.tensors, threads)
+        found = _digest_tensors(file.fileno(), inspection.contents.tensors, threads, progress)
         is_whole = _has_layout(file, inspection, specs, stored)
     damaged = [name for name, digest in found.items() if digest != stored[name]]
     if text != integrity_text(specs, metadata, stored):
@@ -144,7 +154,12 @@ def _written_specs(
     return specs
 
 
-def _digest_tensors(fd: int, tensors: Sequence[StoredTensor], threads: int) -> dict[str, Digest]:
+def _digest_tensors(
+    fd: int,
+    tensors: Sequence[StoredTensor],
+    threads: int,
+    progress: Callable[[int, int], object] | None,
+) -> dict[str, Digest]:
     """Digests by tensor name, with `nbytes` 0."""
 
     def digest(run: tuple[StoredTensor, int]) -> Digest:
@@ -156,9 +171,13 @@ def _digest_tensors(fd: int, tensors: Sequence[StoredTensor], threads: int) -> d
 
     runs = [(tensor, start) for tensor in tensors for start in range(0, tensor.nbytes, READ_NBYTES)]
     whole = {tensor.name: Digest() for tensor in tensors}
+    done, in_all = 0, sum(tensor.nbytes for tensor in tensors)
     with ThreadPoolExecutor(threads) as executor:
         for (tensor, _start), found in zip(runs, executor.map(digest, runs), strict=True):
             whole[tensor.name] += found
+            done += found.nbytes
+            if progress is not None:
+                progress(done, in_all)
     return {name: replace(digest, nbytes=0) for name, digest in whole.items()}
 
 

@@ -109,7 +109,8 @@ def key_statistics(
         # Tensors of one layer are stacked here, layers of one tensor are so already.
         if len(parts) == 1 and not (key.is_split and layer is None):
             values = values[0]
-        found[each.name] = values if parts[0].of == 1 else values[parts[0].at]
+        one_of_stacked = layer is not None and key.layers is not None and not key.is_split
+        found[each.name] = values[parts[0].at] if one_of_stacked else values
     if not found:
         raise InvalidArgumentError(
             f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "

@@ -60,7 +60,7 @@ def edge_writer(partial: Partial, places: Places) -> Callable[[int, BatchRecord]
     """Return what writes the edges of a batch from its record into a file."""
 
     def write(batch: int, record: BatchRecord) -> None:
-        if not places.fit(batch, record.digests):
+        if not record.edges or not places.fit(batch, record.digests):
             return
         for name, edges in record.edges.items():
             at, _ = places.of(range(batch, batch + 1), name)

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,16 +76,12 @@ def find_unfinished(path: str | os.PathLike[str]) -> Unfinished | None:
     if not os.path.lexists(partial):
         return None
     with OutputError.when(f"cannot read {partial}"):
-        fd = open_ours(partial, os.O_RDONLY)
-        try:
-            size, is_being_written = os.fstat(fd).st_size, _is_locked(fd)
-        finally:
-            os.close(fd)
+        size, is_locked = partial.stat().st_size, is_being_written(partial)
         journals = _read_journals(target)
     header = journals[0].header
     batches = {batch for each in journals if each.header == header for batch in each.batches}
     written_at = max(each.file.st_mtime for each in journals)
-    return Unfinished(partial, size, header, frozenset(batches), is_being_written, written_at)
+    return Unfinished(partial, size, header, frozenset(batches), is_locked, written_at)
 
 
 def _read_journals(target: Path) -> list[Recorded]:
@@ -104,14 +99,20 @@ def _read_journals(target: Path) -> list[Recorded]:
     return found
 
 
-def _is_locked(fd: int) -> bool:
-    """Whether a dump is at work on a file; one that starts at this moment tries again."""
+def is_being_written(partial: Path) -> bool:
+    """Whether a dump is at work on a partial file; one that starts at this moment tries again.
+
+    Raises:
+        OutputError: it may be changed by others.
+        OSError: it cannot be opened.
+    """
+    fd = open_ours(partial, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # A file system without locks.
-        return False
-    with suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        pass
+    finally:
+        os.close(fd)
     return False

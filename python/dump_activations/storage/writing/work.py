@@ -120,8 +120,11 @@ class Work:
         """Name what differs in other work, options as such."""
         ours = self.header.work
         differing = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
-        named = [name for name in differing if name not in _DERIVED] or differing
-        return ", ".join(_difference(name, theirs.get(name), ours.get(name)) for name in named)
+        return ", ".join(
+            _UNREADABLE.get(name)
+            or f"{_word(name)} ({_shown(theirs.get(name))} there, {_shown(ours.get(name))} here)"
+            for name in _told(differing)
+        )
 
 
 @dataclass(frozen=True)
@@ -152,11 +155,17 @@ def find_existing(target: Path) -> Existing | None:
     return Existing(found.size, found.contents.metadata, found.digests)
 
 
-def _difference(name: str, theirs: str | None, ours: str | None) -> str:
-    if name in _UNREADABLE:
-        return _UNREADABLE[name]
-    word = option(name) if name in _OPTIONS else name.replace("_", " ")
-    return f"{word} ({_shown(theirs)} there, {_shown(ours)} here)"
+def names_of(differing: Sequence[str]) -> str:
+    """Name entries of two works that differ, options as such."""
+    return ", ".join(_UNREADABLE.get(name) or _word(name) for name in _told(differing))
+
+
+def _told(differing: Sequence[str]) -> Sequence[str]:
+    return [name for name in differing if name not in _DERIVED] or differing
+
+
+def _word(name: str) -> str:
+    return option(name) if name in _OPTIONS else name.replace("_", " ")
 
 
 def _shown(value: str | None) -> str:

@@ -1,0 +1,1 @@
+"""How it is shown what a run is doing, while it does."""

@@ -1,0 +1,384 @@
+"""The page in a browser: what it shows is what NumPy finds in the file, and it asks for nothing.
+
+Shape letters: N boards, L layers, Q heads, S cells of queries, T cells of keys, M moves, H hidden.
+"""
+
+import json
+from dataclasses import replace
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from conftest import N
+from dump_activations import write_report
+from dump_activations.report import source
+from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
+from reference.dumps import read_dump
+
+PHONE, DESKTOP = (390, 844), (1280, 900)
+
+MOVES = ("up", "down", "left", "right")
+
+# In each case the section that is left out, and what it says to ask for.
+WITHOUT = {
+    "Moves": "--outputs head_probs",
+    "Attention": "--outputs attn_pattern",
+    "Boards": "--labels move_dir,step_index",
+}
+
+HELPERS = """
+window.figure = (title) => [...document.querySelectorAll("figure")].find(
+  (each) => each.querySelector("figcaption b")?.textContent === title);
+window.tooltips = (title) => [...figure(title).querySelectorAll("title")].map((t) => t.textContent);
+window.cells = (table) => [...table.rows].map((row) => [...row.cells].map((c) => c.textContent));
+window.numbers = (name) => cells(document.querySelector(`[aria-label="${name}"] table`));
+"""
+
+
+SHADES = """
+Promise.all([...document.querySelectorAll(".head img")].map(async (image) => {
+  await image.decode();
+  const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
+  return [...pixels].filter((_, i) => i % 4 === 0);
+})).then(JSON.stringify)
+"""
+
+
+@pytest.fixture
+def opened(page, demo_report):
+    page.resize(*DESKTOP)
+    page.emulate()
+    page.open(demo_report)
+    page.evaluate(HELPERS)
+    return page
+
+
+@pytest.fixture(scope="module")
+def tensors(demo_dump):
+    dump = read_dump(demo_dump)
+    return {name: dump.numpy(name) for name in dump.tensors}
+
+
+def ask(page, expression):
+    return json.loads(page.evaluate(f"JSON.stringify({expression})"))
+
+
+def largest_tiles(tensors):
+    return 2 ** tensors["boards"].max(axis=1).astype(int)
+
+
+def legal_moves(board):
+    """Say of each move whether it changes a board, (M,): slides lists of tiles, one at a time."""
+
+    def slides(lines):
+        for line in lines:
+            tiles = [tile for tile in line if tile]
+            if list(line[: len(tiles)]) != tiles or any(np.diff(tiles) == 0):
+                return True
+        return False
+
+    cells = board.reshape(4, 4)
+    return [slides(lines) for lines in (cells.T, cells.T[:, ::-1], cells, cells[:, ::-1])]
+
+
+def model_moves(tensors):
+    best_NM = tensors["head_probs"][:, :, -1]
+    legal_NM = np.array([legal_moves(board) for board in tensors["boards"]])
+    assert legal_NM.any(axis=1).all()
+    return np.where(legal_NM, best_NM, -1).argmax(axis=1)
+
+
+def test_nothing_is_fetched_and_nothing_goes_wrong(page, demo_report):
+    page.fetched.clear()
+    page.complaints.clear()
+    page.open(demo_report)
+    page.evaluate("document.getElementById('theme').click()")
+    assert {url for url in page.fetched if not url.startswith("data:")} == {demo_report.as_uri()}
+    assert page.complaints == []
+
+
+def test_the_largest_tiles(opened, tensors):
+    found = ask(opened, "tooltips('Largest tile of a board')")
+    tiles, counts = np.unique(largest_tiles(tensors), return_counts=True)
+    names = [f"{tile // 1024}k" if tile >= 1024 else str(tile) for tile in tiles]
+    shown = [text for text in found if ": 0 boards" not in text]
+    assert [text.split(" boards")[0] for text in shown] == [
+        f"{name}: {count}" for name, count in zip(names, counts, strict=True)
+    ]
+
+
+def test_the_moves(opened, tensors):
+    moves, played = model_moves(tensors), tensors["labels/move_dir"]
+    share = ask(opened, "document.getElementById('agreement').textContent")
+    assert share == f"{(moves == played).mean():.1%}"
+    made = ask(opened, "tooltips('Moves that the model makes')")
+    assert [text.split(":")[0] for text in made] == [*MOVES]
+    for text, count in zip(made, np.bincount(moves, minlength=4), strict=True):
+        assert float(text.split(": ")[1].strip("%")) == pytest.approx(100 * count / N, abs=0.5)
+    tables = ask(opened, "numbers('played')")
+    for i, row in enumerate(tables[1:]):
+        for j, text in enumerate(row[1:]):
+            of_row = max((played == i).sum(), 1)
+            expected = 100 * ((played == i) & (moves == j)).sum() / of_row
+            assert float(text.strip("%")) == pytest.approx(expected, abs=0.5)
+
+
+def test_the_mean_probabilities(opened, tensors):
+    found = ask(opened, """tooltips("Mean probability of each bin, by the move's head")""")
+    expected = tensors["head_probs"].mean(axis=0)
+    for i, text in enumerate(found):
+        values = [float(part.split()[-1]) for part in text.split(": ")[1].split(", ")]
+        np.testing.assert_allclose(values, expected[:, i], rtol=1e-3)
+
+
+def test_the_examples(opened, tensors):
+    examples = ask(
+        opened,
+        "[...document.querySelectorAll('.examples li')].map((li) => "
+        "[cells(li.querySelector('table')).flat(), li.querySelector('.about').innerText])",
+    )
+    assert len(examples) == 12
+    moves = model_moves(tensors)
+    sums = []
+    for shown, about in examples:
+        tiles = [int(text) if text else 0 for text in shown]
+        row = int(about.split("row ")[1].split(",")[0])
+        exponents = tensors["boards"][row].astype(int)
+        assert tiles == [1 << e if e else 0 for e in exponents]
+        assert f"model: {'↑↓←→'[moves[row]]} {MOVES[moves[row]]}" in about
+        assert f"step {tensors['labels/step_index'][row]:,}" in about
+        sums.append(sum(tiles))
+    assert sums == sorted(sums)
+
+
+def check_statistics(shown, x):
+    """Compare a row of a key's table, quantiles left out, with what NumPy finds in (..., H)."""
+    x = x.reshape(-1, x.shape[-1])
+    mean, *_, spread, outliers, features = shown
+    number = lambda text: float(text.strip("%").replace(",", ""))  # noqa: E731
+    assert number(mean) == pytest.approx(np.sqrt((x**2).sum(axis=1)).mean(), rel=1e-3)
+    assert number(spread) == pytest.approx(np.sqrt(x.var(axis=0).mean()), rel=1e-3)
+    assert number(outliers) == pytest.approx(100 * (abs(x) > 6).mean(), rel=0.06, abs=1e-6)
+    largest = abs(x).max(axis=0)
+    found = [int(text.split(":")[0]) for text in features.split(", ")]
+    np.testing.assert_array_equal(largest[found], np.sort(largest)[::-1][: len(found)])
+
+
+def test_the_figures_of_each_key_and_layer(opened, tensors):
+    for key in ("layer_outputs", "attn_q", "attn_scores", "pooled"):
+        stacked = tensors[key][:, None] if key == "pooled" else tensors[key]
+        rows = ask(opened, f"numbers('{key} in numbers')")[1:]
+        assert len(rows) == stacked.shape[1]
+        for i, (_, *shown) in enumerate(rows):
+            check_statistics(shown, stacked[:, i])
+            norms = np.sqrt((stacked[:, i] ** 2).sum(axis=-1))
+            quantiles = [float(text.replace(",", "")) for text in shown[1:4]]
+            np.testing.assert_allclose(quantiles, np.quantile(norms, [0.05, 0.5, 0.95]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_statistics_in_the_file_are_of_all_boards(page, make_dump, monkeypatch, split):
+    path = make_dump(outputs=["resid_mid", "pooled"], layers=[3, 1], split_layers=split, stats=True)
+    monkeypatch.setattr(source, "_FEW_NBYTES", 1)
+    write_report(path, path.with_name("report.html"))
+    page.open(path.with_name("report.html"))
+    page.evaluate(HELPERS)
+    dump = read_dump(path)
+    for row, layer in zip(ask(page, "numbers('resid_mid in numbers')")[1:], (1, 3), strict=True):
+        assert row[0] == str(layer)
+        name, index = (f"resid_mid.{layer}", ()) if split else ("resid_mid", (layer // 2,))
+        check_statistics(row[1:], dump.numpy(name)[(slice(None), *index)])
+    check_statistics(ask(page, "numbers('pooled in numbers')")[1][1:], dump.numpy("pooled"))
+    text = page.evaluate("document.getElementById('key-resid_mid').nextSibling.innerText")
+    assert f"of all {N} boards; quantiles and cells of 1 of {N} boards" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "axis"), [("mlp_post", 1), ("attn_scores", 2), ("final_hidden", 1)]
+)
+def test_the_cells(opened, tensors, key, axis):
+    boards = ask(
+        opened,
+        f"[...figure('{key}: mean norm at each cell').querySelectorAll('table')]"
+        ".map((table) => cells(table).flat())",
+    )
+    values = tensors[key] if key != "final_hidden" else tensors[key][:, None]
+    for i, shown in enumerate(boards):
+        norms = np.sqrt((values[:, i] ** 2).sum(axis=-1))
+        others = tuple(a for a in range(norms.ndim) if a != axis)
+        expected = norms.mean(axis=others)
+        np.testing.assert_allclose([float(text) for text in shown], expected, rtol=6e-3)
+
+
+def test_attention_of_the_chosen_board(opened, tensors):
+    pattern = tensors["attn_pattern"]
+    for i in (0, 7):
+        row = ask(
+            opened,
+            "(() => { const chosen = document.getElementById('chosen');"
+            f"chosen.value = {i}; chosen.dispatchEvent(new Event('change'));"
+            "return chosen.selectedOptions[0].textContent; })()",
+        )
+        row = int(row.removeprefix("row "))
+        boards = ask(
+            opened,
+            "[...document.querySelectorAll('.head table')]"
+            ".map((table) => cells(table).flat().map(Number))",
+        )
+        received = 100 * pattern[row].mean(axis=2).reshape(-1, 16)
+        np.testing.assert_allclose(boards, received, atol=0.51)
+        board = ask(opened, "cells(document.querySelector('.chosen table')).flat()")
+        assert [int(text or 0) for text in board] == [
+            1 << int(e) if e else 0 for e in tensors["boards"][row]
+        ]
+
+
+def test_the_mean_patterns_are_drawn(opened, tensors):
+    """Read the shades of a picture back: a small board of keys at the place of each query."""
+    shades = json.loads(opened.evaluate(SHADES))
+    mean = tensors["attn_pattern"].mean(axis=0)
+    mean = mean.reshape(-1, *mean.shape[2:])
+    assert len(shades) == len(mean)
+    for picture, pattern in zip(shades, mean, strict=True):
+        grid = 1 - np.array(picture).reshape(19, 19) / 255
+        for query in range(16):
+            for cell in range(16):
+                y, x = 5 * (query // 4) + cell // 4, 5 * (query % 4) + cell % 4
+                expected = np.sqrt(pattern[query, cell] / mean.max())
+                assert grid[y, x] == pytest.approx(expected, abs=1 / 30 + 1e-3)
+        assert not grid[4::5].any()
+
+
+def test_what_goes_to_the_sink(page, make_dump, tmp_path):
+    config = replace(BASE, sinks=True)
+    init = save_checkpoint(tmp_path / "init", random_state_dict(config), config_json(config))
+    path = make_dump(init=init, outputs=["attn_pattern"])
+    write_report(path, path.with_name("sinks.html"))
+    page.open(path.with_name("sinks.html"))
+    page.evaluate(HELPERS)
+    sink = 1 - read_dump(path).numpy("attn_pattern").sum(axis=-1).mean(axis=(0, 3))
+    for row, expected in zip(ask(page, "numbers('layer')")[1:], sink, strict=True):
+        shown = [float(text.strip("%")) for text in row[1:]]
+        np.testing.assert_allclose(shown, 100 * expected, atol=0.51)
+
+
+def test_what_is_not_in_the_dump_says_what_would_add_it(page, make_dump):
+    path = make_dump(outputs=["pooled"])
+    write_report(path, path.with_name("r.html"))
+    page.open(path.with_name("r.html"))
+    for section, flag in WITHOUT.items():
+        assert flag in page.evaluate(f"document.getElementById('{section.lower()}').innerText")
+
+
+def test_a_policy_chooses_the_legal_move_of_the_highest_probability(page, make_dump, tmp_path):
+    config = replace(BASE, head_type="action_policy", hidden=32)
+    init = save_checkpoint(tmp_path / "init", random_state_dict(config), config_json(config))
+    path = make_dump(init=init, outputs=["head_logits"], labels=["move_dir"], dtype="bf16")
+    write_report(path, path.with_name("policy.html"))
+    page.open(path.with_name("policy.html"))
+    dump = read_dump(path)
+    logits = dump.numpy("head_logits")
+    legal = np.array([legal_moves(board) for board in dump.numpy("boards")])
+    moves = np.where(legal, logits, -np.inf).argmax(axis=1)
+    expected = (moves == dump.numpy("labels/move_dir")).mean()
+    assert page.evaluate("document.getElementById('agreement').textContent") == f"{expected:.1%}"
+
+
+def test_figures_of_some_boards_say_so(page, demo_dump, tensors, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "MOST_BOARDS", 30)
+    monkeypatch.setattr(source, "_MOST_NBYTES", 10 * tensors["layer_outputs"][0].size * 4)
+    write_report(demo_dump, tmp_path / "some.html")
+    page.open(tmp_path / "some.html")
+    page.evaluate(HELPERS)
+    rows = (np.arange(30) * N // 30)[np.arange(10) * 30 // 10]
+    x = tensors["layer_outputs"][rows][:, -1].reshape(-1, tensors["layer_outputs"].shape[-1])
+    shown = ask(page, "numbers('layer_outputs in numbers')")[-1]
+    assert float(shown[1]) == pytest.approx(np.sqrt((x**2).sum(axis=1)).mean(), rel=1e-3)
+    text = page.evaluate("document.getElementById('key-layer_outputs').nextSibling.innerText")
+    assert f"10 of {N} boards, evenly spaced" in text
+    assert f"30 of {N} boards" in page.evaluate("document.getElementById('boards').innerText")
+
+
+def test_text_of_the_file_is_text_on_the_page(page, tmp_path):
+    act = "document.title='x'"
+    nasty = f'<script>{act}</script><img src=x onerror="{act}">\u202e&amp;\'\0'
+    path = tmp_path / "hostile.safetensors"
+    tensors = {
+        "boards": torch.ones(3, 16, dtype=torch.uint8),
+        "indices": torch.arange(3),
+        nasty: torch.ones(3, 16, 4),
+        f"labels/{nasty}": torch.ones(3),
+    }
+    save_file(tensors, path, {"checkpoint": nasty, nasty: nasty, "tokenizer": "x" * 9999})
+    write_report(path, tmp_path / "hostile.html")
+    page.complaints.clear()
+    page.open(tmp_path / "hostile.html")
+    assert page.complaints == []
+    assert page.evaluate("document.querySelectorAll('img, body script:not([src])').length") == 1
+    text = page.evaluate("document.getElementById('what-was-run').textContent")
+    shown = nasty.replace("\u202e", r"\u202e").replace("\0", r"\x00")
+    assert text.count(shown) >= 3
+    assert "(9,999 characters)" in text
+    assert page.evaluate("document.title") != "x"
+
+
+@pytest.fixture(scope="module")
+def short_report(make_dump):
+    """Return a page with a figure of each kind."""
+    keys = ["layer_outputs", "pooled", "head_probs", "attn_pattern"]
+    path = make_dump(outputs=keys, layers=[0, 2], labels=["move_dir", "step_index"])
+    write_report(path, path.with_name("short.html"))
+    return path.with_name("short.html")
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(PHONE, "dark"), (DESKTOP, "light")])
+def test_it_is_accessible(page, short_report, size, scheme):
+    page.resize(*size)
+    page.emulate(scheme=scheme)
+    page.open(short_report)
+    page.evaluate("document.querySelectorAll('details').forEach((each) => each.open = true)")
+    page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
+    violations = json.loads(
+        page.evaluate("axe.run().then((found) => JSON.stringify(found.violations))")
+    )
+    assert [(each["id"], each["nodes"][0]["html"]) for each in violations] == []
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_the_page_is_never_wider_than_the_screen(page, demo_report, width):
+    page.resize(width, 900)
+    page.open(demo_report)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_light_dark_and_paper(page, demo_report):
+    def background():
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    page.emulate(scheme="light")
+    page.open(demo_report)
+    light = background()
+    page.evaluate("document.getElementById('theme').click()")
+    dark = background()
+    assert dark != light
+    page.emulate("print", scheme="dark")
+    assert background() == light
+    page.emulate(scheme="dark")
+    page.open(demo_report)
+    assert background() == dark
+    page.evaluate("document.getElementById('theme').click()")
+    assert background() == light
+
+
+def test_a_page_of_every_key_of_twelve_layers_is_small(make_dump, tmp_path):
+    config = replace(BASE, layers=12, heads=8, kv_heads=8, hidden=64, n_bins=34, sinks=True)
+    init = save_checkpoint(tmp_path / "init", random_state_dict(config), config_json(config))
+    path = make_dump(init=init, labels=["all"], n_samples=24)
+    write_report(path, tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 300_000
