@@ -13,6 +13,8 @@ _COUNT = "work"
 def check_same_work(group: Group, work: Mapping[str, str]) -> None:
     """Compare all that determines the file's bytes with what the first process has.
 
+    That one waits for all: it makes no file before.
+
     Args:
         group: the processes.
         work: name -> text.
@@ -25,6 +27,8 @@ def check_same_work(group: Group, work: Mapping[str, str]) -> None:
         for name, number in hashes.items():
             group.say(f"{_COUNT}/{name}", number)
         group.say(_COUNT, len(work))
+        for rank in group.others:
+            group.hear(f"same/{rank}", rank)
         return
     count = group.hear(_COUNT, 0)
     differing = [
@@ -33,6 +37,7 @@ def check_same_work(group: Group, work: Mapping[str, str]) -> None:
     if differing or count != len(work):
         names = names_of(differing) if differing else "options that only that one has"
         raise GroupError(f"rank {group.place.rank} differs from rank 0 in {names}")
+    group.say(f"same/{group.place.rank}", 1)
 
 
 def _hash(text: str) -> int:
