@@ -14,6 +14,7 @@ from dump_activations.board import CELLS, MOVES
 from dump_activations.errors import OutputError
 from dump_activations.statistics import STATISTICS, STATISTICS_PREFIX
 from dump_activations.storage.reading.activations_file import ActivationsFile
+from dump_activations.tensor_names import LABEL_PREFIX
 
 Floats = NDArray[np.float32]
 
@@ -85,8 +86,8 @@ class Source:
 
     def _label(self, names: tuple[str, ...]) -> NDArray[np.int64] | None:
         for name in names:
-            if name in self.file.labels and self._is_whole_number(f"labels/{name}"):
-                return self.file.read_numpy(f"labels/{name}", self.rows).astype(np.int64)
+            if name in self.file.labels and self._is_whole_number(LABEL_PREFIX + name):
+                return self.file.read_numpy(LABEL_PREFIX + name, self.rows).astype(np.int64)
         return None
 
     def _is_whole_number(self, name: str) -> bool:

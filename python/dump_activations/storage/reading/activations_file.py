@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from dump_activations.dtypes import DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
-from dump_activations.storage.reading.catalog import LABEL_PREFIX, Key
+from dump_activations.storage.reading.catalog import Key
 from dump_activations.storage.reading.rows import Rows, row_numbers
 from dump_activations.storage.reading.tensor_files import TensorFiles
+from dump_activations.tensor_names import LABEL_PREFIX
 
 if TYPE_CHECKING:
     import torch

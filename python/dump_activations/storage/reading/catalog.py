@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dump_activations.errors import InvalidArgumentError, OutputError, option
+from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.formats.contents import Contents, StoredTensor
-
-LABEL_PREFIX = "labels/"
-"""Stands before the name of a label."""
+from dump_activations.tensor_names import LABEL_PREFIX
 
 # Of the tensors with a first axis of boards, those that have no axis of layers.
 _WITHOUT_LAYERS = frozenset(
@@ -19,7 +18,7 @@ _WITHOUT_LAYERS = frozenset(
 )
 
 # Tensors of a dump that are not of boards, whatever their first axis.
-_NOT_OF_BOARDS = ("rmsnorm_gammas/", "attn_sinks", "stats/")
+_NOT_OF_BOARDS = ("rmsnorm_gammas/", "attn_sinks", STATISTICS_PREFIX)
 
 
 @dataclass(frozen=True)
