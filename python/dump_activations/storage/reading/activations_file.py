@@ -237,7 +237,8 @@ class ActivationsFile:
 
         The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cell_order` has it.
         Ranks take its batches in turns. `state_dict()` and `load_state_dict()` leave off and go on
-        in the middle.
+        in the middle. Reading goes on in the background, without a `DataLoader`; one with workers
+        needs `batch_size=None`, and `persistent_workers=True` for the epochs after the first.
 
         Args:
             key: An activation key with an axis of cells; of several the same cells are read, and

@@ -30,8 +30,9 @@ def stored_statistics(inspection: Inspection) -> dict[str, TensorStatistics]:
             tensor, _, name = stored.name.removeprefix(STATISTICS_PREFIX).rpartition("/")
             if f"{STATISTICS_PREFIX}{tensor}/{name}" != stored.name or stored.dtype != "float64":
                 continue
+            if stored.offset is None:  # compressed, by another program
+                continue
             try:
-                assert stored.offset is not None
                 data = np.frombuffer(read_exactly(file, stored.offset, stored.nbytes), "<f8")
             except ValueError as error:
                 raise OutputError(f"{inspection.path}: {stored.name}: {error}") from None
@@ -101,16 +102,17 @@ def key_statistics(
     found: TensorStatistics = {}
     for each in STATISTICS:
         names = [f"{STATISTICS_PREFIX}{part.tensor}/{each.name}" for part in parts]
-        if not all(name in stored for name in names):
+        values = [stored[name] for name in names if name in stored]
+        shape = each.shape(layers=key.stacked, width=prod(key.value[-1:]))
+        if [(of.shape, of.dtype) for of in values] != [(shape, np.dtype(np.float64))] * len(parts):
             continue
-        values = np.stack([stored[name] for name in names])
-        if not each.per_feature and (key.is_split or key.layers is None):
-            values = values[:, 0]
-        # Tensors of one layer are stacked here, layers of one tensor are so already.
-        if len(parts) == 1 and not (key.is_split and layer is None):
-            values = values[0]
-        one_of_stacked = layer is not None and key.layers is not None and not key.is_split
-        found[each.name] = values[parts[0].at] if one_of_stacked else values
+        if key.stacked is not None:
+            [of_layers] = values
+            found[each.name] = of_layers if layer is None else of_layers[parts[0].at]
+            continue
+        if not each.per_feature:
+            values = [of[0] for of in values]
+        found[each.name] = np.stack(values) if key.is_split and layer is None else values[0]
     if not found:
         raise InvalidArgumentError(
             f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "
@@ -128,7 +130,11 @@ def _vectors_in(inspection: Inspection) -> list[Vectors]:
             stored = catalog.tensors[part.tensor]
             if stored.dtype not in _DTYPES or len(stored.shape) < 2 or not stored.nbytes:
                 continue
-            layers = None if key.is_split or key.layers is None else len(key.layers)
+            if stored.offset is None:
+                raise OutputError(
+                    f"{inspection.path}: {stored.name} is compressed or not in C order, and has no "
+                    "statistics"
+                )
             *axes, width = stored.shape[1:]
-            found.append(Vectors(stored.name, stored.dtype, layers, prod(axes), width))
+            found.append(Vectors(stored.name, stored.dtype, key.stacked, prod(axes), width))
     return found
