@@ -21,6 +21,8 @@ _DTYPES = frozenset({"float32", "float16", "bfloat16"})
 def stored_statistics(inspection: Inspection) -> dict[str, TensorStatistics]:
     """Return the statistics that a file has, by the names of its tensors; none where it has none.
 
+    Tensors of which it does not have all are left out.
+
     Raises:
         OutputError: they cannot be read.
     """
@@ -37,7 +39,17 @@ def stored_statistics(inspection: Inspection) -> dict[str, TensorStatistics]:
             except ValueError as error:
                 raise OutputError(f"{inspection.path}: {stored.name}: {error}") from None
             found.setdefault(tensor, {})[name] = data.reshape(stored.shape)
-    return found
+    return {tensor: statistics for tensor, statistics in found.items() if _are_all(statistics)}
+
+
+def _are_all(found: TensorStatistics) -> bool:
+    """Say whether these are all statistics of a tensor, in their shapes."""
+    shape = found["mean"].shape if "mean" in found else ()
+    if len(shape) not in (1, 2):
+        return False
+    layers = shape[0] if len(shape) == 2 else None
+    shapes = {each.name: each.shape(layers=layers, width=shape[-1]) for each in STATISTICS}
+    return shapes.items() <= {name: values.shape for name, values in found.items()}.items()
 
 
 def compute_statistics(
