@@ -126,7 +126,8 @@ def test_what_has_no_statistics_says_so(make):
 def test_a_foreign_file_has_statistics_of_its_floats(tmp_path):
     path = tmp_path / "x.safetensors"
     values = torch.randn(50, 4, 7)
-    save_file({"hidden": values, "n": torch.arange(50), "one": torch.rand(50)}, path)
+    others = {"n": torch.arange(50), "one": torch.rand(50), "of_layers": torch.rand(50, 3)}
+    save_file({"hidden": values, **others}, path, {"num_layers": "3"})
     computed = compute_statistics(inspect(path), threads=1)
     assert [*computed] == ["hidden"]
     for name, expected in numpy_statistics(vectors(values)).items():

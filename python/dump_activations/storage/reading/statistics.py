@@ -140,7 +140,7 @@ def _vectors_in(inspection: Inspection) -> list[Vectors]:
     for key in catalog.keys.values():
         for part in key.parts(None):
             stored = catalog.tensors[part.tensor]
-            if stored.dtype not in _DTYPES or len(stored.shape) < 2 or not stored.nbytes:
+            if stored.dtype not in _DTYPES or not key.value or not stored.nbytes:
                 continue
             if stored.offset is None:
                 raise OutputError(
