@@ -318,6 +318,7 @@ def test_what_is_no_state(acts, state):
         ({"seed": -1}, "seed=-1: at least 0"),
         ({"epoch": -1}, "epoch=-1: at least 0"),
         ({"device": "meta"}, "device='meta': neither cpu nor cuda"),
+        ({"device": "gpu"}, "device='gpu': neither cpu nor cuda"),
     ],
 )
 def test_numbers_out_of_range(acts, options, error):

@@ -181,9 +181,13 @@ class Cells(IterableDataset[CellBatch]):
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    found = torch.device(device or "cpu")
+    text = option("device", str(device))
+    try:
+        found = torch.device(device or "cpu")
+    except RuntimeError:  # no type of device at all
+        raise InvalidArgumentError(f"{text}: neither cpu nor cuda") from None
     if found.type not in ("cpu", "cuda"):
-        raise InvalidArgumentError(f"{option('device', str(found))}: neither cpu nor cuda")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"{option('device', str(found))}: there is no CUDA device")
+        raise InvalidArgumentError(f"{text}: neither cpu nor cuda")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"{text}: there is no such CUDA device")
     return found

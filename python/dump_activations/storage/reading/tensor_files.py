@@ -140,7 +140,7 @@ class TensorFiles:
     def _differs(self, other: Inspection, catalog: Catalog) -> str:
         """Say in what another file differs from the first; nothing where it does not."""
         if catalog.keys != self.catalog.keys:
-            return "its keys differ in their names, shapes or dtypes"
+            return "its keys differ in their names, layers, shapes or dtypes"
         theirs = other.contents.metadata
         for name in _OF_THE_MODEL:
             if name in theirs and theirs[name] != (ours := self.metadata.get(name, theirs[name])):
