@@ -170,7 +170,11 @@ def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:
     from dump_activations.commands import differences
     from dump_activations.storage.reading.comparison import compare
     from dump_activations.storage.reading.inspection import inspect
+    from dump_activations.storage.writing.unfinished import find_unfinished
 
+    for path in (file, other):
+        if (found := find_unfinished(path)) is not None:
+            raise OutputError(f"{found.path} is not finished: there is nothing to compare yet")
     inspections = inspect(file), inspect(other)
     with shown_progress():
         count = counted(Phase("comparing", "values"))
