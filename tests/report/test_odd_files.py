@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dump_activations import OutputError, write_report
+from dump_activations.progress import display
 from dump_activations.statistics import STATISTICS
 
 N = 7
@@ -68,3 +69,11 @@ def test_progress_is_of_keys(tmp_path):
     calls = []
     write_report(path, tmp_path / "report.html", progress=lambda *call: calls.append(call))
     assert calls == [(1, 2), (2, 2)]
+
+
+def test_progress_is_shown_as_a_dump_shows_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(display, "_FIRST_LINE", 0.001)
+    path = tmp_path / "a.safetensors"
+    save_file({**BOARDS, "pooled": POOLED}, path)
+    write_report(path, tmp_path / "report.html", progress=True)
+    assert "progress: " in capsys.readouterr().err

@@ -149,8 +149,7 @@ def _write_report(file: Path, report: Path) -> None:
 
     if (found := find_unfinished(file)) is not None:
         raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
-    with shown_progress():
-        write_report(file, report, progress=counted(Phase("writing the report", "keys")))
+    write_report(file, report, progress=True)
     print_note(f"{report} shows {file}; open it in a browser")
 
 
