@@ -7,9 +7,9 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from dump_activations.errors import OutputError, option
-from dump_activations.phases import Phase, counted
+from dump_activations.phases import Count, Phase, counted
 from dump_activations.progress.display import shown_progress
-from dump_activations.report.page import DOCTYPE, GENERATOR, Progress, render
+from dump_activations.report.page import DOCTYPE, GENERATOR, render
 
 # The line that names it stands at the start.
 _HEAD_NBYTES = 1024
@@ -19,7 +19,7 @@ def write_report(
     path: str | os.PathLike[str],
     report: str | os.PathLike[str],
     *,
-    progress: Progress | bool | None = None,
+    progress: Count | bool | None = None,
 ) -> None:
     """Write a page that shows a dump; one that is there already is replaced.
 
