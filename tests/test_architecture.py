@@ -41,7 +41,7 @@ ARROWS = {
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
     "progress": LEAVES,
-    "report": (*LEAVES, "pool.game", "storage.digests", "storage.reading"),
+    "report": (*LEAVES, "pool.game", "progress", "storage.digests", "storage.reading"),
     "demo": (),
     **dict.fromkeys(LEAVES, LEAVES),
 }

@@ -201,3 +201,9 @@ def test_an_unknown_argument_is_named_with_the_nearest(function):
     message = rf"^{function.__name__}\(\) got an unexpected keyword argument 'batchsize'; did you "
     with pytest.raises(TypeError, match=message + r"mean 'batch_size'\?$"):
         function(DEMO_CHECKPOINT, DEMO_POOL, batchsize=3)
+
+
+@pytest.mark.parametrize("function", [dump, stream], ids=["dump", "stream"])
+def test_python_names_the_function_as_its_caller_does(function):
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) got multiple values"):
+        function(1, 2, dataset_or_path=3)

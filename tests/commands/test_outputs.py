@@ -63,6 +63,18 @@ def test_a_dry_run_runs_nothing_and_shows_a_table(tmp_path, capsys, monkeypatch)
     assert "not written" in capsys.readouterr().out
 
 
+def test_a_dry_run_shows_all_statistics_in_one_row(capsys):
+    given = ["--demo", "--dry-run", "--outputs", "pooled,layer_outputs", "--stats"]
+    held = [each for each in shown(capsys, *given, "--json")["tensors"] if "stats/" in each["key"]]
+    assert main(given) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "stats/" in line]
+    nbytes = sum(each["bytes"] for each in held)
+    assert len(held) == 16
+    assert rows == [
+        ["stats/KEY/NAME", "float64", "16", "tensors", f"{nbytes / 1000:.1f}", "kB"],
+    ]
+
+
 def refusal(capsys, target, *arguments):
     """Return the exit code of a dry run and what it says in one line."""
     code = main(["--demo", "--dry-run", "-o", str(target), *arguments])

@@ -40,6 +40,17 @@ def test_freed_memory_is_used_again():
     assert blocks_faulted_in("") >= 30
 
 
+def test_a_reader_that_has_seen_enough_is_told_nothing_more():
+    read, write = os.pipe()
+    os.close(read)
+    call = [sys.executable, "-c", "from dump_activations.commands.dump import run; run()"]
+    done = subprocess.run(
+        [*call, "--list-outputs"], stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
 def test_what_is_imported_is_left_to_itself_and_nothing_else():
     try:
         with uncollected_imports():

@@ -7,6 +7,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from dump_activations import OutputError, write_report
+from dump_activations.phases import reported_to
+from dump_activations.report import writing
 from dump_activations.statistics import STATISTICS
 
 N = 7
@@ -68,3 +70,21 @@ def test_progress_is_of_keys(tmp_path):
     calls = []
     write_report(path, tmp_path / "report.html", progress=lambda *call: calls.append(call))
     assert calls == [(1, 2), (2, 2)]
+
+
+def test_progress_is_shown_where_that_is_asked_for(tmp_path, monkeypatch):
+    class Listener:
+        def begin(self, phase):
+            told.append(phase.name)
+
+        def advance(self, done, of):
+            told.append((done, of))
+
+    told = []
+    monkeypatch.setattr(writing, "shown_progress", lambda: reported_to(Listener()))
+    path = tmp_path / "a.safetensors"
+    save_file({**BOARDS, "pooled": POOLED}, path)
+    write_report(path, tmp_path / "report.html")
+    assert told == []
+    write_report(path, tmp_path / "report.html", progress=True)
+    assert told == ["writing the report", (1, 1)]

@@ -369,6 +369,8 @@ def test_light_dark_and_paper(page, demo_report):
     assert dark != light
     page.emulate("print", scheme="dark")
     assert background() == light
+    boards = "[...document.querySelectorAll('.board, .chosen, .examples li')]"
+    assert page.evaluate(f"{boards}.every((b) => getComputedStyle(b).breakInside === 'avoid')")
     page.emulate(scheme="dark")
     page.open(demo_report)
     assert background() == dark

@@ -163,6 +163,23 @@ def test_json_has_all_that_differs(unlike, capsys):
     }
 
 
+def test_statistics_are_counted_where_what_they_are_of_differs(tmp_path, capsys):
+    def saved(name: str, value: float, mean: float) -> str:
+        tensors = {"pooled": [value], "stats/pooled/mean": [mean], "stats/pooled/max": [mean]}
+        arrays = {key: torch.tensor(values) for key, values in tensors.items()}
+        return str(save(tmp_path / f"{name}.safetensors", arrays))
+
+    first, second, third = saved("a", 0, 0), saved("b", 1, 1), saved("c", 0, 1)
+    assert main([first, second]) == 1
+    out = capsys.readouterr().out
+    assert "stats/" not in out
+    assert out.endswith("3 of 3 tensors differ, 2 of them statistics\n")
+    assert main([first, third]) == 1
+    out = capsys.readouterr().out
+    assert "stats/pooled/mean" in out
+    assert "stats/pooled/max" in out
+
+
 def test_people_see_what_differs(unlike, capsys):
     assert main([*map(str, unlike)]) == 1
     lines = capsys.readouterr().out.splitlines()

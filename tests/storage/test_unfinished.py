@@ -58,6 +58,15 @@ def test_an_unfinished_file_says_how_far_it_is(ending, target, capsys):
     assert contents(target.parent) == before
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_unfinished_file_is_not_compared(place, target, tmp_path, capsys):
+    files = [str(write_dump(tmp_path / "whole.pt", DUMP))]
+    files.insert(place, str(target))
+    assert main(files) == 2
+    error = f"error: {target}.partial is not finished: there is nothing to compare yet\n"
+    assert capsys.readouterr().err == error
+
+
 def test_a_running_dump_is_seen_and_goes_on(tmp_path, capsys):
     target = tmp_path / "x.pt"
     with open_file(target, DUMP) as file:

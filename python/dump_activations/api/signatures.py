@@ -28,6 +28,7 @@ def documented(options: type[Options]) -> Callable[[_FunctionT], _FunctionT]:
     """Give a function that takes an options class's fields their signature and descriptions."""
 
     def document(function: _FunctionT) -> _FunctionT:
+        function.__qualname__ = function.__name__  # Errors of Python's own show it.
         own = inspect.signature(function)
         keywords = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         parameters = [each for each in own.parameters.values() if each.kind not in keywords]

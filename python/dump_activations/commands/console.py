@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+class UnreadError(OutputError):
+    """Whoever reads stdout has seen enough, as `head` has."""
+
+
 def print_error(text: str) -> None:
     """Print one red line on stderr."""
     _print_line("error", "red", text)
@@ -79,6 +83,7 @@ def print_json(value: object) -> None:
 
     Raises:
         OutputError: stdout cannot take it.
+        UnreadError: nobody reads it any more.
     """
     if _is_silent():
         return
@@ -91,6 +96,7 @@ def print_parts(*parts: str | Table) -> None:
 
     Raises:
         OutputError: stdout cannot take it.
+        UnreadError: nobody reads it any more.
     """
     if sys.stdout is None or _is_silent():
         return
@@ -117,5 +123,7 @@ def _named_stdout() -> Iterator[None]:
             yield
             if sys.stdout is not None:
                 sys.stdout.flush()
+        except BrokenPipeError as error:
+            raise UnreadError.of_system("cannot write to stdout", error) from error
         except UnicodeError as error:
             raise OutputError(f"cannot write to stdout: {error}") from error

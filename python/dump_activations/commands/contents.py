@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dump_activations.commands.tables import Table
 from dump_activations.commands.text import shape_text
 from dump_activations.model.activations import ACTIVATIONS, WeightActivation
+from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.units import size_text
 
@@ -30,6 +31,8 @@ _PREFIXES = {
     "stats": "statistics",
     **{each.key: "parameters" for each in ACTIVATIONS if isinstance(each, WeightActivation)},
 }
+# Name, dtype, shape and size.
+_BASIC_COLUMNS = 4
 # A checkpoint's tokenizer may have 64 KiB.
 _LONGEST_VALUE = 400
 
@@ -114,9 +117,9 @@ class FileContents:
         Args:
             statistics: what is shown in the place of the tensors that hold them.
         """
-        hidden = "" if statistics is None else "statistics"
         yield self._title()
-        yield self._tensor_table([each for each in self.tensors if _group_of(each.name) != hidden])
+        tensors = self.tensors if statistics is None else split_statistics(self.tensors)[0]
+        yield self._tensor_table(tensors)
         if statistics is not None:
             yield statistics
         rows = [
@@ -146,8 +149,12 @@ class FileContents:
         headings = ["tensor", "dtype", "shape", *numbers]
         headings += ["digest"] * (self.damaged is not None)
         groups: dict[str, list[list[str]]] = {group: [] for group in _GROUPS}
-        for tensor in tensors:
+        others, statistics = split_statistics(tensors)
+        for tensor in others:
             groups[_group_of(tensor.name)].append(self._row(tensor))
+        if statistics:
+            blanks = [""] * (len(headings) - _BASIC_COLUMNS)
+            groups["statistics"].append([*statistics_row(statistics), *blanks])
         rows = [row for group, own in groups.items() if own for row in (group, *own)]
         return Table(headings, rows, numbers)
 
@@ -159,6 +166,22 @@ class FileContents:
         if self.damaged is not None:
             cells.append(_verdict(tensor.name, self.damaged))
         return cells
+
+
+def split_statistics(
+    tensors: Sequence[StoredTensor | TensorSpec],
+) -> tuple[list[StoredTensor | TensorSpec], list[StoredTensor | TensorSpec]]:
+    """Separate from the others the tensors that hold statistics: eight a key, too many to list."""
+    others = [tensor for tensor in tensors if not tensor.name.startswith(STATISTICS_PREFIX)]
+    statistics = [tensor for tensor in tensors if tensor.name.startswith(STATISTICS_PREFIX)]
+    return others, statistics
+
+
+def statistics_row(statistics: Sequence[StoredTensor | TensorSpec]) -> list[str]:
+    """Show tensors of statistics in one row of a table of tensors: name, dtype, shape, size."""
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in statistics}))
+    size = size_text(sum(tensor.nbytes for tensor in statistics))
+    return [f"{STATISTICS_PREFIX}KEY/NAME", dtypes, f"{len(statistics):,} tensors", size]
 
 
 def _group_of(name: str) -> str:

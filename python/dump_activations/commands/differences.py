@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dump_activations.commands.contents import shortened
 from dump_activations.commands.tables import Table
 from dump_activations.commands.text import shape_text
+from dump_activations.statistics import STATISTICS_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -56,14 +57,14 @@ def parts(first: Path, second: Path, comparison: Comparison) -> Iterator[str | T
         yield Table(("metadata", "", "value"), rows)
     shapes = [
         (pair.name, _described(pair.first), _described(pair.second))
-        for pair in comparison.tensors
+        for pair in _shown(comparison)
         if _described(pair.first) != _described(pair.second)
     ]
     if shapes:
         yield Table(("tensor", "a", "b"), shapes)
     found = {
         pair.name: (pair.difference, math.prod(pair.first.shape))
-        for pair in comparison.tensors
+        for pair in _shown(comparison)
         if pair.first is not None and pair.difference is not None and pair.difference.elements
     }
     if found:
@@ -71,6 +72,16 @@ def parts(first: Path, second: Path, comparison: Comparison) -> Iterator[str | T
     if comparison.metadata or shapes or found:
         yield ""
     yield _verdict(comparison)
+
+
+def _shown(comparison: Comparison) -> list[TensorPair]:
+    """Return what differs, but for statistics where that of which they are does too."""
+    differing = [pair for pair in comparison.tensors if not pair.is_equal]
+    return [pair for pair in differing if not _is_statistics(pair)] or differing
+
+
+def _is_statistics(pair: TensorPair) -> bool:
+    return pair.name.startswith(STATISTICS_PREFIX)
 
 
 def _text(value: str | None) -> str:
@@ -104,10 +115,12 @@ def _figure(value: float) -> str:
 
 
 def _verdict(comparison: Comparison) -> str:
-    differing = [pair.name for pair in comparison.tensors if not pair.is_equal]
+    differing = [pair for pair in comparison.tensors if not pair.is_equal]
     if not differing:
         return f"all {len(comparison.tensors):,} tensors are equal"
     text = f"{len(differing):,} of {len(comparison.tensors):,} tensors differ"
-    if "indices" in differing:
+    if statistics := sum(map(_is_statistics, differing)):
+        text += f", {statistics:,} of them statistics"
+    if "indices" in [pair.name for pair in differing]:
         text += "; their rows are of other boards, so that values tell little"
     return text

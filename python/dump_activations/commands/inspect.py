@@ -149,8 +149,7 @@ def _write_report(file: Path, report: Path) -> None:
 
     if (found := find_unfinished(file)) is not None:
         raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
-    with shown_progress():
-        write_report(file, report, progress=counted(Phase("writing the report", "keys")))
+    write_report(file, report, progress=True)
     print_note(f"{report} shows {file}; open it in a browser")
 
 
@@ -170,7 +169,11 @@ def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:
     from dump_activations.commands import differences
     from dump_activations.storage.reading.comparison import compare
     from dump_activations.storage.reading.inspection import inspect
+    from dump_activations.storage.writing.unfinished import find_unfinished
 
+    for path in (file, other):
+        if (found := find_unfinished(path)) is not None:
+            raise OutputError(f"{found.path} is not finished: there is nothing to compare yet")
     inspections = inspect(file), inspect(other)
     with shown_progress():
         count = counted(Phase("comparing", "values"))

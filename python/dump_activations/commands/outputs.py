@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from dump_activations.commands.console import print_json, print_parts
+from dump_activations.commands.contents import split_statistics, statistics_row
 from dump_activations.commands.tables import Table
 from dump_activations.commands.text import shape_text
 from dump_activations.dtypes import STORAGE_DTYPES
@@ -94,12 +95,16 @@ def _describe(
 
 
 def print_preview(preview: Preview, *, as_json: bool) -> None:
-    """Print what a run is going to write, tensor by tensor: a table, or JSON for scripts."""
+    """Print what a run is going to write, tensor by tensor: a table, or JSON for scripts.
+
+    The table has one row for all statistics.
+    """
     if as_json:
         print_json(preview.as_dict())
         return
+    tensors, statistics = split_statistics(preview.tensors)
     cells = [
-        [each.name, each.dtype, shape_text(each.shape), size_text(each.nbytes)]
-        for each in preview.tensors
+        [each.name, each.dtype, shape_text(each.shape), size_text(each.nbytes)] for each in tensors
     ]
+    cells += [statistics_row(statistics)] if statistics else []
     print_parts(preview.text, Table(("tensor", "dtype", "shape", "size"), cells, ["size"]))

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dump_activations.commands.console import print_error, shown_warnings
+from dump_activations.commands.console import UnreadError, print_error, shown_warnings
 from dump_activations.commands.failures import Failure, is_to_say
 from dump_activations.commands.process import leave
 from dump_activations.errors import DumpActivationsError
-from dump_activations.pipeline.interrupts import signal_of, terminated_like_interrupted
+from dump_activations.pipeline.interrupts import UNREAD, signal_of, terminated_like_interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,19 +29,23 @@ def be_process(command: click.Command) -> NoReturn:
 def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit code: 0, 2 for a wrong call, 1 for everything else.
 
-    Of an interrupted command it is the signal's number, negative.
+    Of an interrupted command it is the signal's number, negative; so it is of one whose reader
+    left, as `head` does.
 
     Args:
         command: what to run.
         arguments: those after the command's name; None takes the process's own.
     """
+    code = 0
     try:
         with shown_warnings(), terminated_like_interrupted():
             _invoke(command, sys.argv[1:] if arguments is None else arguments)
     except click.exceptions.Exit as error:
-        return error.exit_code
+        code = error.exit_code
     except click.ClickException as error:
         return _failed(_WRONG_CALL, error.format_message())
+    except UnreadError:
+        code = UNREAD
     except DumpActivationsError as error:
         return _failed(error.exit_code, error.flags_text, error)
     except KeyboardInterrupt as error:
@@ -51,7 +55,7 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
         if sys.flags.dev_mode:
             raise
         return _failed(_FAILED, f"{type(error).__name__}: {error}", error)
-    return 0
+    return code
 
 
 def _invoke(command: click.Command, arguments: Sequence[str]) -> None:

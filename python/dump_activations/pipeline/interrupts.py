@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+UNREAD = -signal.SIGPIPE
+"""Exit code of a process that ended because nobody read what it wrote."""
+
 TERMINATED = -signal.SIGTERM
 """Exit code of a process that SIGTERM ended."""
 

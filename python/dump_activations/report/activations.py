@@ -1,10 +1,11 @@
 """The section of the activations: how long vectors are, which features stand out, and where."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dump_activations.phases import Count
 from dump_activations.report import charts
 from dump_activations.report.figures import OUTLIER, KeyFigures, key_figures
 from dump_activations.report.markup import Markup, number_text, percent_text, tag
@@ -17,7 +18,7 @@ _ELSEWHERE = frozenset({"attn_pattern", "head_logits", "head_probs"})
 _TOP_FEATURES = 3
 
 
-def draw(source: Source, progress: Callable[[int, int], None] | None) -> Markup:
+def draw(source: Source, progress: Count | None) -> Markup:
     """Draw the figures of each key; `progress` is called with keys done and how many there are."""
     intro = (
         "A vector is the last axis of a key: one cell's, or one cell's of one attention head. "

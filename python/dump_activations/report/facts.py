@@ -20,7 +20,7 @@ _GROUPS = {
         *("where", "steps", "labels"),
     ),
     "Run": (
-        *("outputs", "layers", "dtype", "precision", "compile", "device", "batch_size"),
+        *("outputs", "layers", "dtype", "precision", "compile", "device", "batch_size", "stats"),
         *("dump_activations_version", "torch_version", "format_version", "fingerprint"),
     ),
 }

@@ -2,11 +2,11 @@
 
 import base64
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from dump_activations.phases import Count
 from dump_activations.report import (
     activations,
     attention,
@@ -22,15 +22,13 @@ from dump_activations.report.source import Source
 from dump_activations.storage.reading.activations_file import ActivationsFile
 from dump_activations.storage.reading.inspection import Inspection, inspect
 
-Progress = Callable[[int, int], None]
-
 DOCTYPE = "<!doctype html>"
 
 GENERATOR = "dump-activations report"
 """By which a page is known as one of these."""
 
 
-def render(path: Path, *, progress: Progress | None = None) -> str:
+def render(path: Path, *, progress: Count | None = None) -> str:
     """Return the page that shows a dump, as HTML.
 
     Args:
@@ -47,7 +45,7 @@ def render(path: Path, *, progress: Progress | None = None) -> str:
         return _render(inspection, source, progress)
 
 
-def _render(inspection: Inspection, source: Source, progress: Progress | None) -> str:
+def _render(inspection: Inspection, source: Source, progress: Count | None) -> str:
     chosen = examples.choose_examples(source)
     sections = {
         "What was run": facts.draw(inspection),

@@ -3,11 +3,13 @@
 import os
 import secrets
 import stat
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from dump_activations.errors import OutputError, option
-from dump_activations.report.page import DOCTYPE, GENERATOR, Progress, render
+from dump_activations.phases import Count, Phase, counted
+from dump_activations.progress.display import shown_progress
+from dump_activations.report.page import DOCTYPE, GENERATOR, render
 
 # The line that names it stands at the start.
 _HEAD_NBYTES = 1024
@@ -17,14 +19,15 @@ def write_report(
     path: str | os.PathLike[str],
     report: str | os.PathLike[str],
     *,
-    progress: Progress | None = None,
+    progress: Count | bool | None = None,
 ) -> None:
     """Write a page that shows a dump; one that is there already is replaced.
 
     Args:
         path: the dump.
         report: the page.
-        progress: called with activation keys done and how many there are.
+        progress: called with activation keys done and how many there are; True shows it, as
+            `dump` does.
 
     Raises:
         InvalidArgumentError: the suffix of `path` names no format.
@@ -33,7 +36,11 @@ def write_report(
     """
     target = Path(report)
     _check_replaceable(target)
-    page = render(Path(path), progress=progress).encode("utf-8", "backslashreplace")
+    with shown_progress() if progress is True else nullcontext():
+        count = counted(
+            Phase("writing the report", "keys"), progress if callable(progress) else None
+        )
+        page = render(Path(path), progress=count).encode("utf-8", "backslashreplace")
     with OutputError.when(f"cannot write {target}"):
         _replace(target, page)
 
