@@ -16,7 +16,8 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
-_GUIDE = Path(__file__).parent / "guide"
+_ROOT = Path(__file__).resolve().parents[1]
+_GUIDE = _ROOT / "docs" / "guide"
 _PAGES = ("first-dump.md", "probes.md")
 _NOTEBOOK = _GUIDE / "tour.ipynb"
 
@@ -34,8 +35,12 @@ def _run() -> nbformat.NotebookNode:
     os.environ["PATH"] = f"{bin_directory}:{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as directory:
         resources = {"metadata": {"path": directory}}
-        NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
-    return notebook
+        client = NotebookClient(
+            notebook, kernel_name="python3", resources=resources, coalesce_streams=True
+        )
+        client.execute()
+    # Where the repository lies on this machine is of no interest to its readers.
+    return nbformat.reads(nbformat.writes(notebook).replace(f"{_ROOT}/", ""), as_version=4)
 
 
 def _main() -> None:
