@@ -209,3 +209,25 @@ def test_which_failure_is_told(tmp_path):
     (tmp_path / "10-later-2").write_text('{"code": 1, "te')
     assert read_failures(tmp_path) == [reason, peer]
     assert reason.notes == "kept"
+
+
+@pytest.mark.parametrize("code", [1, -signal.SIGINT])
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_torch_is_not_there_to_say_why(local_rank, code):
+    """As where its import is broken, or was interrupted: it cannot be imported again then."""
+    place = {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    environment = {name: str(number) for name, number in place.items()}
+    program = (
+        "import sys; sys.modules['torch'] = None;"
+        "from dump_activations.commands.failures import Failure, is_to_say;"
+        f"print(is_to_say(Failure({code}, 'no', 'no')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == (f"{local_rank == 0}\n", "")
+
