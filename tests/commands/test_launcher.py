@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from api.test_faults_kills import sha256
+from api.test_faults_kills import PROMPTLY, sha256
 from dump_activations.commands.dump import main
 from dump_activations.commands.failures import Failure, read_failures
 from faults.commands import HANG
@@ -117,6 +118,22 @@ def torchrun_of_two(endpoint):
         *["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=a"],
         *[f"--rdzv-endpoint={endpoint}", "-m", "dump_activations"],
     ]
+
+
+def test_interrupted_while_there_is_no_store(server, free_port, tmp_path):
+    """torch tries to connect for minutes."""
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    environment = {name: str(number) for name, number in place.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    command = server.start(ARGUMENTS, tmp_path / "log", environment=environment)
+    command.wait_until(lambda: "no CUDA device" in "".join(command.lines))
+    time.sleep(1)
+    command.signal(signal.SIGTERM)
+    assert command.wait(PROMPTLY) == -signal.SIGTERM
+    assert told(command.lines) == ["error: interrupted"]
 
 
 def test_two_launchers_as_two_machines(server, free_port, tmp_path):
@@ -230,4 +247,3 @@ def test_torch_is_not_there_to_say_why(local_rank, code):
         check=True,
     )
     assert (done.stdout, done.stderr) == (f"{local_rank == 0}\n", "")
-
