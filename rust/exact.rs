@@ -37,14 +37,6 @@ impl ExactSums {
         }
     }
 
-    /// Adds each row of terms: one a sum.
-    pub fn add_rows<'a>(&mut self, rows: impl IntoIterator<Item = &'a [f64]>) {
-        for row in rows {
-            self.count_term();
-            self.sums.iter_mut().zip(row).for_each(|(sum, &term)| add_term(sum, term));
-        }
-    }
-
     pub fn merge(&mut self, other: &Self) {
         let mut other = other.clone();
         other.carry();

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
 LEAVES = (
     *("board", "chunks", "dtypes", "errors", "paths", "phases", "pickles", "place"),
-    *("statistics", "timing", "units"),
+    *("statistics", "tensor_names", "timing", "units"),
 )
 
 # Room -> the rooms and modules that its modules may import, besides one another.

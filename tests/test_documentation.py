@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 import zlib
 from hashlib import sha256
 from pathlib import Path
@@ -14,14 +15,16 @@ from safetensors.numpy import load_file
 
 from dump_activations import dump
 from dump_activations.commands.dump import dump_activations
+from dump_activations.commands.inspect import inspect_activations
 from dump_activations.model.activations import ACTIVATIONS
 from dump_activations.statistics import STATISTICS
 from test_architecture import ARROWS, LEAVES, PACKAGE
 
 ROOT = Path(__file__).parents[1]
-README, ARCHITECTURE, FORMAT = (
-    (ROOT / name).read_text()
-    for name in ("README.md", "docs/architecture.md", "docs/file-format.md")
+CALL = re.compile(r"(?:^|\s)(dump-activations|-m dump_activations|inspect-activations)\s+(.*)")
+COMMAND, KEYS, ARCHITECTURE, FORMAT = (
+    (ROOT / "docs" / name).read_text()
+    for name in ("command.md", "keys.md", "architecture.md", "file-format.md")
 )
 
 
@@ -48,12 +51,12 @@ def default_of(flag: click.Parameter) -> str:
 
 def test_the_flags_and_their_defaults():
     flags = {", ".join(flag.opts): default_of(flag) for flag in dump_activations.params}
-    assert {row[0]: row[1] for row in table(README, "Flag")} == flags
+    assert {row[0]: row[1] for row in table(COMMAND, "Flag")} == flags
 
 
 def test_the_activation_keys():
     keys = {activation.key for activation in ACTIVATIONS}
-    assert column(README, "Key") == {*keys, "attn_weights"}
+    assert column(KEYS, "Key") == {*keys, "attn_weights"}
     assert column(FORMAT, "Name") == {*keys, "labels", "indices", "boards"}
 
 
@@ -119,3 +122,28 @@ def test_digests_are_what_the_page_says(written, demo_checkpoint, demo_pool):
         name: {"crc32": f"{zlib.crc32(tensor.tobytes()):08x}", "nan": 0, "inf": 0}
         for name, tensor in tensors.items()
     }
+
+
+def commands_shown() -> list[tuple[str, list[str]]]:
+    """Every call of a command in the pages' blocks of code: its name and arguments."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    blocks = [
+        block
+        for page in pages
+        for block in re.findall(r"^```(?:ba)?sh\n(.*?)^```$", page.read_text(), re.DOTALL | re.M)
+    ]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    called = [CALL.search(line) for line in lines]
+    return [(call[1], shlex.split(call[2])) for call in called if call]
+
+
+def test_the_pages_commands_are_ones_there_are():
+    commands = {
+        "dump-activations": dump_activations,
+        "-m dump_activations": dump_activations,
+        "inspect-activations": inspect_activations,
+    }
+    shown = commands_shown()
+    assert {name for name, _ in shown} == commands.keys()
+    for name, arguments in shown:
+        commands[name].make_context(name, [*arguments])

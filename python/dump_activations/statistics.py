@@ -93,6 +93,11 @@ class Statistic:
     text: str
     value: Callable[[Totals], ArrayLike]
 
+    def shape(self, *, layers: int | None, width: int) -> tuple[int, ...]:
+        """Shape of the tensor that holds it, of so many layers and features."""
+        axes = () if layers is None else (layers,)
+        return (*axes, width) if self.per_feature else axes or (1,)
+
 
 STATISTICS: tuple[Statistic, ...] = (
     Statistic(
@@ -137,12 +142,11 @@ def statistics_specs(tensor: str, *, layers: int | None, width: int) -> list[Ten
         layers: how many layers are stacked in it; None for a tensor without their axis.
         width: features of a vector.
     """
-    axes = () if layers is None else (layers,)
     return [
         TensorSpec(
             f"{STATISTICS_PREFIX}{tensor}/{each.name}",
             "float64",
-            (*axes, width) if each.per_feature else axes or (1,),
+            each.shape(layers=layers, width=width),
         )
         for each in STATISTICS
     ]

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dump_activations import dump
 from dump_activations.commands.inspect import main
@@ -68,9 +69,20 @@ def test_people_see_a_line_a_layer(path, known, capsys):
     ]
 
 
-def test_what_is_no_number_is_null_in_json(tmp_path, capsys):
-    from safetensors.numpy import save_file
+@pytest.mark.parametrize("left_out", ["nothing", "stats/layer_outputs/count"])
+def test_a_dump_that_was_saved_again_by_another_program(path, tmp_path, capsys, left_out):
+    """Without its metadata, which has the numbers of the layers."""
+    again = tmp_path / "again.safetensors"
+    tensors = load_file(path)
+    tensors.pop(left_out, None)
+    save_file(tensors, again)
+    assert main([str(again), "--stats", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"].keys() >= {"pooled"}
+    assert main([str(again), "--stats"]) == 0
+    assert "pooled" in capsys.readouterr().out
 
+
+def test_what_is_no_number_is_null_in_json(tmp_path, capsys):
     path = tmp_path / "x.safetensors"
     save_file({"x": np.array([[1, np.nan], [2, np.inf]], np.float32)}, path)
     assert main([str(path), "--stats", "--json"]) == 0

@@ -184,6 +184,15 @@ def test_the_boards_of_a_loader(make):
             same(found, expected[f"labels/{name}"][rows])
 
 
+def test_the_boards_of_spawned_workers(make):
+    boards = ActivationsFile(make()).boards(STACKED, layer=3, labels="move_dir")
+    loader = DataLoader(boards, batch_size=25, num_workers=1, multiprocessing_context="spawn")
+    values, labels = zip(*loader, strict=True)
+    expected = read_dump(make()).tensors
+    same(torch.cat(values), expected[STACKED][:, 1])
+    same(torch.cat([of_batch["move_dir"] for of_batch in labels]), expected["labels/move_dir"])
+
+
 def test_boards_without_labels(make):
     expected = read_dump(make()).tensors["head_logits"]
     loader = DataLoader(ActivationsFile(make()).boards("head_logits"), sampler=[4, 4, 2])
@@ -255,6 +264,26 @@ def test_files_of_other_programs(tmp_path):
     save_file({"a": torch.zeros(9, 3), "b": torch.zeros(8)}, path)
     with pytest.raises(OutputError, match=r"a.safetensors is no dump: .* no first axis in common"):
         ActivationsFile(path)
+
+
+def test_tensors_that_are_no_layers_of_one_key(tmp_path):
+    """Of other programs: of another shape or dtype, beside a stacked one, or of no such number."""
+    values = {
+        "x.0": torch.rand(3, 2),
+        "x.1": torch.rand(3, 4),
+        "x.2": torch.rand(3, 2).half(),
+        "x.3": torch.rand(3, 2),
+        "x.03": torch.rand(3, 2),
+        "y": torch.rand(3, 4, 2),
+        "y.1": torch.rand(3, 2),
+    }
+    save_file(values, tmp_path / "a.safetensors", {"layers": "0,1,2,3"})
+    acts = ActivationsFile(tmp_path / "a.safetensors")
+    assert set(acts.keys()) == {"x", "x.1", "x.2", "x.03", "y", "y.1"}
+    same(acts.read("x"), torch.stack([values["x.0"], values["x.3"]], 1))
+    same(acts.read("y", layer=1), values["y"][:, 1])
+    for name, expected in values.items():
+        same(acts.read(name), expected)
 
 
 def test_what_numpy_does_not_store_by_rows(tmp_path):

@@ -42,7 +42,7 @@ def paths(tmp_path_factory):
     paths = [directory / name for name in ("stacked.safetensors", "split.safetensors")]
     save_file(tensors(), paths[0], METADATA)
     split = tensors()
-    for key in ("mlp_post", "attn_q"):
+    for key in ("mlp_post", "attn_q", "attn_pattern"):
         values = split.pop(key)
         split |= {f"{key}.{n}": values[:, i].contiguous() for i, n in enumerate(LAYERS)}
     save_file(split, paths[1], METADATA)
@@ -180,6 +180,15 @@ def test_drop_last_leaves_as_many_whole_batches_to_each_rank(acts, world_size):
     assert {len(batch.rows) for share in shares for batch in share} == {50}
 
 
+def test_drop_last_leaves_as_many_to_each_of_another_number_of_ranks(acts):
+    shares = []
+    for rank in range(3):
+        cells = acts.cells("final_hidden", batch_size=58, rank=rank, world_size=3, drop_last=True)
+        cells.load_state_dict({"seed": 0, "epoch": 0, "batch": 4})  # of 10
+        shares.append(len(list(cells)))
+    assert shares == [2, 2, 2]
+
+
 @pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
 def test_workers_of_a_loader_share_the_batches(acts, start, workers):
     cells = acts.cells("final_hidden", batch_size=40)
@@ -190,6 +199,14 @@ def test_workers_of_a_loader_share_the_batches(acts, start, workers):
     found = list(loader)
     assert isinstance(found[0], CellBatch)
     assert places(found) == places(acts.cells("final_hidden", batch_size=40))
+
+
+def test_workers_that_persist_go_on_to_the_next_epoch(acts):
+    cells = acts.cells("final_hidden", batch_size=40)
+    loader = DataLoader(cells, batch_size=None, num_workers=2, persistent_workers=True)
+    for epoch in range(2):
+        expected = acts.cells("final_hidden", batch_size=40, epoch=epoch)
+        assert places(loader) == places(expected)
 
 
 def test_what_a_caller_keeps_is_not_written_over(acts):
@@ -230,6 +247,25 @@ def test_several_files_are_one(paths, tmp_path):
         assert torch.equal(batch.values, stored[batch.rows, 1, batch.cells])
 
 
+def test_what_only_some_of_several_files_have(tmp_path):
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors")]
+    labels = [{"labels/move_dir": torch.zeros(N)}, {}, {"labels/move_dir": torch.zeros(N, 2)}]
+    for path, label in zip(files, labels, strict=True):
+        save_file(tensors() | label, path, METADATA)
+    for other in files[1:]:
+        acts = ActivationsFile(files[0], other)
+        assert len(acts.read("pooled")) == 2 * N
+        with pytest.raises(InvalidArgumentError, match=f"{other} has no labels/move_dir like that"):
+            acts.labels["move_dir"]
+
+
+def test_what_one_of_several_files_does_not_say_is_no_difference(paths, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file(tensors(), other, METADATA | {"weights_sha256": "b"})
+    for both in ((paths[0], other), (other, paths[0])):
+        assert len(ActivationsFile(*both)) == 2 * N
+
+
 def test_files_that_do_not_belong_together(paths, tmp_path):
     other = tmp_path / "other.safetensors"
     with pytest.raises(InvalidArgumentError, match=r"as one with .*: its keys differ"):
@@ -260,6 +296,17 @@ def test_keys_that_have_no_cells(acts, arguments, error):
         acts.cells(*arguments)
 
 
+def test_a_layer_of_pairs_has_no_cells_by_its_own_name_either(paths):
+    with pytest.raises(InvalidArgumentError, match=r"attn_pattern.2 has no axis of cells"):
+        ActivationsFile(paths[1]).cells("attn_pattern.2")
+
+
+@pytest.mark.parametrize("state", [{}, {"seed": 0, "epoch": 0, "batch": -3}])
+def test_what_is_no_state(acts, state):
+    with pytest.raises(InvalidArgumentError, match="seed, epoch, batch are wanted"):
+        acts.cells("final_hidden").load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -271,6 +318,7 @@ def test_keys_that_have_no_cells(acts, arguments, error):
         ({"seed": -1}, "seed=-1: at least 0"),
         ({"epoch": -1}, "epoch=-1: at least 0"),
         ({"device": "meta"}, "device='meta': neither cpu nor cuda"),
+        ({"device": "gpu"}, "device='gpu': neither cpu nor cuda"),
     ],
 )
 def test_numbers_out_of_range(acts, options, error):

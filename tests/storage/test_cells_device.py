@@ -61,7 +61,8 @@ def test_the_next_batch_is_copied_while_one_is_used(acts):
         cells.close()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_device_that_there_is_not(acts):
-    with pytest.raises(DeviceError, match="device='cuda': there is no CUDA device"):
-        acts.cells("hidden", device="cuda")
+@pytest.mark.parametrize(("count", "device"), [(0, "cuda"), (2, "cuda:2")])
+def test_a_device_that_there_is_not(acts, monkeypatch, count, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(DeviceError, match=f"device='{device}': there is no such CUDA device"):
+        acts.cells("hidden", device=device)

@@ -86,6 +86,19 @@ def test_means_and_variances_are_the_exact_ones_rounded_once(tensor):
     assert_equal(found, expected, rtol=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(tensors(finite=True))
+def test_sums_are_exact_to_their_last_bit(tensor):
+    """A vector by itself is summed without rounding, whatever is done with many."""
+    values, dtype = tensor
+    vectors = values.reshape(-1, values.shape[-1])
+    whole, one_by_one = running(values, dtype), running(values, dtype)
+    whole.add("x", 0, vectors.reshape(-1).view(np.uint8))
+    for number, vector in enumerate(vectors):
+        one_by_one.add("x", number * vector.nbytes, vector.view(np.uint8))
+    assert whole.state() == one_by_one.state()
+
+
 @settings(max_examples=30, deadline=None)
 @given(tensors(finite=False))
 def test_nan_and_infinite_values_count_as_in_numpy(tensor):

@@ -126,7 +126,8 @@ def test_what_has_no_statistics_says_so(make):
 def test_a_foreign_file_has_statistics_of_its_floats(tmp_path):
     path = tmp_path / "x.safetensors"
     values = torch.randn(50, 4, 7)
-    save_file({"hidden": values, "n": torch.arange(50), "one": torch.rand(50)}, path)
+    others = {"n": torch.arange(50), "one": torch.rand(50), "of_layers": torch.rand(50, 3)}
+    save_file({"hidden": values, **others}, path, {"num_layers": "3"})
     computed = compute_statistics(inspect(path), threads=1)
     assert [*computed] == ["hidden"]
     for name, expected in numpy_statistics(vectors(values)).items():
@@ -135,6 +136,28 @@ def test_a_foreign_file_has_statistics_of_its_floats(tmp_path):
             np.broadcast_to(expected, computed["hidden"][name].shape),
             1e-9,
         )
+
+
+def test_what_cannot_be_read_where_it_lies(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(
+        path, hidden=np.ones((3, 2), np.float32), **{"stats/hidden/mean": np.ones(3)}
+    )
+    assert stored_statistics(inspect(path)) == {}
+    with pytest.raises(OutputError, match=r"x.npz: hidden is compressed or not in C order"):
+        compute_statistics(inspect(path), threads=1)
+
+
+@pytest.mark.parametrize(
+    "count", [torch.tensor(3.0), torch.zeros(0), torch.zeros(2), torch.zeros(1)]
+)
+def test_tensors_that_are_only_called_statistics(tmp_path, count):
+    dtype = torch.float32 if count.shape == (1,) else torch.float64
+    tensors = {"indices": torch.arange(5), "pooled": torch.rand(5, 4)}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors | {"stats/pooled/count": count.to(dtype)}, path)
+    with pytest.raises(InvalidArgumentError, match="pooled has no statistics"):
+        ActivationsFile(path).stats("pooled")
 
 
 def test_a_file_cut_short_meanwhile_is_an_error(make, tmp_path):

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dump_activations.errors import OutputError, option, switch, warn
-from dump_activations.pipeline.board_feed import LABEL_PREFIX, read_batch
+from dump_activations.pipeline.board_feed import read_batch
 from dump_activations.pipeline.group import Group
 from dump_activations.pipeline.plan import Plan
 from dump_activations.pipeline.summary import STAGES, Summary
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.work import Existing
+from dump_activations.tensor_names import LABEL_PREFIX
 from dump_activations.units import size_text
 
 

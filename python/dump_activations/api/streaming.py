@@ -35,8 +35,8 @@ class Batch:
         first_row: place of the first board in the run.
         indices: global step indices, int64 (B,).
         boards: exponents, uint8 (B, 16).
-        labels: name -> tensor (B, *shape), uint8, int64, float32 or float64.
-        tensors: by their names in a file, the activations (B, *shape) in the storage dtype, and
+        labels: name -> tensor ``(B, *shape)``, uint8, int64, float32 or float64.
+        tensors: by their names in a file, the activations ``(B, *shape)`` in the storage dtype, and
             the parameters that were asked for.
     """
 

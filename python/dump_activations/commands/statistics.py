@@ -28,7 +28,7 @@ def table(statistics: Mapping[str, TensorStatistics], layers: Sequence[int]) -> 
 
     Args:
         statistics: of each tensor.
-        layers: numbers of those that are stacked in a tensor.
+        layers: numbers of those that are stacked in a tensor; none where that is not known.
     """
     rows = [
         row for tensor, of_tensor in statistics.items() for row in _rows(tensor, of_tensor, layers)
@@ -43,7 +43,7 @@ def _rows(tensor: str, found: TensorStatistics, layers: Sequence[int]) -> Iterat
         mean_square = of["norm_square_mean"].item() / of["mean"].size
         yield [
             tensor,
-            str(layers[at]) if is_stacked else "",
+            str(layers[at]) if is_stacked and at < len(layers) else "",
             f"{of['count'].item():,.0f}",
             f"{of['norm_mean'].item():.5g}",
             f"{math.sqrt(mean_square):.5g}",

@@ -11,6 +11,7 @@ from dump_activations.errors import IndicesError, IndicesNotFoundError, note, op
 from dump_activations.pool.indices import load_indices, step_indices
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.inspection import inspect
+from dump_activations.tensor_names import LABEL_PREFIX
 
 if TYPE_CHECKING:
     from typing import Any
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from dump_activations.storage.formats.contents import StoredTensor
 
 _NAME = "indices"
-_RUN, _STEPS = "labels/run_id", ("labels/step_index", "labels/step_idx")
+_RUN = LABEL_PREFIX + "run_id"
+_STEPS = (LABEL_PREFIX + "step_index", LABEL_PREFIX + "step_idx")
 
 
 def read_step_indices(

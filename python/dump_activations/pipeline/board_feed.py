@@ -20,15 +20,13 @@ from dump_activations.pool.columns import Values
 from dump_activations.pool.dataset import StepsDataset
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import StepIndices
+from dump_activations.tensor_names import LABEL_PREFIX
 from dump_activations.timing import Stopwatch
 
 # Indices are read a window at a time: the more of them one read sees, the nearer its rows lie
 # together. The first windows are small, so that the first batch does not wait for a large read.
 _LARGEST_WINDOW = 1 << 20
 _GROWTH = 4
-
-LABEL_PREFIX = "labels/"
-"""Stands before the name of a label in a file."""
 
 
 @dataclass(frozen=True)

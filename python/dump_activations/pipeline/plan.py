@@ -31,7 +31,6 @@ from dump_activations.model.encoder import Encoder
 from dump_activations.model.layers import find_layers
 from dump_activations.model.replica import replicate
 from dump_activations.options import DumpOptions, Options
-from dump_activations.pipeline.board_feed import LABEL_PREFIX
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.pinned import PinnedSlots
 from dump_activations.pipeline.shortage import model_shortage_named
@@ -40,6 +39,7 @@ from dump_activations.pool.dataset import StepsDataset
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import StepIndices
 from dump_activations.statistics import STATISTICS_PREFIX, statistics_specs
+from dump_activations.tensor_names import LABEL_PREFIX
 
 _ALONE = Place()
 _LARGE_TENSOR = 8 << 30

@@ -305,7 +305,7 @@ class StepsDataset(_Dataset):
     def read_labels(
         self, indices: ArrayLike, names: str | Sequence[str]
     ) -> dict[str, NDArray[Any]]:
-        """Read labels, name -> (n, *shape), in the order of `indices`.
+        """Read labels, name -> `(n, *shape)`, in the order of `indices`.
 
         uint8 stays so, other integers become int64, floats stay float32 or float64.
 

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.board import CELLS, MOVES
-from dump_activations.errors import OutputError
+from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.statistics import STATISTICS, STATISTICS_PREFIX
 from dump_activations.storage.reading.activations_file import ActivationsFile
+from dump_activations.tensor_names import LABEL_PREFIX
 
 Floats = NDArray[np.float32]
 
@@ -85,8 +86,8 @@ class Source:
 
     def _label(self, names: tuple[str, ...]) -> NDArray[np.int64] | None:
         for name in names:
-            if name in self.file.labels and self._is_whole_number(f"labels/{name}"):
-                return self.file.read_numpy(f"labels/{name}", self.rows).astype(np.int64)
+            if name in self.file.labels and self._is_whole_number(LABEL_PREFIX + name):
+                return self.file.read_numpy(LABEL_PREFIX + name, self.rows).astype(np.int64)
         return None
 
     def _is_whole_number(self, name: str) -> bool:
@@ -105,12 +106,12 @@ class Source:
         names = self.file.tensor_names()
         if not any(name.startswith((f"{prefix}/", f"{prefix}.")) for name in names):
             return None
-        found = self.file.stats(key)
-        layers, features = max(len(self.file.layers(key)), 1), self.file.shape(key)[-1]
-        for each in STATISTICS:
-            size = layers * (features if each.per_feature else 1)
-            if each.name not in found or found[each.name].size != size:
-                raise self._not_shown(f"its {prefix}/{each.name} are not those of {key}")
+        try:
+            found = self.file.stats(key)
+        except InvalidArgumentError:
+            found = {}
+        if len(found) < len(STATISTICS):
+            raise self._not_shown(f"its {prefix}/ are not those of {key}")
         return found
 
     def read(self, key: str, places: NDArray[np.int64], *, layer: int | None = None) -> Floats:

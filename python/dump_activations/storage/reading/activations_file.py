@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from dump_activations.dtypes import DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
-from dump_activations.storage.reading.catalog import LABEL_PREFIX, Key
+from dump_activations.storage.reading.catalog import Key
 from dump_activations.storage.reading.rows import Rows, row_numbers
 from dump_activations.storage.reading.tensor_files import TensorFiles
+from dump_activations.tensor_names import LABEL_PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -236,7 +237,8 @@ class ActivationsFile:
 
         The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cell_order` has it.
         Ranks take its batches in turns. `state_dict()` and `load_state_dict()` leave off and go on
-        in the middle.
+        in the middle. Reading goes on in the background, without a `DataLoader`; one with workers
+        needs `batch_size=None`, and `persistent_workers=True` for the epochs after the first.
 
         Args:
             key: An activation key with an axis of cells; of several the same cells are read, and

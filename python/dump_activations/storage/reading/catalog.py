@@ -3,23 +3,25 @@
 Shape letters: N boards, L layers of those kept.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dump_activations.errors import InvalidArgumentError, OutputError, option
+from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.formats.contents import Contents, StoredTensor
-
-LABEL_PREFIX = "labels/"
-"""Stands before the name of a label."""
+from dump_activations.tensor_names import LABEL_PREFIX
 
 # Of the tensors with a first axis of boards, those that have no axis of layers.
 _WITHOUT_LAYERS = frozenset(
     {"indices", "boards", "final_hidden", "pooled", "head_logits", "head_probs"}
 )
 
+_LAYER = re.compile("0|[1-9][0-9]{,8}")
+
 # Tensors of a dump that are not of boards, whatever their first axis.
-_NOT_OF_BOARDS = ("rmsnorm_gammas/", "attn_sinks", "stats/")
+_NOT_OF_BOARDS = ("rmsnorm_gammas/", "attn_sinks", STATISTICS_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Key:
     layers: tuple[int, ...] | None = None
     is_split: bool = False
     of_boards: bool = True
+
+    @property
+    def stacked(self) -> int | None:
+        """How many layers are stacked in a stored tensor of it; None where it has no such axis."""
+        return None if self.is_split or self.layers is None else len(self.layers)
 
     def shape(self, boards: int, layer: int | None = None) -> tuple[int, ...]:
         """Shape of the values of so many boards, of one layer or of all."""
@@ -142,13 +149,13 @@ class Catalog:
             if not key.of_boards or is_label or tensor.name in ("indices", "boards"):
                 continue
             name, layer = _split_name(tensor.name)
-            if layer is None or layer not in self._layers:
-                keys[tensor.name] = key
-            elif name not in keys:
-                keys[name] = replace(key, name=name, layers=(layer,), is_split=True)
-            else:
-                layers = (*(keys[name].layers or ()), layer)
-                keys[name] = replace(keys[name], layers=tuple(sorted(layers)))
+            if layer is not None and layer in self._layers:
+                alone = replace(key, name=name, layers=(layer,), is_split=True)
+                others = keys.get(name, alone)
+                if replace(others, layers=alone.layers) == alone:
+                    layers = {*(others.layers or ()), layer}
+                    key = replace(alone, layers=tuple(sorted(layers)))
+            keys[key.name] = key
         return keys
 
     def _key_of(self, tensor: StoredTensor) -> Key:
@@ -165,8 +172,8 @@ class Catalog:
 
 def _split_name(name: str) -> tuple[str, int | None]:
     """Take `KEY.LAYER` apart; any other name has no layer."""
-    key, dot, layer = name.rpartition(".")
-    return (key, int(layer)) if dot and layer.isdecimal() and len(layer) < 10 else (name, None)
+    key, _, layer = name.rpartition(".")
+    return (key, int(layer)) if _LAYER.fullmatch(layer) and key else (name, None)
 
 
 def _number(metadata: Mapping[str, str]) -> int:

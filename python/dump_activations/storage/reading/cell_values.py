@@ -44,7 +44,7 @@ class CellValues:
             )
         [part] = key.parts(layer)
         has_cells = key.of_boards and key.value[:1] == (CELLS,) and 0 not in key.value
-        if not has_cells or key.name in _OF_PAIRS:
+        if not has_cells or key.name.partition(".")[0] in _OF_PAIRS:
             raise InvalidArgumentError(f"{key.name} has no axis of cells")
         return cls(part, key.dtype, math.prod(key.value[1:]))
 

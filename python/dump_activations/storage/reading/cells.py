@@ -25,7 +25,8 @@ class Cells(IterableDataset[CellBatch]):
 
     An iteration begins where the one before it was left, or where `load_state_dict` says, and goes
     to the end of the epoch; the next begins the next epoch. Each worker of a `DataLoader`, which
-    has to have `batch_size=None`, takes its share of the batches; the order stays the same.
+    has to have `batch_size=None`, takes its share of the batches; the order stays the same. Which
+    epoch it is only they know: without `persistent_workers=True` each is the first.
     """
 
     def __init__(
@@ -80,7 +81,14 @@ class Cells(IterableDataset[CellBatch]):
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Let the next iteration begin where a state says; the world size may be another."""
+        """Let the next iteration begin where a state says; the world size may be another.
+
+        Raises:
+            InvalidArgumentError: It is no state of cells.
+        """
+        if state.keys() != self._state.keys() or min(state.values()) < 0:
+            names = ", ".join(self._state)
+            raise InvalidArgumentError(f"{option('state', dict(state))}: {names} are wanted")
         self._state = {name: int(state[name]) for name in self._state}
 
     def __iter__(self) -> Iterator[CellBatch]:
@@ -120,7 +128,8 @@ class Cells(IterableDataset[CellBatch]):
     def _batches(self, order: CellOrder, start: int, rank: int, world_size: int) -> range:
         stop = order.batches
         if self._drop_last:
-            stop = order.cells // self._batch_size // self._world_size * self._world_size
+            whole = order.cells // self._batch_size
+            stop = start + (whole - start) // self._world_size * self._world_size
         return range(start + rank, stop, world_size)
 
     def _feed(self, order: CellOrder, batches: range) -> Generator[KeyedCells, None, None]:
@@ -172,9 +181,13 @@ class Cells(IterableDataset[CellBatch]):
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    found = torch.device(device or "cpu")
+    text = option("device", str(device))
+    try:
+        found = torch.device(device or "cpu")
+    except RuntimeError:  # no type of device at all
+        raise InvalidArgumentError(f"{text}: neither cpu nor cuda") from None
     if found.type not in ("cpu", "cuda"):
-        raise InvalidArgumentError(f"{option('device', str(found))}: neither cpu nor cuda")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"{option('device', str(found))}: there is no CUDA device")
+        raise InvalidArgumentError(f"{text}: neither cpu nor cuda")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"{text}: there is no such CUDA device")
     return found

@@ -21,6 +21,8 @@ _DTYPES = frozenset({"float32", "float16", "bfloat16"})
 def stored_statistics(inspection: Inspection) -> dict[str, TensorStatistics]:
     """Return the statistics that a file has, by the names of its tensors; none where it has none.
 
+    Tensors of which it does not have all are left out.
+
     Raises:
         OutputError: they cannot be read.
     """
@@ -30,13 +32,24 @@ def stored_statistics(inspection: Inspection) -> dict[str, TensorStatistics]:
             tensor, _, name = stored.name.removeprefix(STATISTICS_PREFIX).rpartition("/")
             if f"{STATISTICS_PREFIX}{tensor}/{name}" != stored.name or stored.dtype != "float64":
                 continue
+            if stored.offset is None:  # compressed, by another program
+                continue
             try:
-                assert stored.offset is not None
                 data = np.frombuffer(read_exactly(file, stored.offset, stored.nbytes), "<f8")
             except ValueError as error:
                 raise OutputError(f"{inspection.path}: {stored.name}: {error}") from None
             found.setdefault(tensor, {})[name] = data.reshape(stored.shape)
-    return found
+    return {tensor: statistics for tensor, statistics in found.items() if _are_all(statistics)}
+
+
+def _are_all(found: TensorStatistics) -> bool:
+    """Say whether these are all statistics of a tensor, in their shapes."""
+    shape = found["mean"].shape if "mean" in found else ()
+    if len(shape) not in (1, 2):
+        return False
+    layers = shape[0] if len(shape) == 2 else None
+    shapes = {each.name: each.shape(layers=layers, width=shape[-1]) for each in STATISTICS}
+    return shapes.items() <= {name: values.shape for name, values in found.items()}.items()
 
 
 def compute_statistics(
@@ -101,16 +114,17 @@ def key_statistics(
     found: TensorStatistics = {}
     for each in STATISTICS:
         names = [f"{STATISTICS_PREFIX}{part.tensor}/{each.name}" for part in parts]
-        if not all(name in stored for name in names):
+        values = [stored[name] for name in names if name in stored]
+        shape = each.shape(layers=key.stacked, width=prod(key.value[-1:]))
+        if [(of.shape, of.dtype) for of in values] != [(shape, np.dtype(np.float64))] * len(parts):
             continue
-        values = np.stack([stored[name] for name in names])
-        if not each.per_feature and (key.is_split or key.layers is None):
-            values = values[:, 0]
-        # Tensors of one layer are stacked here, layers of one tensor are so already.
-        if len(parts) == 1 and not (key.is_split and layer is None):
-            values = values[0]
-        one_of_stacked = layer is not None and key.layers is not None and not key.is_split
-        found[each.name] = values[parts[0].at] if one_of_stacked else values
+        if key.stacked is not None:
+            [of_layers] = values
+            found[each.name] = of_layers if layer is None else of_layers[parts[0].at]
+            continue
+        if not each.per_feature:
+            values = [of[0] for of in values]
+        found[each.name] = np.stack(values) if key.is_split and layer is None else values[0]
     if not found:
         raise InvalidArgumentError(
             f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "
@@ -126,9 +140,13 @@ def _vectors_in(inspection: Inspection) -> list[Vectors]:
     for key in catalog.keys.values():
         for part in key.parts(None):
             stored = catalog.tensors[part.tensor]
-            if stored.dtype not in _DTYPES or len(stored.shape) < 2 or not stored.nbytes:
+            if stored.dtype not in _DTYPES or not key.value or not stored.nbytes:
                 continue
-            layers = None if key.is_split or key.layers is None else len(key.layers)
+            if stored.offset is None:
+                raise OutputError(
+                    f"{inspection.path}: {stored.name} is compressed or not in C order, and has no "
+                    "statistics"
+                )
             *axes, width = stored.shape[1:]
-            found.append(Vectors(stored.name, stored.dtype, layers, prod(axes), width))
+            found.append(Vectors(stored.name, stored.dtype, key.stacked, prod(axes), width))
     return found

@@ -76,6 +76,7 @@ class TensorFiles:
             cancel: lets another thread end the read.
 
         Raises:
+            InvalidArgumentError: not all files have the tensor.
             OutputError: a row cannot be read, or a file was changed.
         """
         self._check_unchanged()
@@ -102,9 +103,22 @@ class TensorFiles:
             start += stored.nbytes
 
     def _tensors(self, name: str) -> list[StoredTensor]:
-        """Return the tensor in each file, or in the first where it is not of boards."""
-        of_boards = self.catalog.find(name).of_boards
-        return [c.tensors[name] for c in self._catalogs[: None if of_boards else 1]]
+        """Return the tensor in each file, or in the first where it is not of boards.
+
+        Raises:
+            InvalidArgumentError: another file has none of its dtype and shape.
+        """
+        first = self.catalog.tensors[name]
+        if not self.catalog.find(name).of_boards:
+            return [first]
+        found = []
+        for path, catalog in zip(self.paths, self._catalogs, strict=True):
+            tensor = catalog.tensors.get(name)
+            wanted = (first.dtype, (catalog.boards, *first.shape[1:]))
+            if tensor is None or (tensor.dtype, tensor.shape) != wanted:
+                raise InvalidArgumentError(f"{path} has no {name} like that of {self.paths[0]}")
+            found.append(tensor)
+        return found
 
     def _stored(self, name: str, parts: int) -> _rust.StoredTensor:
         of_boards = self.catalog.find(name).of_boards
@@ -126,10 +140,10 @@ class TensorFiles:
     def _differs(self, other: Inspection, catalog: Catalog) -> str:
         """Say in what another file differs from the first; nothing where it does not."""
         if catalog.keys != self.catalog.keys:
-            return "its keys differ in their names, shapes or dtypes"
+            return "its keys differ in their names, layers, shapes or dtypes"
         theirs = other.contents.metadata
         for name in _OF_THE_MODEL:
-            if theirs.get(name, ours := self.metadata.get(name)) != ours:
+            if name in theirs and theirs[name] != (ours := self.metadata.get(name, theirs[name])):
                 return f"its {name} is {theirs[name]}, not {ours}"
         return ""
 
