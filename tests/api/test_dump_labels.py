@@ -208,7 +208,10 @@ def test_not_finite_labels_are_counted_and_no_cause_for_a_warning(
     rows = rows[:40].copy()
     rows["branch_evs"][7] = [np.nan, np.inf, -np.inf, 0]
     np.save(tmp_path / "steps.npy", rows)
-    cpu_dump(model, tmp_path, tmp_path / "a.pt", steps=":", labels="branch_evs")
+    options = {"steps": ":", "labels": "branch_evs"}
+    made = cpu_dump(model, tmp_path, tmp_path / "a.pt", **options)
+    again = cpu_dump(model, tmp_path, tmp_path / "a.pt", resume=True, **options)
+    assert made.nonfinite == again.nonfinite == {}
     counts = json.loads(read_dump(tmp_path / "a.pt").metadata["integrity"])["labels/branch_evs"]
     assert (counts["nan"], counts["inf"]) == (1, 2)
     assert not [each for each in recwarn if each.category is not DumpActivationsNote]

@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from api.test_faults_kills import sha256
+from api.test_faults_kills import PROMPTLY, sha256
 from dump_activations.commands.dump import main
 from dump_activations.commands.failures import Failure, read_failures
 from faults.commands import HANG
@@ -119,6 +120,22 @@ def torchrun_of_two(endpoint):
     ]
 
 
+def test_interrupted_while_there_is_no_store(server, free_port, tmp_path):
+    """torch tries to connect for minutes."""
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    environment = {name: str(number) for name, number in place.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    command = server.start(ARGUMENTS, tmp_path / "log", environment=environment)
+    command.wait_until(lambda: "no CUDA device" in "".join(command.lines))
+    time.sleep(1)
+    command.signal(signal.SIGTERM)
+    assert command.wait(PROMPTLY) == -signal.SIGTERM
+    assert told(command.lines) == ["error: interrupted"]
+
+
 def test_two_launchers_as_two_machines(server, free_port, tmp_path):
     run = [*ARGUMENTS, "--n-samples=500"]
     code, lines = server.run([*run, f"-o{tmp_path}/one.pt"], tmp_path / "log")
@@ -209,3 +226,24 @@ def test_which_failure_is_told(tmp_path):
     (tmp_path / "10-later-2").write_text('{"code": 1, "te')
     assert read_failures(tmp_path) == [reason, peer]
     assert reason.notes == "kept"
+
+
+@pytest.mark.parametrize("code", [1, -signal.SIGINT])
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_torch_is_not_there_to_say_why(local_rank, code):
+    """As where its import is broken, or was interrupted: it cannot be imported again then."""
+    place = {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    environment = {name: str(number) for name, number in place.items()}
+    program = (
+        "import sys; sys.modules['torch'] = None;"
+        "from dump_activations.commands.failures import Failure, is_to_say;"
+        f"print(is_to_say(Failure({code}, 'no', 'no')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == (f"{local_rank == 0}\n", "")

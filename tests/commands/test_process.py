@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dump_activations.commands.process import uncollected_imports
+from faults.commands import HANG
 
 FAULTS = """
 import resource
@@ -151,3 +152,32 @@ leave(0)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == ""
+
+
+CHILD = """
+import os, time
+from dump_activations.pipeline.interrupts import terminate_with_parent
+terminate_with_parent(PARENT)
+print("ready", flush=True)
+time.sleep(100)
+"""
+LAUNCHER = """
+import os, subprocess, sys
+child = [sys.executable, "-c", sys.argv[1]]
+started = subprocess.Popen(child, stdout=subprocess.PIPE)
+assert started.stdout.readline() == b"ready\\n"
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_process_ends_with_its_parent():
+    command = [sys.executable, "-c", LAUNCHER, CHILD.replace("PARENT", "os.getppid()")]
+    # It holds the parent's stderr, so that the end of that is its own end.
+    run = subprocess.run(command, stderr=subprocess.PIPE, timeout=HANG, check=False)
+    assert (run.returncode, run.stderr) == (-signal.SIGKILL, b"")
+
+
+def test_a_parent_that_has_ended_already():
+    command = [sys.executable, "-c", CHILD.replace("PARENT", "os.getppid() + 1")]
+    run = subprocess.run(command, capture_output=True, timeout=HANG, check=False)
+    assert (run.returncode, run.stdout) == (-signal.SIGTERM, b"")

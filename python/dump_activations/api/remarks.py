@@ -74,12 +74,7 @@ def check_resumed_boards(file: OutputFile, plan: Plan) -> None:
 
 def nonfinite(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
     """Count what is not finite in each tensor that has any, with a warning for each."""
-    counts = {
-        name: count
-        for name, count in _counted(digests).items()
-        # Labels are as the pool has them.
-        if not name.startswith(LABEL_PREFIX)
-    }
+    counts = _counted(digests)
     for name, count in counts.items():
         warn(
             f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
@@ -92,7 +87,8 @@ def _counted(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
     return {
         name: {"nan": digest.nan, "inf": digest.inf}
         for name, digest in digests.items()
-        if digest.nan or digest.inf
+        # Labels are as the pool has them.
+        if (digest.nan or digest.inf) and not name.startswith(LABEL_PREFIX)
     }
 
 

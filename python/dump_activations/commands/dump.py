@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from dump_activations import demo
 from dump_activations.commands.console import print_note
 from dump_activations.commands.grouped import GroupedCommand, GroupedOption
-from dump_activations.commands.launcher import is_launched, launch
+from dump_activations.commands.launcher import end_with_launcher, is_launched, launch
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
 from dump_activations.commands.runner import be_process, run_command
@@ -179,14 +179,16 @@ def dump_activations(
 
         indices = [Path(flags["indices"])] if flags["indices"] else []
         check_output(output, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
-    if nproc_per_node is not None and not dry_run and not is_launched():
-        launch(
-            context.obj,
-            processes=nproc_per_node,
-            max_restarts=max_restarts,
-            numa_binding=numa_binding,
-        )
-        return
+    if nproc_per_node is not None and not dry_run:
+        if not is_launched():
+            launch(
+                context.obj,
+                processes=nproc_per_node,
+                max_restarts=max_restarts,
+                numa_binding=numa_binding,
+            )
+            return
+        end_with_launcher()
 
     keep_freed_memory()
     has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from operator import itemgetter
@@ -40,9 +41,7 @@ def is_to_say(failure: Failure) -> bool:
     place = Place.of_process()
     if place is None:
         return True
-    from dump_activations.pipeline.group import fails_first  # It imports torch.
-
-    is_first = fails_first(waits=failure.code > 0)
+    is_first = _fails_first(failure, place)
     directory = os.environ.get(DIRECTORY)
     if directory is None:
         return is_first
@@ -52,6 +51,17 @@ def is_to_say(failure: Failure) -> bool:
     except OSError:  # The launcher is gone.
         return is_first
     return False
+
+
+def _fails_first(failure: Failure, place: Place) -> bool:
+    """Whether this process fails before any other, or is to say so where it cannot know."""
+    # Who is interrupted does not wait for torch, whose import can be what was interrupted.
+    if failure.code > 0 or "dump_activations.pipeline.group" in sys.modules:
+        with suppress(ImportError):  # It is why the process fails.
+            from dump_activations.pipeline.group import fails_first
+
+            return fails_first(waits=failure.code > 0)
+    return place.local_rank == 0
 
 
 def read_failures(directory: Path) -> list[Failure]:

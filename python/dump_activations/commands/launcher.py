@@ -17,7 +17,12 @@ from dump_activations.errors import (
     InvalidArgumentError,
     option,
 )
-from dump_activations.pipeline.interrupts import TERMINATED, interruption_by, signal_name
+from dump_activations.pipeline.interrupts import (
+    TERMINATED,
+    interruption_by,
+    signal_name,
+    terminate_with_parent,
+)
 from dump_activations.place import Place
 
 if TYPE_CHECKING:
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
 
 # As a module, but without the working directory among the places that modules come from.
 _COMMAND = ("-P", "-m", "dump_activations")
+
+_LAUNCHER = "DUMP_ACTIVATIONS_LAUNCHER"
 
 
 class LaunchError(DumpActivationsError):
@@ -53,6 +60,11 @@ def is_launched() -> bool:
             "torchrun, or leave torchrun out"
         )
     return True
+
+
+def end_with_launcher() -> None:
+    """Have this process terminated when its launcher ends, however that is."""
+    terminate_with_parent(int(os.environ[_LAUNCHER]))
 
 
 def launch(
@@ -95,7 +107,7 @@ def launch(
         numa_options=NumaOptions(AffinityMode(numa_binding)) if numa_binding else None,
     )
     with TemporaryDirectory() as directory:
-        os.environ[DIRECTORY] = directory
+        os.environ |= {DIRECTORY: directory, _LAUNCHER: str(os.getpid())}
         try:
             elastic_launch(config, sys.executable)(*_COMMAND, *arguments)
         except ChildFailedError as error:
@@ -106,7 +118,7 @@ def launch(
                 interrupt.add_note(notes)
             raise interrupt from None
         finally:
-            del os.environ[DIRECTORY]
+            del os.environ[DIRECTORY], os.environ[_LAUNCHER]
 
 
 def _number(processes: str) -> int:

@@ -6,8 +6,10 @@ nonce of the run, what it says of work done is a hint, and every wait has an end
 """
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -314,10 +316,21 @@ def fails_first(*, waits: bool) -> bool:
 
 @cache
 def _torchrun_store() -> Store:
-    """Connect to the store of this process's group, which its first process holds or torchrun."""
-    store: Store
-    store, _rank, _size = next(rendezvous("env://", timeout=_STORE_TIMEOUT))
-    return store
+    """Connect to the store of this process's group, which its first process holds or torchrun.
+
+    On a thread: torch tries for minutes, in which the main one would hear of no signal.
+    """
+    connected: Future[Store] = Future()
+
+    def connect() -> None:
+        try:
+            store, _rank, _size = next(rendezvous("env://", timeout=_STORE_TIMEOUT))
+            connected.set_result(store)
+        except BaseException as error:
+            connected.set_exception(error)
+
+    threading.Thread(target=connect, name="store", daemon=True).start()
+    return connected.result()
 
 
 @contextmanager

@@ -14,6 +14,9 @@ UNREAD = -signal.SIGPIPE
 TERMINATED = -signal.SIGTERM
 """Exit code of a process that SIGTERM ended."""
 
+# From Linux's prctl.h.
+_PR_SET_PDEATHSIG = 1
+
 
 @contextmanager
 def ignored_interrupts() -> Iterator[None]:
@@ -133,3 +136,16 @@ def die_of(number: int) -> None:
     """End the process by a signal. Returns only where it is blocked."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def terminate_with_parent(parent: int) -> None:
+    """Have this process sent SIGTERM when its parent ends, or at once where it has ended.
+
+    Args:
+        parent: its number.
+    """
+    import ctypes  # Only where a launcher is, --help is not.
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        signal.raise_signal(signal.SIGTERM)

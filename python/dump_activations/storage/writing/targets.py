@@ -10,6 +10,9 @@ from pathlib import Path
 from dump_activations.errors import InvalidArgumentError, OutputError, option
 from dump_activations.storage.formats.registry import format_of
 
+# No rank has more digits.
+_LARGE_RANK = 99_999
+
 
 def target_of(path: str | os.PathLike[str]) -> Path:
     """Say which file an output is, past all links."""
@@ -92,7 +95,7 @@ def nearest_directory(target: Path) -> Path:
 
 
 def _check_directory(directory: Path, target: Path) -> None:
-    longest = replacement_path(journal_path(target)).name
+    longest = statistics_path(journal_path(target, _LARGE_RANK)).name
     if len(os.fsencode(longest)) > os.pathconf(directory, "PC_NAME_MAX"):
         raise OutputError(f"{target} has too long a name for the files beside it; shorten it")
     if not os.access(directory, os.W_OK | os.X_OK):
