@@ -18,8 +18,8 @@ from dump_activations.commands.dump import main
 from dump_activations.commands.failures import Failure, read_failures
 from faults.commands import HANG
 
-N = 6000
-# Two seconds of one process, if it has a core.
+N = 9000
+# Some seconds of one process, if it has a core: more than journals wait for a flush.
 ARGUMENTS = [
     *["--demo", f"--n-samples={N}", "--batch-size=8", "--outputs=layer_outputs", "--json"],
     "--dtype=fp16",
@@ -65,7 +65,7 @@ def launch(server, target, log, *more):
     os.sched_setaffinity(command.pid, CORES)
     journal = Path(f"{target}.partial.journal.1")
     command.wait_until(lambda: f" to {target}; " in "".join(command.lines))
-    command.wait_until(lambda: journal.exists() and journal.stat().st_size > 5000)
+    command.wait_until(lambda: journal.exists() and journal.stat().st_size > 1000)
     return command
 
 
