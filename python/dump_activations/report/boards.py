@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dump_activations.board import CELLS, MOVES
 from dump_activations.pool.game import empty_cells, legal_moves, max_exponent
 from dump_activations.report import charts
-from dump_activations.report.markup import Markup, bar_text, percent_text, tag
+from dump_activations.report.markup import Markup, percent_text, tag
 from dump_activations.report.moves import NAMES
 from dump_activations.report.source import Source, looked_at
 from dump_activations.report.tables import heat_board
@@ -92,8 +92,7 @@ def _shares(
     return charts.bars(
         title,
         names,
-        100 * shares,
-        texts=[bar_text(share) for share in shares],
+        shares,
         tooltips=[
             f"{name}: {count:,} boards, {percent_text(share)}"
             for name, count, share in zip(names, counts, shares, strict=True)

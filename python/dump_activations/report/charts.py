@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from dump_activations.report.markup import Markup, number_text, tag
+from dump_activations.report.markup import Markup, bar_text, number_text, tag
 
 # In halves of the size at which a figure is drawn, so that coordinates are whole numbers.
 _WIDTH, _HEIGHT = 640, 340
@@ -42,17 +42,16 @@ def figure(title: str, *content: Markup, note: str = "") -> Markup:
 def bars(
     title: str,
     labels: Sequence[str],
-    values: ArrayLike,
+    shares: NDArray[np.float64],
     *,
-    texts: Sequence[str],
     tooltips: Sequence[str],
     x_label: str,
     y_label: str,
     note: str = "",
     is_pale: Sequence[bool] = (),
 ) -> Markup:
-    """Return a figure with a bar a label, its text above it; pale bars count for less."""
-    heights = np.asarray(values, np.float64)
+    """Return a figure with a bar a label, its percent above it; pale bars count for less."""
+    heights = 100 * shares
     frame = _Frame(len(labels), heights)
     width = 0.8 * frame.pitch
     marks = []
@@ -67,7 +66,7 @@ def bars(
             width=width,
             height=max(frame.y(0) - top, 0.0),
         )
-        text = tag("text", texts[i], class_="v", x=frame.x(i), y=top - 4)
+        text = tag("text", bar_text(shares[i]), class_="v", x=frame.x(i), y=top - 4)
         marks.append(Markup.of(rect, text))
     return figure(title, frame.draw(title, marks, labels, x_label, y_label), note=note)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dump_activations.board import MOVES
 from dump_activations.report import charts
 from dump_activations.report.boards import short_tile_text, step_bins
-from dump_activations.report.markup import Markup, bar_text, percent_text, tag
+from dump_activations.report.markup import Markup, percent_text, tag
 from dump_activations.report.moves import NAMES, NO_MOVE, Choices, read_choices
 from dump_activations.report.source import Source, looked_at
 from dump_activations.report.tables import share_table
@@ -121,8 +121,7 @@ def _shares(
     return charts.bars(
         title,
         names,
-        100 * shares,
-        texts=[bar_text(share) for share in shares],
+        shares,
         tooltips=[
             f"{name}: {percent_text(share)}{more}"
             for name, share, more in zip(names, shares, of, strict=True)
