@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from simulated.checks import in_other_words, one_thread, randoms, wrong
+from simulated.checks import KEYS, in_other_words, one_thread, randoms, run_arguments, wrong
 from simulated.memory import PinnedMemory
 from simulated.policies import first, greedy, lazy
 from simulated_device import simulated
@@ -19,14 +19,11 @@ from dump_activations import dump, stream
 from dump_activations.pipeline import pinned, transfer
 from dump_activations.pipeline.transfer import CudaTransfer
 from dump_activations.storage.writing import writers
-from reference.checkpoints import VARIANTS
 from reference.dumps import read_dump
-from reference.pools import make_pool
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("disk_takes_no_time")
 
-KEYS = ["layer_outputs", "pooled"]
 # More batches than slots, and no more than the writers are handed; the last one is short.
 BATCHES, BATCH = 7, 8
 N = BATCHES * BATCH - 3
@@ -43,15 +40,7 @@ EXTREMES = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return the arguments of a run."""
-    root = tmp_path_factory.mktemp("run")
-    return {
-        "init_or_model": VARIANTS["one-layer"](root / "checkpoint").init,
-        "dataset_or_path": make_pool(root / "pool", "packed_46", n=97).path,
-        "outputs": KEYS,
-        "n_samples": N,
-        "batch_size": BATCH,
-    }
+    return run_arguments(tmp_path_factory.mktemp("run"), n_samples=N, batch_size=BATCH)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from simulated.checks import in_other_words, one_thread, randoms, wrong
+from simulated.checks import KEYS, in_other_words, one_thread, randoms, run_arguments, wrong
 from simulated.policies import first, greedy, lazy
 from simulated_device import simulated
 
@@ -17,12 +17,9 @@ from dump_activations import stream
 from dump_activations.api import streaming
 from dump_activations.pipeline import transfer
 from dump_activations.pipeline.transfer import CudaTransfer
-from reference.checkpoints import VARIANTS
-from reference.pools import make_pool
 
 __all__ = ["one_thread"]
 
-KEYS = ["layer_outputs", "pooled"]
 BATCHES, BATCH = 6, 8
 N = BATCHES * BATCH - 3
 CUDA = torch.device("cuda", 0)
@@ -42,16 +39,8 @@ POLICIES = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return the arguments of a run."""
     root = tmp_path_factory.mktemp("run")
-    return {
-        "init_or_model": VARIANTS["one-layer"](root / "checkpoint").init,
-        "dataset_or_path": make_pool(root / "pool", "packed_46", n=97).path,
-        "outputs": KEYS,
-        "n_samples": N,
-        "batch_size": BATCH,
-        "precision": "bf16",
-    }
+    return run_arguments(root, n_samples=N, batch_size=BATCH, precision="bf16")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,11 @@ import textwrap
 import pytest
 import torch
 
+from reference.checkpoints import VARIANTS
+from reference.pools import make_pool
 from simulated.policies import at_random
+
+KEYS = ["layer_outputs", "pooled"]
 
 
 def randoms(seeds):
@@ -20,6 +24,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def run_arguments(directory, **options):
+    """Return the arguments of a run of `KEYS`, whose model and pool are made in a directory."""
+    return {
+        "init_or_model": VARIANTS["one-layer"](directory / "checkpoint").init,
+        "dataset_or_path": make_pool(directory / "pool", "packed_46", n=97).path,
+        "outputs": KEYS,
+        **options,
+    }
 
 
 def wrong(found, expected):
