@@ -17,17 +17,15 @@ from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
 from dump_activations.model.activations import find_activations
 from dump_activations.model.layers import Layers, parse_layers
+from dump_activations.phases import Count
 from dump_activations.pool.expressions import Expression, parse
 from dump_activations.pool.label_names import split_names
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-Progress = Callable[[int, int], None]
-"""Called after each batch with the boards done and the boards in all."""
 
-
-def _progress(name: str, value: Any) -> Progress | bool:
+def _progress(name: str, value: Any) -> Count | bool:
     if value is not None and not isinstance(value, bool) and not callable(value):
         raise InvalidArgumentError(
             f"{option(name)}: {value!r} is neither True, for a bar, nor to be called"
@@ -220,7 +218,7 @@ class Options:
         default=(),
         check=_labels,
     )
-    scan_progress: Progress | None = _option(
+    scan_progress: Count | None = _option(
         f"called while {option('where')} is looked for, with the rows done and the rows in all",
         group=Group.COMPUTE,
         default=None,
@@ -306,7 +304,7 @@ class DumpOptions(Options):
     overwrite: bool = _option(
         "start anew, whatever an interrupted run left", group=Group.AGAIN, default=False
     )
-    progress: Progress | bool | None = _option(
+    progress: Count | bool | None = _option(
         "True for a bar, or what is called after each batch with the boards done and the boards "
         "in all",
         group=Group.COMPUTE,

@@ -9,6 +9,7 @@ import numpy as np
 
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
 from dump_activations.pool.indices import load_indices, step_indices
+from dump_activations.pool.row_ids import RUN, STEPS
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.inspection import inspect
 from dump_activations.tensor_names import LABEL_PREFIX
@@ -18,17 +19,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dump_activations.phases import Count
     from dump_activations.pool.dataset import StepsDataset
-    from dump_activations.pool.scan import Progress
     from dump_activations.storage.formats.contents import StoredTensor
 
 _NAME = "indices"
-_RUN = LABEL_PREFIX + "run_id"
-_STEPS = (LABEL_PREFIX + "step_index", LABEL_PREFIX + "step_idx")
+_RUN = LABEL_PREFIX + RUN
+_STEPS = tuple(LABEL_PREFIX + name for name in STEPS)
 
 
 def read_step_indices(
-    path: Path, pool: StepsDataset, progress: Progress | None = None
+    path: Path, pool: StepsDataset, progress: Count | None = None
 ) -> NDArray[np.int64]:
     """Read step indices, int64 (n,), from a `.npy`, or `indices` of an `.npz` or a dump.
 

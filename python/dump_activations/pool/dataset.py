@@ -22,6 +22,7 @@ from dump_activations.errors import (
     option,
     warn,
 )
+from dump_activations.phases import Count
 from dump_activations.pool.columns import ColumnReader, Columns
 from dump_activations.pool.draws import draw
 from dump_activations.pool.expressions import Expression, parse
@@ -32,7 +33,7 @@ from dump_activations.pool.label_names import split_names
 from dump_activations.pool.label_reader import LabelReader
 from dump_activations.pool.matches import Matches, StepRange
 from dump_activations.pool.row_ids import locate_rows
-from dump_activations.pool.scan import Progress, find_matches
+from dump_activations.pool.scan import find_matches
 from dump_activations.pool.shard_names import warn_of_odd_names
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class StepsDataset(_Dataset):
         where: str | Expression,
         steps: slice | None = None,
         *,
-        progress: Progress | None = None,
+        progress: Count | None = None,
     ) -> NDArray[np.int64]:
         """Find the steps for which an expression holds: int64 (n,), ascending.
 
@@ -194,7 +195,7 @@ class StepsDataset(_Dataset):
         where: str | Expression | None,
         steps: slice | None = None,
         *,
-        progress: Progress | None = None,
+        progress: Count | None = None,
     ) -> StepRange | Matches:
         """Return what `find` gives, or all of `steps` without a filter, in a few bytes.
 
@@ -214,7 +215,7 @@ class StepsDataset(_Dataset):
         return find_matches(self._filter_reader(expression), expression, wanted, progress)
 
     def locate(
-        self, run_id: ArrayLike, step_index: ArrayLike, *, progress: Progress | None = None
+        self, run_id: ArrayLike, step_index: ArrayLike, *, progress: Count | None = None
     ) -> NDArray[np.int64]:
         """Find the rows that are these steps of these self-play runs: step indices, int64 (n,).
 
@@ -263,7 +264,7 @@ class StepsDataset(_Dataset):
         seed: int = 0,
         where: str | Expression | None = None,
         *,
-        progress: Progress | None = None,
+        progress: Count | None = None,
     ) -> NDArray[np.int64]:
         """Draw `n` step indices, int64 (n,), equal to NumPy's.
 

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.errors import IndicesError, InvalidArgumentError, option
+from dump_activations.phases import Count
 from dump_activations.pool.columns import ColumnReader, Columns, Values
-from dump_activations.pool.scan import Progress, scan_rows
+from dump_activations.pool.scan import scan_rows
 
 RUN = "run_id"
 STEPS = ("step_index", "step_idx")
@@ -18,7 +19,7 @@ def locate_rows(
     columns: Columns,
     run_ids: NDArray[np.int64],
     run_steps: NDArray[np.int64],
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> NDArray[np.int64]:
     """Find the rows of these runs and steps, int64 (n,), in one pass over the pool.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dump_activations import _rust
+from dump_activations.phases import Count
 from dump_activations.place import Place
 from dump_activations.pool.columns import ColumnReader, Values
 from dump_activations.pool.expressions import Expression
@@ -18,15 +19,12 @@ CHUNK_ROWS = 1 << 18
 # Seconds between reports of progress, and questions whether the user wants to end it.
 _PAUSE = 0.05
 
-Progress = Callable[[int, int], None]
-"""Called now and then with the rows done and the rows in all."""
-
 Look = Callable[[int, int, Values], None]
 """Called with the first of consecutive rows, their number, and the columns that were read."""
 
 
 def find_matches(
-    reader: ColumnReader, where: Expression, steps: range, progress: Progress | None = None
+    reader: ColumnReader, where: Expression, steps: range, progress: Count | None = None
 ) -> Matches:
     """Find the steps for which a filter holds.
 
@@ -55,9 +53,7 @@ def find_matches(
     return matches
 
 
-def scan_rows(
-    reader: ColumnReader, rows: range, look: Look, progress: Progress | None = None
-) -> None:
+def scan_rows(reader: ColumnReader, rows: range, look: Look, progress: Count | None = None) -> None:
     """Read columns of consecutive rows, chunk by chunk, and look at them in any thread and order.
 
     Raises what `look` raises, and:
@@ -77,7 +73,7 @@ class _Scan:
         self._done = 0
         self._lock = threading.Lock()
 
-    def run(self, rows: range, progress: Progress | None) -> None:
+    def run(self, rows: range, progress: Count | None) -> None:
         starts = range(0, len(rows), CHUNK_ROWS)
         chunks = (rows[start : start + CHUNK_ROWS] for start in starts)
         threads = [
