@@ -1,4 +1,4 @@
-//! What the headers of a pool's shards say of their rows: nearly always the same.
+//! What the headers of a dataset's shards say of their rows: nearly always the same.
 
 use std::collections::HashMap;
 

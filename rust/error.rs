@@ -1,4 +1,4 @@
-//! What can go wrong with a pool, each with the path, row or field that it is about.
+//! What can go wrong with a dataset, each with the path, row or field that it is about.
 
 use std::io;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ pub enum Error {
     #[error("{}: not a directory; name the directory that holds the shards", .path.display())]
     NotADirectory { path: PathBuf },
 
-    #[error("{}: no shards; a pool holds steps-*.npy files or one steps.npy", .path.display())]
+    #[error("{}: no shards; a dataset holds steps-*.npy files or one steps.npy", .path.display())]
     NoShards { path: PathBuf },
 
     #[error("{}: cannot be opened: {source}", .path.display())]
@@ -32,13 +32,13 @@ pub enum Error {
     Truncated { path: PathBuf, rows: u64, expected: u64, found: u64 },
 
     #[error(
-        "{}: its rows have {found}, but those of {} have {wanted}; shards of one pool must agree",
+        "{}: its rows have {found}, but those of {} have {wanted}; shards of one dataset must agree",
         .path.display(), .first.display()
     )]
     BoardsDiffer { path: PathBuf, first: PathBuf, found: &'static str, wanted: &'static str },
 
     #[error(
-        "{}: its rows have other fields than those of {}; only boards can be read from such a pool",
+        "{}: its rows have other fields than those of {}; only boards can be read from such a dataset",
         .path.display(), .first.display()
     )]
     RowsDiffer { path: PathBuf, first: PathBuf },
@@ -52,7 +52,9 @@ pub enum Error {
     #[error("{}: its shards hold more rows than a step index can count", .path.display())]
     TooManyRows { path: PathBuf },
 
-    #[error("step index {index} at position {position} is outside the pool, which has {rows} rows")]
+    #[error(
+        "step index {index} at position {position} is outside the dataset, which has {rows} rows"
+    )]
     StepIndex { position: usize, index: i64, rows: u64 },
 
     #[error(

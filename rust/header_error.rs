@@ -55,7 +55,9 @@ pub enum HeaderError {
     Memory(#[from] OutOfMemory),
     #[error("field '{field}' is {found}, not {wanted}; convert it and save the shard again")]
     Unreadable { field: &'static str, found: String, wanted: &'static str },
-    #[error("its rows have neither 'board' nor 'exps', only {fields}; this is not a pool of steps")]
+    #[error(
+        "its rows have neither 'board' nor 'exps', only {fields}; this is not a dataset of steps"
+    )]
     NoBoard { fields: String },
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::dtype::{Fields, quoted};
 use crate::header_error::HeaderError;
 
-/// Bytes of a row: no row of a pool comes near, and whatever lies between `board` and its mask is
+/// Bytes of a row: no row of a dataset comes near, and whatever lies between `board` and its mask is
 /// read with them.
 const MAX_ITEMSIZE: usize = 1 << 20;
 /// Fields that an error lists.

@@ -1,9 +1,10 @@
-//! Reads pools of 2048 steps: finds shards, draws step indices, decodes boards.
+//! Reads datasets of 2048 steps: finds shards, draws step indices, decodes boards.
 //! Writes and digests spans of output files, and reads their rows.
 
 pub mod boards;
 pub mod checksum;
 mod column;
+pub mod dataset;
 mod descrs;
 mod dtype;
 pub mod error;
@@ -21,7 +22,6 @@ mod memory;
 mod norms;
 pub mod npy;
 mod order;
-pub mod pool;
 mod prefetch;
 #[cfg(feature = "python")]
 mod python;

@@ -25,10 +25,10 @@ mod _rust {
 
     use crate::boards::CELLS;
     use crate::checksum::{self, Digester, Element};
+    use crate::dataset;
     use crate::error::Error;
     use crate::fields;
     use crate::interrupt::{Interrupt, Interrupted};
-    use crate::pool;
     use crate::random::Generator;
     use crate::sampling;
     use crate::scan::Columns;
@@ -37,8 +37,8 @@ mod _rust {
     use crate::stored::{self, Stored};
 
     pyo3::import_exception!(dump_activations.errors, OutputError);
-    pyo3::import_exception!(dump_activations.errors, PoolError);
-    pyo3::import_exception!(dump_activations.errors, PoolNotFoundError);
+    pyo3::import_exception!(dump_activations.errors, DatasetError);
+    pyo3::import_exception!(dump_activations.errors, DatasetNotFoundError);
     pyo3::import_exception!(dump_activations.errors, InvalidArgumentError);
     pyo3::import_exception!(dump_activations.errors, StepIndexError);
 
@@ -48,14 +48,14 @@ mod _rust {
             match error {
                 Error::NoDirectory { .. }
                 | Error::NotADirectory { .. }
-                | Error::NoShards { .. } => PoolNotFoundError::new_err(text),
+                | Error::NoShards { .. } => DatasetNotFoundError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
                 Error::StoredRow { .. } | Error::StoredFile { .. } => OutputError::new_err(text),
                 Error::Memory(_) => PyMemoryError::new_err(text),
                 Error::Sample { .. } | Error::Selection { .. } | Error::OutsideRow { .. } => {
                     InvalidArgumentError::new_err(text)
                 }
-                _ => PoolError::new_err(text),
+                _ => DatasetError::new_err(text),
             }
         }
     }
@@ -123,42 +123,42 @@ mod _rust {
 
     /// A dataset directory whose shards' headers were read.
     #[pyclass(frozen, module = "dump_activations._rust")]
-    struct Pool {
-        pool: pool::Pool,
+    struct Dataset {
+        dataset: dataset::Dataset,
     }
 
     #[pymethods]
-    impl Pool {
+    impl Dataset {
         #[new]
         fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-            let pool = detached(py, None, |interrupt| pool::Pool::open(&path, interrupt))?;
-            Ok(Self { pool })
+            let dataset = detached(py, None, |interrupt| dataset::Dataset::open(&path, interrupt))?;
+            Ok(Self { dataset })
         }
 
         #[getter]
         fn path(&self) -> PathBuf {
-            self.pool.path().to_owned()
+            self.dataset.path().to_owned()
         }
 
         #[getter]
         fn rows(&self) -> u64 {
-            self.pool.rows()
+            self.dataset.rows()
         }
 
         #[getter]
         fn itemsize(&self) -> usize {
-            self.pool.itemsize()
+            self.dataset.itemsize()
         }
 
         #[getter]
         fn descr(&self) -> &str {
-            self.pool.descrs().of(0)
+            self.dataset.descrs().of(0)
         }
 
         /// The `descr` text of each shard's header, equal ones as one object.
         #[getter]
         fn descrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-            let descrs = self.pool.descrs();
+            let descrs = self.dataset.descrs();
             let texts: Vec<_> =
                 descrs.distinct().iter().map(|text| PyString::new(py, text)).collect();
             PyList::new(py, descrs.places().iter().map(|&place| &texts[place]))
@@ -167,12 +167,12 @@ mod _rust {
         /// The file names of the shards.
         #[getter]
         fn names(&self) -> Vec<&OsStr> {
-            self.pool.files().files().iter().filter_map(|shard| shard.path.file_name()).collect()
+            self.dataset.files().files().iter().filter_map(|shard| shard.path.file_name()).collect()
         }
 
         #[getter]
         fn shards(&self) -> Vec<(PathBuf, u64, u64)> {
-            let shards = self.pool.files();
+            let shards = self.dataset.files();
             let first = |number| shards.first(number);
             let numbered = shards.files().iter().enumerate();
             numbered
@@ -190,7 +190,7 @@ mod _rust {
         ) -> PyResult<()> {
             let cancel = cancel.map(Bound::get);
             read(py, indices, out, CELLS, cancel, |indices, out, interrupt| {
-                self.pool.read_boards(indices, out, interrupt)
+                self.dataset.read_boards(indices, out, interrupt)
             })
         }
 
@@ -200,29 +200,29 @@ mod _rust {
             indices: &Bound<'_, PyArray1<i64>>,
             out: &Bound<'_, PyArray2<u8>>,
         ) -> PyResult<()> {
-            read(py, indices, out, self.pool.itemsize(), None, |indices, out, interrupt| {
-                self.pool.read_rows(indices, out, interrupt)
+            read(py, indices, out, self.dataset.itemsize(), None, |indices, out, interrupt| {
+                self.dataset.read_rows(indices, out, interrupt)
             })
         }
     }
 
-    /// Fields of the rows of a pool, wherever its shards have them, and the boards.
+    /// Fields of the rows of a dataset, wherever its shards have them, and the boards.
     #[pyclass(frozen, module = "dump_activations._rust")]
     struct Selection {
-        pool: Py<Pool>,
+        dataset: Py<Dataset>,
         /// One for each layout.
         selections: Vec<fields::Selection>,
     }
 
     #[pymethods]
     impl Selection {
-        /// `fields` are (offset, bytes) in a row, for each of the distinct `descrs` of the pool.
+        /// `fields` are (offset, bytes) in a row, for each of the distinct `descrs` of the dataset.
         #[new]
-        fn new(pool: Bound<'_, Pool>, fields: Vec<Vec<(u32, u32)>>) -> PyResult<Self> {
+        fn new(dataset: Bound<'_, Dataset>, fields: Vec<Vec<(u32, u32)>>) -> PyResult<Self> {
             let range = |(offset, bytes)| offset as usize..offset as usize + bytes as usize;
             let fields = fields.into_iter().map(|each| each.into_iter().map(range).collect());
-            let selections = pool.get().pool.select(fields.collect())?;
-            Ok(Self { pool: pool.unbind(), selections })
+            let selections = dataset.get().dataset.select(fields.collect())?;
+            Ok(Self { dataset: dataset.unbind(), selections })
         }
 
         /// Reads chosen rows: 16 exponents, and after them the fields, each row.
@@ -237,8 +237,8 @@ mod _rust {
             let width = CELLS + self.selections[0].width();
             let cancel = cancel.map(Bound::get);
             read(py, indices, out, width, cancel, |indices, out, interrupt| {
-                let pool = &self.pool.get().pool;
-                pool.read_boards_and_fields(indices, &self.selections, out, interrupt)
+                let dataset = &self.dataset.get().dataset;
+                dataset.read_boards_and_fields(indices, &self.selections, out, interrupt)
             })
         }
 
@@ -255,7 +255,7 @@ mod _rust {
             out: Vec<Bound<'_, PyArray2<u8>>>,
             cancel: Option<&Bound<'_, Cancel>>,
         ) -> PyResult<()> {
-            let pool = &self.pool.get().pool;
+            let dataset = &self.dataset.get().dataset;
             let fields = self.selections[0].fields();
             let widths = boards.iter().map(|_| CELLS).chain(fields.iter().map(Range::len));
             let arrays: Vec<_> = boards.into_iter().chain(&out).collect();
@@ -266,12 +266,12 @@ mod _rust {
             };
             let all_fit =
                 arrays.len() == widths.clone().count() && arrays.iter().zip(widths).all(fits);
-            if first > stop || stop > pool.rows() || !all_fit {
+            if first > stop || stop > dataset.rows() || !all_fit {
                 return Err(InvalidArgumentError::new_err("out: not the shapes of rows there are"));
             }
             let mut scratch = scratch.try_readwrite().map_err(not_usable("scratch"))?;
             let scratch = scratch.as_slice_mut().map_err(not_usable("scratch"))?;
-            if pool.files().files().iter().any(|file| file.itemsize > scratch.len()) {
+            if dataset.files().files().iter().any(|file| file.itemsize > scratch.len()) {
                 return Err(InvalidArgumentError::new_err("scratch: not enough for one row"));
             }
             let borrowed = arrays.into_iter().map(|array| array.try_readwrite());
@@ -284,7 +284,7 @@ mod _rust {
             let mut columns = Columns { boards, fields: slices.collect() };
             detached(py, cancel.map(Bound::get), |interrupt| {
                 let selections = &self.selections;
-                pool.read_columns(first..stop, selections, scratch, &mut columns, interrupt)
+                dataset.read_columns(first..stop, selections, scratch, &mut columns, interrupt)
             })
         }
     }

@@ -1,4 +1,4 @@
-//! Finds and orders the shards of a pool, and reads their headers.
+//! Finds and orders the shards of a dataset, and reads their headers.
 
 use std::ffi::OsString;
 use std::fs;

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from dump_activations.progress import display
+from dump_activations import progress as display
 
 # The models here are tiny: a thread pool costs them more than it gives. Set before torch is
 # imported, and inherited by the commands that tests start.
@@ -28,7 +28,7 @@ pytest.register_assert_rewrite("reference.model", "reference.dumps")
 
 _PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 DEMO_CHECKPOINT = _PACKAGE / "demo" / "checkpoint"
-DEMO_POOL = _PACKAGE / "demo" / "pool"
+DEMO_DATASET = _PACKAGE / "demo" / "dataset"
 LAYOUTS = Path(__file__).parent / "data" / "layouts"
 
 
@@ -58,8 +58,8 @@ def demo_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_pool() -> Path:
-    return DEMO_POOL
+def demo_dataset() -> Path:
+    return DEMO_DATASET
 
 
 @pytest.fixture(scope="session")

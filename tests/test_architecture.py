@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
 LEAVES = (
-    *("board", "chunks", "dtypes", "errors", "paths", "phases", "pickles", "place"),
-    *("statistics", "tensor_names", "timing", "units"),
+    *("chunks", "dtypes", "errors", "paths", "pickles", "place", "progress"),
+    *("statistics", "text", "timing"),
 )
 
 # Room -> the rooms and modules that its modules may import, besides one another.
@@ -19,17 +19,27 @@ ARROWS = {
     "__main__": ("commands",),
     "commands": (
         *LEAVES,
-        *("api", "demo", "model", "options", "pipeline", "pool", "progress", "report", "storage"),
+        *(
+            "api",
+            "demo",
+            "model",
+            "options",
+            "pipeline",
+            "dataset",
+            "progress",
+            "report",
+            "storage",
+        ),
     ),
-    "__init__": (*LEAVES, "api", "model", "pipeline", "pool", "report", "storage.reading"),
-    "api": (*LEAVES, "model", "options", "pipeline", "pool", "progress", "storage"),
-    "pipeline": (*LEAVES, "_rust", "model", "options", "pool"),
+    "__init__": (*LEAVES, "api", "model", "pipeline", "dataset", "report", "storage.reading"),
+    "api": (*LEAVES, "model", "options", "pipeline", "dataset", "storage"),
+    "pipeline": (*LEAVES, "_rust", "model", "options", "dataset"),
     "options": (
         *LEAVES,
-        *("model.activations", "model.layers", "pool.expressions", "pool.label_names"),
+        *("model.activations", "model.layers", "dataset.expressions", "dataset.label_names"),
     ),
     "model": LEAVES,
-    "pool": (*LEAVES, "_rust"),
+    "dataset": (*LEAVES, "_rust"),
     "storage.writing": (
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
         "storage.statistics",
@@ -40,8 +50,7 @@ ARROWS = {
     "storage.statistics": (*LEAVES, "_rust", "storage.digests"),
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
-    "progress": LEAVES,
-    "report": (*LEAVES, "pool.game", "progress", "storage.digests", "storage.reading"),
+    "report": (*LEAVES, "dataset.game", "storage.digests", "storage.reading"),
     "demo": (),
     **dict.fromkeys(LEAVES, LEAVES),
 }
@@ -52,7 +61,8 @@ OWNED = {
         *("click", "print", "sys.argv", "sys.stdin", "sys.stdout", "sys.exit", "os._exit"),
         "SystemExit",
     ),
-    "commands progress": ("rich", "sys.stderr"),
+    "commands progress text": ("rich",),
+    "commands progress": ("sys.stderr",),
     "pipeline.interrupts": ("signal",),
 }
 

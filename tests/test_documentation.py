@@ -70,10 +70,18 @@ def test_the_rooms():
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory, demo_checkpoint, demo_pool):
+def written(tmp_path_factory, demo_checkpoint, demo_dataset):
     path = tmp_path_factory.mktemp("documented") / "a.safetensors"
     keys = ["pooled", "rmsnorm_gammas"]
-    dump(demo_checkpoint, demo_pool, path, outputs=keys, n_samples=20, device="cpu", allow_cpu=True)
+    dump(
+        demo_checkpoint,
+        demo_dataset,
+        path,
+        outputs=keys,
+        n_samples=20,
+        device="cpu",
+        allow_cpu=True,
+    )
     # The library gives the metadata in no order, and its digest is of the file's.
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -99,11 +107,11 @@ def test_the_metadata(written):
     assert metadata["format_version"] == version
 
 
-def test_digests_are_what_the_page_says(written, demo_checkpoint, demo_pool):
+def test_digests_are_what_the_page_says(written, demo_checkpoint, demo_dataset):
     metadata, tensors = dict(written[0]), written[1]
 
     shards = []
-    for path in sorted(demo_pool.glob("steps-*.npy")):
+    for path in sorted(demo_dataset.glob("steps-*.npy")):
         header = path.read_bytes()[10:].partition(b"\n")[0].decode()
         descr = re.search(r"'descr': (.*), 'fortran_order'", header)[1]
         shards.append([path.name, len(np.load(path)), descr])

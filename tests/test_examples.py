@@ -15,11 +15,11 @@ LAYER = 3
 
 
 @pytest.fixture(scope="module")
-def activations(tmp_path_factory, demo_checkpoint, demo_pool):
+def activations(tmp_path_factory, demo_checkpoint, demo_dataset):
     path = tmp_path_factory.mktemp("examples") / "probe.safetensors"
     dump(
         demo_checkpoint,
-        demo_pool,
+        demo_dataset,
         path,
         outputs=["layer_outputs"],
         layers=[0, LAYER],

@@ -22,7 +22,7 @@ def saved_pickle(content):
 
 def training_state():
     """Return what a training run keeps: an optimizer's state, and values of every kind."""
-    shared = {"path": "/data/" + "pool/" * 200, "splits": [(0, 1), (1, 2)]}
+    shared = {"path": "/data/" + "dataset/" * 200, "splits": [(0, 1), (1, 2)]}
     moments = {"step": torch.tensor(7.0), "exp_avg": torch.ones(4, 4), "exp_avg_sq": torch.ones(4)}
     group = {"lr": 1e-3, "betas": (0.9, 0.95), "fused": None, "params": list(range(500))}
     return {

@@ -1,4 +1,4 @@
-//! Boards and rows of a pool whose two shards are the hostile bytes.
+//! Boards and rows of a dataset whose two shards are the hostile bytes.
 //!
 //! `cargo +nightly fuzz run rows -- -dict=fuzz/header.dict -max_len=2048`
 
@@ -9,7 +9,7 @@ use std::path::Path;
 
 use dump_activations::Error;
 use dump_activations::boards::CELLS;
-use dump_activations::pool::Pool;
+use dump_activations::dataset::Dataset;
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
@@ -25,9 +25,9 @@ fn read(directory: &Path, bytes: &[u8]) {
     for name in ["steps-0.npy", "steps-1.npy"] {
         fs::write(directory.join(name), bytes).expect("a writable directory");
     }
-    let Ok(pool) = Pool::open(directory, &mut || Ok(())) else { return };
-    let shard = &pool.files().files()[0];
-    let (itemsize, rows) = (shard.itemsize, pool.rows() as i64);
+    let Ok(dataset) = Dataset::open(directory, &mut || Ok(())) else { return };
+    let shard = &dataset.files().files()[0];
+    let (itemsize, rows) = (shard.itemsize, dataset.rows() as i64);
     assert_eq!(rows as u64, 2 * shard.rows);
     let data = &bytes[shard.data_offset as usize..][..shard.rows as usize * itemsize];
 
@@ -37,7 +37,7 @@ fn read(directory: &Path, bytes: &[u8]) {
         chosen.map(|(at, &byte)| (at as i64 + 7919 * i64::from(byte)) % (rows + 2) - 1).collect();
     let inside: Vec<i64> = indices.iter().copied().filter(|row| (0..rows).contains(row)).collect();
     let mut boards = vec![0; indices.len() * CELLS];
-    let outcome = pool.read_boards(&indices, &mut boards, &mut || Ok(()));
+    let outcome = dataset.read_boards(&indices, &mut boards, &mut || Ok(()));
     match outcome {
         Ok(()) => assert_eq!(inside.len(), indices.len()),
         Err(Error::StepIndex { position, index, .. }) => {
@@ -47,10 +47,10 @@ fn read(directory: &Path, bytes: &[u8]) {
     }
 
     let boards = &mut boards[..inside.len() * CELLS];
-    pool.read_boards(&inside, boards, &mut || Ok(())).expect("boards");
+    dataset.read_boards(&inside, boards, &mut || Ok(())).expect("boards");
     let mut read = vec![0; inside.len() * itemsize];
-    pool.read_rows(&inside, &mut read, &mut || Ok(())).expect("rows");
-    let field = pool.boards()[0];
+    dataset.read_rows(&inside, &mut read, &mut || Ok(())).expect("rows");
+    let field = dataset.boards()[0];
     let rows = read.chunks_exact(itemsize).zip(boards.chunks_exact(CELLS));
     for (&index, (row, board)) in inside.iter().zip(rows) {
         let expected = &data[(index as u64 % shard.rows) as usize * itemsize..][..itemsize];

@@ -20,7 +20,7 @@ EXTREMES = [
 
 ROOT = Path(__file__).resolve().parents[2]
 
-INSTRUMENTED = ["dump_activations", "pool_targets", "zipfile", "pickletools"]
+INSTRUMENTED = ["dump_activations", "dataset_targets", "zipfile", "pickletools"]
 with atheris.instrument_imports(include=INSTRUMENTED):
     from targets import TARGETS, measured
 

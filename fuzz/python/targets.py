@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from pool_targets import (
+from dataset_targets import (
     make_labels_target,
     make_runs_schema_target,
     make_runs_target,

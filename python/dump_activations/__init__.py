@@ -1,6 +1,6 @@
-"""Dump the activations of 2048 transformers, on boards drawn reproducibly from huge pools.
+"""Dump the activations of 2048 transformers, on boards drawn reproducibly from huge datasets.
 
-`StepsDataset` reads a pool of recorded steps, `load_encoder` a checkpoint; `dump` writes the
+`StepsDataset` reads a dataset of recorded steps, `load_encoder` a checkpoint; `dump` writes the
 activations of a run to one file and `stream` hands them out a batch at a time; `ActivationsFile`
 reads such a file.
 """
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dump_activations.api import Batch, dump, stream
+    from dump_activations.dataset.dataset import Shard, StepsDataset
     from dump_activations.errors import (
         ActivationNotImplementedError,
         ActivationUnavailableError,
         CheckpointError,
         CheckpointNotFoundError,
+        DatasetError,
+        DatasetNotFoundError,
         DeviceError,
         DumpActivationsError,
         DumpActivationsNote,
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
         IndicesNotFoundError,
         InvalidArgumentError,
         OutputError,
-        PoolError,
-        PoolNotFoundError,
         RowIndexError,
         StepIndexError,
         VocabularyError,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.model.encoder import Encoder
     from dump_activations.pipeline.summary import Summary
-    from dump_activations.pool.dataset import Shard, StepsDataset
     from dump_activations.report.writing import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
     from dump_activations.storage.reading.cell_batch import CellBatch
@@ -48,6 +48,8 @@ __all__ = [
     "CellBatch",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "DatasetError",
+    "DatasetNotFoundError",
     "DeviceError",
     "DumpActivationsError",
     "DumpActivationsNote",
@@ -58,8 +60,6 @@ __all__ = [
     "IndicesNotFoundError",
     "InvalidArgumentError",
     "OutputError",
-    "PoolError",
-    "PoolNotFoundError",
     "RowIndexError",
     "Shard",
     "StepIndexError",
@@ -79,8 +79,8 @@ _HOMES = {
     "CellBatch": "storage.reading.cell_batch",
     "Encoder": "model.encoder",
     "EncoderConfig": "model.config",
-    "Shard": "pool.dataset",
-    "StepsDataset": "pool.dataset",
+    "Shard": "dataset.dataset",
+    "StepsDataset": "dataset.dataset",
     "Summary": "pipeline.summary",
     "dump": "api",
     "load_encoder": "model.checkpoint",

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 @final
-class Pool:
+class Dataset:
     """A dataset directory whose shards' headers were read; no file is kept open."""
 
-    def __new__(cls, path: str | PathLike[str]) -> Pool: ...
+    def __new__(cls, path: str | PathLike[str]) -> Dataset: ...
     @property
     def path(self) -> Path: ...
     @property
@@ -34,9 +34,11 @@ class Pool:
 
 @final
 class Selection:
-    """Fields of the rows of a pool, wherever its shards have them, and the boards."""
+    """Fields of the rows of a dataset, wherever its shards have them, and the boards."""
 
-    def __new__(cls, pool: Pool, fields: Sequence[Sequence[tuple[int, int]]]) -> Selection: ...
+    def __new__(
+        cls, dataset: Dataset, fields: Sequence[Sequence[tuple[int, int]]]
+    ) -> Selection: ...
     def read(
         self, indices: NDArray[np.int64], out: NDArray[np.uint8], cancel: Cancel | None = None
     ) -> None: ...

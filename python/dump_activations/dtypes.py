@@ -1,7 +1,13 @@
-"""The one table of dtypes that an output file may hold, and what a tensor in it is."""
+"""Tensors as files store them: the table of dtypes, specs, and the board's constants."""
 
 import math
 from dataclasses import KW_ONLY, dataclass
+
+CELLS = 16
+MOVES = 4
+
+LABEL_PREFIX = "labels/"
+"""The tensor of label NAME is `labels/NAME`."""
 
 
 @dataclass(frozen=True)

@@ -90,16 +90,16 @@ class ActivationNotImplementedError(DumpActivationsError, NotImplementedError):
     exit_code = 2
 
 
-class PoolNotFoundError(DumpActivationsError, FileNotFoundError):
-    """No such pool, or no shards in it."""
+class DatasetNotFoundError(DumpActivationsError, FileNotFoundError):
+    """No such dataset, or no shards in it."""
 
 
-class PoolError(DumpActivationsError, ValueError):
+class DatasetError(DumpActivationsError, ValueError):
     """A shard that cannot be read: its header, its fields, its size or its rows."""
 
 
 class StepIndexError(DumpActivationsError, IndexError):
-    """A step index outside the pool."""
+    """A step index outside the dataset."""
 
 
 class IndicesError(DumpActivationsError, ValueError):

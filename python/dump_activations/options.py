@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from dump_activations.dataset.expressions import Expression, parse
+from dump_activations.dataset.label_names import split_names
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
 from dump_activations.model.activations import find_activations
 from dump_activations.model.layers import Layers, parse_layers
-from dump_activations.phases import Count
-from dump_activations.pool.expressions import Expression, parse
-from dump_activations.pool.label_names import split_names
+from dump_activations.progress import Count
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -163,10 +163,10 @@ def _device(name: str, value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Options:
-    """What a run computes and how, apart from its model, its pool and its file.
+    """What a run computes and how, apart from its model, its dataset and its file.
 
     Raises:
-        InvalidArgumentError: a value that no model or pool could make right.
+        InvalidArgumentError: a value that no model or dataset could make right.
         ActivationNotImplementedError: an activation key without an implementation.
     """
 
@@ -198,7 +198,7 @@ class Options:
         default=None,
     )
     steps: slice | str | None = _option(
-        "a stretch of the pool in its order instead of a draw, START:STOP or START:STOP:STEP; "
+        "a stretch of the dataset in its order instead of a draw, START:STOP or START:STOP:STEP; "
         "':' is all of it",
         group=Group.RUN,
         default=None,

@@ -20,6 +20,16 @@ from reference.checkpoints import (
     random_state_dict,
     save_checkpoint,
 )
+from reference.datasets import (
+    ROW_DTYPES,
+    encode_rows,
+    make_dataset,
+    naive_boards,
+    numpy_indices,
+    random_boards,
+    read_dataset,
+    write_shards,
+)
 from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
 from reference.model import (
     LAYER_KEYS,
@@ -29,16 +39,6 @@ from reference.model import (
     naive_dump,
 )
 from reference.pairwise import pairs_of, pairwise
-from reference.pools import (
-    ROW_DTYPES,
-    encode_rows,
-    make_pool,
-    naive_boards,
-    numpy_indices,
-    random_boards,
-    read_pool,
-    write_shards,
-)
 
 pytestmark = pytest.mark.usefixtures("disk_takes_no_time")
 
@@ -47,20 +47,20 @@ on_cpu = {"device": "cpu", "allow_cpu": True}
 cpu_dump = partial(dump, **on_cpu)
 cpu_stream = partial(stream, **on_cpu)
 
-POOLS = {layout: partial(make_pool, layout=layout) for layout in ROW_DTYPES}
-POOLS["packed_46-sharded"] = partial(make_pool, layout="packed_46", shards=4)
-POOLS["selfplay_v1-sharded"] = partial(make_pool, layout="selfplay_v1", shards=3)
+DATASETS = {layout: partial(make_dataset, layout=layout) for layout in ROW_DTYPES}
+DATASETS["packed_46-sharded"] = partial(make_dataset, layout="packed_46", shards=4)
+DATASETS["selfplay_v1-sharded"] = partial(make_dataset, layout="selfplay_v1", shards=3)
 
 
 @pytest.fixture(scope="module")
-def pools(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pools")
-    return {name: make(root / name) for name, make in POOLS.items()}
+def datasets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    return {name: make(root / name) for name, make in DATASETS.items()}
 
 
 @pytest.fixture(scope="module")
-def packed(pools):
-    return pools["packed_46-sharded"]
+def packed(datasets):
+    return datasets["packed_46-sharded"]
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +97,29 @@ def expected_metadata(checkpoint, keys, *, n=N, seed=SEED, dtype="fp32"):
 BATCHES = (BATCH, N, N + 13)
 NO_BF16_IN_NPZ = frozenset({"bf16", ".npz"})
 CASES = pairwise(
-    list(VARIANTS), list(POOLS), FORMATS, list(TORCH_DTYPES), BATCHES, never=[NO_BF16_IN_NPZ]
+    list(VARIANTS), list(DATASETS), FORMATS, list(TORCH_DTYPES), BATCHES, never=[NO_BF16_IN_NPZ]
 )
 # Of the largest value, by the bits of the mantissa.
 TOLERANCE = {"fp32": 1e-5, "fp16": 2**-10, "bf16": 2**-7}
 
 
 def test_every_two_settings_meet_in_a_case():
-    every = [VARIANTS, POOLS, FORMATS, TORCH_DTYPES, BATCHES]
+    every = [VARIANTS, DATASETS, FORMATS, TORCH_DTYPES, BATCHES]
     wanted = set().union(*map(pairs_of, product(*every)))
     found = set().union(*map(pairs_of, CASES))
     assert {frozenset(value for _, value in pair) for pair in wanted - found} == {NO_BF16_IN_NPZ}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_dump_equals_naive_forward(case, checkpoints, pools, tmp_path):
+def test_dump_equals_naive_forward(case, checkpoints, datasets, tmp_path):
     variant, layout, suffix, dtype, batch_size = case
-    checkpoint, pool = checkpoints[variant], pools[layout]
+    checkpoint, dataset = checkpoints[variant], datasets[layout]
     path = tmp_path / f"activations{suffix}"
     keys = keys_of(checkpoint)
 
     cpu_dump(
         str(checkpoint.init),
-        str(pool.path),
+        str(dataset.path),
         str(path),
         outputs=keys,
         n_samples=N,
@@ -128,14 +128,14 @@ def test_dump_equals_naive_forward(case, checkpoints, pools, tmp_path):
         dtype=dtype,
     )
 
-    indices = numpy_indices(len(pool.rows), N, SEED)
-    arrays = naive_dump(checkpoint.state_dict, checkpoint.config, pool.boards[indices], keys)
+    indices = numpy_indices(len(dataset.rows), N, SEED)
+    arrays = naive_dump(checkpoint.state_dict, checkpoint.config, dataset.boards[indices], keys)
     result = read_dump(path)
     assert set(result.tensors) == {*arrays, "indices", "boards"}
     assert result.tensors["indices"].dtype == torch.int64
     assert result.tensors["boards"].dtype == torch.uint8
     np.testing.assert_array_equal(result.numpy("indices"), indices)
-    np.testing.assert_array_equal(result.numpy("boards"), pool.boards[indices])
+    np.testing.assert_array_equal(result.numpy("boards"), dataset.boards[indices])
     for key, array in arrays.items():
         assert result.tensors[key].dtype == TORCH_DTYPES[dtype]
         assert_close(result.numpy(key), array, tolerance=TOLERANCE[dtype])
@@ -156,10 +156,10 @@ def test_sample_rows_decode_to_the_expected_boards(layout, layouts, demo_checkpo
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_demo_checkpoint_on_demo_pool(suffix, demo_checkpoint, demo_pool, tmp_path):
-    demo, rows = load_demo(demo_checkpoint), read_pool(demo_pool)
+def test_demo_checkpoint_on_demo_dataset(suffix, demo_checkpoint, demo_dataset, tmp_path):
+    demo, rows = load_demo(demo_checkpoint), read_dataset(demo_dataset)
     path = tmp_path / f"demo{suffix}"
-    cpu_dump(demo_checkpoint, demo_pool, path, outputs=PER_BOARD_KEYS, n_samples=150, seed=3)
+    cpu_dump(demo_checkpoint, demo_dataset, path, outputs=PER_BOARD_KEYS, n_samples=150, seed=3)
     result = read_dump(path)
     indices = numpy_indices(len(rows), 150, 3)
     np.testing.assert_array_equal(result.numpy("indices"), indices)
@@ -169,10 +169,10 @@ def test_demo_checkpoint_on_demo_pool(suffix, demo_checkpoint, demo_pool, tmp_pa
         assert_close(result.numpy(key), array)
 
 
-def test_demo_model_plays_like_the_player_it_imitates(demo_checkpoint, demo_pool, tmp_path):
-    rows = read_pool(demo_pool)
+def test_demo_model_plays_like_the_player_it_imitates(demo_checkpoint, demo_dataset, tmp_path):
+    rows = read_dataset(demo_dataset)
     path = tmp_path / "policy.npz"
-    cpu_dump(demo_checkpoint, demo_pool, path, outputs=["head_probs"], n_samples=2000)
+    cpu_dump(demo_checkpoint, demo_dataset, path, outputs=["head_probs"], n_samples=2000)
     result = read_dump(path)
     rows = rows[result.numpy("indices")]
     value = result.numpy("head_probs") @ np.arange(10)
@@ -299,16 +299,16 @@ def test_as_many_samples_as_rows_is_a_permutation(model, packed, tmp_path):
 def test_shards_are_taken_in_name_order_and_before_steps_npy(model, tmp_path):
     boards = random_boards(60, seed=8)
     rows = encode_rows(boards, "packed_46")
-    pool = tmp_path / "pool"
+    dataset = tmp_path / "dataset"
     # Plain order of names: 10 comes before 2.
-    write_shards(pool, rows, [10, 20, 30], names=["steps-1.npy", "steps-10.npy", "steps-2.npy"])
-    np.save(pool / "steps.npy", encode_rows(random_boards(7, seed=1), "packed_46"))
-    np.save(pool / "annotations-0.npy", np.zeros(3))
-    np.save(pool / "embeddings-00000.npy", np.zeros((3, 2)))
-    (pool / "metadata.db").write_bytes(b"SQLite")
+    write_shards(dataset, rows, [10, 20, 30], names=["steps-1.npy", "steps-10.npy", "steps-2.npy"])
+    np.save(dataset / "steps.npy", encode_rows(random_boards(7, seed=1), "packed_46"))
+    np.save(dataset / "annotations-0.npy", np.zeros(3))
+    np.save(dataset / "embeddings-00000.npy", np.zeros((3, 2)))
+    (dataset / "metadata.db").write_bytes(b"SQLite")
     path = tmp_path / "ordered.npz"
     with pytest.warns(UserWarning, match="in the order of their names"):
-        cpu_dump(model, pool, path, outputs=["pooled"], indices=np.arange(60))
+        cpu_dump(model, dataset, path, outputs=["pooled"], indices=np.arange(60))
     np.testing.assert_array_equal(read_dump(path).numpy("boards"), boards)
 
 
@@ -534,14 +534,14 @@ def test_writing_into_loaded_tensors_is_possible(model, packed, tmp_path):
     assert data["boards"].is_contiguous()
 
 
-def test_vocabulary_of_16_serves_boards_without_65536(pools, tmp_path):
+def test_vocabulary_of_16_serves_boards_without_65536(datasets, tmp_path):
     config = replace(BASE, vocab=16)
     state_dict = random_state_dict(config)
     save_checkpoint(tmp_path / "small", state_dict, config_json(config))
-    pool = pools["legacy_move"]
+    dataset = datasets["legacy_move"]
     path = tmp_path / "small.npz"
-    cpu_dump(tmp_path / "small", pool.path, path, outputs=["head_logits"], n_samples=N, seed=4)
-    boards = pool.boards[numpy_indices(len(pool.rows), N, 4)]
+    cpu_dump(tmp_path / "small", dataset.path, path, outputs=["head_logits"], n_samples=N, seed=4)
+    boards = dataset.boards[numpy_indices(len(dataset.rows), N, 4)]
     expected = naive_dump(state_dict, config, boards, ["head_logits"])["head_logits"]
     assert_close(read_dump(path).numpy("head_logits"), expected)
 

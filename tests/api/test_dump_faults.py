@@ -19,8 +19,8 @@ from dump_activations.errors import DumpActivationsNote
 from dump_activations.model.checkpoint_files import WEIGHT_NAMES
 from dump_activations.storage.writing.output_file import OutputFile
 from reference.checkpoints import BASE, bundle, config_json, random_state_dict, save_checkpoint
+from reference.datasets import make_dataset, write_shards
 from reference.dumps import FORMATS, read_dump
-from reference.pools import make_pool, write_shards
 
 pytestmark = pytest.mark.usefixtures("disk_takes_no_time")
 
@@ -38,7 +38,7 @@ class BrokenError(Exception):
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     save_checkpoint(root / "checkpoint", random_state_dict(BASE), config_json(BASE))
-    make_pool(root / "pool", "packed_46", n=5000, shards=3)
+    make_dataset(root / "dataset", "packed_46", n=5000, shards=3)
     return root
 
 
@@ -57,7 +57,7 @@ def command(inputs, capsys):
     def run(*flags):
         arguments = [
             f"--init={inputs / 'checkpoint'}",
-            f"--dataset={inputs / 'pool'}",
+            f"--dataset={inputs / 'dataset'}",
             f"--n-samples={N}",
             f"--batch-size={BATCH}",
             f"--outputs={','.join(KEYS)}",
@@ -112,7 +112,7 @@ def broken(inputs, tmp_path):
         options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH}
         noted = pytest.warns(DumpActivationsNote, match="is replaced") if before else nullcontext()
         with noted, pytest.raises(BrokenError) as caught:
-            cpu_dump(model, inputs / "pool", target, **options)
+            cpu_dump(model, inputs / "dataset", target, **options)
         assert any("the same call again does the rest" in n for n in caught.value.__notes__)
         assert target.exists() == bool(before)
         return target
@@ -164,7 +164,7 @@ def test_no_forward_is_run_twice_and_progress_ends_at_the_total(
     options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH}
     with pytest.warns(DumpActivationsNote, match="going on"):
         summary = cpu_dump(
-            model, inputs / "pool", target, progress=lambda *at: progress.append(at), **options
+            model, inputs / "dataset", target, progress=lambda *at: progress.append(at), **options
         )
     assert contents(target.parent) == {target.name: unbroken(suffix)}
     assert len(forwards) == (N - summary.resumed_boards) // BATCH < N // BATCH
@@ -215,7 +215,7 @@ OTHER_WORK = {
     "dtype": (["--dtype=fp16"], "--dtype (fp32 there, fp16 here);"),
     "precision": (["--precision=bf16"], "--precision (fp32 there, bf16 here);"),
     "weights": ([], "the weights"),
-    "pool": ([], "the pool's shards or their rows' layout;"),
+    "dataset": ([], "the dataset's shards or their rows' layout;"),
     "indices": ([], "indices from (draw there, given here);"),
 }
 
@@ -231,8 +231,8 @@ def test_other_work_is_not_resumed_and_named(case, broken, inputs, command, unbr
         state_dict["blocks.1.mlp.w_up.weight"][3, 3] += 1e-3
         save_checkpoint(other, state_dict, config_json(BASE))
         changes = [f"--init={other}"]
-    elif case == "pool":
-        make_pool(other, "packed_46", n=5001, shards=3)
+    elif case == "dataset":
+        make_dataset(other, "packed_46", n=5001, shards=3)
         changes = [f"--dataset={other}"]
     elif case == "indices":
         other.mkdir()
@@ -260,7 +260,7 @@ def test_a_second_run_to_the_same_target_is_refused(model, inputs, command, unbr
 
     model.blocks[0].register_forward_hook(run_another)
     options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH}
-    cpu_dump(model, inputs / "pool", target, **options)
+    cpu_dump(model, inputs / "dataset", target, **options)
     for code, lines in refused:
         assert code == 1
         assert len(lines) == 1
@@ -287,7 +287,7 @@ def test_a_partial_file_removed_under_a_run_is_an_error(model, inputs, tmp_path)
 
     options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH, "progress": remove}
     with pytest.raises(OSError, match=r"a\.pt\.partial was removed .* nothing is kept") as caught:
-        cpu_dump(model, inputs / "pool", target, **options)
+        cpu_dump(model, inputs / "dataset", target, **options)
     assert not hasattr(caught.value, "__notes__")
     assert contents(tmp_path) == {}
 
@@ -310,7 +310,7 @@ def test_a_second_interruption_does_not_cost_what_is_done(model, inputs, tmp_pat
     options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH, "progress": interrupt}
     try:
         with pytest.raises(KeyboardInterrupt) as caught:
-            cpu_dump(model, inputs / "pool", tmp_path / "a.pt", **options)
+            cpu_dump(model, inputs / "dataset", tmp_path / "a.pt", **options)
     finally:
         signal.signal(signal.SIGTERM, before)
     (note,) = caught.value.__notes__
@@ -367,7 +367,7 @@ def test_a_checkpoints_directory_would_not_take_the_dump_for_its_weights(own, co
 
 
 def test_a_shard_and_the_indices_are_not_written_over(command, inputs, tmp_path):
-    shard = next((inputs / "pool").iterdir())
+    shard = next((inputs / "dataset").iterdir())
     moved = shard.rename(tmp_path / "rows.pt")
     shard.symlink_to(moved)
     try:
@@ -407,7 +407,7 @@ def test_an_error_in_the_forward(use, model, inputs, tmp_path):
         "stream": lambda *inputs, **options: list(stream(*inputs, **options)),
     }
     with pytest.raises(BrokenError):
-        uses[use](model, inputs / "pool", device="cpu", allow_cpu=True, **options)
+        uses[use](model, inputs / "dataset", device="cpu", allow_cpu=True, **options)
     assert len(forwards) == 7
     assert not (tmp_path / "a.safetensors").exists()
 
@@ -418,11 +418,11 @@ def test_an_error_in_the_forward(use, model, inputs, tmp_path):
 def test_a_shard_cut_short_in_the_middle_of_a_run(layout, fault, model, tmp_path, monkeypatch):
     """An error that names the file, and no signal."""
     monkeypatch.setattr("dump_activations.pipeline.board_feed._LARGEST_WINDOW", 1000)
-    pool = make_pool(tmp_path / "pool", layout, n=20_000)
-    for shard in (tmp_path / "pool").iterdir():
+    dataset = make_dataset(tmp_path / "dataset", layout, n=20_000)
+    for shard in (tmp_path / "dataset").iterdir():
         shard.unlink()
-    write_shards(tmp_path / "pool", pool.rows, [5000] * 4)
-    victim = tmp_path / "pool" / "steps-00003.npy"
+    write_shards(tmp_path / "dataset", dataset.rows, [5000] * 4)
+    victim = tmp_path / "dataset" / "steps-00003.npy"
     keep = 0 if fault == "emptied" else victim.stat().st_size // 2
     calls = []
 
@@ -435,7 +435,7 @@ def test_a_shard_cut_short_in_the_middle_of_a_run(layout, fault, model, tmp_path
     model.blocks[0].register_forward_hook(cut)
     options = {"outputs": ["pooled"], "indices": np.arange(20_000), "batch_size": 16}
     with pytest.raises((ValueError, OSError), match=r"steps-00003\.npy") as caught:
-        cpu_dump(model, tmp_path / "pool", tmp_path / "a.pt", **options)
+        cpu_dump(model, tmp_path / "dataset", tmp_path / "a.pt", **options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "a.pt").exists()
 
@@ -449,7 +449,7 @@ def test_thousands_of_batches_take_no_more_than_hundreds(model, inputs, tmp_path
     def run(batches):
         indices = np.arange(batches) % 5000
         options = {"outputs": ["final_hidden"], "indices": indices, "batch_size": 1}
-        cpu_dump(model, inputs / "pool", tmp_path / "a.safetensors", **options)
+        cpu_dump(model, inputs / "dataset", tmp_path / "a.safetensors", **options)
 
     run(300)
     before = resident()
@@ -465,9 +465,9 @@ def test_counts_of_values_that_are_not_finite(tmp_path, inputs):
     save_checkpoint(tmp_path / "large", state_dict, config_json(BASE))
     options = {"outputs": ["final_hidden", "attn_norm"], "n_samples": 50, "batch_size": 16}
     wide, narrow = tmp_path / "wide.npz", tmp_path / "narrow.npz"
-    cpu_dump(tmp_path / "large", inputs / "pool", wide, **options)
+    cpu_dump(tmp_path / "large", inputs / "dataset", wide, **options)
     with pytest.warns(UserWarning, match=r"final_hidden"):
-        cpu_dump(tmp_path / "large", inputs / "pool", narrow, dtype="fp16", **options)
+        cpu_dump(tmp_path / "large", inputs / "dataset", narrow, dtype="fp16", **options)
     assert np.isfinite(read_dump(wide).numpy("final_hidden")).all()
     values = read_dump(narrow).numpy("final_hidden")
     assert not np.isfinite(values).all()
@@ -484,5 +484,5 @@ def test_nan_without_infinities_is_warned_of(tmp_path, inputs):
         pytest.warns(UserWarning, match=r"final_hidden: 800 NaN and 0 infinite values"),
         pytest.warns(UserWarning, match=r"weights that are not finite: final_ln.weight"),
     ):
-        summary = cpu_dump(tmp_path / "broken", inputs / "pool", tmp_path / "a.pt", **options)
+        summary = cpu_dump(tmp_path / "broken", inputs / "dataset", tmp_path / "a.pt", **options)
     assert summary.nonfinite == {"final_hidden": {"nan": 800, "inf": 0}}

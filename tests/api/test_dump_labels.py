@@ -15,8 +15,8 @@ from dump_activations.errors import (
     InvalidArgumentError,
     OutputError,
 )
+from reference.datasets import read_dataset
 from reference.dumps import FORMATS, read_dump
-from reference.pools import read_pool
 
 pytestmark = pytest.mark.usefixtures("disk_takes_no_time")
 
@@ -33,15 +33,15 @@ def model(demo_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def rows(demo_pool):
-    return read_pool(demo_pool)
+def rows(demo_dataset):
+    return read_dataset(demo_dataset)
 
 
 def assert_labelled(result, ds, indices):
-    """Compare the labels of fields with NumPy's reading, and derived ones with the pool's."""
+    """Compare the labels of fields with NumPy's reading, and derived ones with the dataset's."""
     np.testing.assert_array_equal(result.numpy("indices"), indices)
     np.testing.assert_array_equal(result.numpy("boards"), ds.read_boards(indices))
-    rows = read_pool(ds.path)[indices]
+    rows = read_dataset(ds.path)[indices]
     dtypes = {"move_dir": torch.uint8, "branch_evs": torch.float32, "run_id": torch.int64}
     for name, dtype in dtypes.items():
         assert result.tensors[f"labels/{name}"].dtype == dtype
@@ -51,14 +51,14 @@ def assert_labelled(result, ds, indices):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_labels_lie_beside_the_boards(suffix, model, demo_pool, rows, tmp_path):
+def test_labels_lie_beside_the_boards(suffix, model, demo_dataset, rows, tmp_path):
     path = tmp_path / f"a{suffix}"
     where = "max_rank >= 10 and run_id % 3 != 0"
-    cpu_dump(model, demo_pool, path, n_samples=300, seed=5, labels=",".join(NAMES), where=where)
+    cpu_dump(model, demo_dataset, path, n_samples=300, seed=5, labels=",".join(NAMES), where=where)
     result = read_dump(path)
     matches = np.flatnonzero((rows["max_rank"] >= 10) & (rows["run_id"] % 3 != 0))
     expected = np.random.default_rng(5).choice(matches, 300, replace=False)
-    assert_labelled(result, StepsDataset(demo_pool), expected)
+    assert_labelled(result, StepsDataset(demo_dataset), expected)
     labels = {f"labels/{name}" for name in NAMES}
     assert set(result.tensors) == {"pooled", "indices", "boards", *labels}
     metadata = result.metadata
@@ -66,8 +66,8 @@ def test_labels_lie_beside_the_boards(suffix, model, demo_pool, rows, tmp_path):
     assert (metadata["indices_from"], "steps" in metadata) == ("draw", False)
 
 
-def test_without_labels_the_file_holds_no_more(model, demo_pool, tmp_path):
-    cpu_dump(model, demo_pool, tmp_path / "a.pt", n_samples=10)
+def test_without_labels_the_file_holds_no_more(model, demo_dataset, tmp_path):
+    cpu_dump(model, demo_dataset, tmp_path / "a.pt", n_samples=10)
     result = read_dump(tmp_path / "a.pt")
     assert set(result.tensors) == {"pooled", "indices", "boards"}
     assert not {"labels", "where", "steps"} & set(result.metadata)
@@ -82,7 +82,9 @@ def test_without_labels_the_file_holds_no_more(model, demo_pool, tmp_path):
         {"n_samples": 400, "where": "max_rank < 8"},
     ],
 )
-def test_a_resumed_dump_is_that_of_an_unbroken_run(suffix, selection, model, demo_pool, tmp_path):
+def test_a_resumed_dump_is_that_of_an_unbroken_run(
+    suffix, selection, model, demo_dataset, tmp_path
+):
     class StopError(Exception):
         pass
 
@@ -91,33 +93,33 @@ def test_a_resumed_dump_is_that_of_an_unbroken_run(suffix, selection, model, dem
             raise StopError
 
     whole, broken = tmp_path / f"whole{suffix}", tmp_path / f"broken{suffix}"
-    cpu_dump(model, demo_pool, whole, labels=NAMES, **selection)
+    cpu_dump(model, demo_dataset, whole, labels=NAMES, **selection)
     with pytest.raises(StopError):
-        cpu_dump(model, demo_pool, broken, labels=NAMES, progress=stop, **selection)
+        cpu_dump(model, demo_dataset, broken, labels=NAMES, progress=stop, **selection)
     with pytest.raises(OutputError, match="labels"):
-        cpu_dump(model, demo_pool, broken, labels=NAMES[1:], resume=True, **selection)
-    summary = cpu_dump(model, demo_pool, broken, labels=NAMES, resume=True, **selection)
+        cpu_dump(model, demo_dataset, broken, labels=NAMES[1:], resume=True, **selection)
+    summary = cpu_dump(model, demo_dataset, broken, labels=NAMES, resume=True, **selection)
     assert summary.resumed_boards >= 64
     assert broken.read_bytes() == whole.read_bytes()
-    assert_labelled(read_dump(whole), StepsDataset(demo_pool), read_dump(whole).numpy("indices"))
+    assert_labelled(read_dump(whole), StepsDataset(demo_dataset), read_dump(whole).numpy("indices"))
 
 
-def test_a_label_that_changed_is_not_resumed(model, demo_pool, rows, tmp_path):
+def test_a_label_that_changed_is_not_resumed(model, demo_dataset, rows, tmp_path):
     def stop(done, _of):
         if done >= 128:
             raise KeyboardInterrupt
 
-    (tmp_path / "pool").mkdir()
-    np.save(tmp_path / "pool" / "steps.npy", rows)
-    run = partial(cpu_dump, model, tmp_path / "pool", tmp_path / "a.pt", n_samples=300)
+    (tmp_path / "dataset").mkdir()
+    np.save(tmp_path / "dataset" / "steps.npy", rows)
+    run = partial(cpu_dump, model, tmp_path / "dataset", tmp_path / "a.pt", n_samples=300)
     with pytest.raises(KeyboardInterrupt):
         run(labels="move_dir", progress=stop)
     changed = rows.copy()
     changed["move_dir"] += 1
-    np.save(tmp_path / "pool" / "steps.npy", changed)
+    np.save(tmp_path / "dataset" / "steps.npy", changed)
     with pytest.raises(OutputError, match="holds other boards"):
         run(labels="move_dir", resume=True)
-    np.save(tmp_path / "pool" / "steps.npy", rows)
+    np.save(tmp_path / "dataset" / "steps.npy", rows)
     run(labels="move_dir", resume=True)
 
 
@@ -130,9 +132,9 @@ def test_a_label_that_changed_is_not_resumed(model, demo_pool, rows, tmp_path):
         (slice(3, 10**12, 5000), range(3, 14138, 5000)),
     ],
 )
-def test_ranges_come_in_their_order(steps, expected, model, demo_pool, tmp_path):
+def test_ranges_come_in_their_order(steps, expected, model, demo_dataset, tmp_path):
     dump(
-        model, demo_pool, tmp_path / "a.npz", **on_cpu | {"batch_size": 1024}, steps=steps,
+        model, demo_dataset, tmp_path / "a.npz", **on_cpu | {"batch_size": 1024}, steps=steps,
         n_samples=3,
     )  # fmt: skip
     result = read_dump(tmp_path / "a.npz")
@@ -143,8 +145,8 @@ def test_ranges_come_in_their_order(steps, expected, model, demo_pool, tmp_path)
     assert result.metadata["n_samples"] == str(len(expected))
 
 
-def test_where_the_indices_come_from(model, demo_pool, tmp_path):
-    ds = StepsDataset(demo_pool)
+def test_where_the_indices_come_from(model, demo_dataset, tmp_path):
+    ds = StepsDataset(demo_dataset)
 
     def source(**options):
         cpu_dump(model, ds, tmp_path / "a.pt", **options)
@@ -156,8 +158,8 @@ def test_where_the_indices_come_from(model, demo_pool, tmp_path):
         assert source(n_samples=10, where="max_rank < 2") == "draw with replacement"
 
 
-def test_streamed_batches_have_labels(model, demo_pool, rows):
-    batches = list(cpu_stream(model, demo_pool, steps="5:300:2", labels=NAMES))
+def test_streamed_batches_have_labels(model, demo_dataset, rows):
+    batches = list(cpu_stream(model, demo_dataset, steps="5:300:2", labels=NAMES))
     assert [len(batch.boards) for batch in batches] == [64, 64, 20]
     indices = np.concatenate([batch.indices for batch in batches])
     np.testing.assert_array_equal(indices, range(5, 300, 2))
@@ -165,13 +167,13 @@ def test_streamed_batches_have_labels(model, demo_pool, rows):
         values = np.concatenate([batch.labels[name] for batch in batches])
         np.testing.assert_array_equal(values, rows[name][indices])
     assert list(batches[0].labels) == NAMES
-    assert next(cpu_stream(model, demo_pool, n_samples=2)).labels == {}
+    assert next(cpu_stream(model, demo_dataset, n_samples=2)).labels == {}
 
 
-def test_scans_report_rows_apart_from_boards(model, demo_pool):
+def test_scans_report_rows_apart_from_boards(model, demo_dataset):
     reports = []
     cpu_dump(
-        model, demo_pool, write=False, n_samples=5, where="max_rank > 3",
+        model, demo_dataset, write=False, n_samples=5, where="max_rank > 3",
         scan_progress=lambda done, of: reports.append((done, of)),
     )  # fmt: skip
     assert reports[-1] == (14138, 14138)
@@ -195,15 +197,15 @@ def test_scans_report_rows_apart_from_boards(model, demo_pool):
         ({"labels": "mve"}, InvalidArgumentError, "no 'mve' in .*move_dir"),
     ],
 )
-def test_wrong_selections(case, model, demo_pool, tmp_path):
+def test_wrong_selections(case, model, demo_dataset, tmp_path):
     options, error, text = case
     with pytest.raises(error, match=text):
-        cpu_dump(model, demo_pool, tmp_path / "a.pt", **options)
+        cpu_dump(model, demo_dataset, tmp_path / "a.pt", **options)
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
 def test_not_finite_labels_are_counted_and_no_cause_for_a_warning(
-    model, demo_pool, rows, tmp_path, recwarn
+    model, demo_dataset, rows, tmp_path, recwarn
 ):
     rows = rows[:40].copy()
     rows["branch_evs"][7] = [np.nan, np.inf, -np.inf, 0]

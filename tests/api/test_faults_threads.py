@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import DEMO_CHECKPOINT, DEMO_POOL
+from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
 from dump_activations.errors import OutputError
 from dump_activations.pipeline import transfer
@@ -83,7 +83,7 @@ def settled_count():
 @pytest.fixture
 def nothing_stays(buffers, model):
     """Check that a test leaves no thread, no open file and no buffer."""
-    cpu_dump(model, DEMO_POOL, write=False)  # torch starts its own threads once
+    cpu_dump(model, DEMO_DATASET, write=False)  # torch starts its own threads once
     assert buffers
     assert not any(reference() is not None for reference in buffers)
     before = settled_count()
@@ -111,9 +111,9 @@ def broken_model(model):
 @pytest.mark.parametrize("use", ["dump", "no-write", "stream"])
 def test_forward(use, nothing_stays, broken_model, tmp_path):
     uses = {
-        "dump": lambda: cpu_dump(broken_model, DEMO_POOL, tmp_path / "a.pt"),
-        "no-write": lambda: cpu_dump(broken_model, DEMO_POOL, write=False),
-        "stream": lambda: list(cpu_stream(broken_model, DEMO_POOL)),
+        "dump": lambda: cpu_dump(broken_model, DEMO_DATASET, tmp_path / "a.pt"),
+        "no-write": lambda: cpu_dump(broken_model, DEMO_DATASET, write=False),
+        "stream": lambda: list(cpu_stream(broken_model, DEMO_DATASET)),
     }
     with pytest.raises(StageError, match="in the forward"):
         uses[use]()
@@ -148,9 +148,9 @@ def test_reader(use, nothing_stays, model, monkeypatch, tmp_path):
     read = fail_after(2, StepsDataset.read_boards, error)
     monkeypatch.setattr(StepsDataset, "read_boards", read)
     uses = {
-        "dump": lambda: cpu_dump(model, DEMO_POOL, tmp_path / "a.pt"),
-        "no-write": lambda: cpu_dump(model, DEMO_POOL, write=False),
-        "stream": lambda: list(cpu_stream(model, DEMO_POOL)),
+        "dump": lambda: cpu_dump(model, DEMO_DATASET, tmp_path / "a.pt"),
+        "no-write": lambda: cpu_dump(model, DEMO_DATASET, write=False),
+        "stream": lambda: list(cpu_stream(model, DEMO_DATASET)),
     }
     is_raised(error, uses[use])
 
@@ -164,20 +164,20 @@ def target(request, tmp_path):
 def test_writer(calls, target, nothing_stays, model, monkeypatch):
     error = OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(_rust, "write_span", fail_after(calls, _rust.write_span, error))
-    message = is_raised(error, lambda: cpu_dump(model, DEMO_POOL, target))
+    message = is_raised(error, lambda: cpu_dump(model, DEMO_DATASET, target))
     assert f"cannot write {target}.partial: Input/output error" in message
 
 
 def test_an_error_of_a_writer_that_is_no_system_call(target, nothing_stays, model, monkeypatch):
     error = StageError("in a writer")
     monkeypatch.setattr(_rust, "write_span", fail_after(50, _rust.write_span, error))
-    is_raised(error, lambda: cpu_dump(model, DEMO_POOL, target))
+    is_raised(error, lambda: cpu_dump(model, DEMO_DATASET, target))
 
 
 def test_flush(target, nothing_stays, model, monkeypatch):
     error = OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(os, "fdatasync", fail_after(0, os.fdatasync, error))
-    message = is_raised(error, lambda: cpu_dump(model, DEMO_POOL, target))
+    message = is_raised(error, lambda: cpu_dump(model, DEMO_DATASET, target))
     assert "Input/output error" in message
     assert not target.exists()
 
@@ -192,7 +192,7 @@ def test_progress(kind, write, nothing_stays, model, tmp_path):
             raise error
 
     target = tmp_path / "a.pt"
-    is_raised(error, lambda: cpu_dump(model, DEMO_POOL, target, write=write, progress=progress))
+    is_raised(error, lambda: cpu_dump(model, DEMO_DATASET, target, write=write, progress=progress))
 
 
 def test_a_warning_that_is_an_error(nothing_stays, model, tmp_path):
@@ -202,7 +202,7 @@ def test_a_warning_that_is_an_error(nothing_stays, model, tmp_path):
     weight.fill_(float("inf"))
     try:
         with warnings.catch_warnings(action="error"), pytest.raises(UserWarning, match="pooled"):
-            cpu_dump(model, DEMO_POOL, tmp_path / "a.pt")
+            cpu_dump(model, DEMO_DATASET, tmp_path / "a.pt")
     finally:
         weight.copy_(before)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
@@ -210,7 +210,7 @@ def test_a_warning_that_is_an_error(nothing_stays, model, tmp_path):
 
 def test_a_consumer_that_raises(nothing_stays, model):
     def consume():
-        for batch in cpu_stream(model, DEMO_POOL):
+        for batch in cpu_stream(model, DEMO_DATASET):
             if batch.first_row > N // 2:
                 raise StageError("in the consumer")
 
@@ -220,14 +220,14 @@ def test_a_consumer_that_raises(nothing_stays, model):
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 100, N // BATCH])
 def test_a_stream_closed_early(batches, nothing_stays, model):
-    stream_of_batches = cpu_stream(model, DEMO_POOL)
+    stream_of_batches = cpu_stream(model, DEMO_DATASET)
     for _ in range(batches):
         next(stream_of_batches)
     stream_of_batches.close()
 
 
 def test_a_stream_forgotten(nothing_stays, model):
-    next(iter(cpu_stream(model, DEMO_POOL)))
+    next(iter(cpu_stream(model, DEMO_DATASET)))
 
 
 @pytest.mark.parametrize("use", ["dump", "no-write", "stream"])
@@ -241,9 +241,9 @@ def test_interruption(use, nothing_stays, model, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     uses = {
-        "dump": lambda: cpu_dump(model, DEMO_POOL, tmp_path / "a.pt"),
-        "no-write": lambda: cpu_dump(model, DEMO_POOL, write=False),
-        "stream": lambda: list(cpu_stream(model, DEMO_POOL)),
+        "dump": lambda: cpu_dump(model, DEMO_DATASET, tmp_path / "a.pt"),
+        "no-write": lambda: cpu_dump(model, DEMO_DATASET, write=False),
+        "stream": lambda: list(cpu_stream(model, DEMO_DATASET)),
     }
     handle = model.blocks[0].register_forward_hook(interrupt)
     try:

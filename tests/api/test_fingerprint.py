@@ -11,18 +11,18 @@ from dump_activations.options import Options
 from dump_activations.pipeline import provenance
 from dump_activations.pipeline.plan import make_plan
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
-from reference.pools import encode_rows, random_boards, write_shards
+from reference.datasets import encode_rows, random_boards, write_shards
 
 CPU = {"outputs": ["pooled"], "n_samples": 7, "device": "cpu", "allow_cpu": True}
 BOARDS = random_boards(60, seed=1)
 
 
 def work(directory: Path, **options) -> dict[str, str]:
-    plan = make_plan(directory / "checkpoint", directory / "pool", Options(**(CPU | options)))
+    plan = make_plan(directory / "checkpoint", directory / "dataset", Options(**(CPU | options)))
     return provenance.metadata(plan) | provenance.fingerprint(plan)
 
 
-def write_pool(directory: Path, *, layout: str = "packed_46", sizes=(30, 30)) -> None:
+def write_dataset(directory: Path, *, layout: str = "packed_46", sizes=(30, 30)) -> None:
     directory.mkdir(exist_ok=True)
     for shard in directory.iterdir():
         shard.unlink()
@@ -32,7 +32,7 @@ def write_pool(directory: Path, *, layout: str = "packed_46", sizes=(30, 30)) ->
 @pytest.fixture
 def inputs(tmp_path):
     save_checkpoint(tmp_path / "checkpoint", random_state_dict(BASE), config_json(BASE))
-    write_pool(tmp_path / "pool")
+    write_dataset(tmp_path / "dataset")
     return tmp_path
 
 
@@ -87,7 +87,7 @@ def test_a_config_of_the_same_weights(change, inputs):
 @pytest.mark.parametrize("change", [{"sizes": (20, 40)}, {"layout": "aligned_48"}])
 def test_shards_of_as_many_rows(change, inputs):
     before = work(inputs)
-    write_pool(inputs / "pool", **change)
+    write_dataset(inputs / "dataset", **change)
     assert differing(before, work(inputs)) == {"dataset_sha256"}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import DEMO_CHECKPOINT, DEMO_POOL
+from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import StepsDataset, dump, load_encoder, stream
 from dump_activations.commands.dump import main
 from dump_activations.errors import (
@@ -22,8 +22,8 @@ from dump_activations.errors import (
     OutputError,
 )
 from dump_activations.storage.reading.inspection import inspect
+from reference.datasets import make_dataset
 from reference.dumps import read_dump
-from reference.pools import make_pool
 
 CPU = {"device": "cpu", "allow_cpu": True}
 DEMO = ["--demo", "--device", "cpu", "--n-samples", "20"]
@@ -34,7 +34,7 @@ def test_integers_devices_and_keys_of_other_types(tmp_path):
     options = {"n_samples": np.int64(21), "batch_size": np.int32(8), "seed": np.uint8(3)}
     device = {"device": torch.device("cpu"), "allow_cpu": True}
     keys = (key for key in ["pooled", "head_logits"])
-    dump(DEMO_CHECKPOINT, DEMO_POOL, tmp_path / "a.pt", outputs=keys, **options, **device)
+    dump(DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "a.pt", outputs=keys, **options, **device)
     metadata = read_dump(tmp_path / "a.pt").metadata
     assert (metadata["n_samples"], metadata["seed"]) == ("21", "3")
     assert metadata["outputs"] == "head_logits,pooled"
@@ -42,31 +42,31 @@ def test_integers_devices_and_keys_of_other_types(tmp_path):
 
 def test_indices_in_fortran_order():
     indices = np.asfortranarray([[5, 7, 9], [11, 2, 4]])
-    (batch,) = stream(DEMO_CHECKPOINT, DEMO_POOL, outputs=["pooled"], indices=indices, **CPU)
+    (batch,) = stream(DEMO_CHECKPOINT, DEMO_DATASET, outputs=["pooled"], indices=indices, **CPU)
     assert batch.indices.tolist() == [5, 7, 9, 11, 2, 4]
-    assert np.array_equal(batch.boards, StepsDataset(DEMO_POOL).read_boards([5, 7, 9, 11, 2, 4]))
+    assert np.array_equal(batch.boards, StepsDataset(DEMO_DATASET).read_boards([5, 7, 9, 11, 2, 4]))
 
 
 def test_contradictions_in_a_call(tmp_path):
     values = {"n_samples": None, "outputs": [1], "dtype": ["fp32"], "precision": None}
     with pytest.raises(InvalidArgumentError, match="'mine' is not one of own, borrowed, device"):
-        stream(DEMO_CHECKPOINT, DEMO_POOL, tensors="mine", **CPU)
+        stream(DEMO_CHECKPOINT, DEMO_DATASET, tensors="mine", **CPU)
     contradiction = {"resume": True, "overwrite": True}
     for wrong in (contradiction, {"outputs": None}, *({k: v} for k, v in values.items())):
         with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
-            dump(DEMO_CHECKPOINT, DEMO_POOL, tmp_path / "a.pt", **wrong, **CPU)
+            dump(DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "a.pt", **wrong, **CPU)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_warning_points_at_the_call(tmp_path, recwarn):
     model = load_encoder(DEMO_CHECKPOINT)
     model.final_ln.weight.data[0] = torch.inf
-    pool = tmp_path / "pool"
-    make_pool(pool, "packed_46", n=5)
+    dataset = tmp_path / "dataset"
+    make_dataset(dataset, "packed_46", n=5)
     options = {"layers": [0], "n_samples": 9, **CPU}
-    dump(model, pool, tmp_path / "a.pt", **options)
-    list(stream(model, DEMO_POOL, **options))
-    StepsDataset(pool).sample_indices(9)
+    dump(model, dataset, tmp_path / "a.pt", **options)
+    list(stream(model, DEMO_DATASET, **options))
+    StepsDataset(dataset).sample_indices(9)
     texts = [str(each.message) for each in recwarn]
     dumped = ["no layers", "with replacement", "9 boards", "infinite"]
     found = [*dumped, "no layers", "with replacement"]
@@ -83,10 +83,10 @@ def test_whose_the_tensors_of_a_batch_are(tensors):
     """Without a GPU the device's memory is the host's."""
     model = load_encoder(DEMO_CHECKPOINT)
     keys, options = ["layer_outputs", "rmsnorm_gammas"], {"labels": "move_dir", **CPU}
-    (whole,) = stream(model, DEMO_POOL, outputs=keys, n_samples=38, **options)
+    (whole,) = stream(model, DEMO_DATASET, outputs=keys, n_samples=38, **options)
     options |= {"n_samples": 38, "batch_size": 8, "tensors": tensors}
     kept = []
-    for batch in stream(model, DEMO_POOL, outputs=keys, **options):
+    for batch in stream(model, DEMO_DATASET, outputs=keys, **options):
         rows = slice(batch.first_row, batch.first_row + len(batch.indices))
         for name, tensor in tensors_of(batch).items():
             expected = tensors_of(whole)[name]
@@ -104,15 +104,15 @@ def test_parameters_in_a_stream_are_the_consumers():
     model = load_encoder(DEMO_CHECKPOINT)
     before = model.final_ln.weight.clone()
     options = {"outputs": ["rmsnorm_gammas", "pooled"], "n_samples": 20, "batch_size": 8}
-    for batch in stream(model, DEMO_POOL, **options, **CPU):
+    for batch in stream(model, DEMO_DATASET, **options, **CPU):
         assert torch.equal(batch["rmsnorm_gammas/final_ln"], before)
         batch["rmsnorm_gammas/final_ln"].mul_(2)
     assert torch.equal(model.final_ln.weight, before)
 
 
-def test_a_pool_with_other_rows_is_not_resumed_from(tmp_path, monkeypatch):
+def test_a_dataset_with_other_rows_is_not_resumed_from(tmp_path, monkeypatch):
     monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
-    make_pool(tmp_path / "pool", "packed_46", n=500, shards=1)
+    make_dataset(tmp_path / "dataset", "packed_46", n=500, shards=1)
     model = load_encoder(DEMO_CHECKPOINT)
     options = {"outputs": ["pooled"], "n_samples": 400, "batch_size": 8} | CPU
     target = tmp_path / "a.pt"
@@ -122,15 +122,15 @@ def test_a_pool_with_other_rows_is_not_resumed_from(tmp_path, monkeypatch):
             raise DeviceError("stopped")
 
     with pytest.raises(DeviceError):
-        dump(model, tmp_path / "pool", target, progress=stop, **options)
-    (shard,) = (tmp_path / "pool").glob("*.npy")
+        dump(model, tmp_path / "dataset", target, progress=stop, **options)
+    (shard,) = (tmp_path / "dataset").glob("*.npy")
     rows = np.load(shard)
     np.save(shard, rows[::-1])
     with pytest.raises(OutputError, match="other boards"):
-        dump(model, tmp_path / "pool", target, **options)
+        dump(model, tmp_path / "dataset", target, **options)
     np.save(shard, rows)
     with pytest.warns(DumpActivationsNote, match="going on"):
-        assert dump(model, tmp_path / "pool", target, **options).resumed_boards > 0
+        assert dump(model, tmp_path / "dataset", target, **options).resumed_boards > 0
 
 
 def test_an_interruption_at_the_end_says_that_the_file_is_complete(tmp_path):
@@ -141,7 +141,7 @@ def test_an_interruption_at_the_end_says_that_the_file_is_complete(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        dump(DEMO_CHECKPOINT, DEMO_POOL, target, n_samples=20, progress=interrupt, **CPU)
+        dump(DEMO_CHECKPOINT, DEMO_DATASET, target, n_samples=20, progress=interrupt, **CPU)
     assert caught.value.__notes__ == [f"{target} is complete"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
@@ -180,7 +180,7 @@ def test_a_summary_that_cannot_be_printed(tmp_path):
 
 def test_metadata_that_unfolds_without_end(tmp_path):
     """Thirty tuples, each of the one before twice: a few hundred bytes, 2**30 entries as text."""
-    dump(DEMO_CHECKPOINT, DEMO_POOL, tmp_path / "whole.pt", n_samples=2, **CPU)
+    dump(DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "whole.pt", n_samples=2, **CPU)
     folded = ()
     for _ in range(30):
         folded = (folded, folded)
@@ -200,7 +200,7 @@ def test_metadata_that_unfolds_without_end(tmp_path):
 def test_an_unknown_argument_is_named_with_the_nearest(function):
     message = rf"^{function.__name__}\(\) got an unexpected keyword argument 'batchsize'; did you "
     with pytest.raises(TypeError, match=message + r"mean 'batch_size'\?$"):
-        function(DEMO_CHECKPOINT, DEMO_POOL, batchsize=3)
+        function(DEMO_CHECKPOINT, DEMO_DATASET, batchsize=3)
 
 
 @pytest.mark.parametrize("function", [dump, stream], ids=["dump", "stream"])

@@ -18,10 +18,10 @@ import pytest
 import safetensors.torch
 
 from api.test_faults_kills import PROMPTLY, SYNC_INTERVAL, sha256
-from conftest import DEMO_CHECKPOINT, DEMO_POOL
+from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from faults.groups import Launcher
+from reference.datasets import encode_rows, random_boards
 from reference.dumps import FORMATS
-from reference.pools import encode_rows, random_boards
 
 N = 1500
 # 31 MB in 188 batches: about half a second of one process.
@@ -220,17 +220,17 @@ def fails(group, codes, pattern):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_without_the_pool(rank, launcher, directory, tmp_path):
+def test_one_without_the_dataset(rank, launcher, directory, tmp_path):
     arguments = [f"--init={DEMO_CHECKPOINT}", "--allow-cpu", f"-o{directory}/a.pt"]
-    pools = {0: [f"--dataset={DEMO_POOL}"], 1: [f"--dataset={DEMO_POOL}"]}
-    pools[rank] = [f"--dataset={tmp_path}/none"]
-    group = launcher.start(arguments, size=2, of_rank=pools)
+    datasets = {0: [f"--dataset={DEMO_DATASET}"], 1: [f"--dataset={DEMO_DATASET}"]}
+    datasets[rank] = [f"--dataset={tmp_path}/none"]
+    group = launcher.start(arguments, size=2, of_rank=datasets)
     fails(group, [1, 1], f"{tmp_path}/none: no such directory")
     assert [*directory.iterdir()] == []
 
 
 def test_one_of_other_work(launcher, directory, other_checkpoint):
-    arguments = [f"--dataset={DEMO_POOL}", "--allow-cpu", f"-o{directory}/a.pt"]
+    arguments = [f"--dataset={DEMO_DATASET}", "--allow-cpu", f"-o{directory}/a.pt"]
     inits = [
         [f"--init={DEMO_CHECKPOINT}"],
         [f"--init={DEMO_CHECKPOINT}"],

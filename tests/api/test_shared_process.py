@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import DEMO_CHECKPOINT, DEMO_POOL
+from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
 from dump_activations.api import streaming
-from dump_activations.errors import DeviceError, DumpActivationsNote, OutputError, PoolError
+from dump_activations.errors import DatasetError, DeviceError, DumpActivationsNote, OutputError
 from dump_activations.model import capture
 from dump_activations.pipeline.device import find_device
 from dump_activations.pipeline.interrupts import HeldInterrupts
@@ -42,12 +42,12 @@ def joined(batches, key):
 
 @pytest.fixture
 def expected(model):
-    return joined(stream(model, DEMO_POOL, **OPTIONS), "final_hidden")
+    return joined(stream(model, DEMO_DATASET, **OPTIONS), "final_hidden")
 
 
 def test_the_consumer_may_run_the_model(model, expected):
     batches = []
-    for batch in stream(model, DEMO_POOL, **OPTIONS):
+    for batch in stream(model, DEMO_DATASET, **OPTIONS):
         hidden, _ = model(batch.boards)
         assert torch.allclose(hidden, batch["final_hidden"], atol=1e-5)
         batches.append(batch)
@@ -55,14 +55,14 @@ def test_the_consumer_may_run_the_model(model, expected):
 
 
 def test_two_streams_of_one_model_in_turns(model, expected):
-    both = zip(*(stream(model, DEMO_POOL, **OPTIONS) for _ in range(2)), strict=True)
+    both = zip(*(stream(model, DEMO_DATASET, **OPTIONS) for _ in range(2)), strict=True)
     for batches in zip(*both, strict=True):
         assert torch.equal(joined(batches, "final_hidden"), expected)
 
 
 def test_dumps_of_one_model_on_several_threads(model, expected, tmp_path):
     def run(name):
-        dump(model, DEMO_POOL, tmp_path / name, **OPTIONS)
+        dump(model, DEMO_DATASET, tmp_path / name, **OPTIONS)
 
     threads = [threading.Thread(target=run, args=(f"{i}.pt",)) for i in range(4)]
     for thread in threads:
@@ -78,13 +78,13 @@ def test_more_compiled_variants_than_torch_keeps(model, monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=2):
         for rows in range(2, 6):
             options = OPTIONS | {"n_samples": rows, "batch_size": rows, "compile": True}
-            assert len(joined(stream(model, DEMO_POOL, **options), "final_hidden")) == rows
+            assert len(joined(stream(model, DEMO_DATASET, **options), "final_hidden")) == rows
 
 
 def test_a_default_device_of_the_program_is_not_taken(model, expected, tmp_path):
     torch.set_default_device("meta")
     try:
-        dump(model, DEMO_POOL, tmp_path / "a.pt", **OPTIONS)
+        dump(model, DEMO_DATASET, tmp_path / "a.pt", **OPTIONS)
     finally:
         torch.set_default_device(None)
     assert torch.equal(read_dump(tmp_path / "a.pt").tensors["final_hidden"], expected)
@@ -105,7 +105,7 @@ def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, mo
         Loop, "__exit__", lambda *each: (seen.append(("close", *inside)), close(*each))[1]
     )
     model.blocks[0].register_forward_hook(lambda *_: seen.append(("forward", *inside)))
-    batches = stream(model, DEMO_POOL, **OPTIONS)
+    batches = stream(model, DEMO_DATASET, **OPTIONS)
     for _ in range(2):
         next(batches)
         assert not inside
@@ -143,9 +143,9 @@ def failing(message, kind=RuntimeError):
 def uses(model, path):
     """Return each way to run the model."""
     return [
-        lambda: dump(model, DEMO_POOL, path, **OPTIONS),
-        lambda: dump(model, DEMO_POOL, write=False, **OPTIONS),
-        lambda: list(stream(model, DEMO_POOL, **OPTIONS)),
+        lambda: dump(model, DEMO_DATASET, path, **OPTIONS),
+        lambda: dump(model, DEMO_DATASET, write=False, **OPTIONS),
+        lambda: list(stream(model, DEMO_DATASET, **OPTIONS)),
     ]
 
 
@@ -164,7 +164,7 @@ def test_the_callers_model_is_as_it_was(model, tmp_path):
     for run in uses(model, tmp_path / "a.pt"):
         run()
         assert state_of(model) == before
-    batches = stream(model, DEMO_POOL, **OPTIONS)
+    batches = stream(model, DEMO_DATASET, **OPTIONS)
     next(batches)
     assert state_of(model) == before
     del batches
@@ -200,7 +200,7 @@ def test_the_callers_model_is_as_it_was(model, tmp_path):
 def test_what_a_batch_is_short_of(error, text, model):
     model.blocks[0].register_forward_hook(failing(str(error), type(error)))
     with pytest.raises(DeviceError, match=f"^{text} batch_size=8; free some, or try batch_size=4$"):
-        list(stream(model, DEMO_POOL, **OPTIONS))
+        list(stream(model, DEMO_DATASET, **OPTIONS))
 
 
 def test_pinned_memory_is_not_the_devices(monkeypatch):
@@ -293,22 +293,22 @@ def test_want_of_memory_in_the_middle_says_what_is_kept_and_the_way_out(
     handle = short_of_memory(model, 4)
     target = tmp_path / "a.pt"
     with pytest.raises(DeviceError, match="try batch_size=4 and overwrite=True") as caught:
-        dump(model, DEMO_POOL, target, overwrite=True, **OPTIONS)
+        dump(model, DEMO_DATASET, target, overwrite=True, **OPTIONS)
     assert any(
         "the same call without overwrite does the rest" in note for note in caught.value.__notes__
     )
     handle.remove()
-    dump(model, DEMO_POOL, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
+    dump(model, DEMO_DATASET, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
 
 
 def test_boards_that_were_resumed_are_not_counted_as_done(model, tmp_path, monkeypatch):
     monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
     handle = short_of_memory(model, 4)
     with pytest.raises(DeviceError):
-        dump(model, DEMO_POOL, tmp_path / "a.pt", **OPTIONS)
+        dump(model, DEMO_DATASET, tmp_path / "a.pt", **OPTIONS)
     handle.remove()
     with pytest.warns(DumpActivationsNote, match="going on"):
-        summary = dump(model, DEMO_POOL, tmp_path / "a.pt", **OPTIONS)
+        summary = dump(model, DEMO_DATASET, tmp_path / "a.pt", **OPTIONS)
     assert summary.resumed_boards in {8, 16, 24, 32}
     assert summary.boards == 50 - summary.resumed_boards
 
@@ -386,10 +386,10 @@ def refuse_directories(monkeypatch, number):
 
 def test_a_read_is_cancelled_from_another_thread():
     cancel = _rust.Cancel()
-    dataset = StepsDataset(DEMO_POOL)
+    dataset = StepsDataset(DEMO_DATASET)
     assert len(dataset.read_boards([1, 2], cancel=cancel)) == 2
     cancel.ask()
-    with pytest.raises(PoolError, match="interrupted"):
+    with pytest.raises(DatasetError, match="interrupted"):
         dataset.read_boards([1, 2], cancel=cancel)
 
 
@@ -402,16 +402,16 @@ def test_a_stream_left_early_cancels_the_read_ahead(model, monkeypatch):
         return read_boards(self, indices, out, cancel=cancel)
 
     monkeypatch.setattr(StepsDataset, "read_boards", remember)
-    batches = stream(model, DEMO_POOL, **OPTIONS)
+    batches = stream(model, DEMO_DATASET, **OPTIONS)
     next(batches)
     batches.close()
-    with pytest.raises(PoolError, match="interrupted"):
-        read_boards(StepsDataset(DEMO_POOL), [0], cancel=given[0])
+    with pytest.raises(DatasetError, match="interrupted"):
+        read_boards(StepsDataset(DEMO_DATASET), [0], cancel=given[0])
 
 
 def test_indices_that_another_thread_changes_during_the_read():
     """Each board is one that its index had at some time, or the call is refused; no more."""
-    dataset = StepsDataset(DEMO_POOL)
+    dataset = StepsDataset(DEMO_DATASET)
     rows = len(dataset)
     known = {board.tobytes() for board in dataset.read_boards(np.arange(rows))}
     indices = np.arange(100_000) % rows

@@ -16,15 +16,15 @@ from torch.utils.data import DataLoader
 from dump_activations import Batch, StepsDataset, Summary, dump, load_encoder, stream
 from dump_activations import strem  # wrong: no such name
 
-ds = StepsDataset("pool")
+ds = StepsDataset("dataset")
 loader = DataLoader(ds, batch_size=1024, sampler=ds.sample_indices(65536).tolist())
 summary: Summary = dump("checkpoint", ds, "a.pt", outputs=["pooled"], indices=np.arange(3))
-dump(load_encoder("checkpoint"), "pool", write=False, batch_size=512, resume=True)
-dump("checkpoint", "pool", batch_siz=512)  # wrong: no such option
-dump("checkpoint", "pool", batch_size="512")  # wrong: no number
-stream("checkpoint", "pool", write=False)  # wrong: of dump only
-stream("checkpoint", "pool", tensors="borrowed")
-dump("checkpoint", "pool", tensors="borrowed")  # wrong: of stream only
+dump(load_encoder("checkpoint"), "dataset", write=False, batch_size=512, resume=True)
+dump("checkpoint", "dataset", batch_siz=512)  # wrong: no such option
+dump("checkpoint", "dataset", batch_size="512")  # wrong: no number
+stream("checkpoint", "dataset", write=False)  # wrong: of dump only
+stream("checkpoint", "dataset", tensors="borrowed")
+dump("checkpoint", "dataset", tensors="borrowed")  # wrong: of stream only
 for batch in stream("checkpoint", ds, outputs="pooled"):
     each: Batch = batch
     batch["pooled"].shape, batch.indices, batch.boards

@@ -16,12 +16,12 @@ KEYS = "final_hidden,layer_outputs,head_logits,attn_norm,mlp_input"
 def measure(setting: Setting) -> Section:
     """Time dumps with and without them, in turns in this process."""
     model = load_encoder(demo.CHECKPOINT)
-    pool = setting.pool(BOARDS)
+    dataset = setting.dataset(BOARDS)
     target = setting.scratch / "digests.safetensors"
     processor: dict[str, list[float]] = {"on": [], "off": []}
 
     def run() -> None:
-        dump(model, pool, target, outputs=KEYS, n_samples=BOARDS, device="cpu", allow_cpu=True)
+        dump(model, dataset, target, outputs=KEYS, n_samples=BOARDS, device="cpu", allow_cpu=True)
 
     def without() -> None:
         with undigested():

@@ -201,7 +201,7 @@ def _dump(
     try:
         return dump(
             setting.checkpoint_50m(),
-            setting.pool(BOARDS),
+            setting.dataset(BOARDS),
             target,
             outputs=KEYS_50M,
             n_samples=boards,
@@ -220,7 +220,7 @@ def _baseline(setting: Setting, directory: Path, dtype: str, boards: int) -> Non
     baseline.dump(
         Namespace(
             init=setting.checkpoint_50m(),
-            dataset=setting.pool(BOARDS),
+            dataset=setting.dataset(BOARDS),
             n_samples=boards,
             batch_size=BATCH,
             seed=0,

@@ -79,7 +79,7 @@ def _seconds(
     target = setting.scratch / "keys.safetensors"
     summary = dump(
         model,
-        setting.pool(boards),
+        setting.dataset(boards),
         target,
         outputs=outputs,
         layers=layers,

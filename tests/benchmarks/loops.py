@@ -51,7 +51,7 @@ class _Run:
     batch: int
 
     def section(self, title: str, *, forward_share: float | None) -> Section:
-        dataset = StepsDataset(self.setting.pool(self.boards))
+        dataset = StepsDataset(self.setting.dataset(self.boards))
         indices = dataset.sample_indices(self.boards)
         tokens_NS = self.setting.boards(self.boards)
         nbytes = self._dump(write=True).bytes_written
@@ -99,7 +99,7 @@ class _Run:
         target = self.setting.scratch / "loops.safetensors"
         summary = dump(
             self.model,
-            self.setting.pool(self.boards),
+            self.setting.dataset(self.boards),
             target,
             outputs=self.keys,
             n_samples=self.boards,
@@ -119,7 +119,7 @@ class _Run:
         baseline.dump(
             Namespace(
                 init=self.checkpoint,
-                dataset=self.setting.pool(self.boards),
+                dataset=self.setting.dataset(self.boards),
                 n_samples=self.boards,
                 batch_size=self.batch,
                 seed=0,

@@ -31,7 +31,7 @@ def measure(setting: Setting) -> Section:
 def _peak_mib(setting: Setting, boards: int, suffix: str) -> float:
     target = setting.scratch / f"memory{suffix}"
     arguments = command(
-        *("--init", demo.CHECKPOINT, "--dataset", setting.pool(MANY), "--n-samples", boards),
+        *("--init", demo.CHECKPOINT, "--dataset", setting.dataset(MANY), "--n-samples", boards),
         *("--outputs", KEYS, "--device", "cpu", "--allow-cpu", "-o", target),
     )
     try:

@@ -233,8 +233,8 @@ def run_threads(
                 return
             work(offset, memory)
 
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(run, filled_block()) for _ in range(threads)]:
+    with ThreadPoolExecutor(threads) as dataset:
+        for done in [dataset.submit(run, filled_block()) for _ in range(threads)]:
             done.result()
 
 

@@ -62,7 +62,7 @@ def _rates(
     def rate(*arguments: str) -> float:
         target = setting.scratch / "processes.safetensors"
         run = command(
-            *["--init", checkpoint, "--dataset", setting.pool(boards), "--outputs", keys],
+            *["--init", checkpoint, "--dataset", setting.dataset(boards), "--outputs", keys],
             *["--n-samples", boards, "--batch-size", batch, "--allow-cpu", "--json", "-o", target],
             *arguments,
         )
@@ -100,7 +100,7 @@ def _slow_rank(setting: Setting) -> float:
     script = Path(__file__).parent / "slow_rank.py"
     run = [
         *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-        *[script, demo.CHECKPOINT, setting.pool(_SLOW_BOARDS), KEYS_DEMO],
+        *[script, demo.CHECKPOINT, setting.dataset(_SLOW_BOARDS), KEYS_DEMO],
         *[_SLOW_BOARDS, _SLOW_BATCH],
     ]
     output = run_process([*map(str, run)], setting.environment).output

@@ -21,7 +21,7 @@ from setting import Setting
 from torch.utils.data import DataLoader
 
 from dump_activations import ActivationsFile
-from dump_activations.board import CELLS
+from dump_activations.dtypes import CELLS
 from dump_activations.storage.reading.inspection import inspect
 
 _WIDTH = 512

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from workload import make_checkpoint_50m, make_pool
+from workload import make_checkpoint_50m, make_dataset
 
 from dump_activations import StepsDataset
 
@@ -17,7 +17,7 @@ class Setting:
     """How to measure.
 
     Attributes:
-        scratch: directory for checkpoints, pools and the files that are written.
+        scratch: directory for checkpoints, datasets and the files that are written.
         memory: directory of a memory-backed file system.
         rounds: how often each contender runs.
         seconds: how long one run of the 50M model should take, about.
@@ -39,13 +39,13 @@ class Setting:
         kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         return {**kept, "PYTHONPYCACHEPREFIX": str(self.scratch / "bytecode")}
 
-    def pool(self, rows: int) -> Path:
-        """Directory of a pool of at least so many steps."""
-        return make_pool(self.scratch / f"pool-{rows}", rows)
+    def dataset(self, rows: int) -> Path:
+        """Directory of a dataset of at least so many steps."""
+        return make_dataset(self.scratch / f"dataset-{rows}", rows)
 
     def boards(self, n: int) -> Tensor:
-        """Boards of such a pool, uint8 (n, 16)."""
-        dataset = StepsDataset(self.pool(n))
+        """Boards of such a dataset, uint8 (n, 16)."""
+        dataset = StepsDataset(self.dataset(n))
         return torch.from_numpy(dataset.read_boards(dataset.sample_indices(n)))
 
     def checkpoint_50m(self) -> Path:

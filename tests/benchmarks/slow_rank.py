@@ -1,6 +1,6 @@
 """Dumps nothing, as one of several processes of which the last is half as fast; prints its times.
 
-A script for torchrun: `slow_rank.py CHECKPOINT POOL KEYS BOARDS BATCH`.
+A script for torchrun: `slow_rank.py CHECKPOINT DATASET KEYS BOARDS BATCH`.
 """
 
 import json
@@ -17,7 +17,7 @@ _SLOW = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 
 
 def main() -> None:
-    checkpoint, pool, keys, boards, batch = sys.argv[1:]
+    checkpoint, dataset, keys, boards, batch = sys.argv[1:]
     times: list[tuple[float, float]] = []
     done = 0
     fill = Forward._fill
@@ -34,7 +34,7 @@ def main() -> None:
     Forward._fill = slowed
     dump(
         checkpoint,
-        pool,
+        dataset,
         outputs=keys,
         n_samples=int(boards),
         batch_size=int(batch),

@@ -71,7 +71,7 @@ class _Run:
     def _dump(self, *, stats: bool) -> None:
         dump(
             self.model,
-            self.setting.pool(self.boards),
+            self.setting.dataset(self.boards),
             self._target,
             outputs=self.keys,
             n_samples=self.boards,

@@ -40,8 +40,8 @@ def measure_gpu(setting: Setting) -> Section:
 def _section(
     title: str, setting: Setting, model: Encoder, boards: int, options: Mapping[str, Any]
 ) -> Section:
-    pool = setting.pool(boards)
-    take = partial(_take_all, model, pool, n_samples=boards, batch_size=_BATCH, **options)
+    dataset = setting.dataset(boards)
+    take = partial(_take_all, model, dataset, n_samples=boards, batch_size=_BATCH, **options)
     speeds = alternate(
         {
             tensors: lambda tensors=tensors: boards / timed(partial(take, tensors=tensors))
@@ -63,8 +63,8 @@ def _section(
     )
 
 
-def _take_all(model: Encoder, pool: Path, **options: Any) -> None:
-    for _ in stream(model, pool, **options):
+def _take_all(model: Encoder, dataset: Path, **options: Any) -> None:
+    for _ in stream(model, dataset, **options):
         pass
     if model.tok_emb.weight.is_cuda:
         torch.cuda.synchronize()

@@ -13,7 +13,7 @@ def measure(setting: Setting) -> Section:
     """Time both as processes, in turns."""
     target = setting.scratch / "whole.safetensors"
     same = (
-        *("--init", demo.CHECKPOINT, "--dataset", setting.pool(BOARDS), "--n-samples", BOARDS),
+        *("--init", demo.CHECKPOINT, "--dataset", setting.dataset(BOARDS), "--n-samples", BOARDS),
         *("--outputs", KEYS_DEMO, "--device", "cpu", "-o", target),
     )
     peaks: dict[str, list[float]] = {"dump": [], "baseline": []}

@@ -1,4 +1,4 @@
-"""What is dumped: keys, the 50M model, and pools of any size made of the demo's."""
+"""What is dumped: keys, the 50M model, and datasets of any size made of the demo's."""
 
 import json
 from pathlib import Path
@@ -41,10 +41,10 @@ def make_checkpoint_50m(directory: Path) -> Path:
     return directory
 
 
-def make_pool(directory: Path, rows: int) -> Path:
-    """Write a pool of at least so many steps, the demo's over and over, unless it is there."""
+def make_dataset(directory: Path, rows: int) -> Path:
+    """Write a dataset of at least so many steps, the demo's over and over, unless it is there."""
     if not directory.exists():
         directory.mkdir()
-        steps = np.concatenate([np.load(path) for path in sorted(demo.POOL.glob("steps-*.npy"))])
+        steps = np.concatenate([np.load(path) for path in sorted(demo.DATASET.glob("steps-*.npy"))])
         np.save(directory / "steps-00000.npy", np.tile(steps, -(-rows // len(steps))))
     return directory

@@ -23,7 +23,7 @@ from reference.checkpoints import (
     random_state_dict,
     save_checkpoint,
 )
-from reference.pools import ROW_DTYPES, encode_rows, make_pool, random_boards
+from reference.datasets import ROW_DTYPES, encode_rows, make_dataset, random_boards
 
 KEYS = (
     "final_hidden",
@@ -40,7 +40,7 @@ KEYS = (
 
 @dataclass
 class Place:
-    """A good checkpoint and a good pool, and an empty directory for the output."""
+    """A good checkpoint and a good dataset, and an empty directory for the output."""
 
     root: object
     arguments: dict[str, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Place:
 def good_inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("good")
     save_checkpoint(root / "checkpoint", random_state_dict(BASE), config_json(BASE))
-    make_pool(root / "pool", "packed_46", shards=3)
+    make_dataset(root / "dataset", "packed_46", shards=3)
     return root
 
 
@@ -94,7 +94,7 @@ def place(good_inputs, tmp_path, monkeypatch):
         tmp_path,
         {
             "init": str(good_inputs / "checkpoint"),
-            "dataset": str(good_inputs / "pool"),
+            "dataset": str(good_inputs / "dataset"),
             "n-samples": "20",
             "batch-size": "8",
             "output": str(tmp_path / "out" / "a.safetensors"),
@@ -194,7 +194,7 @@ def test_attn_weights_is_not_implemented(keys, good_inputs, tmp_path):
     with pytest.raises(NotImplementedError, match="attn_weights"):
         dump(
             good_inputs / "checkpoint",
-            good_inputs / "pool",
+            good_inputs / "dataset",
             tmp_path / "a.pt",
             outputs=keys,
             device="cpu",
@@ -210,13 +210,13 @@ def test_no_such_checkpoint(name, place, capsys):
     place.run(capsys, code=1, names=[name], init=place.root / name)
 
 
-def test_no_such_pool(place, capsys):
+def test_no_such_dataset(place, capsys):
     place.run(capsys, code=1, names=["nowhere"], dataset=place.root / "nowhere")
 
 
-def test_a_pool_that_is_a_file(place, capsys):
-    (place.root / "pool").write_bytes(b"")
-    place.run(capsys, code=1, names=[place.root / "pool"], dataset=place.root / "pool")
+def test_a_dataset_that_is_a_file(place, capsys):
+    (place.root / "dataset").write_bytes(b"")
+    place.run(capsys, code=1, names=[place.root / "dataset"], dataset=place.root / "dataset")
 
 
 def test_no_such_indices(place, capsys):
@@ -224,19 +224,19 @@ def test_no_such_indices(place, capsys):
 
 
 @pytest.mark.parametrize("others", [[], ["annotations-0.npy", "embeddings-0.npy", "steps.npz"]])
-def test_pool_without_shards(others, place, capsys):
-    pool = place.root / "pool"
-    pool.mkdir()
+def test_dataset_without_shards(others, place, capsys):
+    dataset = place.root / "dataset"
+    dataset.mkdir()
     for name in others:
-        np.save(pool / name.replace(".npz", ""), np.zeros(3))
-    place.run(capsys, code=1, names=[pool, "steps"], dataset=pool)
+        np.save(dataset / name.replace(".npz", ""), np.zeros(3))
+    place.run(capsys, code=1, names=[dataset, "steps"], dataset=dataset)
 
 
-def test_pool_without_rows(place, capsys):
-    pool = place.root / "pool"
-    pool.mkdir()
-    np.save(pool / "steps.npy", np.zeros(0, ROW_DTYPES["packed_46"]))
-    place.run(capsys, code=1, names=[pool], dataset=pool)
+def test_dataset_without_rows(place, capsys):
+    dataset = place.root / "dataset"
+    dataset.mkdir()
+    np.save(dataset / "steps.npy", np.zeros(0, ROW_DTYPES["packed_46"]))
+    place.run(capsys, code=1, names=[dataset], dataset=dataset)
 
 
 def npy(header, data=b"", *, version=(1, 0), magic=b"\x93NUMPY"):
@@ -314,11 +314,11 @@ BAD_SHARDS = {
 
 @pytest.mark.parametrize("case", BAD_SHARDS)
 def test_bad_shard(case, place, capsys):
-    pool = place.root / "pool"
-    pool.mkdir()
-    np.save(pool / "steps-00000.npy", good_rows())
-    (pool / "steps-00001.npy").write_bytes(BAD_SHARDS[case])
-    line = place.run(capsys, code=1, names=["steps-00001.npy"], dataset=pool)
+    dataset = place.root / "dataset"
+    dataset.mkdir()
+    np.save(dataset / "steps-00000.npy", good_rows())
+    (dataset / "steps-00001.npy").write_bytes(BAD_SHARDS[case])
+    line = place.run(capsys, code=1, names=["steps-00001.npy"], dataset=dataset)
     if case == "no-board":
         assert "board" in line
         assert "run_id" in line
@@ -327,10 +327,10 @@ def test_bad_shard(case, place, capsys):
 
 @pytest.mark.parametrize("case", BAD_SHARDS)
 def test_bad_lone_shard(case, place, capsys):
-    pool = place.root / "pool"
-    pool.mkdir()
-    (pool / "steps.npy").write_bytes(BAD_SHARDS[case])
-    place.run(capsys, code=1, names=["steps.npy"], dataset=pool)
+    dataset = place.root / "dataset"
+    dataset.mkdir()
+    (dataset / "steps.npy").write_bytes(BAD_SHARDS[case])
+    place.run(capsys, code=1, names=["steps.npy"], dataset=dataset)
 
 
 @pytest.mark.parametrize(
@@ -338,26 +338,26 @@ def test_bad_lone_shard(case, place, capsys):
     [("packed_46", "selfplay_v1"), ("packed_46", "legacy_move"), ("legacy_move", "aligned_48")],
 )
 def test_shards_that_differ(first, second, place, capsys):
-    pool = place.root / "pool"
-    pool.mkdir()
+    dataset = place.root / "dataset"
+    dataset.mkdir()
     boards = random_boards(30, seed=3, largest=15)
-    np.save(pool / "steps-00000.npy", encode_rows(boards, first))
-    np.save(pool / "steps-00001.npy", encode_rows(boards, second))
-    place.run(capsys, code=1, names=["steps-00001.npy"], dataset=pool)
+    np.save(dataset / "steps-00000.npy", encode_rows(boards, first))
+    np.save(dataset / "steps-00001.npy", encode_rows(boards, second))
+    place.run(capsys, code=1, names=["steps-00001.npy"], dataset=dataset)
 
 
 def test_a_shard_that_is_a_directory(place, capsys):
-    pool = place.root / "pool"
-    (pool / "steps-00000.npy").mkdir(parents=True)
-    place.run(capsys, code=1, names=["steps-00000.npy"], dataset=pool)
+    dataset = place.root / "dataset"
+    (dataset / "steps-00000.npy").mkdir(parents=True)
+    place.run(capsys, code=1, names=["steps-00000.npy"], dataset=dataset)
 
 
 def test_a_shard_that_is_a_dangling_link(place, capsys):
-    pool = place.root / "pool"
-    pool.mkdir()
-    np.save(pool / "steps-00000.npy", good_rows())
-    (pool / "steps-00001.npy").symlink_to(place.root / "gone.npy")
-    place.run(capsys, code=1, names=["steps-00001.npy"], dataset=pool)
+    dataset = place.root / "dataset"
+    dataset.mkdir()
+    np.save(dataset / "steps-00000.npy", good_rows())
+    (dataset / "steps-00001.npy").symlink_to(place.root / "gone.npy")
+    place.run(capsys, code=1, names=["steps-00001.npy"], dataset=dataset)
 
 
 BAD_INDICES = {
@@ -412,12 +412,12 @@ def test_a_filter_that_divides_by_zero(place, capsys):
 
 def test_labels_that_only_some_shards_have(place, capsys):
     rows = good_rows()
-    (place.root / "pool").mkdir()
-    np.save(place.root / "pool" / "steps-0.npy", rows)
-    np.save(place.root / "pool" / "steps-1.npy", rows[["board", "tile_65536_mask"]])
+    (place.root / "dataset").mkdir()
+    np.save(place.root / "dataset" / "steps-0.npy", rows)
+    np.save(place.root / "dataset" / "steps-1.npy", rows[["board", "tile_65536_mask"]])
     for selection in ({"labels": "move_dir"}, {"labels": "all"}, {"where": "move_dir == 0"}):
         names = ["steps-1.npy", *(["move_dir"] if "all" not in selection.values() else [])]
-        place.run(capsys, code=1, names=names, dataset=place.root / "pool", **selection)
+        place.run(capsys, code=1, names=names, dataset=place.root / "dataset", **selection)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
@@ -574,19 +574,19 @@ def test_misfitting_weights(place, capsys):
 @pytest.mark.parametrize("batch_size", ["8", "1024"])
 def test_exponent_outside_the_vocabulary(batch_size, place, capsys):
     small = replace(BASE, vocab=16)
-    init, pool = place.root / "small", place.root / "pool"
+    init, dataset = place.root / "small", place.root / "dataset"
     save_checkpoint(init, random_state_dict(small), config_json(small))
     boards = random_boards(40, seed=1, largest=15)
     boards[33, 7] = 16
-    pool.mkdir()
-    np.save(pool / "steps.npy", encode_rows(boards, "packed_46"))
+    dataset.mkdir()
+    np.save(dataset / "steps.npy", encode_rows(boards, "packed_46"))
     np.save(place.root / "all.npy", np.arange(40))
     place.run(
         capsys,
         code=1,
         names=["33", "16"],
         init=init,
-        dataset=pool,
+        dataset=dataset,
         indices=place.root / "all.npy",
         batch_size=batch_size,
     )
@@ -596,15 +596,15 @@ def test_exponent_outside_the_vocabulary(batch_size, place, capsys):
 def test_impossible_exponents_of_unpacked_rows(exponent, place, capsys):
     boards = random_boards(40, seed=1)
     boards[12, 0] = exponent
-    pool = place.root / "pool"
-    pool.mkdir()
-    np.save(pool / "steps.npy", encode_rows(boards, "selfplay_v1"))
+    dataset = place.root / "dataset"
+    dataset.mkdir()
+    np.save(dataset / "steps.npy", encode_rows(boards, "selfplay_v1"))
     np.save(place.root / "all.npy", np.arange(40))
     place.run(
         capsys,
         code=1,
         names=["12", str(exponent)],
-        dataset=pool,
+        dataset=dataset,
         indices=place.root / "all.npy",
     )
 
@@ -615,7 +615,9 @@ def test_sinks_of_a_model_without_sinks(place, capsys):
 
 def test_a_directory_is_not_made_for_a_run_that_cannot_begin(place, capsys):
     output = place.root / "nowhere" / "a.pt"
-    place.run(capsys, code=1, names=["no-pool"], output=output, dataset=place.root / "no-pool")
+    place.run(
+        capsys, code=1, names=["no-dataset"], output=output, dataset=place.root / "no-dataset"
+    )
     assert not (place.root / "nowhere").exists()
 
 
@@ -701,9 +703,9 @@ def test_an_existing_target_survives_a_failure(suffix, place, capsys):
     """The failure comes with the last batch, when most of the file is written."""
     boards = random_boards(40, seed=1)
     boards[39, 0] = 99
-    pool = place.root / "pool"
-    pool.mkdir()
-    np.save(pool / "steps.npy", encode_rows(boards, "selfplay_v1"))
+    dataset = place.root / "dataset"
+    dataset.mkdir()
+    np.save(dataset / "steps.npy", encode_rows(boards, "selfplay_v1"))
     np.save(place.root / "all.npy", np.arange(40))
     target = place.root / f"kept{suffix}"
     target.write_bytes(b"precious")
@@ -711,7 +713,7 @@ def test_an_existing_target_survives_a_failure(suffix, place, capsys):
         capsys,
         code=1,
         names=["39"],
-        dataset=pool,
+        dataset=dataset,
         indices=place.root / "all.npy",
         output=target,
     )
@@ -747,7 +749,7 @@ def test_an_existing_target_survives_a_failure(suffix, place, capsys):
 )
 def test_exceptions_of_dump_and_stream(changes, kind, good_inputs, tmp_path):
     options = {"outputs": ["pooled"], "n_samples": 5, "device": "cpu", "allow_cpu": True} | changes
-    inputs = good_inputs / "checkpoint", good_inputs / "pool"
+    inputs = good_inputs / "checkpoint", good_inputs / "dataset"
     with pytest.raises(kind):
         dump(*inputs, tmp_path / "a.pt", **options)
     with pytest.raises(kind):
@@ -757,7 +759,7 @@ def test_exceptions_of_dump_and_stream(changes, kind, good_inputs, tmp_path):
 
 def test_a_string_of_outputs_is_not_a_list_of_letters(good_inputs, tmp_path):
     """Either it is the one key, or the message does not speak of the key `p`."""
-    inputs = good_inputs / "checkpoint", good_inputs / "pool"
+    inputs = good_inputs / "checkpoint", good_inputs / "dataset"
     try:
         dump(
             *inputs,
@@ -774,7 +776,7 @@ def test_a_string_of_outputs_is_not_a_list_of_letters(good_inputs, tmp_path):
 def test_missing_files_from_python(good_inputs, tmp_path):
     options = {"outputs": ["pooled"], "device": "cpu", "allow_cpu": True}
     with pytest.raises(FileNotFoundError):
-        dump(tmp_path / "nowhere", good_inputs / "pool", tmp_path / "a.pt", **options)
+        dump(tmp_path / "nowhere", good_inputs / "dataset", tmp_path / "a.pt", **options)
     with pytest.raises(FileNotFoundError):
         dump(good_inputs / "checkpoint", tmp_path / "nowhere", tmp_path / "a.pt", **options)
     with pytest.raises(FileNotFoundError):

@@ -18,9 +18,9 @@ import torch
 
 from dump_activations.commands.dump import main, run
 from reference.checkpoints import BASE, config_json, load_demo
+from reference.datasets import make_dataset, naive_boards, numpy_indices, read_dataset
 from reference.dumps import read_dump
 from reference.model import assert_close, naive_dump
-from reference.pools import make_pool, naive_boards, numpy_indices, read_pool
 
 CPU = ["--allow-cpu", "--device", "cpu"]
 SEED_COMMAND = shlex.split("""
@@ -53,33 +53,33 @@ SEED_GAMMAS = shlex.split("""
 
 
 @pytest.fixture
-def place(demo_checkpoint, demo_pool, tmp_path, monkeypatch):
+def place(demo_checkpoint, demo_dataset, tmp_path, monkeypatch):
     """Work in a directory where the seed's own relative paths lead to the demo."""
     (tmp_path / "inits" / "hf").mkdir(parents=True)
     (tmp_path / "inits" / "hf" / "2048former-50m-v0.1").symlink_to(demo_checkpoint)
     (tmp_path / "datasets" / "raws").mkdir(parents=True)
-    (tmp_path / "datasets" / "raws" / "d7_test_v1").symlink_to(demo_pool)
+    (tmp_path / "datasets" / "raws" / "d7_test_v1").symlink_to(demo_dataset)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def inputs(demo_checkpoint, demo_pool):
-    return ["--init", str(demo_checkpoint), "--dataset", str(demo_pool)]
+def inputs(demo_checkpoint, demo_dataset):
+    return ["--init", str(demo_checkpoint), "--dataset", str(demo_dataset)]
 
 
 def made_files(directory):
     return sorted(path.name for path in directory.iterdir() if path.is_file())
 
 
-def test_seed_command(place, demo_checkpoint, demo_pool, capsys):
+def test_seed_command(place, demo_checkpoint, demo_dataset, capsys):
     assert main([*SEED_COMMAND, *CPU]) == 0
     printed = "".join(capsys.readouterr())
     assert "4096" in printed.replace(",", "").replace("_", "")
     assert "boards/s" in printed
     assert made_files(place) == ["activations.safetensors"]
     dump = read_dump(place / "activations.safetensors")
-    rows, demo = read_pool(demo_pool), load_demo(demo_checkpoint)
+    rows, demo = read_dataset(demo_dataset), load_demo(demo_checkpoint)
     indices = numpy_indices(len(rows), 4096, 42)
     np.testing.assert_array_equal(dump.numpy("indices"), indices)
     np.testing.assert_array_equal(dump.numpy("boards"), naive_boards(rows[indices]))
@@ -173,7 +173,7 @@ def test_json_summary(inputs, tmp_path, capsys):
     assert 30 in summary.values()
 
 
-def test_indices_file(inputs, demo_pool, tmp_path):
+def test_indices_file(inputs, demo_dataset, tmp_path):
     indices = np.array([[14137, 5], [5, 0]])
     np.save(tmp_path / "indices.npy", indices)
     path = tmp_path / "out.npz"
@@ -181,7 +181,7 @@ def test_indices_file(inputs, demo_pool, tmp_path):
     assert main([*arguments, "--indices", str(tmp_path / "indices.npy")]) == 0
     dump = read_dump(path)
     np.testing.assert_array_equal(dump.numpy("indices"), [14137, 5, 5, 0])
-    rows = read_pool(demo_pool)
+    rows = read_dataset(demo_dataset)
     np.testing.assert_array_equal(dump.numpy("boards"), naive_boards(rows[[14137, 5, 5, 0]]))
     assert dump.metadata["n_samples"] == "4"
 
@@ -201,9 +201,9 @@ def test_outputs_may_be_given_more_than_once(inputs, tmp_path):
 
 
 def test_more_samples_than_rows_warn(demo_checkpoint, tmp_path, capsys):
-    pool = make_pool(tmp_path / "pool", "legacy_move", n=101)
+    dataset = make_dataset(tmp_path / "dataset", "legacy_move", n=101)
     path = tmp_path / "out.npz"
-    inputs = ["--init", str(demo_checkpoint), "--dataset", str(pool.path)]
+    inputs = ["--init", str(demo_checkpoint), "--dataset", str(dataset.path)]
     arguments = [*inputs, *CPU, "--outputs", "pooled", "-o", str(path)]
     assert main([*arguments, "--n-samples", "102"]) == 0
     assert "replacement" in capsys.readouterr().err
@@ -213,10 +213,10 @@ def test_more_samples_than_rows_warn(demo_checkpoint, tmp_path, capsys):
     assert "replacement" not in capsys.readouterr().err
 
 
-def test_random_init(demo_pool, tmp_path):
+def test_random_init(demo_dataset, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_json(BASE)))
     path = tmp_path / "out.npz"
-    arguments = ["--init", str(tmp_path), "--dataset", str(demo_pool), *CPU, "-o", str(path)]
+    arguments = ["--init", str(tmp_path), "--dataset", str(demo_dataset), *CPU, "-o", str(path)]
     assert main([*arguments, "--n-samples", "3", "--random-init"]) == 0
     assert np.isfinite(read_dump(path).numpy("final_hidden")).all()
 

@@ -17,8 +17,7 @@ from dump_activations.commands import console
 from dump_activations.commands.dump import main as dump_main
 from dump_activations.commands.inspect import main as inspect_main
 from dump_activations.errors import DumpActivationsWarning, option
-from dump_activations.phases import Phase, counted
-from dump_activations.progress.display import shown_progress
+from dump_activations.progress import Phase, counted, shown_progress
 
 
 def read_all(terminal):
@@ -105,11 +104,11 @@ def test_tables_fit_the_terminal(width, no_colour, terminal, tmp_path, monkeypat
     assert names >= {"rmsnorm_gammas/blocks.3.attn_norm", "labels/tile_65536_mask", "attn_scores"}
 
 
-def test_what_is_no_terminal_gets_whole_lines(demo_checkpoint, demo_pool, tmp_path, capsys):
+def test_what_is_no_terminal_gets_whole_lines(demo_checkpoint, demo_dataset, tmp_path, capsys):
     target = tmp_path / ("long" * 30) / "a.safetensors"
     target.parent.mkdir()
     options = {"outputs": ["rmsnorm_gammas"], "device": "cpu", "allow_cpu": True}
-    dump(demo_checkpoint, demo_pool, target, **options)
+    dump(demo_checkpoint, demo_dataset, target, **options)
     assert inspect_main([str(target)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (

@@ -13,12 +13,12 @@ from dump_activations.storage.reading.statistics import stored_statistics
 
 
 @pytest.fixture(scope="module", params=[True, False])
-def path(request, tmp_path_factory, demo_checkpoint, demo_pool):
+def path(request, tmp_path_factory, demo_checkpoint, demo_dataset):
     """Return a file with statistics and one without, of the same activations."""
     path = tmp_path_factory.mktemp("dump") / "x.safetensors"
     dump(
         demo_checkpoint,
-        demo_pool,
+        demo_dataset,
         path,
         outputs=["layer_outputs", "pooled"],
         layers=[0, 3],
@@ -31,11 +31,11 @@ def path(request, tmp_path_factory, demo_checkpoint, demo_pool):
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory, demo_checkpoint, demo_pool):
+def known(tmp_path_factory, demo_checkpoint, demo_dataset):
     path = tmp_path_factory.mktemp("dump") / "known.safetensors"
     outputs = ["layer_outputs", "pooled"]
     options = {"n_samples": 100, "device": "cpu", "allow_cpu": True}
-    dump(demo_checkpoint, demo_pool, path, outputs=outputs, layers=[0, 3], stats=True, **options)
+    dump(demo_checkpoint, demo_dataset, path, outputs=outputs, layers=[0, 3], stats=True, **options)
     return stored_statistics(inspect(path))
 
 

@@ -26,11 +26,21 @@ def shown(capsys, *arguments):
 
 
 @pytest.mark.parametrize("split", [[], ["--split-layers"]], ids=["stacked", "split"])
-def test_a_dry_run_says_what_the_run_writes(split, tmp_path, capsys, demo_pool):
+def test_a_dry_run_says_what_the_run_writes(split, tmp_path, capsys, demo_dataset):
     init = VARIANTS["sinks-gqa-6-2"](tmp_path / "init").init
     target = tmp_path / "out" / "a.safetensors"
     target.parent.mkdir()
-    given = ["--allow-cpu", "--init", init, "--dataset", demo_pool, *CHOICE, *split, "-o", target]
+    given = [
+        "--allow-cpu",
+        "--init",
+        init,
+        "--dataset",
+        demo_dataset,
+        *CHOICE,
+        *split,
+        "-o",
+        target,
+    ]
     said = shown(capsys, *given, "--dry-run", "--json")
     assert list(target.parent.iterdir()) == []
     assert main([*map(str, given)]) == 0
@@ -109,7 +119,7 @@ def test_a_dry_run_counts_the_space_that_a_partial_file_has(small_disk):  # noqa
 
 
 def test_a_run_notes_what_it_writes_and_python_callers_ask_for_it(
-    demo_checkpoint, demo_pool, tmp_path, capsys
+    demo_checkpoint, demo_dataset, tmp_path, capsys
 ):
     target = tmp_path / "a.pt"
     assert main(["--demo", "--outputs=pooled", "--n-samples=20", "-o", str(target)]) == 0
@@ -118,19 +128,25 @@ def test_a_run_notes_what_it_writes_and_python_callers_ask_for_it(
     options = {"outputs": "pooled", "n_samples": 20, "device": "cpu", "allow_cpu": True}
     target.unlink()
     with pytest.warns(DumpActivationsNote, match="20 boards of pooled"):
-        dump(demo_checkpoint, demo_pool, target, **options)
+        dump(demo_checkpoint, demo_dataset, target, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dump(demo_checkpoint, demo_pool, target, **options)
+        dump(demo_checkpoint, demo_dataset, target, **options)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_list_of_keys_gives_the_sizes_of_a_model(dtype, tmp_path, capsys, demo_pool):
+def test_the_list_of_keys_gives_the_sizes_of_a_model(dtype, tmp_path, capsys, demo_dataset):
     init = VARIANTS["sinks-gqa-6-2"](tmp_path / "init").init
     given = ["--init", init, "--layers=-1", "--dtype", dtype]
     listed = {each["key"]: each for each in shown(capsys, *given, "--list-outputs", "--json")}
     target = tmp_path / "a.pt"
-    run = [f"--dataset={demo_pool}", "--outputs=*", "--n-samples=3", "--allow-cpu", f"-o{target}"]
+    run = [
+        f"--dataset={demo_dataset}",
+        "--outputs=*",
+        "--n-samples=3",
+        "--allow-cpu",
+        f"-o{target}",
+    ]
     assert main([*map(str, given), *run]) == 0
     tensors = {
         key: tensor
@@ -167,7 +183,7 @@ def interrupted(target):
 
     options = {"n_samples": 20, "batch_size": 4, "device": "cpu", "allow_cpu": True}
     with pytest.raises(RuntimeError):
-        dump(demo.CHECKPOINT, demo.POOL, target, progress=fail, **options)
+        dump(demo.CHECKPOINT, demo.DATASET, target, progress=fail, **options)
 
 
 def test_a_dry_run_says_what_becomes_of_a_partial_file(tmp_path, capsys):

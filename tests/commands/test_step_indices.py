@@ -1,4 +1,4 @@
-"""Step indices from files: arrays, archives, and dumps of this pool or another."""
+"""Step indices from files: arrays, archives, and dumps of this dataset or another."""
 
 import warnings
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dump_activations.commands.dump import main
+from reference.datasets import read_dataset, write_shards
 from reference.dumps import FORMATS, read_dump
-from reference.pools import read_pool, write_shards
 
 STEPS = [14, 3, 14, 9000]
 
@@ -44,57 +44,58 @@ def test_an_earlier_dump(suffix, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def shuffled_pool(demo_pool, directory, drop=()):
-    """Write the demo's rows in another order, but for some, as a pool of two shards."""
-    rows = np.delete(read_pool(demo_pool), drop)
+def shuffled_dataset(demo_dataset, directory, drop=()):
+    """Write the demo's rows in another order, but for some, as a dataset of two shards."""
+    rows = np.delete(read_dataset(demo_dataset), drop)
     write_shards(
         directory, np.random.default_rng(0).permutation(rows), [10_000, len(rows) - 10_000]
     )
     return directory
 
 
-def dump_from(pool, indices, checkpoint, *arguments):
-    """Dump the steps of an earlier dump from a pool; what it says, line by line."""
-    flags = [f"--init={checkpoint}", f"--dataset={pool}", "--allow-cpu", "--device=cpu"]
+def dump_from(dataset, indices, checkpoint, *arguments):
+    """Dump the steps of an earlier dump from a dataset; what it says, line by line."""
+    flags = [f"--init={checkpoint}", f"--dataset={dataset}", "--allow-cpu", "--device=cpu"]
     return main([*flags, "--outputs=pooled", f"--indices={indices}", *arguments])
 
 
-def test_a_dump_of_another_pool(tmp_path, demo_pool, demo_checkpoint, capsys):
-    pool, old = shuffled_pool(demo_pool, tmp_path / "pool"), tmp_path / "old.pt"
+def test_a_dump_of_another_dataset(tmp_path, demo_dataset, demo_checkpoint, capsys):
+    dataset, old = shuffled_dataset(demo_dataset, tmp_path / "dataset"), tmp_path / "old.pt"
     run("--n-samples=50", "--labels=run_id", "-o", str(old))
     capsys.readouterr()
-    assert dump_from(pool, old, demo_checkpoint, "--no-write") == 0
+    assert dump_from(dataset, old, demo_checkpoint, "--no-write") == 0
     (line,) = capsys.readouterr().err.splitlines()
-    named = ("warning", "old.pt", "another pool", str(demo_pool), str(pool))
+    named = ("warning", "old.pt", "another dataset", str(demo_dataset), str(dataset))
     for part in (*named, "with --labels run_id,step_index its rows could be found here"):
         assert part in line
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_rows_of_another_pool(suffix, tmp_path, demo_pool, demo_checkpoint, capsys):
-    pool, old = shuffled_pool(demo_pool, tmp_path / "pool"), tmp_path / f"old{suffix}"
+def test_rows_of_another_dataset(suffix, tmp_path, demo_dataset, demo_checkpoint, capsys):
+    dataset, old = shuffled_dataset(demo_dataset, tmp_path / "dataset"), tmp_path / f"old{suffix}"
     run("--n-samples=50", "--labels=run_id,step_index,move_dir", "-o", str(old))
     capsys.readouterr()
     new = tmp_path / f"new{suffix}"
-    assert dump_from(pool, old, demo_checkpoint, "--labels=move_dir,step_index", f"-o{new}") == 0
+    assert dump_from(dataset, old, demo_checkpoint, "--labels=move_dir,step_index", f"-o{new}") == 0
     note = capsys.readouterr().err.splitlines()[0]
     assert "note" in note
     assert "found by their run_id and step_index" in note
-    rows = read_pool(demo_pool)[stored_indices(old)]
-    assert (read_pool(pool)[stored_indices(new)] == rows).all()
+    rows = read_dataset(demo_dataset)[stored_indices(old)]
+    assert (read_dataset(dataset)[stored_indices(new)] == rows).all()
     assert stored_indices(new) != stored_indices(old)
     for name in ("boards", "labels/move_dir", "labels/step_index"):
         assert (read_dump(new).numpy(name) == read_dump(old).numpy(name)).all()
 
 
-def test_rows_that_another_pool_has_not(tmp_path, demo_pool, demo_checkpoint, capsys):
+def test_rows_that_another_dataset_has_not(tmp_path, demo_dataset, demo_checkpoint, capsys):
     old = tmp_path / "old.npz"
     run("--steps=40:60", "--labels=run_id,step_index", "-o", str(old))
-    pool = shuffled_pool(demo_pool, tmp_path / "pool", drop=[55, 47, 3])
+    dataset = shuffled_dataset(demo_dataset, tmp_path / "dataset", drop=[55, 47, 3])
     capsys.readouterr()
-    assert dump_from(pool, old, demo_checkpoint, "--no-write") == 1
+    assert dump_from(dataset, old, demo_checkpoint, "--no-write") == 1
     *_, line = capsys.readouterr().err.splitlines()
-    row = read_pool(demo_pool)[47]
+    row = read_dataset(demo_dataset)[47]
     assert (
-        f"--indices: no rows of {pool} are step {row['step_index']} of run {row['run_id']}" in line
+        f"--indices: no rows of {dataset} are step {row['step_index']} of run {row['run_id']}"
+        in line
     )

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dump_activations.commands.tables import Table
-from dump_activations.commands.text import width_of
+from dump_activations.text import width_of
 
 WORDS = st.text(st.sampled_from("abc/._0"), min_size=1, max_size=40)
 NUMBERS = st.integers(0, 10**12).map(lambda n: f"{n:,}")

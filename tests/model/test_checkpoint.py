@@ -29,8 +29,8 @@ from reference.checkpoints import (
     save_checkpoint,
     save_weights,
 )
+from reference.datasets import random_boards
 from reference.model import assert_close, naive_forward
-from reference.pools import random_boards
 
 BOARDS = random_boards(23, seed=6)
 

@@ -20,10 +20,10 @@ from reference.checkpoints import (
     save_checkpoint,
     save_weights,
 )
+from reference.datasets import naive_boards, numpy_indices, random_boards, read_dataset
 from reference.dumps import read_dump
 from reference.hub import Hub, files_under
 from reference.model import assert_close, naive_dump, naive_forward
-from reference.pools import naive_boards, numpy_indices, random_boards, read_pool
 
 BOARDS = random_boards(5, seed=2)
 
@@ -357,14 +357,14 @@ def test_code_in_a_downloaded_bundle_does_not_run(hub, session, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_command_dumps_from_the_hub_and_then_offline(hub, demo_checkpoint, demo_pool, tmp_path):
+def test_command_dumps_from_the_hub_and_then_offline(hub, demo_checkpoint, demo_dataset, tmp_path):
     commit = hub.commit("2048former/tiny", files_under(demo_checkpoint, prefix="v0.1/"))
     environment = hub_environment(hub, tmp_path / "home")
     command = [sys.executable, "-m", "dump_activations"]
-    command += ["--init", "hf://2048former/tiny/v0.1@main", "--dataset", str(demo_pool)]
+    command += ["--init", "hf://2048former/tiny/v0.1@main", "--dataset", str(demo_dataset)]
     command += ["--n-samples", "9", "--outputs", "head_logits", "--device", "cpu", "--allow-cpu"]
     demo = load_demo(demo_checkpoint)
-    rows = read_pool(demo_pool)
+    rows = read_dataset(demo_dataset)
     boards = naive_boards(rows[numpy_indices(len(rows), 9, 0)])
     expected = naive_dump(demo.state_dict, demo.config, boards, ["head_logits"])
     for name, extra in (("online", {}), ("offline", {"HF_HUB_OFFLINE": "1"})):
@@ -386,7 +386,8 @@ def test_command_dumps_from_the_hub_and_then_offline(hub, demo_checkpoint, demo_
 
 TOLD = """
 import json
-from dump_activations import load_encoder, phases
+from dump_activations import load_encoder
+from dump_activations import progress as phases
 
 class Told:
     events = []

@@ -10,9 +10,9 @@ from dump_activations import dump, load_encoder, stream
 from dump_activations.errors import ActivationNotImplementedError, ActivationUnavailableError
 from dump_activations.model.activations import find_activations
 from reference.checkpoints import VARIANTS
+from reference.datasets import make_dataset
 from reference.dumps import read_dump
 from reference.model import LAYER_KEYS, PER_BOARD_KEYS, assert_close, naive_dump
-from reference.pools import make_pool
 
 N, BATCH = 37, 16  # the last batch is short
 KEYS = (*dict.fromkeys((*PER_BOARD_KEYS, *LAYER_KEYS)),)
@@ -22,8 +22,8 @@ cpu_dump, cpu_stream = partial(dump, **on_cpu), partial(stream, **on_cpu)
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    return make_pool(tmp_path_factory.mktemp("pool"), "packed_46", n=N)
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("dataset"), "packed_46", n=N)
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +38,21 @@ def sinks(checkpoints):
     return load_encoder(checkpoints["sinks-gqa-6-2"].init)
 
 
-def streamed(init, pool, **options):
+def streamed(init, dataset, **options):
     """Return all boards of each tensor."""
-    batches = list(cpu_stream(init, pool.path, **options))
+    batches = list(cpu_stream(init, dataset.path, **options))
     return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0].tensors}
 
 
 @pytest.mark.parametrize("variant", MODELS)
 def test_every_key_equals_the_naive_forward_and_its_algebra_holds(
-    variant, checkpoints, pool, tmp_path
+    variant, checkpoints, dataset, tmp_path
 ):
     checkpoint = checkpoints[variant]
-    cpu_dump(checkpoint.init, pool.path, tmp_path / "a.safetensors", outputs="*")
+    cpu_dump(checkpoint.init, dataset.path, tmp_path / "a.safetensors", outputs="*")
     found = read_dump(tmp_path / "a.safetensors")
     asked = [*KEYS, "rmsnorm_gammas", *["attn_sinks"] * checkpoint.config.sinks]
-    expected = naive_dump(checkpoint.state_dict, checkpoint.config, pool.boards, asked)
+    expected = naive_dump(checkpoint.state_dict, checkpoint.config, dataset.boards, asked)
     assert found.tensors.keys() == {*expected, "indices", "boards"}
     assert found.metadata["outputs"] == ",".join(sorted(asked))
     for key, array in expected.items():
@@ -76,10 +76,10 @@ def test_every_key_equals_the_naive_forward_and_its_algebra_holds(
     )
 
 
-def test_more_keys_change_no_bit_of_the_others(sinks, pool):
-    together = streamed(sinks, pool, outputs="*")
+def test_more_keys_change_no_bit_of_the_others(sinks, dataset):
+    together = streamed(sinks, dataset, outputs="*")
     for key in KEYS:
-        assert torch.equal(streamed(sinks, pool, outputs=key)[key], together[key]), key
+        assert torch.equal(streamed(sinks, dataset, outputs=key)[key], together[key]), key
 
 
 PLAIN_HOOKS = {
@@ -101,9 +101,9 @@ PLAIN_HOOKS = {
 
 
 @pytest.mark.parametrize("key", PLAIN_HOOKS)
-def test_a_key_is_what_a_plain_hook_sees(key, demo_checkpoint, pool):
+def test_a_key_is_what_a_plain_hook_sees(key, demo_checkpoint, dataset):
     model = load_encoder(demo_checkpoint)
-    found = streamed(model, pool, outputs=key, batch_size=N)[key]
+    found = streamed(model, dataset, outputs=key, batch_size=N)[key]
     name, at = PLAIN_HOOKS[key]
     seen = []
     for layer in range(model.config.num_hidden_layers):
@@ -111,12 +111,12 @@ def test_a_key_is_what_a_plain_hook_sees(key, demo_checkpoint, pool):
             lambda _, inputs, output: seen.append(inputs[0] if at == "input" else output)
         )
     with torch.inference_mode():
-        model(torch.from_numpy(pool.boards))
+        model(torch.from_numpy(dataset.boards))
     assert torch.equal(found, torch.stack(seen, dim=1).view(found.shape))
 
 
-def test_scores_and_pattern_are_of_fp32_where_the_forward_is_not(sinks, pool):
-    found = streamed(sinks, pool, outputs="attn_*", precision="bf16")
+def test_scores_and_pattern_are_of_fp32_where_the_forward_is_not(sinks, dataset):
+    found = streamed(sinks, dataset, outputs="attn_*", precision="bf16")
     assert torch.equal(found["attn_q"], found["attn_q"].bfloat16().float())
     q_NLSQD = found["attn_q"].double()
     k_NLSQD = found["attn_k"].double()[:, :, :, [h % 2 for h in range(6)]]
@@ -127,9 +127,9 @@ def test_scores_and_pattern_are_of_fp32_where_the_forward_is_not(sinks, pool):
     assert_close(found["attn_pattern"].numpy(), (scores.exp() / total).numpy(), tolerance=1e-6)
 
 
-def test_bf16_is_near_fp32(sinks, pool):
+def test_bf16_is_near_fp32(sinks, dataset):
     near, exact = (
-        streamed(sinks, pool, outputs=KEYS, layers=[0], precision=precision)
+        streamed(sinks, dataset, outputs=KEYS, layers=[0], precision=precision)
         for precision in ("bf16", "fp32")
     )
     for key in LAYER_KEYS:

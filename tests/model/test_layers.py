@@ -62,12 +62,12 @@ def test_layers_are_indexed_as_python_does(items, count):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_file_holds_the_chosen_layers_stacked_or_split(suffix, model, demo_pool, tmp_path):
+def test_a_file_holds_the_chosen_layers_stacked_or_split(suffix, model, demo_dataset, tmp_path):
     keys = ["layer_outputs", "attn_pattern", "pooled"]
     paths = [tmp_path / f"{name}{suffix}" for name in ("all", "stacked", "split")]
     choices = [{}, {"layers": LAYERS}, {"layers": LAYERS, "split_layers": True}]
     for path, choice in zip(paths, choices, strict=True):
-        cpu_dump(model, demo_pool, path, outputs=keys, **choice)
+        cpu_dump(model, demo_dataset, path, outputs=keys, **choice)
     everything, stacked, split = map(read_dump, paths)
     assert everything.metadata["layers"] == "0,1,2,3"
     assert stacked.metadata["layers"] == split.metadata["layers"] == "0,1,3"
@@ -82,20 +82,20 @@ def test_a_file_holds_the_chosen_layers_stacked_or_split(suffix, model, demo_poo
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_split_dump_is_resumed(suffix, model, demo_pool, tmp_path):
+def test_a_split_dump_is_resumed(suffix, model, demo_dataset, tmp_path):
     options = {"outputs": "attn_*,pooled", "layers": "1:3", "split_layers": True}
     whole, broken = tmp_path / f"whole{suffix}", tmp_path / f"broken{suffix}"
-    cpu_dump(model, demo_pool, whole, **options)
+    cpu_dump(model, demo_dataset, whole, **options)
 
     def interrupt(done: int, _of: int) -> None:
         if done > BATCH:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cpu_dump(model, demo_pool, broken, progress=interrupt, **options)
+        cpu_dump(model, demo_dataset, broken, progress=interrupt, **options)
     if not broken.with_name(f"{broken.name}.partial").exists():
         pytest.skip("nothing was on disk yet")
-    summary = cpu_dump(model, demo_pool, broken, resume=True, **options)
+    summary = cpu_dump(model, demo_dataset, broken, resume=True, **options)
     assert summary.resumed_boards > 0
     assert broken.read_bytes() == whole.read_bytes()
 
@@ -111,29 +111,29 @@ def test_a_split_dump_is_resumed(suffix, model, demo_pool, tmp_path):
         ("layer_outputs", "blocks.1", "blocks.2.attn_norm"),
     ],
 )
-def test_nothing_runs_past_the_last_one_needed(key, last, next_one, model, demo_pool):
+def test_nothing_runs_past_the_last_one_needed(key, last, next_one, model, demo_dataset):
     ran = set()
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.add(name))
-    list(cpu_stream(model, demo_pool, outputs=key, layers=[0, 1], batch_size=N))
+    list(cpu_stream(model, demo_dataset, outputs=key, layers=[0, 1], batch_size=N))
     assert last in ran
     assert next_one not in ran
 
 
-def test_layers_of_keys_without_layers(model, demo_pool):
+def test_layers_of_keys_without_layers(model, demo_dataset):
     with pytest.warns(DumpActivationsWarning, match="^layers: .*pooled, rmsnorm_gammas"):
         (batch,) = cpu_stream(
-            model, demo_pool, outputs="rmsnorm_gammas,pooled", layers="0", batch_size=N
+            model, demo_dataset, outputs="rmsnorm_gammas,pooled", layers="0", batch_size=N
         )
     assert batch["pooled"].shape == (N, 64)
 
 
-def test_sinks_are_of_the_chosen_layers(tmp_path, demo_pool):
+def test_sinks_are_of_the_chosen_layers(tmp_path, demo_dataset):
     from reference.checkpoints import VARIANTS
 
     checkpoint = VARIANTS["qk-norm-sinks-policy"](tmp_path)
     (batch,) = cpu_stream(
-        checkpoint.init, demo_pool, outputs="attn_sinks,pooled", layers=[-1], batch_size=N
+        checkpoint.init, demo_dataset, outputs="attn_sinks,pooled", layers=[-1], batch_size=N
     )
     expected = checkpoint.state_dict["blocks.2.attn.sinks"]
     np.testing.assert_array_equal(batch["attn_sinks"], expected[None])

@@ -9,7 +9,7 @@ from dump_activations import StepsDataset
 from dump_activations.errors import VocabularyError
 from dump_activations.pipeline import board_feed
 from dump_activations.timing import Stopwatch
-from reference.pools import encode_rows, random_boards
+from reference.datasets import encode_rows, random_boards
 
 N = 200
 
@@ -21,7 +21,7 @@ def boards():
 
 @pytest.fixture
 def feed(boards, tmp_path, monkeypatch):
-    """Return a feed of all boards of a pool; windows are of 20 boards at most."""
+    """Return a feed of all boards of a dataset; windows are of 20 boards at most."""
     monkeypatch.setattr(board_feed, "_LARGEST_WINDOW", 20)
 
     def begin(**options):

@@ -43,7 +43,7 @@ def test_the_model_is_compiled_once_and_first(flags, compile_with, tmp_path, mon
     assert loops == [8] * 6  # empty boards, then the run's
 
 
-def test_the_time_it_takes_is_set_up(compile_with, monkeypatch, demo_checkpoint, demo_pool):
+def test_the_time_it_takes_is_set_up(compile_with, monkeypatch, demo_checkpoint, demo_dataset):
     clock, taken = time.perf_counter, [0.0]
 
     def backend(graph, _inputs):
@@ -53,11 +53,11 @@ def test_the_time_it_takes_is_set_up(compile_with, monkeypatch, demo_checkpoint,
     compile_with(backend)
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + taken[0])
     options = {"n_samples": 40, "batch_size": 8, "device": "cpu", "allow_cpu": True}
-    summary = dump(demo_checkpoint, demo_pool, write=False, compile=True, **options)
+    summary = dump(demo_checkpoint, demo_dataset, write=False, compile=True, **options)
     assert summary.setup_seconds > 9e5 > summary.seconds + summary.stage_seconds["forward"]
 
 
-def test_a_stream_is_compiled_when_it_is_there(compile_with, demo_checkpoint, demo_pool):
+def test_a_stream_is_compiled_when_it_is_there(compile_with, demo_checkpoint, demo_dataset):
     found = []
 
     def backend(graph, _inputs):
@@ -66,7 +66,7 @@ def test_a_stream_is_compiled_when_it_is_there(compile_with, demo_checkpoint, de
 
     compile_with(backend)
     options = {"n_samples": 20, "batch_size": 8, "compile": True}
-    batches = stream(demo_checkpoint, demo_pool, device="cpu", allow_cpu=True, **options)
+    batches = stream(demo_checkpoint, demo_dataset, device="cpu", allow_cpu=True, **options)
     assert len(found) == 1
     assert len([*batches]) == 3
     assert len(found) == 1
@@ -84,7 +84,7 @@ def test_a_failure_leaves_no_file(flags, compile_with, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_leaves_the_callers_model_alone(compile_with, demo_checkpoint, demo_pool):
+def test_a_failure_leaves_the_callers_model_alone(compile_with, demo_checkpoint, demo_dataset):
     def backend(_graph, _inputs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -92,7 +92,7 @@ def test_a_failure_leaves_the_callers_model_alone(compile_with, demo_checkpoint,
     model = load_encoder(demo_checkpoint).train()
     options = {"n_samples": 40, "batch_size": 8, "compile": True, "device": "cpu"}
     with pytest.raises(RuntimeError):
-        stream(model, demo_pool, allow_cpu=True, **options)
+        stream(model, demo_dataset, allow_cpu=True, **options)
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -10,9 +10,9 @@ from dump_activations import dump, load_encoder, stream
 from dump_activations.commands.dump import main
 from dump_activations.errors import DeviceError
 from reference.checkpoints import VARIANTS, load_demo
+from reference.datasets import ROW_DTYPES, make_dataset, naive_boards, numpy_indices, read_dataset
 from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
 from reference.model import LAYER_KEYS, PER_BOARD_KEYS, assert_close, naive_dump
-from reference.pools import ROW_DTYPES, make_pool, naive_boards, numpy_indices, read_pool
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("disk_takes_no_time")]
 
@@ -36,10 +36,10 @@ ARCHITECTURES = [
 
 
 @pytest.fixture(scope="module")
-def pools(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pools")
+def datasets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
     return {
-        layout: make_pool(root / layout, layout, n=977, shards=3 if "packed" in layout else 1)
+        layout: make_dataset(root / layout, layout, n=977, shards=3 if "packed" in layout else 1)
         for layout in ROW_DTYPES
     }
 
@@ -59,10 +59,10 @@ run = partial(dump, n_samples=SAMPLES, batch_size=BATCH, seed=SEED, device="cuda
 KEYS_WITH_WEIGHTS = [*PER_BOARD_KEYS, "rmsnorm_gammas", "attn_sinks"]
 
 
-def assert_equals_reference(path, checkpoint, pool, keys):
+def assert_equals_reference(path, checkpoint, dataset, keys):
     result = read_dump(path)
-    indices = numpy_indices(len(pool.rows), SAMPLES, SEED)
-    boards = pool.boards[indices]
+    indices = numpy_indices(len(dataset.rows), SAMPLES, SEED)
+    boards = dataset.boards[indices]
     expected = naive_dump(checkpoint.state_dict, checkpoint.config, boards, keys)
     assert set(result.tensors) == {*expected, "indices", "boards"}
     np.testing.assert_array_equal(result.numpy("indices"), indices)
@@ -74,40 +74,40 @@ def assert_equals_reference(path, checkpoint, pool, keys):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("variant", ARCHITECTURES)
-def test_every_architecture(variant, suffix, checkpoints, pools, tmp_path):
-    checkpoint, pool = checkpoints[variant], pools["packed_46"]
+def test_every_architecture(variant, suffix, checkpoints, datasets, tmp_path):
+    checkpoint, dataset = checkpoints[variant], datasets["packed_46"]
     keys = KEYS_WITH_WEIGHTS if checkpoint.config.sinks else KEYS_WITH_WEIGHTS[:-1]
     path = tmp_path / f"a{suffix}"
-    run(checkpoint.init, pool.path, path, outputs=keys)
-    assert_equals_reference(path, checkpoint, pool, keys)
+    run(checkpoint.init, dataset.path, path, outputs=keys)
+    assert_equals_reference(path, checkpoint, dataset, keys)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("layout", ROW_DTYPES)
-def test_every_row_layout(layout, suffix, checkpoints, pools, tmp_path):
-    checkpoint, pool = checkpoints["gqa-4-2"], pools[layout]
+def test_every_row_layout(layout, suffix, checkpoints, datasets, tmp_path):
+    checkpoint, dataset = checkpoints["gqa-4-2"], datasets[layout]
     path = tmp_path / f"a{suffix}"
-    run(checkpoint.init, pool.path, path, outputs=PER_BOARD_KEYS)
-    assert_equals_reference(path, checkpoint, pool, PER_BOARD_KEYS)
+    run(checkpoint.init, dataset.path, path, outputs=PER_BOARD_KEYS)
+    assert_equals_reference(path, checkpoint, dataset, PER_BOARD_KEYS)
 
 
 @pytest.mark.parametrize("key", KEYS_WITH_WEIGHTS)
-def test_each_key_alone(key, checkpoints, pools, tmp_path):
-    checkpoint, pool = checkpoints["sinks-gqa-6-2"], pools["aligned_48"]
+def test_each_key_alone(key, checkpoints, datasets, tmp_path):
+    checkpoint, dataset = checkpoints["sinks-gqa-6-2"], datasets["aligned_48"]
     path = tmp_path / "a.safetensors"
-    run(checkpoint.init, pool.path, path, outputs=[key])
-    assert_equals_reference(path, checkpoint, pool, [key])
+    run(checkpoint.init, dataset.path, path, outputs=[key])
+    assert_equals_reference(path, checkpoint, dataset, [key])
 
 
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("fp32", 2e-5), ("tf32", 1e-2), ("bf16", 0.05), ("bf16-true", 0.1)]
 )
-def test_every_layer_key(precision, tolerance, checkpoints, pools, tmp_path):
-    checkpoint, pool = checkpoints["sinks-gqa-6-2"], pools["packed_46"]
+def test_every_layer_key(precision, tolerance, checkpoints, datasets, tmp_path):
+    checkpoint, dataset = checkpoints["sinks-gqa-6-2"], datasets["packed_46"]
     path = tmp_path / "a.safetensors"
-    run(checkpoint.init, pool.path, path, outputs=LAYER_KEYS, precision=precision)
+    run(checkpoint.init, dataset.path, path, outputs=LAYER_KEYS, precision=precision)
     found = read_dump(path)
-    boards = pool.boards[numpy_indices(len(pool.rows), SAMPLES, SEED)]
+    boards = dataset.boards[numpy_indices(len(dataset.rows), SAMPLES, SEED)]
     expected = naive_dump(checkpoint.state_dict, checkpoint.config, boards, LAYER_KEYS)
     for key, array in expected.items():
         assert_close(found.numpy(key), array, tolerance=tolerance)
@@ -118,22 +118,22 @@ def test_every_layer_key(precision, tolerance, checkpoints, pools, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 300, 301, 302, 4096])
-def test_batch_size_changes_nothing(batch_size, checkpoints, pools, tmp_path):
-    checkpoint, pool = checkpoints["sinks-gqa-6-2"], pools["packed_46"]
+def test_batch_size_changes_nothing(batch_size, checkpoints, datasets, tmp_path):
+    checkpoint, dataset = checkpoints["sinks-gqa-6-2"], datasets["packed_46"]
     path = tmp_path / "a.pt"
-    run(checkpoint.init, pool.path, path, outputs=PER_BOARD_KEYS, batch_size=batch_size)
-    assert_equals_reference(path, checkpoint, pool, PER_BOARD_KEYS)
+    run(checkpoint.init, dataset.path, path, outputs=PER_BOARD_KEYS, batch_size=batch_size)
+    assert_equals_reference(path, checkpoint, dataset, PER_BOARD_KEYS)
 
 
 @pytest.mark.parametrize(
     ("dtype", "suffix"),
     [*[("fp16", suffix) for suffix in FORMATS], ("bf16", ".safetensors"), ("bf16", ".pt")],
 )
-def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, pools, tmp_path):
-    pool = pools["packed_46"]
+def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, datasets, tmp_path):
+    dataset = datasets["packed_46"]
     wide, narrow = tmp_path / f"wide{suffix}", tmp_path / f"narrow{suffix}"
-    run(model, pool.path, wide, outputs=KEYS_WITH_WEIGHTS)
-    run(model, pool.path, narrow, outputs=KEYS_WITH_WEIGHTS, dtype=dtype)
+    run(model, dataset.path, wide, outputs=KEYS_WITH_WEIGHTS)
+    run(model, dataset.path, narrow, outputs=KEYS_WITH_WEIGHTS, dtype=dtype)
     wide, narrow = read_dump(wide), read_dump(narrow)
     for key, tensor in wide.tensors.items():
         stored = tensor.to(TORCH_DTYPES[dtype]) if tensor.is_floating_point() else tensor
@@ -150,23 +150,23 @@ def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, pools, tmp_p
         ({"compile": True, "precision": "bf16"}, 5e-2),
     ],
 )
-def test_faster_arithmetic_is_near_fp32(options, tolerance, checkpoints, pools, tmp_path):
-    checkpoint, pool = checkpoints["gqa-4-2"], pools["packed_46"]
+def test_faster_arithmetic_is_near_fp32(options, tolerance, checkpoints, datasets, tmp_path):
+    checkpoint, dataset = checkpoints["gqa-4-2"], datasets["packed_46"]
     path = tmp_path / "a.safetensors"
-    run(checkpoint.init, pool.path, path, outputs=PER_BOARD_KEYS, **options)
-    boards = pool.boards[numpy_indices(len(pool.rows), SAMPLES, SEED)]
+    run(checkpoint.init, dataset.path, path, outputs=PER_BOARD_KEYS, **options)
+    boards = dataset.boards[numpy_indices(len(dataset.rows), SAMPLES, SEED)]
     result = read_dump(path)
     for key, array in naive_dump(checkpoint.state_dict, checkpoint.config, boards).items():
         assert_close(result.numpy(key), array, tolerance=tolerance)
 
 
-def test_stream_yields_what_dump_writes(model, pools, tmp_path):
-    pool = pools["packed_46"]
-    run(model, pool.path, tmp_path / "a.safetensors", outputs=PER_BOARD_KEYS)
+def test_stream_yields_what_dump_writes(model, datasets, tmp_path):
+    dataset = datasets["packed_46"]
+    run(model, dataset.path, tmp_path / "a.safetensors", outputs=PER_BOARD_KEYS)
     written = read_dump(tmp_path / "a.safetensors")
     seen = {key: [] for key in [*PER_BOARD_KEYS, "indices", "boards"]}
     options = {"n_samples": SAMPLES, "batch_size": BATCH, "seed": SEED, "device": "cuda"}
-    for batch in stream(model, pool.path, outputs=PER_BOARD_KEYS, **options):
+    for batch in stream(model, dataset.path, outputs=PER_BOARD_KEYS, **options):
         for key in PER_BOARD_KEYS:
             seen[key].append(torch.as_tensor(batch[key]).clone().cpu())
         seen["indices"].append(torch.as_tensor(batch.indices).clone())
@@ -183,14 +183,14 @@ USES = {
 
 
 @pytest.mark.parametrize("tensors", USES)
-def test_what_is_lent_holds_in_streams_of_the_callers(tensors, model, pools, tmp_path):
+def test_what_is_lent_holds_in_streams_of_the_callers(tensors, model, datasets, tmp_path):
     """Work on a batch is queued behind some that takes long, in another stream each time."""
-    pool, keys = pools["packed_46"].path, ["layer_outputs", "pooled"]
-    run(model, pool, tmp_path / "a.safetensors", outputs=keys)
+    dataset, keys = datasets["packed_46"].path, ["layer_outputs", "pooled"]
+    run(model, dataset, tmp_path / "a.safetensors", outputs=keys)
     written = read_dump(tmp_path / "a.safetensors")
     mine = [torch.cuda.Stream(), torch.cuda.Stream()]
     options = {"n_samples": SAMPLES, "batch_size": BATCH, "seed": SEED}
-    batches = stream(model, pool, outputs=keys, tensors=tensors, **options)
+    batches = stream(model, dataset, outputs=keys, tensors=tensors, **options)
     copies = {key: [] for key in keys}
     for i in range(-(-SAMPLES // BATCH)):
         with torch.cuda.stream(mine[i % 2]):
@@ -203,25 +203,29 @@ def test_what_is_lent_holds_in_streams_of_the_callers(tensors, model, pools, tmp
         assert torch.equal(torch.cat([part.cpu() for part in parts]), written.tensors[key]), key
 
 
-def test_borrowed_memory_is_page_locked_until_the_run_ends(model, pools):
-    batches = stream(model, pools["packed_46"].path, tensors="borrowed", n_samples=900)
+def test_borrowed_memory_is_page_locked_until_the_run_ends(model, datasets):
+    batches = stream(model, datasets["packed_46"].path, tensors="borrowed", n_samples=900)
     pooled = next(batches)["final_hidden"]
     assert pooled.is_pinned()
     batches.close()
     assert not pooled.is_pinned()
 
 
-def test_memory_that_cannot_be_page_locked(model, pools, tmp_path, monkeypatch):
+def test_memory_that_cannot_be_page_locked(model, datasets, tmp_path, monkeypatch):
     monkeypatch.setattr("dump_activations.pipeline.pinned.share_of_host", lambda: 1000)
     with pytest.raises(DeviceError, match=r"pinned host memory .* try batch_size=16"):
-        run(model, pools["packed_46"].path, tmp_path / "a.pt")
+        run(model, datasets["packed_46"].path, tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stream_closed_early(model, pools):
+def test_stream_closed_early(model, datasets):
     for _ in range(5):
         batches = stream(
-            model, pools["packed_46"].path, outputs=["layer_outputs"], n_samples=900, batch_size=8
+            model,
+            datasets["packed_46"].path,
+            outputs=["layer_outputs"],
+            n_samples=900,
+            batch_size=8,
         )
         next(batches)
         next(batches)
@@ -229,28 +233,28 @@ def test_stream_closed_early(model, pools):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_without_write_nothing_is_written(model, pools, tmp_path, monkeypatch):
+def test_without_write_nothing_is_written(model, datasets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(model, pools["packed_46"].path, tmp_path / "a.npz", outputs=PER_BOARD_KEYS, write=False)
+    run(model, datasets["packed_46"].path, tmp_path / "a.npz", outputs=PER_BOARD_KEYS, write=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_many_batches(checkpoints, pools, tmp_path):
-    checkpoint, pool = checkpoints["gqa-4-2"], pools["packed_46"]
+def test_many_batches(checkpoints, datasets, tmp_path):
+    checkpoint, dataset = checkpoints["gqa-4-2"], datasets["packed_46"]
     indices = np.random.default_rng(0).integers(0, 977, size=20_003)
     path = tmp_path / "a.safetensors"
     keys = ["final_hidden", "layer_outputs", "head_probs"]
-    dump(checkpoint.init, pool.path, path, outputs=keys, indices=indices, batch_size=64)
+    dump(checkpoint.init, dataset.path, path, outputs=keys, indices=indices, batch_size=64)
     result = read_dump(path)
     np.testing.assert_array_equal(result.numpy("indices"), indices)
-    np.testing.assert_array_equal(result.numpy("boards"), pool.boards[indices])
-    expected = naive_dump(checkpoint.state_dict, checkpoint.config, pool.boards, keys)
+    np.testing.assert_array_equal(result.numpy("boards"), dataset.boards[indices])
+    expected = naive_dump(checkpoint.state_dict, checkpoint.config, dataset.boards, keys)
     for key in keys:
         assert_close(result.numpy(key), expected[key][indices])
 
 
-def test_exponent_outside_the_vocabulary_is_no_device_assert(model, pools, tmp_path, capsys):
-    boards = make_pool(tmp_path / "bad", "selfplay_v1", n=50).rows.copy()
+def test_exponent_outside_the_vocabulary_is_no_device_assert(model, datasets, tmp_path, capsys):
+    boards = make_dataset(tmp_path / "bad", "selfplay_v1", n=50).rows.copy()
     boards["exps"][44, 3] = 200
     np.save(tmp_path / "bad" / "steps.npy", boards)
     with pytest.raises(ValueError, match="200"):
@@ -266,13 +270,13 @@ def test_exponent_outside_the_vocabulary_is_no_device_assert(model, pools, tmp_p
     assert torch.zeros(3, device="cuda").sum().item() == 0  # the device still works
 
 
-def test_seed_command_on_cuda(demo_checkpoint, demo_pool, tmp_path):
+def test_seed_command_on_cuda(demo_checkpoint, demo_dataset, tmp_path):
     path = tmp_path / "activations.safetensors"
     keys = ["final_hidden", "layer_outputs", "head_logits", "attn_norm", "mlp_input"]
-    arguments = ["--init", str(demo_checkpoint), "--dataset", str(demo_pool), "--seed", "42"]
+    arguments = ["--init", str(demo_checkpoint), "--dataset", str(demo_dataset), "--seed", "42"]
     arguments += ["--n-samples", "4096", "--outputs", ",".join(keys), "-o", str(path)]
     assert main([*arguments, "--device", "cuda"]) == 0
-    demo, rows = load_demo(demo_checkpoint), read_pool(demo_pool)
+    demo, rows = load_demo(demo_checkpoint), read_dataset(demo_dataset)
     indices = numpy_indices(len(rows), 4096, 42)
     result = read_dump(path)
     np.testing.assert_array_equal(result.numpy("indices"), indices)

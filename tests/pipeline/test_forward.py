@@ -24,12 +24,14 @@ def cores(request):
     torch.set_num_threads(before)
 
 
-def test_pieces_land_in_their_places(cores, demo_checkpoint, demo_pool, tmp_path):
+def test_pieces_land_in_their_places(cores, demo_checkpoint, demo_dataset, tmp_path):
     in_pieces, whole = tmp_path / "pieces.npz", tmp_path / "whole.npz"
-    dump(demo_checkpoint, demo_pool, in_pieces, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
+    dump(
+        demo_checkpoint, demo_dataset, in_pieces, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU
+    )
     assert torch.get_num_threads() == cores
     torch.set_num_threads(1)
-    dump(demo_checkpoint, demo_pool, whole, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
+    dump(demo_checkpoint, demo_dataset, whole, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
     found, expected = read_dump(in_pieces), read_dump(whole)
     for key in KEYS.split(","):
         scale = np.abs(expected.numpy(key)).max()
@@ -40,10 +42,10 @@ def test_pieces_land_in_their_places(cores, demo_checkpoint, demo_pool, tmp_path
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_batches_smaller_than_the_cores(batch, cores, demo_checkpoint, demo_pool):
+def test_batches_smaller_than_the_cores(batch, cores, demo_checkpoint, demo_dataset):
     options = {"outputs": ["pooled"], "n_samples": 9} | CPU
-    batches = [*stream(demo_checkpoint, demo_pool, batch_size=batch, **options)]
-    (whole,) = stream(demo_checkpoint, demo_pool, batch_size=9, **options)
+    batches = [*stream(demo_checkpoint, demo_dataset, batch_size=batch, **options)]
+    (whole,) = stream(demo_checkpoint, demo_dataset, batch_size=9, **options)
     assert [len(each.indices) for each in batches][:-1] == [batch] * (-(-9 // batch) - 1)
     found = torch.cat([each["pooled"] for each in batches])
     torch.testing.assert_close(found, whole["pooled"], rtol=1e-5, atol=1e-5)
@@ -54,33 +56,33 @@ def threads_of_a_fresh_thread():
         return executor.submit(torch.get_num_threads).result()
 
 
-def test_the_callers_thread_count_is_as_before(cores, demo_checkpoint, demo_pool, tmp_path):
+def test_the_callers_thread_count_is_as_before(cores, demo_checkpoint, demo_dataset, tmp_path):
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    dump(demo_checkpoint, demo_pool, tmp_path / "a.pt", n_samples=N, **CPU)
+    dump(demo_checkpoint, demo_dataset, tmp_path / "a.pt", n_samples=N, **CPU)
     assert threads_of_a_fresh_thread() == torch.get_num_threads() == cores
-    batches = stream(demo_checkpoint, demo_pool, n_samples=N, batch_size=BATCH, **CPU)
+    batches = stream(demo_checkpoint, demo_dataset, n_samples=N, batch_size=BATCH, **CPU)
     next(batches)
     batches.close()
     assert threads_of_a_fresh_thread() == torch.get_num_threads() == cores
     with pytest.raises(KeyboardInterrupt):
-        dump(demo_checkpoint, demo_pool, write=False, n_samples=N, progress=fail, **CPU)
+        dump(demo_checkpoint, demo_dataset, write=False, n_samples=N, progress=fail, **CPU)
     assert threads_of_a_fresh_thread() == torch.get_num_threads() == cores
 
 
-def test_several_threads_run_the_model(cores, demo_checkpoint, demo_pool):
+def test_several_threads_run_the_model(cores, demo_checkpoint, demo_dataset):
     model = load_encoder(demo_checkpoint)
     threads = set()
     model.final_ln.register_forward_hook(lambda *_: threads.add(threading.current_thread()))
-    for _ in stream(model, demo_pool, n_samples=2000, **CPU):
+    for _ in stream(model, demo_dataset, n_samples=2000, **CPU):
         pass
     assert threading.main_thread() not in threads
     assert 1 < len(threads) <= cores
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_an_error_in_one_piece_ends_the_run(cores, demo_checkpoint, demo_pool, tmp_path):
+def test_an_error_in_one_piece_ends_the_run(cores, demo_checkpoint, demo_dataset, tmp_path):
     model = load_encoder(demo_checkpoint)
     calls = []
 
@@ -92,14 +94,14 @@ def test_an_error_in_one_piece_ends_the_run(cores, demo_checkpoint, demo_pool, t
     model.blocks[1].register_forward_hook(fail)
     target = tmp_path / "a.pt"
     with pytest.raises(ZeroDivisionError, match="in a hook"):
-        dump(model, demo_pool, target, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
+        dump(model, demo_dataset, target, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
     assert not target.exists()
     assert torch.get_num_threads() == cores
 
 
 @pytest.mark.parametrize("setting", ["high", "medium"])
 def test_pieces_compute_in_fp32_and_the_setting_is_as_before(
-    setting, cores, demo_checkpoint, demo_pool, tmp_path
+    setting, cores, demo_checkpoint, demo_dataset, tmp_path
 ):
     model = load_encoder(demo_checkpoint)
     found = set()
@@ -107,29 +109,29 @@ def test_pieces_compute_in_fp32_and_the_setting_is_as_before(
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
-        dump(model, demo_pool, tmp_path / "a.pt", n_samples=N, batch_size=BATCH, **CPU)
+        dump(model, demo_dataset, tmp_path / "a.pt", n_samples=N, batch_size=BATCH, **CPU)
         assert torch.get_float32_matmul_precision() == setting
-        for _ in stream(model, demo_pool, n_samples=N, batch_size=BATCH, **CPU):
+        for _ in stream(model, demo_dataset, n_samples=N, batch_size=BATCH, **CPU):
             assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
     assert found == {"highest"}
 
 
-def test_a_setting_of_one_backend_is_as_before(cores, demo_checkpoint, demo_pool):
+def test_a_setting_of_one_backend_is_as_before(cores, demo_checkpoint, demo_dataset):
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("this torch has one setting for all backends")
     matmul.fp32_precision = "tf32"
     try:
-        for _ in stream(demo_checkpoint, demo_pool, n_samples=N, **CPU):
+        for _ in stream(demo_checkpoint, demo_dataset, n_samples=N, **CPU):
             assert matmul.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
 def test_an_interruption_leaves_out_the_pieces_that_have_not_begun(
-    cores, demo_checkpoint, demo_pool, tmp_path
+    cores, demo_checkpoint, demo_dataset, tmp_path
 ):
     model = load_encoder(demo_checkpoint)
     begun = []
@@ -147,7 +149,7 @@ def test_an_interruption_leaves_out_the_pieces_that_have_not_begun(
     with pytest.raises(KeyboardInterrupt):
         dump(
             model,
-            demo_pool,
+            demo_dataset,
             tmp_path / "a.pt",
             n_samples=2 * rows,
             batch_size=rows,

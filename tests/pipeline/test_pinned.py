@@ -56,14 +56,14 @@ def share(monkeypatch):
     return of
 
 
-def streamed(demo_checkpoint, demo_pool, **options):
-    return stream(demo_checkpoint, demo_pool, **(OPTIONS | options))
+def streamed(demo_checkpoint, demo_dataset, **options):
+    return stream(demo_checkpoint, demo_dataset, **(OPTIONS | options))
 
 
 @pytest.fixture
-def ways(demo_checkpoint, demo_pool, tmp_path):
+def ways(demo_checkpoint, demo_dataset, tmp_path):
     """Return ways of a run to end, and how many slots each has."""
-    arguments = (demo_checkpoint, demo_pool)
+    arguments = (demo_checkpoint, demo_dataset)
 
     def fail(*_):
         raise ZeroDivisionError
@@ -120,7 +120,7 @@ def test_memory_given_back_before_a_copy_is_found_out(ways, memory, monkeypatch)
             device.synchronize()
 
 
-def test_it_is_taken_while_the_model_is_loaded(demo_checkpoint, demo_pool, memory, monkeypatch):
+def test_it_is_taken_while_the_model_is_loaded(demo_checkpoint, demo_dataset, memory, monkeypatch):
     begun = threading.Event()
     load, register = checkpoint._encoder_with, memory.register
 
@@ -135,7 +135,7 @@ def test_it_is_taken_while_the_model_is_loaded(demo_checkpoint, demo_pool, memor
     monkeypatch.setattr(memory, "register", register_meanwhile)
     monkeypatch.setattr(checkpoint, "_encoder_with", load_meanwhile)
     with simulated(greedy, memory):
-        assert len([*streamed(demo_checkpoint, demo_pool)]) == 7
+        assert len([*streamed(demo_checkpoint, demo_dataset)]) == 7
     assert threading.main_thread() not in memory.threads
 
 
@@ -173,10 +173,10 @@ def test_what_the_system_refuses(refusal, text, ways, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loaded_model_is_enough(demo_checkpoint, demo_pool, memory):
+def test_a_loaded_model_is_enough(demo_checkpoint, demo_dataset, memory):
     with simulated(lazy, memory):
         model = load_encoder(demo_checkpoint)
-        [*stream(model, demo_pool, **OPTIONS)]
+        [*stream(model, demo_dataset, **OPTIONS)]
     assert memory.sizes == [2 * SLOT]
 
 
@@ -189,9 +189,9 @@ def test_a_loaded_model_is_enough(demo_checkpoint, demo_pool, memory):
         ({"steps": "10:40", "where": "step_index % 10 == 0"}, 8),
     ],
 )
-def test_no_more_than_the_boards_need(options, rows, demo_checkpoint, demo_pool, memory):
+def test_no_more_than_the_boards_need(options, rows, demo_checkpoint, demo_dataset, memory):
     with simulated(lazy, memory):
-        [*streamed(demo_checkpoint, demo_pool, outputs="layer_outputs", **options)]
+        [*streamed(demo_checkpoint, demo_dataset, outputs="layer_outputs", **options)]
     assert memory.sizes == [2 * (SLOT - mmap.PAGESIZE) // 8 * rows]
 
 

@@ -21,17 +21,17 @@ def model(demo_checkpoint):
     return load_encoder(demo_checkpoint)
 
 
-def streamed(model, pool, **options):
-    batches = stream(model, pool, **OPTIONS, **options)
+def streamed(model, dataset, **options):
+    batches = stream(model, dataset, **OPTIONS, **options)
     return torch.cat([batch["layer_outputs"] for batch in batches])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_callers_autocast_changes_nothing(precision, model, demo_pool, tmp_path):
-    expected = streamed(model, demo_pool, precision=precision)
+def test_a_callers_autocast_changes_nothing(precision, model, demo_dataset, tmp_path):
+    expected = streamed(model, demo_dataset, precision=precision)
     with torch.autocast("cpu", dtype=torch.float16):
-        assert torch.equal(streamed(model, demo_pool, precision=precision), expected)
-        dump(model, demo_pool, tmp_path / "a.pt", precision=precision, **OPTIONS)
+        assert torch.equal(streamed(model, demo_dataset, precision=precision), expected)
+        dump(model, demo_dataset, tmp_path / "a.pt", precision=precision, **OPTIONS)
     assert torch.equal(read_dump(tmp_path / "a.pt").tensors["layer_outputs"], expected)
 
 
@@ -47,9 +47,9 @@ def plainly(model, boards):
     return {"final_hidden": hidden.float(), "head_logits": logits.float()}
 
 
-def only_batch(model, pool, **options):
+def only_batch(model, dataset, **options):
     keys = "final_hidden,head_logits"
-    (batch,) = stream(model, pool, outputs=keys, n_samples=12, **CPU, **options)
+    (batch,) = stream(model, dataset, outputs=keys, n_samples=12, **CPU, **options)
     return batch.boards, batch.tensors
 
 
@@ -60,20 +60,20 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of the norms in autocast's own forward
-def test_bf16_is_autocast(wide, demo_pool):
-    boards, found = only_batch(wide, demo_pool, precision="bf16")
+def test_bf16_is_autocast(wide, demo_dataset):
+    boards, found = only_batch(wide, demo_dataset, precision="bf16")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_equal(found, plainly(wide, boards))
 
 
-def test_bf16_true_is_the_model_in_bf16(wide, demo_pool):
+def test_bf16_true_is_the_model_in_bf16(wide, demo_dataset):
     before = {name: (id(weight), weight.dtype) for name, weight in wide.named_parameters()}
-    boards, found = only_batch(wide, demo_pool, precision="bf16-true")
+    boards, found = only_batch(wide, demo_dataset, precision="bf16-true")
     assert {name: (id(w), w.dtype) for name, w in wide.named_parameters()} == before
     narrow = copy.deepcopy(wide).to(torch.bfloat16)
     assert_equal(found, plainly(narrow, boards))
     # A model that comes in bf16 is run as it is.
-    assert_equal(only_batch(narrow, demo_pool)[1], found)
+    assert_equal(only_batch(narrow, demo_dataset)[1], found)
 
 
 class Casts(TorchDispatchMode):
@@ -92,10 +92,10 @@ class Casts(TorchDispatchMode):
         return result
 
 
-def test_bf16_casts_each_weight_once_a_run_and_each_norm_once_a_batch(wide, demo_pool):
+def test_bf16_casts_each_weight_once_a_run_and_each_norm_once_a_batch(wide, demo_dataset):
     options = {"outputs": "layer_outputs", "n_samples": 12, "batch_size": 3} | CPU
     with Casts() as casts:
-        batches = len([*stream(wide, demo_pool, precision="bf16", **options)])
+        batches = len([*stream(wide, demo_dataset, precision="bf16", **options)])
     linears = [module for module in wide.modules() if isinstance(module, nn.Linear)]
     weights = Counter(tuple(weight.shape) for each in linears for weight in each.parameters())
     activations = casts.of - weights
@@ -106,6 +106,6 @@ def test_bf16_casts_each_weight_once_a_run_and_each_norm_once_a_batch(wide, demo
     assert all(len(shape) != 2 for shape in activations)
 
 
-def test_bf16_is_not_fp32(model, demo_pool):
-    wide, narrow = (streamed(model, demo_pool, precision=name) for name in ("fp32", "bf16"))
+def test_bf16_is_not_fp32(model, demo_dataset):
+    wide, narrow = (streamed(model, demo_dataset, precision=name) for name in ("fp32", "bf16"))
     assert not torch.equal(wide, narrow)

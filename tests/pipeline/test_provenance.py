@@ -13,19 +13,19 @@ import torch
 from dump_activations import dump, load_encoder, stream
 from dump_activations.errors import ActivationUnavailableError
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
+from reference.datasets import make_dataset, write_shards
 from reference.dumps import read_dump
 from reference.model import assert_close, naive_dump
-from reference.pools import make_pool, write_shards
 
 ON_CPU = {"device": "cpu", "allow_cpu": True, "n_samples": 7}
 TRUNK_KEYS = ["final_hidden", "pooled", "layer_outputs", "attn_norm", "mlp_input"]
 
 
 @pytest.fixture
-def metadata_of(demo_pool, tmp_path):
+def metadata_of(demo_dataset, tmp_path):
     def metadata(init):
         path = tmp_path / "a.safetensors"
-        dump(init, demo_pool, path, overwrite=True, **ON_CPU)
+        dump(init, demo_dataset, path, overwrite=True, **ON_CPU)
         return read_dump(path).metadata
 
     return metadata
@@ -49,7 +49,7 @@ def checkpoint(tmp_path):
 
 def test_every_entry_says_what_was_run(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = make_pool(tmp_path / "pool", "packed_46", n=40).rows
+    rows = make_dataset(tmp_path / "dataset", "packed_46", n=40).rows
     write_shards(tmp_path / "shards", rows, [30, 10])
     path = Path("a.npz")
     asked = {"outputs": ["pooled", "attn_out"], "layers": [-1], "labels": "move_dir,empty_cells"}
@@ -115,9 +115,9 @@ def trunk(tmp_path):
     return save_checkpoint(tmp_path / "trunk", weights, config_json(BASE))
 
 
-def test_a_trunk_dumps_everything_but_the_heads_keys(trunk, demo_pool, tmp_path):
+def test_a_trunk_dumps_everything_but_the_heads_keys(trunk, demo_dataset, tmp_path):
     path = tmp_path / "a.npz"
-    dump(trunk, demo_pool, path, outputs=[*TRUNK_KEYS, "rmsnorm_gammas"], **ON_CPU)
+    dump(trunk, demo_dataset, path, outputs=[*TRUNK_KEYS, "rmsnorm_gammas"], **ON_CPU)
     result = read_dump(path)
     expected = naive_dump(random_state_dict(BASE), BASE, result.numpy("boards"), TRUNK_KEYS)
     for key in TRUNK_KEYS:
@@ -127,11 +127,11 @@ def test_a_trunk_dumps_everything_but_the_heads_keys(trunk, demo_pool, tmp_path)
 
 
 @pytest.mark.parametrize("run", [stream, partial(dump, output="a.pt"), partial(dump, write=False)])
-def test_the_heads_keys_of_a_trunk_are_refused(run, trunk, demo_pool, tmp_path, monkeypatch):
+def test_the_heads_keys_of_a_trunk_are_refused(run, trunk, demo_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for key in ("head_logits", "head_probs"):
         with pytest.raises(ActivationUnavailableError, match=key) as caught:
-            run(trunk, demo_pool, outputs=["pooled", key], **ON_CPU)
+            run(trunk, demo_dataset, outputs=["pooled", key], **ON_CPU)
         assert caught.value.exit_code == 2
         assert "this checkpoint has no head; leave the key out" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["trunk"]

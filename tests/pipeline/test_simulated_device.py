@@ -81,9 +81,9 @@ def slow_writers(monkeypatch):
         waited_for.wait()
         write(*args)
 
-    def join_threads(pool):
+    def join_threads(dataset):
         waited_for.set()
-        join(pool)
+        join(dataset)
 
     monkeypatch.setattr(transfer._Ring, "take", take_slot)
     monkeypatch.setattr(writers._Submission, "write", write_span)

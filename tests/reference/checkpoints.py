@@ -88,7 +88,7 @@ def bundle(
         "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 1e-3}]},
         "global_step": 7,
         "metadata_version": 2,
-        "dataset": {"path": "/data/pool", "n": 3},
+        "dataset": {"path": "/data/dataset", "n": 3},
         "resume": {"epoch": 1, "skip": None},
         "training_config": {"batch_size": 8, "betas": (0.9, 0.95)},
     }

@@ -22,13 +22,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="session")
-def make_dump(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path, demo_pool: Path):
-    """Return what dumps boards of the demo's pool; by default all keys of its model."""
+def make_dump(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path, demo_dataset: Path):
+    """Return what dumps boards of the demo's dataset; by default all keys of its model."""
 
     def make(name: str = "all.safetensors", *, init: Path = demo_checkpoint, **options) -> Path:
         path = tmp_path_factory.mktemp("dump") / name
         options = {"outputs": ["*"], "n_samples": N, **options}
-        dump(init, demo_pool, path, device="cpu", allow_cpu=True, **options)
+        dump(init, demo_dataset, path, device="cpu", allow_cpu=True, **options)
         return path
 
     return make

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dump_activations import OutputError, write_report
-from dump_activations.phases import reported_to
+from dump_activations.progress import reported_to
 from dump_activations.report import writing
 from dump_activations.statistics import STATISTICS
 

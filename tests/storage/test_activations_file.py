@@ -30,7 +30,7 @@ OUTPUTS = [STACKED, "attn_q", "final_hidden", "head_logits", "rmsnorm_gammas"]
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory, demo_checkpoint, demo_pool):
+def make(tmp_path_factory, demo_checkpoint, demo_dataset):
     """Return what makes dumps of the demo, once each."""
     made = {}
     directory = tmp_path_factory.mktemp("dumps")
@@ -41,7 +41,7 @@ def make(tmp_path_factory, demo_checkpoint, demo_pool):
             made[name] = directory / name
             dump(
                 demo_checkpoint,
-                demo_pool,
+                demo_dataset,
                 made[name],
                 outputs=outputs,
                 layers=LAYERS,

@@ -8,7 +8,7 @@ import pytest
 
 from dump_activations.commands import inspect as inspect_cli
 from dump_activations.commands.dump import main
-from reference.pools import make_pool
+from reference.datasets import make_dataset
 
 CPU = ["--allow-cpu", "--device", "cpu"]
 DEADLINE = 60
@@ -30,13 +30,13 @@ def deadline():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, demo_checkpoint):
-    for name in ("pool", "configured"):
+    for name in ("dataset", "configured"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint").symlink_to(demo_checkpoint)
     (tmp_path / "configured" / "model.safetensors").symlink_to(
         demo_checkpoint / "model.safetensors"
     )
-    make_pool(tmp_path / "boards", "packed_46")
+    make_dataset(tmp_path / "boards", "packed_46")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -47,7 +47,7 @@ SPECIAL_FILES = {
 }
 PLACES = {
     "indices": ("indices.npy", ["--demo", "--indices", "indices.npy"]),
-    "shard": ("pool/steps-00000.npy", ["--dataset", "pool", "--init", "checkpoint"]),
+    "shard": ("dataset/steps-00000.npy", ["--dataset", "dataset", "--init", "checkpoint"]),
     "config": ("configured/config.json", ["--init", "configured", "--dataset", "boards"]),
     "bundle": ("bundle.pt", ["--init", "bundle.pt", "--dataset", "boards"]),
 }
@@ -75,9 +75,9 @@ def test_paths_are_only_ever_paths(place, demo_checkpoint):
     name = "$(touch canary);`touch canary` && touch canary|--x 'y\"\\"
     (place / name).mkdir()
     (place / name / "model").symlink_to(demo_checkpoint)
-    make_pool(place / name / "pool", "packed_46")
+    make_dataset(place / name / "dataset", "packed_46")
     np.save(place / name / "indices.npy", np.arange(5))
-    files = {"--init": "model", "--dataset": "pool", "--indices": "indices.npy", "-o": "a.pt"}
+    files = {"--init": "model", "--dataset": "dataset", "--indices": "indices.npy", "-o": "a.pt"}
     arguments = [word for flag, file in files.items() for word in (flag, f"{name}/{file}")]
     assert main([*arguments, *CPU]) == 0
     assert inspect_cli.main(["--verify", f"{name}/a.pt"]) == 0

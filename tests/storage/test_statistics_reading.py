@@ -25,7 +25,7 @@ FORMS = [(".safetensors", "fp32", False), (".pt", "bf16", True), (".npz", "fp16"
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory, demo_checkpoint, demo_pool):
+def make(tmp_path_factory, demo_checkpoint, demo_dataset):
     made: dict[tuple, Path] = {}
 
     def make(suffix: str, dtype: str, split: bool, *, stats: bool = True) -> Path:
@@ -34,7 +34,7 @@ def make(tmp_path_factory, demo_checkpoint, demo_pool):
             made[form] = tmp_path_factory.mktemp("dumps") / f"x{suffix}"
             dump(
                 demo_checkpoint,
-                demo_pool,
+                demo_dataset,
                 made[form],
                 outputs=[*KEYS, "rmsnorm_gammas"],
                 layers=LAYERS,

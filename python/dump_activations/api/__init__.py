@@ -7,7 +7,7 @@ from typing import ParamSpec, Protocol
 
 from dump_activations.api.dumping import dump_to_file, preview
 from dump_activations.api.signatures import check_names, documented
-from dump_activations.api.sources import Init, Pool
+from dump_activations.api.sources import Dataset, Init
 from dump_activations.api.streaming import Batch, stream_batches
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions, StreamOptions
 from dump_activations.pipeline.summary import Summary
@@ -21,7 +21,7 @@ class _Dump(Protocol[_P]):
     def __call__(
         self,
         init_or_model: Init,
-        dataset_or_path: Pool,
+        dataset_or_path: Dataset,
         output: str | os.PathLike[str] = ...,
         *args: _P.args,
         **options: _P.kwargs,
@@ -30,7 +30,7 @@ class _Dump(Protocol[_P]):
 
 class _Stream(Protocol[_P]):
     def __call__(
-        self, init_or_model: Init, dataset_or_path: Pool, *args: _P.args, **options: _P.kwargs
+        self, init_or_model: Init, dataset_or_path: Dataset, *args: _P.args, **options: _P.kwargs
     ) -> Iterator["Batch"]: ...
 
 
@@ -38,7 +38,7 @@ def _dump_taking(options_of: Callable[_P, DumpOptions]) -> _Dump[_P]:
     @documented(DumpOptions)
     def dump(
         init_or_model: Init,
-        dataset_or_path: Pool,
+        dataset_or_path: Dataset,
         output: str | os.PathLike[str] = DEFAULT_OUTPUT,
         *args: _P.args,
         **options: _P.kwargs,
@@ -71,7 +71,7 @@ def _dump_taking(options_of: Callable[_P, DumpOptions]) -> _Dump[_P]:
 def _stream_taking(options_of: Callable[_P, StreamOptions]) -> _Stream[_P]:
     @documented(StreamOptions)
     def stream(
-        init_or_model: Init, dataset_or_path: Pool, *args: _P.args, **options: _P.kwargs
+        init_or_model: Init, dataset_or_path: Dataset, *args: _P.args, **options: _P.kwargs
     ) -> Iterator[Batch]:
         """Run boards through a model and yield the asked-for activations, a batch at a time.
 

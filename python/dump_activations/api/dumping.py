@@ -14,11 +14,10 @@ from dump_activations.api.remarks import (
     nothing_done,
 )
 from dump_activations.api.same_work import check_same_work
-from dump_activations.api.sources import Init, Pool
+from dump_activations.api.sources import Dataset, Init
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import GroupError, Note, VocabularyError, muted, note, option
 from dump_activations.options import DumpOptions
-from dump_activations.phases import Phase, begin, counted
 from dump_activations.pipeline.device import current, shared_cores
 from dump_activations.pipeline.forward import Forward
 from dump_activations.pipeline.group import Group
@@ -32,7 +31,7 @@ from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.tickets import cut_tickets
 from dump_activations.pipeline.transfer import HOST_SLOTS
 from dump_activations.place import Place
-from dump_activations.progress.display import shown_progress
+from dump_activations.progress import Phase, begin, counted, shown_progress
 from dump_activations.storage.writing.batch_file import BatchFile
 from dump_activations.storage.writing.joined_file import JoinedFile
 from dump_activations.storage.writing.outlook import outlook
@@ -48,7 +47,7 @@ from dump_activations.storage.writing.writers import WriterPool
 _SIZE, _TOKEN, _COMMITTED = "size", "token", "committed"
 
 
-def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview:
+def preview(init: Init, dataset: Dataset, path: Path, options: DumpOptions) -> Preview:
     """Check what `dump` checks before its first forward pass, and say what it would write.
 
     Raises:
@@ -56,7 +55,7 @@ def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview
     """
     if options.write:
         check_output(path, [STORAGE_DTYPES[options.dtype].name])
-    plan = make_plan(init, pool, options)
+    plan = make_plan(init, dataset, options)
     if not options.write:
         return Preview.of(plan)
     previewed = Preview.of(plan, path, free_space(path))
@@ -68,7 +67,7 @@ def preview(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Preview
     return previewed
 
 
-def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Summary:
+def dump_to_file(init: Init, dataset: Dataset, path: Path, options: DumpOptions) -> Summary:
     """Write a run to a file, or run it without one; each process of a group does its share."""
     started = time.perf_counter()
     with (
@@ -81,7 +80,7 @@ def dump_to_file(init: Init, pool: Pool, path: Path, options: DumpOptions) -> Su
         if options.write:
             check_output(path, [STORAGE_DTYPES[options.dtype].name])
         slots = HOST_SLOTS if options.write else 0
-        plan = make_plan(init, pool, options, host_slots=slots, place=group.place)
+        plan = make_plan(init, dataset, options, host_slots=slots, place=group.place)
         with (
             plan,
             current(plan.device),

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import OutputError, option, switch, warn
 from dump_activations.pipeline.board_feed import read_batch
 from dump_activations.pipeline.group import Group
@@ -18,8 +19,7 @@ from dump_activations.pipeline.summary import STAGES, Summary
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.output_file import OutputFile
 from dump_activations.storage.writing.work import Existing
-from dump_activations.tensor_names import LABEL_PREFIX
-from dump_activations.units import size_text
+from dump_activations.text import size_text
 
 
 def beginning(file: OutputFile, existing: Existing | None, n: int) -> Iterator[str]:
@@ -56,19 +56,19 @@ def nothing_done(
 
 
 def check_resumed_boards(file: OutputFile, plan: Plan) -> None:
-    """Refuse to go on where the pool's rows are no longer those of the batch resumed last."""
+    """Refuse to go on where the dataset's rows are no longer those of the batch resumed last."""
     last = file.last_resumed
     if last is None:
         return
     rows, digests = last
     indices = plan.indices[rows.start : rows.stop]
-    tensors = read_batch(plan.pool, plan.labels, indices, first_row=rows.start).tensors
+    tensors = read_batch(plan.dataset, plan.labels, indices, first_row=rows.start).tensors
     if any(
         zlib.crc32(bytes_of(tensor).data) != digests[name].crc32 for name, tensor in tensors.items()
     ):
         raise OutputError(
-            f"{file.partial} holds other boards than {plan.pool.path} has now; restore the "
-            f"pool, or drop the file with {switch('overwrite')}"
+            f"{file.partial} holds other boards than {plan.dataset.path} has now; restore the "
+            f"dataset, or drop the file with {switch('overwrite')}"
         )
 
 
@@ -87,7 +87,7 @@ def _counted(digests: Mapping[str, Digest]) -> dict[str, dict[str, int]]:
     return {
         name: {"nan": digest.nan, "inf": digest.inf}
         for name, digest in digests.items()
-        # Labels are as the pool has them.
+        # Labels are as the dataset has them.
         if (digest.nan or digest.inf) and not name.startswith(LABEL_PREFIX)
     }
 

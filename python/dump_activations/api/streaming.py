@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dump_activations.api.sources import Init, Pool
+from dump_activations.api.sources import Dataset, Init
 from dump_activations.options import StreamOptions
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.forward import Forward
@@ -51,11 +51,11 @@ class Batch:
         return self.tensors[key]
 
 
-def stream_batches(init: Init, pool: Pool, options: StreamOptions) -> Iterator[Batch]:
+def stream_batches(init: Init, dataset: Dataset, options: StreamOptions) -> Iterator[Batch]:
     """Check a run and make it ready, and hand out its batches."""
     on_device = options.tensors == "device"
     with batch_shortage_named(options.batch_size):
-        plan = make_plan(init, pool, options, host_slots=0 if on_device else _HOST_SLOTS)
+        plan = make_plan(init, dataset, options, host_slots=0 if on_device else _HOST_SLOTS)
     caller = _Caller(plan.device, owns=options.tensors == "own")
     run = _computed_ahead(plan, on_device=on_device)
     batches = _interruptible(run, caller, plan.device, options.batch_size)

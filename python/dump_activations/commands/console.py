@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from dump_activations.commands.tables import Table
-from dump_activations.commands.text import filled, printable
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
 from dump_activations.place import Place
-from dump_activations.progress.display import live_console
+from dump_activations.progress import live_console
+from dump_activations.text import filled, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dump_activations.commands.tables import Table
-from dump_activations.commands.text import shape_text
 from dump_activations.model.activations import ACTIVATIONS, WeightActivation
 from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.digests import INTEGRITY_KEY
-from dump_activations.units import size_text
+from dump_activations.text import shape_text, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -24,8 +24,7 @@ from dump_activations.commands.summary import print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
-from dump_activations.phases import Phase, begin, counted
-from dump_activations.progress.display import shown_progress
+from dump_activations.progress import Phase, begin, counted, shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,7 +92,7 @@ _LOOK = "Look before you run"
         ("The embedded demo, to see what a dump is", "dump-activations --demo -o demo.safetensors"),
         (
             "The last layer of 100,000 boards in 16 bits",
-            "dump-activations --init hf://org/repo --dataset pool --n-samples 100000 \\\n"
+            "dump-activations --init hf://org/repo --dataset dataset --n-samples 100000 \\\n"
             "      --outputs layer_outputs --layers=-1 --dtype bf16 -o last.safetensors",
         ),
     ),
@@ -107,7 +106,7 @@ _LOOK = "Look before you run"
     "use_demo",
     group=Group.RUN,
     is_flag=True,
-    help="Use the embedded checkpoint and pool; --allow-cpu is implied.",
+    help="Use the embedded checkpoint and dataset; --allow-cpu is implied.",
 )
 @_option(
     "-o",
@@ -165,12 +164,12 @@ def dump_activations(
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to one file for offline analysis."""
-    init, pool_path = flags.pop("init"), flags.pop("dataset")
+    init, dataset_path = flags.pop("init"), flags.pop("dataset")
     flags["allow_cpu"] |= use_demo
     if list_outputs:
         print_keys(demo.CHECKPOINT if use_demo else init, DumpOptions(**flags), as_json=as_json)
         return
-    init, pool_path = _sources(init, pool_path, use_demo=use_demo)
+    init, dataset_path = _sources(init, dataset_path, use_demo=use_demo)
     options = DumpOptions(**flags)
     if not output or flags["indices"] == "":
         raise InvalidArgumentError(f"{option('output' if not output else 'indices')}: no name")
@@ -197,32 +196,32 @@ def dump_activations(
         with uncollected_imports():
             from dump_activations.api.dumping import dump_to_file, preview
             from dump_activations.commands.step_indices import read_step_indices
-            from dump_activations.pool.dataset import StepsDataset
+            from dump_activations.dataset.dataset import StepsDataset
         if options.allow_cpu and not has_device:
             options = replace(options, device=_device_there_is(options.device))
-        begin("opening the pool")
-        pool = StepsDataset(pool_path)
+        begin("opening the dataset")
+        dataset = StepsDataset(dataset_path)
         if flags["indices"] is not None:
             looked_up = counted(Phase("looking up the indices", "rows"))
-            steps = read_step_indices(Path(flags["indices"]), pool, looked_up)
+            steps = read_step_indices(Path(flags["indices"]), dataset, looked_up)
             options = replace(options, indices=steps)
         if dry_run:
-            show = partial(print_preview, preview(init, pool, Path(output), options))
+            show = partial(print_preview, preview(init, dataset, Path(output), options))
         else:
-            show = partial(print_summary, dump_to_file(init, pool, Path(output), options))
+            show = partial(print_summary, dump_to_file(init, dataset, Path(output), options))
     show(as_json=as_json)
 
 
-def _sources(init: str | None, pool: str | None, *, use_demo: bool) -> tuple[str, str]:
-    """Return the checkpoint and the pool that were given, or the demo's."""
-    for name, value in {"init": init, "dataset": pool}.items():
+def _sources(init: str | None, dataset: str | None, *, use_demo: bool) -> tuple[str, str]:
+    """Return the checkpoint and the dataset that were given, or the demo's."""
+    for name, value in {"init": init, "dataset": dataset}.items():
         if use_demo and value is not None:
             raise InvalidArgumentError(
                 f"{option(name)}: {option('demo')} brings its own; leave out one of them"
             )
         if not use_demo and not value:
             raise InvalidArgumentError(f"{option(name)}: required (or try {option('demo')})")
-    return (str(demo.CHECKPOINT), str(demo.POOL)) if use_demo else (init or "", pool or "")
+    return (str(demo.CHECKPOINT), str(demo.DATASET)) if use_demo else (init or "", dataset or "")
 
 
 def _device_there_is(device: str) -> str:

@@ -20,8 +20,7 @@ from dump_activations.errors import (
     OutputError,
     option,
 )
-from dump_activations.phases import BYTES, Phase, counted
-from dump_activations.progress.display import shown_progress
+from dump_activations.progress import BYTES, Phase, counted, shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

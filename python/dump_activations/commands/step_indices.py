@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dump_activations.dataset.indices import load_indices, step_indices
+from dump_activations.dataset.row_ids import RUN, STEPS
+from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
-from dump_activations.pool.indices import load_indices, step_indices
-from dump_activations.pool.row_ids import RUN, STEPS
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.inspection import inspect
-from dump_activations.tensor_names import LABEL_PREFIX
 
 if TYPE_CHECKING:
     from typing import Any
 
     from numpy.typing import NDArray
 
-    from dump_activations.phases import Count
-    from dump_activations.pool.dataset import StepsDataset
+    from dump_activations.dataset.dataset import StepsDataset
+    from dump_activations.progress import Count
     from dump_activations.storage.formats.contents import StoredTensor
 
 _NAME = "indices"
@@ -29,18 +29,18 @@ _STEPS = tuple(LABEL_PREFIX + name for name in STEPS)
 
 
 def read_step_indices(
-    path: Path, pool: StepsDataset, progress: Count | None = None
+    path: Path, dataset: StepsDataset, progress: Count | None = None
 ) -> NDArray[np.int64]:
     """Read step indices, int64 (n,), from a `.npy`, or `indices` of an `.npz` or a dump.
 
-    Where a dump is of another pool than this, its rows are found by what its labels say of them;
+    Where a dump is of another dataset than this, its rows are found by what its labels say of them;
     without such labels that is cause for a warning.
 
     Raises:
         IndicesNotFoundError: there is no such file.
-        IndicesError: there are no step indices in it, or their rows are not in the pool.
+        IndicesError: there are no step indices in it, or their rows are not in the dataset.
         OutputError: it is no whole file of its format.
-        PoolError: the rows are looked for, and one cannot be read.
+        DatasetError: the rows are looked for, and one cannot be read.
     """
     if path.suffix.lower() not in FORMATS:
         return load_indices(path)
@@ -50,17 +50,19 @@ def read_step_indices(
     tensors = {tensor.name: tensor for tensor in contents.tensors}
     if _NAME not in tensors:
         raise IndicesError(f"{path}: no {_NAME!r} in it, only {', '.join(tensors) or 'nothing'}")
-    if contents.metadata.get("dataset_sha256", pool.sha256) == pool.sha256:
+    if contents.metadata.get("dataset_sha256", dataset.sha256) == dataset.sha256:
         return _read(path, tensors[_NAME])
-    other = f"{path}: its indices are of another pool, {contents.metadata.get('dataset')}, or of "
-    other += f"other shards than {pool.path} has now"
+    other = (
+        f"{path}: its indices are of another dataset, {contents.metadata.get('dataset')}, or of "
+    )
+    other += f"other shards than {dataset.path} has now"
     steps = next((name for name in _STEPS if name in tensors), None)
     if steps is None or _RUN not in tensors:
         warn(f"{other}; with {option('labels', 'run_id,step_index')} its rows could be found here")
         return _read(path, tensors[_NAME])
     note(f"{other}; its rows are found by their run_id and step_index")
     run_ids, run_steps = _read(path, tensors[_RUN]), _read(path, tensors[steps])
-    return pool.locate(run_ids, run_steps, progress=progress)
+    return dataset.locate(run_ids, run_steps, progress=progress)
 
 
 def _read(path: Path, tensor: StoredTensor) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dump_activations.commands.console import print_json, print_parts
 from dump_activations.commands.tables import Table
 from dump_activations.errors import OutputError
-from dump_activations.units import size_text
+from dump_activations.text import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

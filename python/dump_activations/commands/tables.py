@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import click
 
-from dump_activations.commands.text import printable, width_of, wrapped
+from dump_activations.text import printable, width_of, wrapped
 
 _GAP = "  "
 # What the last column may be cut down to, if it holds text.

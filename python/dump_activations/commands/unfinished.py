@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dump_activations.commands.contents import FileContents
-from dump_activations.units import duration_text
+from dump_activations.text import duration_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""The checkpoint and the pool that `--demo` uses; README.md beside this file says what they are."""
+"""The checkpoint and the dataset that `--demo` uses; README.md beside this file says what they are."""
 
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-POOL = Path(__file__).parent / "pool"
+DATASET = Path(__file__).parent / "dataset"

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
-from dump_activations.board import CELLS, MOVES
+from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import (
     ActivationNotImplementedError,
     ActivationUnavailableError,

@@ -29,7 +29,7 @@ from dump_activations.model.state_dict import (
     warn_of_nonfinite,
     warn_of_others,
 )
-from dump_activations.phases import begin
+from dump_activations.progress import begin
 
 _HUB_SCHEME = "hf://"
 # Two norms, four projections of the attention and three of the MLP.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from reprlib import repr as brief
 from typing import Any, Literal, Self, get_args
 
-from dump_activations.board import CELLS, MOVES
+from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import CheckpointError
 
 HeadType = Literal["binned_ev", "action_policy", "none"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dump_activations.board import CELLS, MOVES
+from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.model.config import EncoderConfig
 
 

@@ -12,7 +12,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 from tqdm.std import tqdm  # type: ignore[import-untyped] # what the client's own bars are made of
 
-from dump_activations.phases import BYTES, Count, Phase, counted, reporter
+from dump_activations.progress import BYTES, Count, Phase, counted, reporter
 
 
 @contextmanager

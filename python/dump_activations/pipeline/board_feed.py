@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dump_activations import _rust
-from dump_activations.board import CELLS
+from dump_activations.dataset.columns import Values
+from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dataset.label_reader import LabelReader
+from dump_activations.dataset.matches import StepIndices
+from dump_activations.dtypes import CELLS, LABEL_PREFIX
 from dump_activations.errors import VocabularyError, option
-from dump_activations.pool.columns import Values
-from dump_activations.pool.dataset import StepsDataset
-from dump_activations.pool.label_reader import LabelReader
-from dump_activations.pool.matches import StepIndices
-from dump_activations.tensor_names import LABEL_PREFIX
 from dump_activations.timing import Stopwatch
 
 # Indices are read a window at a time: the more of them one read sees, the nearer its rows lie
@@ -62,7 +61,7 @@ class BoardBatch:
 
 
 def read_batch(
-    pool: StepsDataset,
+    dataset: StepsDataset,
     labels: LabelReader | None,
     indices: NDArray[np.int64],
     *,
@@ -72,7 +71,7 @@ def read_batch(
     """Read boards, and their labels from the same bytes of the shards.
 
     Args:
-        pool: where the steps are.
+        dataset: where the steps are.
         labels: reads what is wanted of the rows beside the boards; None for nothing.
         indices: global step indices, int64 (B,).
         first_row: place of the first board in the run.
@@ -81,7 +80,7 @@ def read_batch(
     boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
     values: Values = {}
     if labels is None:
-        pool.read_boards(indices, out=boards_BS.numpy(), cancel=cancel)
+        dataset.read_boards(indices, out=boards_BS.numpy(), cancel=cancel)
     else:
         values = labels.read(indices, boards_BS.numpy(), cancel)
     tensors = {name: torch.from_numpy(each) for name, each in values.items()}
@@ -89,7 +88,7 @@ def read_batch(
 
 
 def feed_boards(
-    pool: StepsDataset,
+    dataset: StepsDataset,
     indices: StepIndices,
     labels: LabelReader | None = None,
     *,
@@ -102,7 +101,7 @@ def feed_boards(
     """Yield the boards of the given steps, in batches; the last may be short.
 
     Args:
-        pool: where the steps are.
+        dataset: where the steps are.
         indices: global step indices.
         labels: reads what is wanted of the rows beside the boards.
         batch_size: boards a batch.
@@ -115,17 +114,19 @@ def feed_boards(
 
     Raises:
         VocabularyError: a board has an exponent the model has no embedding for.
-        PoolError: a shard cannot be read.
+        DatasetError: a shard cannot be read.
     """
 
     def read(first: int, stop: int) -> BoardBatch:
         with reading:
-            window = read_batch(pool, labels, indices[first:stop], first_row=first, cancel=cancel)
+            window = read_batch(
+                dataset, labels, indices[first:stop], first_row=first, cancel=cancel
+            )
             if window.boards_BS.numpy().max(initial=0) >= vocabulary:
                 # Reading this much again takes no time beside a run's.
                 begin = 0 if first < _LARGEST_WINDOW else first
                 counted_N = indices[begin : max(stop, _LARGEST_WINDOW)]
-                boards_NS = pool.read_boards(counted_N, cancel=cancel)
+                boards_NS = dataset.read_boards(counted_N, cancel=cancel)
                 raise _outside(boards_NS, counted_N, vocabulary, begin=begin, n=len(indices))
             return window
 

@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dump_activations.board import CELLS
 from dump_activations.chunks import Chunk
+from dump_activations.dtypes import CELLS
 from dump_activations.errors import DeviceError, option
 from dump_activations.model.capture import Capture
 from dump_activations.pipeline.compile_cache import use_own_cache

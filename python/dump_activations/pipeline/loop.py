@@ -80,7 +80,7 @@ class Loop:
         """
         plan = self._plan
         feed = feed_boards(
-            plan.pool,
+            plan.dataset,
             plan.indices,
             plan.labels,
             batch_size=plan.options.batch_size,

@@ -16,7 +16,7 @@ from dump_activations.errors import DeviceError
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.host_share import share_of_host
 from dump_activations.pipeline.shortage import PinnedMemoryError
-from dump_activations.units import size_text
+from dump_activations.text import size_text
 
 # Below this the forward would wait for each batch's consumer.
 _FEWEST_SLOTS = 2

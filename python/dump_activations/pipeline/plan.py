@@ -1,4 +1,4 @@
-"""A run that is checked and ready: model, pool, step indices, and what the tensors will be."""
+"""A run that is checked and ready: model, dataset, step indices, and what the tensors will be."""
 
 import math
 import os
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dump_activations import phases
-from dump_activations.board import CELLS
-from dump_activations.dtypes import STORAGE_DTYPES, TensorSpec
+from dump_activations import progress as phases
+from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dataset.label_reader import LabelReader
+from dump_activations.dataset.matches import StepIndices
+from dump_activations.dtypes import CELLS, LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
 from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
 from dump_activations.model.activations import (
     Activation,
@@ -35,11 +37,7 @@ from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.pinned import PinnedSlots
 from dump_activations.pipeline.shortage import model_shortage_named
 from dump_activations.place import Place
-from dump_activations.pool.dataset import StepsDataset
-from dump_activations.pool.label_reader import LabelReader
-from dump_activations.pool.matches import StepIndices
 from dump_activations.statistics import STATISTICS_PREFIX, statistics_specs
-from dump_activations.tensor_names import LABEL_PREFIX
 
 _ALONE = Place()
 _LARGE_TENSOR = 8 << 30
@@ -51,8 +49,8 @@ class Plan:
 
     Attributes:
         model: in eval mode, on `device`.
-        pool: where the boards come from.
-        indices: global step indices, all of them inside the pool; a slice is int64 (n,).
+        dataset: where the boards come from.
+        indices: global step indices, all of them inside the dataset; a slice is int64 (n,).
         indices_from: where they came from, for the file's metadata.
         labels: reads what is stored with the boards; None where nothing is.
         activations: what was asked for.
@@ -65,7 +63,7 @@ class Plan:
     """
 
     model: Encoder
-    pool: StepsDataset
+    dataset: StepsDataset
     indices: StepIndices
     indices_from: str
     labels: LabelReader | None
@@ -85,11 +83,11 @@ class Plan:
 
     @property
     def input_files(self) -> list[Path]:
-        """List the files of the model and the pool, and those that would be read in their place."""
+        """List the files of the model and the dataset, and those that would be read in their place."""
         checkpoint = self.model.checkpoint_files
         directories = {path.parent for path in checkpoint}
         preferred = [path for each in directories for path in preferred_files(each)]
-        return [*checkpoint, *preferred, *(shard.path for shard in self.pool.shards)]
+        return [*checkpoint, *preferred, *(shard.path for shard in self.dataset.shards)]
 
     @cached_property
     def board_tensors(self) -> list[BoardTensor]:
@@ -158,7 +156,7 @@ class Plan:
 
 def make_plan(
     init: str | os.PathLike[str] | Encoder,
-    pool: str | os.PathLike[str] | StepsDataset,
+    dataset: str | os.PathLike[str] | StepsDataset,
     options: Options,
     *,
     host_slots: int = 0,
@@ -168,7 +166,7 @@ def make_plan(
 
     Args:
         init: the checkpoint, or the model.
-        pool: the pool, or its directory.
+        dataset: the dataset, or its directory.
         options: what to compute and how.
         host_slots: how many batches there is to be room for on the host, where a CUDA device copies
             them. It is page-locked while the model is loaded.
@@ -179,9 +177,9 @@ def make_plan(
         PinnedMemoryError: this process's share of the host's memory is too small for the batches.
     """
     device = find_device(options.device, place)
-    if not isinstance(pool, StepsDataset):
-        phases.begin("opening the pool")
-        pool = StepsDataset(pool)
+    if not isinstance(dataset, StepsDataset):
+        phases.begin("opening the dataset")
+        dataset = StepsDataset(dataset)
     if isinstance(init, Encoder) and options.random_init:
         raise InvalidArgumentError(
             f"{option('random_init')}: the model is loaded already; give load_encoder "
@@ -192,7 +190,7 @@ def make_plan(
 
         def begin(config: EncoderConfig) -> None:
             nonlocal slots
-            shapes = _shapes_at_most(config, len(pool), options)
+            shapes = _shapes_at_most(config, len(dataset), options)
             if host_slots and shapes and device.type == "cuda":
                 slots = PinnedSlots(shapes, _storage_dtype(options), device, count=host_slots)
                 exits.enter_context(slots)
@@ -209,8 +207,8 @@ def make_plan(
         if options.layers is not None and not any(each.per_layer for each in activations):
             keys = ", ".join(each.key for each in activations)
             warn(f"{option('layers')}: no layers to choose from in {keys}")
-        labels = pool.label_reader(options.labels) if options.labels else None
-        indices, indices_from = _step_indices(pool, options)
+        labels = dataset.label_reader(options.labels) if options.labels else None
+        indices, indices_from = _step_indices(dataset, options)
         weights = {
             name: tensor.detach().cpu()
             for activation in activations
@@ -219,7 +217,7 @@ def make_plan(
         }
         return Plan(
             model=model,
-            pool=pool,
+            dataset=dataset,
             indices=indices,
             indices_from=indices_from,
             labels=labels,
@@ -254,7 +252,7 @@ def _board_tensors(
 
 
 def _shapes_at_most(
-    config: EncoderConfig, pool_rows: int, options: Options
+    config: EncoderConfig, dataset_rows: int, options: Options
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a full batch's tensors, or of larger ones where a filter leaves fewer.
 
@@ -264,7 +262,7 @@ def _shapes_at_most(
         most = np.asarray(options.indices).size
     elif options.steps is not None:
         assert isinstance(options.steps, slice)
-        most = len(range(pool_rows)[options.steps])
+        most = len(range(dataset_rows)[options.steps])
     else:
         most = options.n_samples
     layers = find_layers("layers", options.layers, config.num_hidden_layers)
@@ -274,23 +272,23 @@ def _shapes_at_most(
     return {tensor.name: (rows, *tensor.shape) for tensor in tensors}
 
 
-def _step_indices(pool: StepsDataset, options: Options) -> tuple[StepIndices, str]:
+def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices, str]:
     """Return the step indices of a run, and say where they came from."""
     phases.begin("choosing the steps")
     if options.indices is not None:
-        return pool.check_indices(options.indices), "given"
+        return dataset.check_indices(options.indices), "given"
     assert not isinstance(options.steps, str)
     progress = options.scan_progress
     if options.where is not None:
-        progress = phases.counted(phases.Phase("scanning the pool", "rows"), also=progress)
-    steps = pool.matches(options.where, options.steps, progress=progress)
+        progress = phases.counted(phases.Phase("scanning the dataset", "rows"), also=progress)
+    steps = dataset.matches(options.where, options.steps, progress=progress)
     if options.steps is None:
         replaced = options.n_samples > len(steps)
-        drawn = pool.draw_from(steps, options.n_samples, options.seed)
+        drawn = dataset.draw_from(steps, options.n_samples, options.seed)
         return drawn, "draw with replacement" if replaced else "draw"
     if len(steps) == 0:
-        raise IndicesError(f"{option('where')}: no row of {pool.path} passes")
-    wanted = range(len(pool))[options.steps]
+        raise IndicesError(f"{option('where')}: no row of {dataset.path} passes")
+    wanted = range(len(dataset))[options.steps]
     return steps, f"steps {wanted.start}:{wanted.stop}:{wanted.step}"
 
 

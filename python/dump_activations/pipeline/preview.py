@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from dump_activations.dtypes import TensorSpec
 from dump_activations.pipeline.plan import Plan
-from dump_activations.units import size_text
+from dump_activations.text import size_text
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from importlib.metadata import version
 
 import torch
 
+from dump_activations.dataset.expressions import Expression
+from dump_activations.dataset.matches import StepIndices
 from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import device_name
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pool.expressions import Expression
-from dump_activations.pool.matches import StepIndices
 
 # Indices that are digested at once.
 _PIECE = 1 << 20
@@ -38,9 +38,9 @@ def metadata(plan: Plan) -> dict[str, str]:
         "torch_version": torch.__version__,
         "device": device_name(plan.device),
         "batch_size": str(options.batch_size),
-        "dataset": str(plan.pool.path),
-        "dataset_rows": str(len(plan.pool)),
-        "dataset_sha256": plan.pool.sha256,
+        "dataset": str(plan.dataset.path),
+        "dataset_rows": str(len(plan.dataset)),
+        "dataset_sha256": plan.dataset.sha256,
         "indices_from": plan.indices_from,
         **_selection_metadata(plan),
         **({"stats": "true"} if plan.has_statistics else {}),
@@ -73,7 +73,7 @@ def _other_dtypes(model: Encoder) -> str | None:
 def fingerprint(plan: Plan) -> dict[str, str]:
     """Name everything that determines the bytes of a run's tensors, beside what its metadata says.
 
-    Of the pool it takes the shards' names, sizes and rows' layout, not their rows.
+    Of the dataset it takes the shards' names, sizes and rows' layout, not their rows.
     """
     threads = str(torch.get_num_threads()) if plan.device.type == "cpu" else "any"
     return {

@@ -18,8 +18,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from dump_activations.board import CELLS
 from dump_activations.chunks import Chunk
+from dump_activations.dtypes import CELLS
 from dump_activations.pipeline.board_feed import BoardBatch
 from dump_activations.pipeline.cuda_timing import CudaStopwatch
 from dump_activations.pipeline.device import current

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.phases import Count
+from dump_activations.progress import Count
 from dump_activations.report import charts
 from dump_activations.report.figures import OUTLIER, KeyFigures, key_figures
 from dump_activations.report.markup import Markup, number_text, percent_text, tag

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.board import CELLS, MOVES
-from dump_activations.pool.game import empty_cells, legal_moves, max_exponent
+from dump_activations.dataset.game import empty_cells, legal_moves, max_exponent
+from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.report import charts
 from dump_activations.report.markup import Markup, percent_text, tag
 from dump_activations.report.moves import NAMES

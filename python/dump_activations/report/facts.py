@@ -7,7 +7,7 @@ from dump_activations.report.tables import table
 from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.storage.reading.inspection import Inspection
-from dump_activations.units import size_text
+from dump_activations.text import size_text
 
 # What a reader looks for, in groups; other metadata follows under the last title.
 _GROUPS = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.board import CELLS
+from dump_activations.dtypes import CELLS
 from dump_activations.report.source import Floats, Source
 
 Array = NDArray[np.float64]

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.board import MOVES
+from dump_activations.dtypes import MOVES
 from dump_activations.report import charts
 from dump_activations.report.boards import short_tile_text, step_bins
 from dump_activations.report.markup import Markup, percent_text, tag

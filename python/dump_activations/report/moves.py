@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.pool.game import legal_moves
+from dump_activations.dataset.game import legal_moves
 from dump_activations.report.source import Floats, Source
 
 NAMES = ("up", "down", "left", "right")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dump_activations.phases import Count
+from dump_activations.progress import Count
 from dump_activations.report import (
     activations,
     attention,

@@ -10,11 +10,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.board import CELLS, MOVES
+from dump_activations.dtypes import CELLS, LABEL_PREFIX, MOVES
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.statistics import STATISTICS, STATISTICS_PREFIX
 from dump_activations.storage.reading.activations_file import ActivationsFile
-from dump_activations.tensor_names import LABEL_PREFIX
 
 Floats = NDArray[np.float32]
 
@@ -24,7 +23,7 @@ MOST_BOARDS = 1_000_000
 # Bytes of one activation key, in fp32, that are read: few where the file has its statistics.
 _MOST_NBYTES, _FEW_NBYTES = 128 << 20, 32 << 20
 
-# Fields of the rows that say how far the game was, by the name in each kind of pool.
+# Fields of the rows that say how far the game was, by the name in each kind of dataset.
 _STEP_LABELS = ("step_index", "step_idx")
 
 _MOVE_LABELS = ("move_dir", "move")

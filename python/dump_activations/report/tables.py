@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dump_activations.board import CELLS
+from dump_activations.dtypes import CELLS
 from dump_activations.report.markup import Markup, percent_text, tag
 
 # Depths of the one colour of numbers, as classes of `page.css`.

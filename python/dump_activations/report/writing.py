@@ -7,8 +7,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from dump_activations.errors import OutputError, option
-from dump_activations.phases import Count, Phase, counted
-from dump_activations.progress.display import shown_progress
+from dump_activations.progress import Count, Phase, counted, shown_progress
 from dump_activations.report.page import DOCTYPE, GENERATOR, render
 
 # The line that names it stands at the start.

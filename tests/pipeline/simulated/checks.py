@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reference.checkpoints import VARIANTS
-from reference.pools import make_pool
+from reference.datasets import make_dataset
 from simulated.policies import at_random
 
 KEYS = ["layer_outputs", "pooled"]
@@ -27,10 +27,10 @@ def one_thread():
 
 
 def run_arguments(directory, **options):
-    """Return the arguments of a run of `KEYS`, whose model and pool are made in a directory."""
+    """Return the arguments of a run of `KEYS`, whose model and dataset are made in a directory."""
     return {
         "init_or_model": VARIANTS["one-layer"](directory / "checkpoint").init,
-        "dataset_or_path": make_pool(directory / "pool", "packed_46", n=97).path,
+        "dataset_or_path": make_dataset(directory / "dataset", "packed_46", n=97).path,
         "outputs": KEYS,
         **options,
     }

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.dtypes import DTYPES
+from dump_activations.dtypes import DTYPES, LABEL_PREFIX
 from dump_activations.errors import InvalidArgumentError, option, switch
 from dump_activations.storage.reading.catalog import Key
 from dump_activations.storage.reading.rows import Rows, row_numbers
 from dump_activations.storage.reading.tensor_files import TensorFiles
-from dump_activations.tensor_names import LABEL_PREFIX
 
 if TYPE_CHECKING:
     import torch

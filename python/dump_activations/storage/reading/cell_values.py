@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations import _rust
-from dump_activations.board import CELLS
-from dump_activations.dtypes import DTYPES
+from dump_activations.dtypes import CELLS, DTYPES
 from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.storage.reading.catalog import Key, Part
 from dump_activations.storage.reading.tensor_files import TensorFiles

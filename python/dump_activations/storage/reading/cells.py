@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dump_activations import _rust
-from dump_activations.board import CELLS
+from dump_activations.dtypes import CELLS
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
 from dump_activations.storage.reading.cell_batch import CellBatch, KeyedCells
 from dump_activations.storage.reading.cell_order import CellOrder, Stretch

@@ -1,0 +1,1 @@
+"""Datasets of recorded steps: shards, step indices, boards."""

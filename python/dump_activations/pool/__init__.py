@@ -1,1 +1,0 @@
-"""Pools of recorded steps: shards, step indices, boards."""

@@ -1,1 +1,0 @@
-"""How it is shown what a run is doing, while it does."""

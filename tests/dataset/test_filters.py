@@ -1,0 +1,291 @@
+"""Filters against Python itself, one row at a time, and filtered draws against NumPy."""
+
+import math
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alarm import interrupted_soon
+from dump_activations import StepsDataset
+from dump_activations.dataset import scan
+from dump_activations.errors import (
+    DatasetError,
+    DumpActivationsWarning,
+    IndicesError,
+    InvalidArgumentError,
+)
+from reference.datasets import ROW_DTYPES, encode_rows, random_boards, write_shards
+
+N = 203
+UNSIGNED_64 = [0, 1, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1]
+FLOATS = [0.0, -0.0, 1.5, -2.25, math.inf, -math.inf, math.nan]
+
+
+def made_rows(layout, seed):
+    """Return rows whose values are small often enough for comparisons to go both ways."""
+    boards = random_boards(N, seed=seed, largest=15)
+    rows = encode_rows(boards, layout, seed=seed)
+    rng = np.random.default_rng(seed)
+    for name in rows.dtype.names:
+        if name in ("board", "exps", "tile_65536_mask"):
+            continue
+        dtype, shape = rows.dtype[name].base, (N, *rows.dtype[name].shape)
+        small = rng.integers(0, 4, shape)
+        odd = rng.choice(FLOATS if dtype.kind == "f" else [0, 1, 2], shape)
+        if name == "run_id" and dtype.itemsize == 8:
+            odd = rng.choice(np.array(UNSIGNED_64, np.uint64), shape)
+        chosen = rng.integers(0, 3, shape)
+        rows[name] = np.where(
+            chosen == 0, small.astype(dtype), np.where(chosen == 1, odd.astype(dtype), rows[name])
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """Return datasets of one and several layouts and shards, as (dataset, values of each row)."""
+    root = tmp_path_factory.mktemp("datasets")
+    made = []
+    for layout in ROW_DTYPES:
+        rows = made_rows(layout, seed=1)
+        write_shards(root / layout, rows, [70, 0, 1, N - 71])
+        made.append((StepsDataset(root / layout), values_of(rows)))
+    mixed = [made_rows("packed_46", seed=2), made_rows("aligned_48", seed=3)]
+    write_shards(root / "mixed", mixed[0], [N])
+    np.save(root / "mixed" / "steps-00001.npy", mixed[1])
+    made.append((StepsDataset(root / "mixed"), [row for rows in mixed for row in values_of(rows)]))
+    return made
+
+
+def values_of(rows):
+    """Name the numbers of each row as a filter does, as Python's own."""
+    values = []
+    for row in rows:
+        named = {}
+        for name in rows.dtype.names:
+            if row[name].shape:
+                named |= {f"{name}_{i}": value.item() for i, value in enumerate(row[name])}
+            else:
+                named[name] = row[name].item()
+        values.append(named)
+    return values
+
+
+@st.composite
+def integers(draw, names, depth=2):
+    kind = draw(st.integers(0, 2 if depth == 0 else 6))
+    if kind == 0:
+        return str(draw(st.one_of(st.integers(0, 4), st.sampled_from([255, 2**31, *UNSIGNED_64]))))
+    if kind <= 2:
+        return draw(st.sampled_from(names))
+    if kind == 3:
+        return f"{draw(st.sampled_from('-+~'))}({draw(integers(names, depth - 1))})"
+    op = draw(st.sampled_from(["+", "-", "*", "//", "%", "&", "|"]))
+    return f"({draw(integers(names, depth - 1))} {op} {draw(integers(names, depth - 1))})"
+
+
+@st.composite
+def floats(draw, names, small, depth=2):
+    kind = draw(st.integers(0, 1 if depth == 0 else 4))
+    if kind == 0 or (kind == 1 and not names):
+        return str(draw(st.sampled_from([0.0, 0.1, 1.5, 2.0])))
+    if kind == 1:
+        return draw(st.sampled_from(names))
+    if kind == 2:
+        return f"({draw(st.sampled_from(small))} / {draw(st.sampled_from([*small, '2']))})"
+    op = draw(st.sampled_from(["+", "-", "*", "/", "//", "%"]))
+    others = st.one_of(floats(names, small, depth - 1), st.sampled_from(small))
+    return f"({draw(floats(names, small, depth - 1))} {op} {draw(others)})"
+
+
+@st.composite
+def conditions(draw, values, depth=2):
+    """Return a filter, and Python's expression of the same: its `~` means bits."""
+    if depth and draw(st.integers(0, 2)):
+        kind = draw(st.sampled_from(["and", "or", "not", "&", "|", "~"]))
+        left, expected = draw(conditions(values, depth - 1))
+        if kind in ("not", "~"):
+            return f"({kind} ({left}))", f"(not ({expected}))"
+        right, other = draw(conditions(values, depth - 1))
+        return f"(({left}) {kind} ({right}))", f"(({expected}) {kind} ({other}))"
+    whole = [name for name, value in values.items() if isinstance(value, int)]
+    fractions = [name for name, value in values.items() if isinstance(value, float)]
+    small = [name for name in whole if name not in ("board", "run_id")]
+    numbers = integers(whole)
+    if small and draw(st.booleans()):
+        numbers = floats(fractions, small)
+    ops = draw(
+        st.lists(st.sampled_from(["<", "<=", "==", "!=", ">", ">="]), min_size=1, max_size=2)
+    )
+    text = draw(numbers) + "".join(f" {op} {draw(numbers)}" for op in ops)
+    return text, text
+
+
+@given(st.data(), st.sampled_from([8, 64, 1 << 18]))
+@settings(max_examples=400)
+def test_filters_mean_what_python_means(datasets, data, chunk_rows):
+    ds, values = data.draw(st.sampled_from(datasets))
+    where, reference = data.draw(conditions(values[0]))
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, len(ds)), st.integers(0, len(ds)))))
+    steps = range(start, stop + 1, data.draw(st.integers(1, 9)))
+    looked_at = [step for step in steps if step < len(ds)]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(scan, "CHUNK_ROWS", chunk_rows)
+        warnings.simplefilter("ignore", SyntaxWarning)
+        if not looked_at:
+            return
+        wanted = slice(steps.start, steps.stop, steps.step)
+        code = compile(reference, "reference", "eval")
+        try:
+            expected = [step for step in looked_at if eval(code, {}, values[step])]
+        except ZeroDivisionError:
+            with pytest.raises((DatasetError, InvalidArgumentError), match="divides by zero"):
+                ds.find(where, wanted)
+            return
+        found = ds.find(where, wanted)
+        assert found.dtype == np.int64
+        assert found.tolist() == expected
+
+
+@given(st.data(), st.integers(1, 300), st.integers(0, 2**64))
+def test_filtered_draws_are_numpys(datasets, data, n, seed):
+    ds, values = data.draw(st.sampled_from(datasets))
+    name = data.draw(st.sampled_from([name for name in values[0] if name != "board"]))
+    where = f"{name} <= {data.draw(st.integers(0, 3))}"
+    matches = np.flatnonzero([eval(where, {}, row) for row in values])
+    rng = np.random.default_rng(seed)
+    if len(matches) == 0:
+        with pytest.raises(IndicesError, match=r"no row of .* passes"):
+            ds.sample_indices(n, seed, where=where)
+    elif n > len(matches):
+        with pytest.warns(DumpActivationsWarning, match=f"{len(matches)} rows that pass"):
+            drawn = ds.sample_indices(n, seed, where=where)
+        np.testing.assert_array_equal(drawn, matches[rng.integers(0, len(matches), n)])
+    else:
+        drawn = ds.sample_indices(n, seed, where=where)
+        np.testing.assert_array_equal(drawn, rng.choice(matches, n, replace=False))
+
+
+def test_a_filter_over_labels_and_runs(demo_dataset):
+    ds = StepsDataset(demo_dataset)
+    labels = ds.read_labels(range(len(ds)), "empty_cells,legal_moves,run_seed,max_in_corner")
+    where = "empty_cells > 6 and legal_moves_0 == 0 and run_seed != 44 or max_in_corner == 0"
+    expected = (labels["empty_cells"] > 6) & (labels["legal_moves"][:, 0] == 0)
+    expected = (expected & (labels["run_seed"] != 44)) | (labels["max_in_corner"] == 0)
+    np.testing.assert_array_equal(ds.find(where), np.flatnonzero(expected))
+    assert 0 < expected.sum() < len(ds)
+
+
+def test_python_does_not_come_to_a_division_behind_an_and(demo_dataset):
+    ds = StepsDataset(demo_dataset)
+    guarded = ds.find("step_index != 0 and 100 // step_index == 7")
+    steps = ds.read_labels(range(len(ds)), "step_index")["step_index"]
+    np.testing.assert_array_equal(guarded, np.flatnonzero(np.isin(steps, [13, 14])))
+    for unguarded in ("(step_index != 0) & (100 // step_index == 7)", "100 / step_index > 7"):
+        with pytest.raises(DatasetError, match=r"'100 //? step_index' divides by zero at step 0;"):
+            ds.find(unguarded)
+
+
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [
+        ("", ["no expression"]),
+        ("max_rank >=", ["max_rank >=", "invalid syntax"]),
+        ("max_rank = 3", ["max_rank = 3"]),
+        ("max_rank >= 11; 1", ["no expression"]),
+        ("(" * 5000, ["no expression"]),
+        ("max_rank > 1\0", ["no expression"]),
+        ("~" * 5000 + "max_rank > 1", ["where"]),
+        (" + ".join(["max_rank"] * 5000) + " > 1", ["too long"]),
+        ("__import__('os').system('true')", ["calls nothing"]),
+        ("max_rank.real > 1", ["max_rank.real"]),
+        ("max_rank[0] > 1", ["max_rank[0]"]),
+        ("(lambda: 1) > 1", ["lambda"]),
+        ("max_rank if 1 else 2", ["if 1 else 2"]),
+        ("(x := 3) > 2", ["x := 3"]),
+        ("max_rank in (1, 2)", ["max_rank in (1, 2)"]),
+        ("max_rank > '1'", ["'1'"]),
+        ("max_rank > 1j", ["1j"]),
+        ("max_rank ** 2 > 1", ["max_rank ** 2"]),
+        ("max_rnk > 1", ["max_rnk", "max_rank", "branch_evs", "empty_cells", "run_seed"]),
+        ("branch_evs > 1", ["branch_evs_0 to branch_evs_3"]),
+        ("branch_evs_4 > 1", ["branch_evs_4"]),
+        ("branch_evs_0_0 > 1", ["branch_evs_0_0"]),
+        ("max_rank", ["is a number"]),
+        ("max_rank and 1 < 2", ["'max_rank' is a number"]),
+        ("not max_rank", ["'max_rank' is a number"]),
+        ("(max_rank > 1) & step_index", ["parentheses"]),
+        ("(max_rank > 1) + 1 > 1", ["parentheses"]),
+        ("(max_rank > 1) == 1", ["parentheses"]),
+        ("-(max_rank > 1) == 1", ["no sign"]),
+        ("~branch_evs_0 > 1", ["fraction"]),
+        ("branch_evs_0 & 1 > 0", ["parentheses"]),
+    ],
+)
+def test_wrong_filters(where, names, demo_dataset):
+    with pytest.raises(InvalidArgumentError) as caught:
+        StepsDataset(demo_dataset).find(where)
+    for name in ["where", *names]:
+        assert name in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_an_empty_range(demo_dataset):
+    ds = StepsDataset(demo_dataset)
+    with pytest.raises(InvalidArgumentError, match=f"steps: 5:5:1 is empty; .* {len(ds)} rows"):
+        ds.find("max_rank > 1", slice(5, 5))
+    assert ds.find("max_rank > 99").tolist() == []
+
+
+def test_a_field_that_only_some_shards_have(tmp_path):
+    np.save(tmp_path / "steps-0.npy", np.zeros(3, [("board", "<u8"), ("move", "u1")]))
+    np.save(tmp_path / "steps-1.npy", np.zeros(3, [("board", "<u8"), ("move", "i1"), ("x", "u1")]))
+    ds = StepsDataset(tmp_path)
+    with pytest.raises(
+        DatasetError, match=r"steps-0\.npy: its rows have no 'x', which .*steps-1\.npy"
+    ):
+        ds.find("x > 0")
+    with pytest.raises(DatasetError, match=r"steps-1\.npy: its rows have 'move' as int8, .* uint8"):
+        ds.find("move > 0")
+
+
+def test_a_shard_cut_short_after_it_was_opened(tmp_path):
+    rows = made_rows("packed_46", seed=0)
+    write_shards(tmp_path, rows, [N])
+    ds = StepsDataset(tmp_path)
+    path = tmp_path / "steps-00000.npy"
+    path.write_bytes(path.read_bytes()[: -46 * 10 + 3])
+    with pytest.raises(DatasetError, match=rf"steps-00000\.npy: step {N - 10} cannot be read"):
+        ds.find("max_rank > 1")
+
+
+def test_progress_is_reported_in_the_callers_thread(demo_dataset, monkeypatch):
+    monkeypatch.setattr(scan, "CHUNK_ROWS", 64)
+    ds = StepsDataset(demo_dataset)
+    reports = []
+    ds.find(
+        "max_rank > 1",
+        progress=lambda done, of: reports.append((done, of, threading.current_thread())),
+    )
+    done, of, thread = reports[-1]
+    assert (done, of, thread) == (len(ds), len(ds), threading.current_thread())
+    assert [done for done, _, _ in reports] == sorted(done for done, _, _ in reports)
+
+
+def test_a_signal_interrupts_a_scan(demo_dataset, monkeypatch):
+    threads = threading.active_count()
+    monkeypatch.setattr(scan, "CHUNK_ROWS", 8)
+    ds = StepsDataset(demo_dataset)
+    with interrupted_soon():
+        for _ in range(1000):
+            ds.find("merges_0 + merges_2 > 100")
+    for _ in range(100):  # one whose start was interrupted may have to end yet
+        if threading.active_count() == threads:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == threads

@@ -1,0 +1,344 @@
+"""Labels against NumPy's reading of the shards, a naive game, and SQLite."""
+
+import os
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from dump_activations import StepsDataset
+from dump_activations.dataset.labels import BOARD_LABELS
+from dump_activations.errors import DatasetError, InvalidArgumentError, StepIndexError
+from reference.datasets import ROW_DTYPES, make_dataset, read_dataset, write_shards
+from reference.game import describe
+
+STORED = {"u1": "u1", "i1": "i8", "u2": "i8", "i4": "i8", "u4": "i8", "f4": "f4", "f8": "f8"}
+
+
+def expected_label(values):
+    """Store a field as labels are: its values are Python's own."""
+    code = values.dtype.str[1:]
+    return values.astype(STORED.get(code, "i8"))
+
+
+def assert_labels(labels, rows, names):
+    assert sorted(labels) == sorted(names)
+    for name in names:
+        expected = expected_label(rows[name])
+        assert labels[name].dtype == expected.dtype, name
+        assert labels[name].tobytes() == np.ascontiguousarray(expected).tobytes(), name
+
+
+@pytest.mark.parametrize("layout", ROW_DTYPES)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_all_fields_of_every_layout(layout, shards, tmp_path):
+    rows = make_dataset(tmp_path / "made", layout, n=1000).rows
+    if "run_id" in rows.dtype.names:
+        rows["run_id"] >>= 1  # what does not fit into int64 is tested below
+    write_shards(tmp_path / "dataset", rows, [1000] if shards == 1 else [3, 0, 997])
+    ds = StepsDataset(tmp_path / "dataset")
+    indices = np.random.default_rng(0).integers(0, 1000, 2000)
+    names = [name for name in rows.dtype.names if name != "board"]
+    assert_labels(ds.read_labels(indices, "all"), rows[indices], names)
+
+
+def test_shards_that_hold_the_fields_elsewhere(tmp_path):
+    packed = make_dataset(tmp_path / "packed", "packed_46", n=60, seed=1).rows
+    aligned = make_dataset(tmp_path / "aligned", "aligned_48", n=50, seed=2).rows
+    for number, rows in enumerate([packed, aligned, packed[:7]]):
+        np.save(tmp_path / f"steps-{number}.npy", rows)
+    rows = np.concatenate([packed, aligned.astype(packed.dtype), packed[:7]])
+    ds = StepsDataset(tmp_path)
+    indices = np.random.default_rng(0).permutation(117)
+    names = ["branch_evs", "move_dir", "board_eval"]
+    assert_labels(ds.read_labels(indices, names), rows[indices], names)
+
+
+def test_byte_orders_widths_and_what_is_no_number(tmp_path):
+    fields = [("board", "<u8"), ("a", ">u2", (2, 3)), ("b", "?"), ("c", "<f2"), ("d", ">f8")]
+    others = [("s", "S3"), ("z", "<c8"), ("n", [("x", "u1")]), ("t", "<M8[s]"), ("e", "u1", (0,))]
+    rows = np.zeros(9, np.dtype([*fields, *others]))
+    rng = np.random.default_rng(0)
+    rows["a"], rows["b"] = rng.integers(0, 2**16, (9, 2, 3)), rng.integers(0, 2, 9)
+    rows["c"], rows["d"] = rng.normal(size=(2, 9))
+    np.save(tmp_path / "steps.npy", rows)
+    ds = StepsDataset(tmp_path)
+    labels = ds.read_labels(range(9), "all")
+    dtypes = {"a": "i8", "b": "u1", "c": "f4", "d": "f8"}
+    assert {name: values.dtype for name, values in labels.items()} == dtypes
+    for name, values in labels.items():
+        np.testing.assert_array_equal(values, rows[name])
+    assert list(ds.read_labels([0], ["a_1_2"])) == ["a_1_2"]
+    np.testing.assert_array_equal(ds.read_labels(range(9), "a_1_2")["a_1_2"], rows["a"][:, 1, 2])
+    for name, dtype in [("s", "S3"), ("z", "complex64"), ("t", "datetime64"), ("e", "uint8")]:
+        with pytest.raises(InvalidArgumentError, match=rf"labels: '{name}' is .*{dtype}"):
+            ds.read_labels([0], name)
+
+
+def test_a_value_that_does_not_fit_names_its_row(tmp_path):
+    rows = make_dataset(tmp_path / "made", "selfplay_v1", n=40).rows
+    rows["run_id"] = 2**63 - 1
+    rows["run_id"][23] = 2**63 + 5
+    write_shards(tmp_path / "dataset", rows, [20, 20])
+    ds = StepsDataset(tmp_path / "dataset")
+    assert ds.read_labels([0], "run_id")["run_id"] == [2**63 - 1]
+    with pytest.raises(DatasetError, match=r"step 23: its 'run_id', 9223372036854775813, does not"):
+        ds.read_labels(range(39, -1, -1), "run_id")
+
+
+def test_board_labels_are_those_of_a_naive_game(tmp_path, demo_dataset):
+    """Sparse, crowded and random boards, every line of four small tiles, and real ones."""
+    rng = np.random.default_rng(0)
+    largest = rng.integers(1, 17, (100_000, 1))
+    boards = rng.integers(0, largest + 1, (100_000, 16)).astype(np.uint8)
+    boards[rng.random(boards.shape) < rng.random((100_000, 1))] = 0
+    every_line = np.array(list(np.ndindex(4, 4, 4, 4)), np.uint8)
+    boards[:256, :4] = every_line
+    boards[256:512, 1::4] = every_line
+    boards[512] = 0
+    rows = np.zeros(len(boards), ROW_DTYPES["selfplay_v1"])
+    rows["exps"] = boards
+    np.save(tmp_path / "steps.npy", rows)
+    for ds in (StepsDataset(tmp_path), StepsDataset(demo_dataset)):
+        labels = ds.read_labels(range(len(ds)), list(BOARD_LABELS))
+        described = [describe(tuple(board)) for board in ds.read_boards(range(len(ds))).tolist()]
+        for name in BOARD_LABELS:
+            assert labels[name].dtype == np.uint8
+            np.testing.assert_array_equal(labels[name], [each[name] for each in described])
+
+
+def test_the_recorded_moves_are_legal(demo_dataset):
+    """The player of the demo knew the rules: bits of `ev_legal` are up, down, left, right."""
+    rows = read_dataset(demo_dataset)
+    legal = StepsDataset(demo_dataset).read_labels(range(len(rows)), "legal_moves")["legal_moves"]
+    recorded = np.unpackbits(rows["ev_legal"][:, None], axis=1, bitorder="little")[:, :4]
+    np.testing.assert_array_equal(legal, recorded)
+
+
+def test_exponents_beyond_those_of_a_packed_board(tmp_path):
+    rows = np.zeros(2, ROW_DTYPES["selfplay_v1"])
+    rows["exps"][0, :3] = [255, 0, 255]
+    rows["exps"][1, :2] = [200, 201]
+    np.save(tmp_path / "steps.npy", rows)
+    labels = StepsDataset(tmp_path).read_labels([0, 1], "merges,max_exponent,legal_moves")
+    assert labels["merges"].tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
+    assert labels["max_exponent"].tolist() == [255, 201]
+    assert labels["legal_moves"].tolist() == [[0, 1, 1, 1], [0, 1, 0, 1]]
+
+
+def test_run_labels_are_those_of_the_database(demo_dataset):
+    ds = StepsDataset(demo_dataset)
+    with sqlite3.connect(f"file:{demo_dataset}/metadata.db?mode=ro", uri=True) as database:
+        runs = {run: row for run, *row in database.execute(
+            "SELECT id, seed, steps, max_score, highest_tile FROM runs"
+        )}  # fmt: skip
+    indices = np.random.default_rng(0).integers(0, len(ds), 3000)
+    rows = read_dataset(demo_dataset)[indices]
+    labels = ds.read_labels(indices, "run_*")
+    assert list(labels) == ["run_id", "run_seed", "run_steps", "run_max_score", "run_highest_tile"]
+    expected = np.array([runs[run] for run in rows["run_id"].tolist()])
+    for at, name in enumerate(["run_seed", "run_steps", "run_max_score", "run_highest_tile"]):
+        assert labels[name].dtype == np.int64
+        np.testing.assert_array_equal(labels[name], expected[:, at])
+
+
+RUNS = "CREATE TABLE runs (id INT, seed, steps INT, max_score INT, highest_tile INT);"
+ROW = "INSERT INTO runs VALUES (0, 5, 6, 7, 8);"
+DATABASES = {
+    "no-table": ("CREATE TABLE other (id INT);", "it has no table 'runs'"),
+    "view": (f"{RUNS.replace('runs', 'r')} CREATE VIEW runs AS SELECT * FROM r;", "no table"),
+    "virtual": ("CREATE VIRTUAL TABLE runs USING fts5(id, seed);", "it has no table 'runs'"),
+    "no-column": ("CREATE TABLE runs (id INT);", "no column 'seed', only id"),
+    "no-runs": (RUNS, "is empty"),
+    "text": (f"{RUNS} INSERT INTO runs VALUES (0, 'five', 6, 7, 8);", "run 0 has no whole number"),
+    "blob": (
+        f"{RUNS} INSERT INTO runs VALUES (zeroblob(30000000), 5, 6, 7, 8);",
+        "too big",
+    ),
+    "null": (f"{RUNS} INSERT INTO runs VALUES (0, NULL, 6, 7, 8);", "no whole number"),
+    "fraction": (f"{RUNS} INSERT INTO runs VALUES (0, 1.5, 6, 7, 8);", "no whole number"),
+    "twice": (f"{RUNS} {ROW} {ROW}", "run 0 is in it twice"),
+    "another-run": (f"{RUNS} {ROW}", "no run 1, which steps are of; it has 1 runs, 0 to 0"),
+}
+
+
+def dataset_with_database(demo_dataset, directory, script):
+    shutil.copytree(demo_dataset, directory, ignore=shutil.ignore_patterns("metadata.db"))
+    with closing(sqlite3.connect(directory / "metadata.db")) as database:
+        database.executescript(script)
+    return StepsDataset(directory)
+
+
+@pytest.mark.parametrize("case", DATABASES)
+def test_databases_that_cannot_be_used(case, demo_dataset, tmp_path):
+    script, expected = DATABASES[case]
+    ds = dataset_with_database(demo_dataset, tmp_path / "dataset", script)
+    with pytest.raises(DatasetError, match=rf"metadata\.db: .*{expected}"):
+        ds.read_labels(range(700), "run_seed")
+
+
+def test_what_is_no_database(demo_dataset, tmp_path):
+    shutil.copytree(demo_dataset, tmp_path / "dataset")
+    database = tmp_path / "dataset" / "metadata.db"
+    content = database.read_bytes()
+    no_text = content.replace(b"CREATE TABLE", b"CR\xb8ATE TABLE")
+    for damaged in (
+        b"",
+        b"no database" * 99,
+        content[:5000],
+        content[:99] + b"\xff" * 9000,
+        no_text,
+    ):
+        database.write_bytes(damaged)
+        with pytest.raises(DatasetError, match=r"metadata\.db: "):
+            StepsDataset(tmp_path / "dataset").read_labels([0], "run_seed")
+    database.unlink()
+    os.mkfifo(database)
+    with pytest.raises(DatasetError, match="not an ordinary file"):
+        StepsDataset(tmp_path / "dataset").read_labels([0], "run_seed")
+    database.unlink()
+    ds = StepsDataset(tmp_path / "dataset")
+    assert "run_seed" not in ds.read_labels([0], "run_*")
+    with pytest.raises(InvalidArgumentError, match=r"no 'run_seed' .* metadata\.db .* run_id"):
+        ds.read_labels([0], "run_seed")
+
+
+def test_pages_that_hold_one_another(demo_dataset, tmp_path):
+    page = 1 << 16
+    ds = dataset_with_database(
+        demo_dataset, tmp_path / "dataset", f"PRAGMA page_size = {page}; {RUNS} {ROW}"
+    )
+    database = tmp_path / "dataset" / "metadata.db"
+    content = database.read_bytes()
+    header, leaf = content[:page], content[page:]
+
+    def interior(child):
+        """Write a page of a table that holds one page 9,000 times."""
+        cell = child.to_bytes(4) + b"\x01"
+        cells = 9000
+        start = page - len(cell) * cells
+        places = b"".join((start + 5 * at).to_bytes(2) for at in range(cells))
+        head = b"\x05\0\0" + cells.to_bytes(2) + start.to_bytes(2) + b"\0" + child.to_bytes(4)
+        return (head + places).ljust(start, b"\0") + cell * cells
+
+    pages = [
+        header[:28] + (5).to_bytes(4) + header[32:],
+        interior(3),
+        interior(4),
+        interior(5),
+        leaf,
+    ]
+    database.write_bytes(b"".join(pages))
+    with pytest.raises(DatasetError, match="it holds more rows than its size allows"):
+        ds.read_labels([0], "run_seed")
+
+
+def test_an_index_is_not_believed(demo_dataset, tmp_path):
+    others = "CREATE TABLE t (a, b); INSERT INTO t VALUES ('x', 'y'); CREATE INDEX j ON t(a, b);"
+    script = f"""
+        {RUNS} {ROW} {others} CREATE INDEX i ON runs(id, seed); PRAGMA writable_schema = ON;
+        UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'j')
+        WHERE name = 'i';
+    """
+    ds = dataset_with_database(demo_dataset, tmp_path / "dataset", script)
+    assert ds.read_labels([0], "run_seed")["run_seed"].tolist() == [5]
+
+
+def test_a_database_without_row_numbers(demo_dataset, tmp_path):
+    table = RUNS.replace("id INT", "id INT PRIMARY KEY").replace(");", ") WITHOUT ROWID;")
+    ds = dataset_with_database(demo_dataset, tmp_path / "dataset", f"{table} {ROW}")
+    assert ds.read_labels([0, 1], "run_steps")["run_steps"].tolist() == [6, 6]
+
+
+def test_a_database_is_only_read(demo_dataset, tmp_path):
+    name = tmp_path / "a dataset?mode=rwc#x%41"
+    ds = dataset_with_database(demo_dataset, name, f"PRAGMA journal_mode = WAL; {RUNS} {ROW}")
+    before = {path.name: path.stat().st_mtime_ns for path in name.iterdir()}
+    for path in name.iterdir():
+        path.chmod(0o444)
+    name.chmod(0o555)
+    try:
+        assert ds.read_labels([0, 1], "run_seed")["run_seed"].tolist() == [5, 5]
+    finally:
+        name.chmod(0o755)
+    assert {path.name: path.stat().st_mtime_ns for path in name.iterdir()} == before
+
+
+def test_names_that_are_not_there(demo_dataset, tmp_path):
+    ds = StepsDataset(demo_dataset)
+    for name, said in [("mve_dir", "no 'mve_dir'"), ("mve*", "matches 'mve*'"), ("a_0", "'a_0'")]:
+        with pytest.raises(InvalidArgumentError) as caught:
+            ds.read_labels([0], name)
+        for part in ["labels", said, str(demo_dataset), "move_dir", "legal_moves", "run_max_score"]:
+            assert part in str(caught.value)
+    with pytest.raises(StepIndexError):
+        ds.read_labels([len(ds)], "move_dir")
+    np.save(tmp_path / "steps-0.npy", np.zeros(2, [("board", "<u8"), ("x", "u1")]))
+    np.save(tmp_path / "steps-1.npy", np.zeros(2, [("board", "<u8")]))
+    with pytest.raises(
+        DatasetError, match=r"steps-1\.npy: its rows have no 'x', which .*steps-0\.npy"
+    ):
+        StepsDataset(tmp_path).read_labels([0], "all")
+
+
+def bytes_read(action):
+    def count():
+        return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+    before = count()
+    action()
+    return count() - before
+
+
+def test_labels_take_no_second_pass(tmp_path):
+    rows = make_dataset(tmp_path, "packed_46", n=40_000).rows
+    ds = StepsDataset(tmp_path)
+    ds.read_labels([0], "all,merges")
+    read = bytes_read(lambda: ds.read_labels(range(40_000), "all,merges"))
+    assert rows.nbytes <= read < 1.1 * rows.nbytes
+    read = bytes_read(lambda: ds.find("max_rank > 3 and merges_0 > branch_evs_2"))
+    assert rows.nbytes <= read < 1.1 * rows.nbytes
+
+
+# Items of a dataset
+
+
+def test_items_are_boards_and_labels(demo_dataset):
+    ds = StepsDataset(demo_dataset, labels=["move_dir", "branch_evs,run_seed"])
+    names = ["boards", "indices", "move_dir", "branch_evs", "run_seed"]
+    rows, boards = read_dataset(demo_dataset), StepsDataset(demo_dataset)
+    item = ds[5]
+    assert list(item) == names
+    assert (item["indices"], item["move_dir"]) == (5, rows["move_dir"][5])
+    np.testing.assert_array_equal(item["boards"], boards[5])
+    np.testing.assert_array_equal(item["branch_evs"], rows["branch_evs"][5])
+    for places in (slice(3, 40, 5), [7, 3, 7], np.array([len(ds) - 1])):
+        indices = np.arange(len(ds))[places]
+        items = ds[places]
+        np.testing.assert_array_equal(items["indices"], indices)
+        np.testing.assert_array_equal(items["boards"], boards.read_boards(indices))
+        np.testing.assert_array_equal(items["move_dir"], rows["move_dir"][indices])
+        np.testing.assert_array_equal(boards[places], boards.read_boards(indices))
+    assert ds[-5:]["indices"].tolist() == [*range(len(ds) - 5, len(ds))]
+    with pytest.raises(StepIndexError):
+        ds[[0, len(ds)]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_of_probes(workers, demo_dataset):
+    ds = StepsDataset(demo_dataset, labels=["move_dir", "branch_evs"])
+    rows = read_dataset(demo_dataset)
+    indices = ds.sample_indices(300, where="step_index % 2 == 0")
+    loader = DataLoader(ds, batch_size=128, sampler=indices.tolist(), num_workers=workers)
+    batches = list(loader)
+    assert [len(batch["boards"]) for batch in batches] == [128, 128, 44]
+    seen = np.concatenate([batch["indices"] for batch in batches])
+    np.testing.assert_array_equal(seen, indices)
+    moves = np.concatenate([batch["move_dir"] for batch in batches])
+    np.testing.assert_array_equal(moves, rows["move_dir"][indices])
+    evs = np.concatenate([batch["branch_evs"] for batch in batches])
+    np.testing.assert_array_equal(evs, rows["branch_evs"][indices])
