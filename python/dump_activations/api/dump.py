@@ -1,0 +1,388 @@
+"""`dump`: run boards through a model and write the asked-for activations to disk."""
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dtypes import LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
+from dump_activations.errors import (
+    InvalidArgumentError,
+    Note,
+    OutputError,
+    VocabularyError,
+    note,
+    option,
+    switch,
+    warn,
+)
+from dump_activations.model.encoder import Encoder
+from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
+from dump_activations.paths import locate
+from dump_activations.pipeline.device import current
+from dump_activations.pipeline.feed import read_batch
+from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
+from dump_activations.pipeline.oom import batch_shortage_named
+from dump_activations.pipeline.plan import Plan, Preview, make_plan, warn_of_large_tensors
+from dump_activations.pipeline.provenance import computed_by, fingerprint, metadata
+from dump_activations.pipeline.run import Run
+from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
+from dump_activations.progress import Phase, begin, counted, shown_progress
+from dump_activations.storage.statistics import statistics_specs
+from dump_activations.storage.writing.existing import choose_shards
+from dump_activations.storage.writing.output import OutputFile
+from dump_activations.storage.writing.paths import check_output, check_space, free_space
+from dump_activations.storage.writing.shards import Output, Place
+from dump_activations.storage.writing.work import FileWork, Work
+from dump_activations.storage.writing.writers import Writers
+from dump_activations.text import size_text
+
+_ALONE = Place()
+
+
+def preview(
+    init: str | os.PathLike[str] | Encoder,
+    dataset: str | os.PathLike[str] | StepsDataset,
+    path: Path,
+    options: DumpOptions,
+    place: Place = _ALONE,
+) -> Preview:
+    """Check everything that `dump` checks before its first forward pass, and describe its output.
+
+    Raises:
+        DumpActivationsError: what `dump` would raise.
+    """
+    if options.write:
+        check_output(path, [STORAGE_DTYPES[options.dtype].name])
+    with make_plan(init, dataset, options) as plan:
+        if not options.write:
+            return Preview.of(plan)
+        work, files = _files(plan, path, options, place)
+        output = Output(files, place=place, overwrite=options.overwrite)
+        missing = output.missing
+        if not missing:
+            note(f"{path} is already complete: this call would write nothing")
+        check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
+        check_space([each.target for each in missing], _nbytes(missing))
+        return Preview.of(
+            plan,
+            work.specs,
+            output=path,
+            files=[each.target for each in files],
+            free_nbytes=free_space([each.target for each in files]),
+        )
+
+
+def dump_to_file(
+    init: str | os.PathLike[str] | Encoder,
+    dataset: str | os.PathLike[str] | StepsDataset,
+    path: Path,
+    options: DumpOptions,
+    *,
+    place: Place = _ALONE,
+    local_processes: int = 1,
+) -> Summary:
+    """Run `dump`, as one of several processes where a launcher started them.
+
+    Args:
+        init: checkpoint or model.
+        dataset: dataset, or its directory.
+        path: output, absolute.
+        options: checked options.
+        place: rank of this process.
+        local_processes: processes on this machine, which share its cores and pinned memory.
+    """
+    started = time.perf_counter()
+    with (
+        shown_progress() if options.progress is True else nullcontext(),
+        batch_shortage_named(options.batch_size),
+    ):
+        if options.write:
+            check_output(path, [STORAGE_DTYPES[options.dtype].name])
+        slots = HOST_SLOTS if options.write else 0
+        plan = make_plan(init, dataset, options, host_slots=slots, local_processes=local_processes)
+        # A launcher passes on signals that a terminal has sent already, so hold back all of them.
+        held = HeldInterrupts(all_of_them=place.size > 1)
+        with plan, current(plan.device), held as interrupts:
+            writer_threads = _writer_threads(local_processes)
+            call = _Call(plan, path, options, place, writer_threads, started, interrupts)
+            return call.write() if options.write else call.discard()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `dump` whose plan is made."""
+
+    plan: Plan
+    path: Path
+    options: DumpOptions
+    place: Place
+    writer_threads: int
+    started: float
+    interrupts: HeldInterrupts
+
+    def write(self) -> Summary:
+        """Run the boards of every file that is missing, and write it."""
+        work, files = _files(self.plan, self.path, self.options, self.place)
+        check = self.interrupts.check
+        output = Output(files, place=self.place, overwrite=self.options.overwrite, check=check)
+        if not output.missing:
+            return self._already_complete(output)
+        warn_of_large_tensors(work.specs)
+        with output, Run(self.plan) as run, self._kept_or_discarded(output):
+            self._prepare(output)
+            resumed = self._fill(run, output)
+        summary = run.summary(
+            self.started,
+            output=self.path,
+            resumed_boards=output.found + resumed,
+            bytes_written=_nbytes(files),
+            nonfinite=_nonfinite(output, warn_of_them=True),
+            shards_written=output.written,
+            shards_found=len(files) - output.written,
+        )
+        return summary
+
+    def discard(self) -> Summary:
+        """Run this process's share of the batches, and keep nothing."""
+        n, size = len(self.plan.indices), self.options.batch_size
+        batches, (rank, world) = -(-n // size), (self.place.rank, self.place.size)
+        start, stop = (batches * each // world * size for each in (rank, rank + 1))
+        rows = range(start, min(stop, n))
+        with Run(self.plan) as run, closing(run.batches([rows], self._count(0, 0))) as results:
+            for batch in results:
+                batch.release()
+                self.interrupts.check()
+        return run.summary(self.started)
+
+    def _already_complete(self, output: Output) -> Summary:
+        output.tidy()
+        note(f"{self.path} is already complete")
+        return Summary.of_complete_output(
+            self.path,
+            resumed_boards=output.found,
+            setup_seconds=time.perf_counter() - self.started,
+            bytes_written=_nbytes(output.files),
+            nonfinite=_nonfinite(output),
+            shards_found=len(output.files),
+        )
+
+    def _prepare(self, output: Output) -> None:
+        """Check the output once more, now that everything is loaded, and say what will be written."""
+        begin("preparing the output")
+        targets = [each.target for each in output.missing]
+        dtypes = [STORAGE_DTYPES[self.options.dtype].name]
+        check_output(self.path, dtypes, inputs=self.plan.input_files)
+        check_space(targets, _nbytes(output.missing))
+        directory = targets[0].parent
+        if not directory.exists():
+            with OutputError.when(f"cannot make {directory}"):
+                directory.mkdir(parents=True, exist_ok=True)
+            note(f"made the directory {directory}")
+        free = free_space(targets)
+        files = [each.target for each in output.files]
+        specs = output.files[0].work.specs
+        note(Preview.of(self.plan, specs, output=self.path, files=files, free_nbytes=free).text)
+        for existing in output.replaced:
+            boards = existing.metadata.get("n_samples", "")
+            holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
+            size = size_text(existing.found.st_size)
+            note(f"{existing.path} ({size}{holds}) is replaced when the new file is whole")
+
+    def _fill(self, run: Run, output: Output) -> int:
+        """Write file after file until all are finished; return the boards that were resumed."""
+        resumed: list[int] = []
+
+        def ranges(file: OutputFile | None) -> Iterator[range]:
+            while file is not None:
+                resumed.append(self._begin_file(file))
+                start = file.work.run_rows.start
+                for batches in file.missing:
+                    rows = file.work.rows_of(batches)
+                    yield range(start + rows.start, start + rows.stop)
+                if not file.missing:
+                    output.commit(file)
+                file = output.take()
+
+        while (first := output.next()) is not None:
+            done = sum(len(each.run_rows) for each in output.files) - sum(
+                len(each.run_rows) for each in output.missing
+            )
+            count = self._count(done + first.resumed_rows, first.size)
+            with (
+                Writers(output.commit, threads=self.writer_threads) as writers,
+                closing(run.batches(ranges(first), count)) as batches,
+            ):
+                for batch in batches:
+                    self._submit(writers, output, batch)
+                    self.interrupts.check()
+                begin("completing the output")
+            run.add_write_seconds(writers.busy_seconds)
+        return sum(resumed)
+
+    def _begin_file(self, file: OutputFile) -> int:
+        """Write the tensors that do not come in batches; return the boards that are kept."""
+        path = file.partial
+        if file.restarted_because:
+            note(f"{path} is started over: {file.restarted_because}")
+        if file.resumed_rows:
+            n = len(file.work.run_rows)
+            note(f"resuming {path}, which has {file.resumed_rows:,} of {n:,} boards")
+            self._check_resumed_boards(file)
+        for name, tensor in self.plan.whole_tensors().items():
+            file.write(name, bytes_of(tensor))
+        return file.resumed_rows
+
+    def _check_resumed_boards(self, file: OutputFile) -> None:
+        """Refuse to resume where the dataset's rows changed since the last batch was written."""
+        if (last := file.last_resumed) is None:
+            return
+        batch, digests = last
+        start = file.work.run_rows.start
+        rows = file.work.rows_of(range(batch, batch + 1))
+        first_row = start + rows.start
+        indices = self.plan.indices[first_row : start + rows.stop]
+        boards = read_batch(self.plan.dataset, self.plan.labels, indices, first_row=first_row)
+        if any(
+            zlib.crc32(bytes_of(tensor).data) != digests[name].crc32
+            for name, tensor in boards.tensors.items()
+        ):
+            raise OutputError(
+                f"{file.partial} holds other boards than {self.plan.dataset.path} has now; restore "
+                f"the dataset, or remove the file"
+            )
+
+    def _submit(self, writers: Writers, output: Output, batch: ActivationBatch) -> None:
+        first_row = batch.boards.first_row
+        file = next(each for each in output.open_files if first_row in each.work.run_rows)
+        tensors = {**batch.boards.tensors, **batch.tensors}
+        writers.submit(
+            file,
+            (first_row - file.work.run_rows.start) // self.options.batch_size,
+            {name: bytes_of(tensor) for name, tensor in tensors.items()},
+            chunks=batch.chunks,
+            done=batch.release,
+        )
+
+    def _count(self, done: int, nbytes: int) -> Callable[[int], None]:
+        """Begin to count boards; return the function that takes the boards of each batch."""
+        n, progress = len(self.plan.indices), self.options.progress
+        phase = Phase("", "boards", start=done, of=n, nbytes=nbytes)
+        count = counted(phase, also=progress if callable(progress) else None)
+        if done:
+            count(done, n)
+
+        def add(boards: int) -> None:
+            nonlocal done
+            done += boards
+            count(done, n)
+
+        return add
+
+    @contextmanager
+    def _kept_or_discarded(self, output: Output) -> Iterator[None]:
+        """Keep what a later call can resume, and nothing of a run that can never finish."""
+        try:
+            yield
+        except BaseException as error:
+            with ignored_interrupts():
+                kept = output.suspend(discard=isinstance(error, VocabularyError))
+            if not output.missing:
+                error.add_note(f"{self.path} is complete")
+            elif kept:
+                again = f"without {option('overwrite')}" if self.options.overwrite else "again"
+                n = sum(len(each.run_rows) for each in output.files)
+                error.add_note(
+                    Note(f"{kept:,} of {n:,} boards are kept; the same call {again} does the rest")
+                )
+            raise
+
+
+def _files(
+    plan: Plan, path: Path, options: DumpOptions, place: Place
+) -> tuple[Work, list[FileWork]]:
+    """Describe the output, and return the files that this call may write."""
+    statistics = _statistics_specs(plan) if options.stats else []
+    stats = {"stats": "true"} if options.stats else {}
+    specs = [*plan.tensor_specs(), *statistics]
+    separate = {*plan.weights, *(spec.name for spec in statistics)}
+    work = Work(
+        whole=Path(os.path.realpath(path)),
+        specs=specs,
+        batched=[spec.name for spec in specs if spec.name not in separate],
+        batch_rows=options.batch_size,
+        metadata={**metadata(plan), **stats},
+        computed_by=computed_by(plan),
+        identity={**fingerprint(plan), "stats": str(options.stats).lower()},
+    )
+    share = place.size > 1 or options.shards is not None
+    assert not isinstance(options.shard_size, str)
+    shards = choose_shards(work, options.shard_size, share=share)
+    files = work.files(shards)
+    if options.shard_size is not None and _nbytes(files[:1]) > options.shard_size + (1 << 20):
+        note(f"{option('shard_size')}: raised to one batch, {size_text(_nbytes(files[:1]))}")
+    if isinstance(options.shards, range) and shards is not None:
+        if options.shards.stop > len(files) + 1:
+            raise InvalidArgumentError(
+                f"{option('shards')}: must be between 1 and {len(files)}, the number of shards; got "
+                f"{options.shards.stop - 1}"
+            )
+        files = files[options.shards.start - 1 : options.shards.stop - 1]
+    return work, files
+
+
+def _statistics_specs(plan: Plan) -> list[TensorSpec]:
+    stacked = None if plan.options.split_layers else len(plan.layers)
+    return [
+        spec
+        for each in plan.board_tensors
+        for spec in statistics_specs(
+            each.name,
+            layers=stacked if each.activation.per_layer else None,
+            width=each.shape[-1],
+        )
+    ]
+
+
+def _nbytes(files: Sequence[FileWork]) -> int:
+    return sum(each.empty_layout.size for each in files)
+
+
+def _nonfinite(output: Output, *, warn_of_them: bool = False) -> dict[str, dict[str, int]]:
+    """Count the values that are not finite in each tensor of all finished files that has any."""
+    counts: dict[str, dict[str, int]] = {}
+    for digests in output.finished.values():
+        for name, digest in digests.items():
+            # Labels are as the dataset has them.
+            if (digest.nan or digest.inf) and not name.startswith(LABEL_PREFIX):
+                count = counts.setdefault(name, {"nan": 0, "inf": 0})
+                count["nan"] += digest.nan
+                count["inf"] += digest.inf
+    for name, count in counts.items() if warn_of_them else ():
+        warn(
+            f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
+            f"infinite ones come from an overflow where {option('dtype')} is fp16"
+        )
+    return counts
+
+
+def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """View a contiguous host tensor as its bytes, uint8 (nbytes,)."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _writer_threads(local_processes: int) -> int:
+    """Return enough threads that some wait for the disk while others take checksums."""
+    cores = len(os.sched_getaffinity(0)) // local_processes
+    return min(8, max(2, cores // 2))
