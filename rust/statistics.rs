@@ -68,9 +68,7 @@ fn measure_portably(vectors: Vectors, data: &[u8], records: &mut [f64]) {
         Element::Float64 => measure_layers(vectors, data, records, f64::from_le_bytes),
         Element::Float16 => measure_layers(vectors, data, records, from_float16),
         Element::BFloat16 => measure_layers(vectors, data, records, from_bfloat16),
-        Element::Float32 | Element::Integer => {
-            measure_layers(vectors, data, records, |bytes| f32::from_le_bytes(bytes).into());
-        }
+        Element::Float32 | Element::Integer => measure_layers(vectors, data, records, from_float32),
     }
 }
 
@@ -252,9 +250,7 @@ impl Tile {
         for (at, to) in self.sums.iter_mut().enumerate() {
             let mut sums = *to;
             for row in rows {
-                let values = &row[at];
-                for lane in 0..LANES {
-                    let value = values[lane];
+                for (lane, &value) in row[at].iter().enumerate() {
                     let deviation = value - sums.shift[lane];
                     sums.sum[lane] += deviation;
                     sums.squares[lane] += deviation * deviation;
@@ -275,19 +271,13 @@ fn widen_vector<const N: usize>(
     lanes: &mut [Lanes],
     widen: impl Fn([u8; N]) -> f64 + Copy,
 ) -> f64 {
+    for (to, &element) in lanes.as_flattened_mut().iter_mut().zip(vector) {
+        *to = widen(element);
+    }
     let mut squares = [0.0; LANES];
-    let (whole, rest) = vector.as_chunks::<LANES>();
-    for (to, elements) in lanes.iter_mut().zip(whole) {
-        let values = elements.map(widen);
+    for values in lanes.iter() {
         for lane in 0..LANES {
             squares[lane] += values[lane] * values[lane];
-        }
-        *to = values;
-    }
-    if let Some(to) = lanes.get_mut(whole.len()) {
-        for (lane, &element) in rest.iter().enumerate() {
-            to[lane] = widen(element);
-            squares[lane] += to[lane] * to[lane];
         }
     }
     let [a, b, c, d, e, f, g, h] = squares;
@@ -302,6 +292,11 @@ fn lesser(value: f64, least: f64) -> f64 {
 #[inline(always)]
 fn greater(value: f64, most: f64) -> f64 {
     if value > most { value } else { most }
+}
+
+#[inline(always)]
+fn from_float32(bytes: [u8; 4]) -> f64 {
+    f32::from_le_bytes(bytes).into()
 }
 
 #[inline(always)]
