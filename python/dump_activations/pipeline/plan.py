@@ -17,7 +17,13 @@ from dump_activations import progress as phases
 from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.label_reader import LabelReader
 from dump_activations.dataset.matches import StepIndices
-from dump_activations.dtypes import CELLS, LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
+from dump_activations.dtypes import (
+    CELLS,
+    LABEL_PREFIX,
+    STATISTICS_PREFIX,
+    STORAGE_DTYPES,
+    TensorSpec,
+)
 from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
 from dump_activations.model.activations import (
     Activation,
@@ -37,7 +43,7 @@ from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.pinned import PinnedSlots
 from dump_activations.pipeline.shortage import model_shortage_named
 from dump_activations.place import Place
-from dump_activations.statistics import STATISTICS_PREFIX, statistics_specs
+from dump_activations.storage.statistics import statistics_specs
 
 _ALONE = Place()
 _LARGE_TENSOR = 8 << 30
