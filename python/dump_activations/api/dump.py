@@ -3,11 +3,10 @@
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -23,12 +22,10 @@ from dump_activations.errors import (
     VocabularyError,
     note,
     option,
-    switch,
     warn,
 )
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
-from dump_activations.paths import locate
+from dump_activations.options import DumpOptions
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.feed import read_batch
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts

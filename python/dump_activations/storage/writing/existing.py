@@ -1,7 +1,7 @@
 """Files at an output and next to it before a run: finished files, partial files, shards.
 
-Every decision about them is made here. `Existing` is what was found. `choose_shards` decides how the
-run is cut. docs/file-format.md, "Already there", has the rules.
+Every decision about them is made here. `choose_shards` decides how the run is cut.
+docs/file-format.md, "Already there", has the rules.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dump_activations.dtypes import TensorSpec
-from dump_activations.errors import OutputError, option
+from dump_activations.errors import OutputError, option, switch
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.reading.inspection import inspect
 from dump_activations.storage.shards import list_shards
@@ -53,7 +53,7 @@ class Existing:
         if FINGERPRINT_KEY not in self.metadata:
             return OutputError(
                 f"{self.path} exists and is not a dump of this package; choose another output, or "
-                f"replace it with {option('overwrite', True)}"
+                f"replace it with {switch('overwrite')}"
             )
         differing = work.differences(self.metadata)
         return OtherWorkError(self.path, differing or "the model, the dataset or the steps")

@@ -1,9 +1,8 @@
 """The journal next to a partial file: its batches that are on disk, with their digests.
 
-Text, one record per line: JSON, a space, the CRC-32 of the JSON as 8 hex digits. The first record is
-the header. Every other record is a batch: [batch, [bytes, crc32, nan, inf], ...], with one digest
-per tensor in the order of the header's `tensors`. A line that is cut short or malformed ends the
-journal.
+Text, one record per line: JSON, a space, the CRC-32 of the JSON as 8 hex digits. The first record
+is the header. Every other record is a batch: [batch, [bytes, crc32, nan, inf], ...], with one digest
+per tensor in the order of the header's `tensors`. A damaged line ends the journal.
 """
 
 import json
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO
 
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest
-from dump_activations.storage.writing.partial import create, open_own
+from dump_activations.storage.writing.partial import create, is_at, open_own
 from dump_activations.storage.writing.paths import (
     journal_path,
     replacement_path,
@@ -133,10 +132,11 @@ class Journal:
             self._fd = -1
 
     def remove(self) -> None:
-        """Close the journal and remove it."""
-        self.close()
+        """Remove the journal where its name leads to it, and close it."""
         for path in (self._new_path, self.path):
-            path.unlink(missing_ok=True)
+            if self._fd >= 0 and is_at(self._fd, path):
+                path.unlink()
+        self.close()
 
     def _write(self, lines: Iterable[bytes]) -> None:
         data = b"".join(lines)

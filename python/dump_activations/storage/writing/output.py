@@ -82,6 +82,7 @@ class OutputFile:
         self._finished: set[int] = set()
         self._lock = Lock()
         self._sync: _BackgroundSync | None = None
+        self._last: dict[int, BatchDigests] = {}
         self._journal: Journal | None = None
         self._digests = {name: RunningDigest() for name in work.specs}
         self._statistics = RunningStatistics(list(work.specs.values()))
@@ -210,6 +211,8 @@ class OutputFile:
             self._add_digests(batch, digests)
             self._finished.add(batch)
             if len(self._finished) == self.work.batches:
+                # The commit flushes the data anyway, so only a suspended file needs the record.
+                self._last = {batch: digests}
                 return True
             if self._sync is None:
                 assert self._journal is not None
@@ -263,6 +266,8 @@ class OutputFile:
         with suppress(OSError):
             self._stop_sync(keep=False)
         with suppress(OSError):
+            if self._journal is not None:
+                self._journal.remove()
             # The lock is found by the partial file's name, so the name goes last.
             if self._partial.is_in_place():
                 remove_journal(self.work.target)
@@ -301,7 +306,7 @@ class OutputFile:
     def _digests_of_whole_file(self) -> Mapping[str, Digest] | None:
         """Read the digests of a partial file that is complete but for its name; None for others."""
         try:
-            with open(f"/proc/self/fd/{self._partial.fd}", "rb") as file:
+            with Path(f"/proc/self/fd/{self._partial.fd}").open("rb") as file:
                 contents = format_of(self.work.target).read(file, self._partial.size)
             metadata = contents.metadata
             shard = metadata.get("shard", "")
@@ -394,12 +399,7 @@ class OutputFile:
         for name in self.measured:
             start, stop = self.work.span_of(batch, name)
             data = np.empty(stop - start, np.uint8)
-            done = 0
-            while done < len(data):
-                count = os.preadv(self._partial.fd, [data[done:]], start + done)
-                if count == 0:
-                    raise OutputError(f"{self._partial.path} was cut short while it was read")
-                done += count
+            _read_exactly(self._partial, start, data)
             found[name] = self.measure(name, data)
         return found
 
@@ -427,6 +427,9 @@ class OutputFile:
         sync, self._sync = self._sync, None
         if sync is not None:
             sync.close(keep=keep)
+        if keep and self._last and self._journal is not None:
+            self._partial.sync()
+            self._journal.append(self._last)
 
     def _close(self) -> None:
         if self._journal is not None:
@@ -489,3 +492,12 @@ class _BackgroundSync:
                 self._changed.wait(remaining if self._written else None)
             batches, self._written = self._written, {}
             return batches
+
+
+def _read_exactly(partial: Partial, offset: int, data: npt.NDArray[np.uint8]) -> None:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        count = os.preadv(partial.fd, [view[done:]], offset + done)
+        if count == 0:
+            raise OutputError(f"{partial.path} was cut short while it was being written")
+        done += count

@@ -114,7 +114,7 @@ class Partial:
                 has_lock = _lock(number, target)
                 # The previous owner may have published or removed the file before this lock: then
                 # the name leads elsewhere, and writing would damage a finished file.
-                if not _is_at(number, path):
+                if not is_at(number, path):
                     continue
                 has_lock = has_lock and not _can_lock_twice(path)
                 partial = cls(target, fd, is_new=is_new, has_lock=has_lock)
@@ -206,7 +206,7 @@ class Partial:
 
     def is_in_place(self) -> bool:
         """Return True where the file's name leads to the open file."""
-        return _is_at(self.fd, self.path)
+        return is_at(self.fd, self.path)
 
     def publish(self, replaced: os.stat_result | None) -> None:
         """Bring the file to disk, then rename it to the target.
@@ -314,7 +314,7 @@ def _owner_of_new_files(directory: Path) -> int:
 
 
 def _create_or_open(path: Path) -> tuple[int | None, bool]:
-    """Return a descriptor and True where this call created the file; None where it just vanished."""
+    """Return a descriptor, and True where this call created the file; None where it vanished."""
     try:
         return create(path, os.O_RDWR), True
     except FileExistsError:
@@ -354,7 +354,7 @@ def _can_lock_twice(path: Path) -> bool:
     return True
 
 
-def _is_at(fd: int, path: Path) -> bool:
+def is_at(fd: int, path: Path) -> bool:
     """Return True where a name leads to an open file."""
     try:
         opened, named = os.fstat(fd), path.lstat()

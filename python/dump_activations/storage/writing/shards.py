@@ -7,12 +7,12 @@ docs/architecture.md has the rules of the lock.
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dump_activations.errors import OutputError, note, option, switch
+from dump_activations.errors import OutputError, note, option
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.shards import list_shards
 from dump_activations.storage.writing.existing import (
@@ -29,7 +29,7 @@ from dump_activations.storage.writing.paths import (
     journal_path,
     partial_path,
 )
-from dump_activations.storage.writing.work import FileWork, Work
+from dump_activations.storage.writing.work import FileWork
 
 POLL_SECONDS = 0.2
 _FIRST_NOTE_SECONDS = 10.0
@@ -198,7 +198,7 @@ class Output:
         return taken
 
     def _may_write_without_lock(self, file: FileWork) -> bool:
-        """Split the files by rank where locks do not work, or refuse what another may be writing."""
+        """Split the files by rank where locks do not work, or refuse what another may write."""
         if self._place.size > 1:
             self._shares_by_rank = True
             return self._is_own(file)
@@ -274,7 +274,7 @@ class Output:
                 if other is None:
                     raise OutputError(
                         f"{path} is of another cut of {file.work.whole}; one dump has one "
-                        f"{option('shard_size')}: remove the shards of one, or choose another output"
+                        f"{option('shard_size')}: remove one of the cuts, or choose another output"
                     )
                 if ending == JOURNAL and shard != file.shard and self._is_of_other_work(other):
                     if self._overwrite and not is_locked(partial_path(other.target)):

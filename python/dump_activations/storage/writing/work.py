@@ -141,7 +141,7 @@ class Work:
         ]
 
     def differences(self, theirs: Mapping[str, str]) -> str:
-        """Name the entries in which other work differs, with both values where people can read them.
+        """Name the entries in which other work differs, with both values where they are readable.
 
         Args:
             theirs: the identity of the other work, or the metadata of its file.
@@ -282,5 +282,5 @@ def _shown(value: str) -> str:
 
 
 def _plain_text(value: str) -> str:
-    """Return text that every format can hold: bytes of a file name that are not text are escaped."""
+    """Escape bytes of a file name that are not text, which no format can hold."""
     return value.encode("utf-8", "backslashreplace").decode()
