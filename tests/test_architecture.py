@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
 LEAVES = (
-    *("chunks", "dtypes", "errors", "paths", "pickles", "place", "progress"),
+    *("dtypes", "errors", "paths", "pickles", "progress"),
     *("text", "timing"),
 )
 

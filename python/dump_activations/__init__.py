@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dump_activations.api import Batch, dump, stream
+    from dump_activations.api import dump
+    from dump_activations.api.stream import Batch, stream
     from dump_activations.dataset.dataset import Shard, StepsDataset
     from dump_activations.errors import (
         ActivationNotImplementedError,
@@ -75,7 +76,7 @@ __all__ = [
 # torch and NumPy take seconds to import, so a name's module is imported when it is first used.
 _HOMES = {
     "ActivationsFile": "storage.reading.activations_file",
-    "Batch": "api",
+    "Batch": "api.stream",
     "CellBatch": "storage.reading.cell_batch",
     "Encoder": "model.encoder",
     "EncoderConfig": "model.config",
@@ -84,7 +85,7 @@ _HOMES = {
     "Summary": "pipeline.summary",
     "dump": "api",
     "load_encoder": "model.checkpoint",
-    "stream": "api",
+    "stream": "api.stream",
     "write_report": "report.writing",
 }
 

@@ -35,7 +35,7 @@ def _progress(name: str, value: Any) -> Count | bool:
 
 DEFAULT_OUTPUT = "activations.safetensors"
 
-TENSORS = ("own", "borrowed", "device")
+TENSORS = ("copy", "view", "device")
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-true")
 
@@ -356,10 +356,10 @@ class StreamOptions(Options):
     """What a run computes and how, and in which memory its batches are handed out."""
 
     tensors: str = _option(
-        "whose a batch's tensors are: own, the caller's to keep; borrowed, of the run, in host "
-        "memory, until the next batch; device, likewise but where they were computed, not copied",
+        "copy: yours to keep. view: host buffers, valid until the next batch. device: the same on "
+        "the compute device",
         group=Group.KEEP,
-        default="own",
+        default="copy",
         check=_one_of(TENSORS),
     )
 

@@ -23,7 +23,6 @@ from dump_activations.pipeline.interrupts import (
     signal_name,
     terminate_with_parent,
 )
-from dump_activations.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +51,7 @@ def is_launched() -> bool:
     Raises:
         InvalidArgumentError: torchrun started it by itself.
     """
-    if Place.of_process() is None:
+    if "RANK" not in os.environ:
         return False
     if DIRECTORY not in os.environ:
         raise InvalidArgumentError(

@@ -1,5 +1,6 @@
 """Looks at consecutive rows of a dataset, on all cores."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -10,7 +11,6 @@ from dump_activations.dataset.columns import ColumnReader, Values
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dataset.filters import evaluate
 from dump_activations.dataset.matches import Matches
-from dump_activations.place import Place
 from dump_activations.progress import Count
 
 # Some megabytes of rows: few enough for a core's cache to hold their columns, and enough for the
@@ -78,7 +78,7 @@ class _Scan:
         chunks = (rows[start : start + CHUNK_ROWS] for start in starts)
         threads = [
             threading.Thread(target=self._work, args=(chunks, len(rows)), name=f"scan-{i}")
-            for i in range(min(Place.here().cores, len(starts)))
+            for i in range(min(len(os.sched_getaffinity(0)), len(starts)))
         ]
         try:
             for thread in threads:

@@ -1,4 +1,4 @@
-"""Boards for the forward pass, read ahead of it on a background thread.
+"""Boards for the forward pass, read ahead on a background thread.
 
 Shape letters: W boards in a window, N boards that are counted, S cells (16).
 """
@@ -33,10 +33,10 @@ class BoardBatch:
     """Consecutive boards of a run.
 
     Attributes:
-        first_row: place of the first board in the run, hence in the output.
+        first_row: row of the first board in the run.
         indices: global step indices, int64 (B,).
         boards_BS: exponents, uint8 (B, 16).
-        labels: name -> tensor (B, *shape) in the dtype it is stored in.
+        labels: name -> tensor (B, *shape) in its storage dtype.
     """
 
     first_row: int
@@ -46,12 +46,12 @@ class BoardBatch:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What a file stores of the rows: name -> tensor (B, *shape)."""
+        """The tensors that a file stores next to the activations: name -> tensor (B, *shape)."""
         labels = {LABEL_PREFIX + name: values for name, values in self.labels.items()}
         return {"indices": torch.from_numpy(self.indices), "boards": self.boards_BS, **labels}
 
     def cut(self, start: int, stop: int) -> "BoardBatch":
-        """Return its boards from number `start` up to `stop`, in the same memory."""
+        """Return boards `start` to `stop` as views of the same memory."""
         return BoardBatch(
             self.first_row + start,
             self.indices[start:stop],
@@ -71,10 +71,10 @@ def read_batch(
     """Read boards, and their labels from the same bytes of the shards.
 
     Args:
-        dataset: where the steps are.
-        labels: reads what is wanted of the rows beside the boards; None for nothing.
+        dataset: source of the steps.
+        labels: reads the labels; None reads boards alone.
         indices: global step indices, int64 (B,).
-        first_row: place of the first board in the run.
+        first_row: row of the first board in the run.
         cancel: lets another thread end the read.
     """
     boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
@@ -94,28 +94,29 @@ def feed_boards(
     *,
     batch_size: int,
     vocabulary: int,
-    stretches: Iterable[range] | None = None,
+    ranges: Iterable[range] | None = None,
     reading: Stopwatch,
     waiting: Stopwatch,
 ) -> Generator[BoardBatch, None, None]:
-    """Yield the boards of the given steps, in batches; the last may be short.
+    """Yield the boards of the given steps in batches; the last batch of a range may be short.
 
     Args:
-        dataset: where the steps are.
+        dataset: source of the steps.
         indices: global step indices.
-        labels: reads what is wanted of the rows beside the boards.
-        batch_size: boards a batch.
+        labels: reads the labels; None reads boards alone.
+        batch_size: boards per batch.
         vocabulary: exponents must be below this.
-        stretches: rows of the run to read, each stretch beginning at a multiple of `batch_size`;
-            all rows by default. The next one is taken when boards are to be read ahead, and never
-            more than one beyond that whose batches are yielded.
+        ranges: rows of the run, each range starting at a multiple of `batch_size`. The next one is
+            pulled when its boards are to be read ahead, at most one beyond the range whose batches
+            are yielded. None yields all rows.
         reading: counts the time spent reading.
         waiting: counts the time the consumer waited for boards.
 
     Raises:
-        VocabularyError: a board has an exponent the model has no embedding for.
+        VocabularyError: a board has an exponent without an embedding in the model.
         DatasetError: a shard cannot be read.
     """
+    cancel = _rust.Cancel()
 
     def read(first: int, stop: int) -> BoardBatch:
         with reading:
@@ -123,98 +124,73 @@ def feed_boards(
                 dataset, labels, indices[first:stop], first_row=first, cancel=cancel
             )
             if window.boards_BS.numpy().max(initial=0) >= vocabulary:
-                # Reading this much again takes no time beside a run's.
-                begin = 0 if first < _LARGEST_WINDOW else first
-                counted_N = indices[begin : max(stop, _LARGEST_WINDOW)]
+                # Read on, so that the error tells a stray board from a wrong model.
+                counted_N = indices[first : first + _LARGEST_WINDOW]
                 boards_NS = dataset.read_boards(counted_N, cancel=cancel)
-                raise _outside(boards_NS, counted_N, vocabulary, begin=begin, n=len(indices))
+                raise _vocabulary_error(boards_NS, counted_N, vocabulary, first_row=first)
             return window
 
-    cancel = _rust.Cancel()
-    if stretches is None:
-        stretches = [range(len(indices))]
-    windows = _windows(stretches, batch_size)
-    ahead: deque[Future[BoardBatch]] = deque()
-    held: deque[_Window] = deque()
+    windows = _windows([range(len(indices))] if ranges is None else ranges, batch_size)
+    held: deque[tuple[_Window, Future[BoardBatch]]] = deque()
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="boards")
     try:
         while True:
-            # At most two of the largest windows; at the start all of a run that is no longer.
+            # At most two of the largest windows; at first a whole run that is no longer than one.
             while _may_read_on(held) and (window := next(windows, None)):
-                ahead.append(reader.submit(read, window.first, window.stop))
-                held.append(window)
-            if not ahead:
+                held.append((window, reader.submit(read, window.first, window.stop)))
+            if not held:
                 return
-            future = ahead.popleft()
             with waiting:
-                boards = future.result()
+                boards = held[0][1].result()
             held.popleft()
             for i in range(0, len(boards.indices), batch_size):
-                _raise_early(ahead)
+                for _, ahead in held:
+                    if ahead.done():
+                        ahead.result()  # Raise at once, before the batches that are still to come.
                 yield boards.cut(i, i + batch_size)
     finally:
         cancel.ask()
         reader.shutdown(wait=True, cancel_futures=True)
-        ahead.clear()
+        held.clear()
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Rows that are read in one call; `is_last` of their stretch."""
+    """Rows that are read in one call; `is_last` of their range."""
 
     first: int
     stop: int
     is_last: bool
 
 
-def _may_read_on(held: Iterable[_Window]) -> bool:
-    """Whether another window may be read while those are held."""
-    return (
-        sum(window.stop - window.first for window in held) <= _LARGEST_WINDOW
-        and sum(window.is_last for window in held) <= 1
-    )
-
-
-def _raise_early(reads: Iterable[Future[BoardBatch]]) -> None:
-    """Raise what a read has met, although the batches before it are still to come."""
-    for read in reads:
-        if read.done():
-            read.result()
-
-
-def _windows(stretches: Iterable[range], batch_size: int) -> Iterator[_Window]:
-    """Cut stretches of rows into windows, each but the last of a stretch of whole batches."""
+def _windows(ranges: Iterable[range], batch_size: int) -> Iterator[_Window]:
+    """Cut ranges of rows into windows of whole batches, but for the last of a range."""
     largest = max(_LARGEST_WINDOW // batch_size, 1) * batch_size
     size = batch_size
-    for stretch in stretches:
-        first = stretch.start
-        while first < stretch.stop:
-            stop = min(first + size, stretch.stop)
-            yield _Window(first, stop, is_last=stop == stretch.stop)
+    for rows in ranges:
+        first = rows.start
+        while first < rows.stop:
+            stop = min(first + size, rows.stop)
+            yield _Window(first, stop, is_last=stop == rows.stop)
             first, size = stop, min(size * _GROWTH, largest)
 
 
-def _outside(
-    boards_NS: NDArray[np.uint8],
-    indices_N: NDArray[np.int64],
-    vocabulary: int,
-    *,
-    begin: int,
-    n: int,
+def _may_read_on(held: Iterable[tuple[_Window, object]]) -> bool:
+    """Return whether another window may be read while these are held."""
+    rows = sum(window.stop - window.first for window, _ in held)
+    return rows <= _LARGEST_WINDOW and sum(window.is_last for window, _ in held) <= 1
+
+
+def _vocabulary_error(
+    boards_NS: NDArray[np.uint8], indices_N: NDArray[np.int64], vocabulary: int, *, first_row: int
 ) -> VocabularyError:
-    """Make the error of a run of `n` boards, of those from row `begin` on."""
     highest_N = boards_NS.max(axis=1)
     outside_N = highest_N >= vocabulary
     at = int(np.argmax(outside_N))
-    counted = f"{len(boards_NS):,} boards"
-    if begin:
-        counted += f" from number {begin:,} on"
-    elif len(boards_NS) < n:
-        counted = f"first {counted}"
     return VocabularyError(
         f"step {indices_N[at]}: exponent {highest_N[at]} is outside the model's vocabulary of "
-        f"{vocabulary} ({np.count_nonzero(outside_N):,} of the "
-        f"{counted} have such); leave them out by "
-        f"{option('where', f'max_exponent < {vocabulary}')} or of the {option('indices')} given, "
+        f"{vocabulary} (as in {np.count_nonzero(outside_N):,} of the {len(boards_NS):,} boards "
+        f"from row {first_row:,} on); leave such boards out with "
+        f"{option('where', f'max_exponent < {vocabulary}')} or choose other {option('indices')}, "
         "or use a model with a larger input_vocab_size"
     )
