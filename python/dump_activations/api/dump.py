@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
 from dump_activations.errors import (
     InvalidArgumentError,
@@ -25,17 +27,19 @@ from dump_activations.errors import (
     warn,
 )
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import DumpOptions
+from dump_activations.model.layers import Layers
+from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
+from dump_activations.paths import locate
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.feed import read_batch
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
-from dump_activations.pipeline.oom import batch_shortage_named
+from dump_activations.pipeline.oom import batch_oom_named
 from dump_activations.pipeline.plan import Plan, Preview, make_plan, warn_of_large_tensors
 from dump_activations.pipeline.provenance import computed_by, fingerprint, metadata
 from dump_activations.pipeline.run import Run
-from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.summary import STAGES, Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
-from dump_activations.progress import Phase, begin, counted, shown_progress
+from dump_activations.progress import Count, Phase, begin, counted, shown_progress
 from dump_activations.storage.statistics import statistics_specs
 from dump_activations.storage.writing.existing import choose_shards
 from dump_activations.storage.writing.output import OutputFile
@@ -46,6 +50,107 @@ from dump_activations.storage.writing.writers import Writers
 from dump_activations.text import size_text
 
 _ALONE = Place()
+
+
+def dump(
+    init: str | os.PathLike[str] | Encoder,
+    dataset: str | os.PathLike[str] | StepsDataset,
+    output: str | os.PathLike[str] = DEFAULT_OUTPUT,
+    *,
+    outputs: str | Sequence[str] = ("final_hidden",),
+    layers: Layers | None = None,
+    split_layers: bool = False,
+    n_samples: int = 1024,
+    indices: ArrayLike | None = None,
+    steps: slice | str | None = None,
+    where: str | Expression | None = None,
+    labels: str | Sequence[str] = (),
+    scan_progress: Count | None = None,
+    seed: int = 0,
+    batch_size: int = 1024,
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    device: str | torch.device = "cuda",
+    allow_cpu: bool = False,
+    random_init: bool = False,
+    precision: Literal["fp32", "tf32", "bf16", "bf16-true"] = "fp32",
+    compile: bool = False,  # noqa: A002 -- the command's flag
+    write: bool = True,
+    stats: bool = False,
+    shard_size: int | str | None = None,
+    shards: int | str | range | None = None,
+    overwrite: bool = False,
+    progress: Count | bool | None = None,
+) -> Summary:
+    """Run boards through a model and write the asked-for activations to one file, or to shards.
+
+    The output appears under its name when it is whole. After an interruption the same call resumes,
+    and on a finished output it returns at once. Several processes that make the same call with
+    `shard_size` share the work.
+
+    Args:
+        init: a checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`; or a
+            loaded Encoder.
+        dataset: a dataset of steps, or its directory.
+        output: the output's path; its suffix, `.safetensors`, `.pt` or `.npz`, selects the format.
+        outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
+        layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
+        split_layers: write one tensor per layer, KEY.LAYER, in place of a stacked one.
+        n_samples: steps to sample, unless `indices` or `steps` are given.
+        indices: global step indices to use instead of a sample, whole numbers of any shape.
+        steps: steps to take in their order instead of a sample, START:STOP or START:STOP:STEP.
+        where: take only steps that match this expression, such as "max_rank >= 11".
+        labels: labels to store with the boards, globs of them, or "all" for every field.
+        scan_progress: called with the rows scanned and the rows in all while `where` is evaluated.
+        seed: seed of the sample, of numpy.random.default_rng.
+        batch_size: boards per forward pass.
+        dtype: storage dtype of floating-point tensors.
+        device: compute device: cuda, cuda:N, or cpu with `allow_cpu`.
+        allow_cpu: accept a device that is not CUDA.
+        random_init: give the checkpoint's architecture untrained weights, as a control.
+        precision: arithmetic of the forward pass; tf32 on CUDA only.
+        compile: run the model through torch.compile.
+        write: False runs the model and keeps nothing.
+        stats: store statistics of each activation, stats/KEY/mean and others.
+        shard_size: largest size of a shard, such as "4GB" or a number of bytes; None writes one
+            file.
+        shards: numbers of the shards to write, 3 or "1-20", counted from 1; None writes all.
+        overwrite: replace output of other work. Output of the same work is never discarded.
+        progress: True shows a bar. A function is called per batch with the boards done and the
+            boards in all.
+
+    Returns:
+        The work that was done, and how long each stage was busy.
+
+    Raises:
+        DumpActivationsError: one line that names what is wrong and the way out. No file appears
+            under the output's name then, and an existing one is left as it was.
+    """
+    options = DumpOptions(
+        outputs=outputs,
+        layers=layers,
+        split_layers=split_layers,
+        n_samples=n_samples,
+        indices=indices,
+        steps=steps,
+        where=where,
+        labels=labels,
+        scan_progress=scan_progress,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=str(device),
+        allow_cpu=allow_cpu,
+        random_init=random_init,
+        precision=precision,
+        compile=compile,
+        write=write,
+        stats=stats,
+        shard_size=shard_size,
+        shards=shards,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return dump_to_file(init, dataset, locate(output), options)
 
 
 def preview(
@@ -62,23 +167,17 @@ def preview(
     """
     if options.write:
         check_output(path, [STORAGE_DTYPES[options.dtype].name])
-    with make_plan(init, dataset, options) as plan:
-        if not options.write:
-            return Preview.of(plan)
-        work, files = _files(plan, path, options, place)
-        output = Output(files, place=place, overwrite=options.overwrite)
-        missing = output.missing
-        if not missing:
-            note(f"{path} is already complete: this call would write nothing")
-        check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
-        check_space([each.target for each in missing], _nbytes(missing))
-        return Preview.of(
-            plan,
-            work.specs,
-            output=path,
-            files=[each.target for each in files],
-            free_nbytes=free_space([each.target for each in files]),
-        )
+    plan = make_plan(init, dataset, options)
+    if not options.write:
+        return Preview.of(plan, plan.tensor_specs())
+    work, files = _files(plan, path, options, place)
+    output = Output(files, place=place, overwrite=options.overwrite)
+    check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
+    _check_space(output)
+    for text in _already_there(output):
+        note(text)
+    free = free_space([each.target for each in files])
+    return Preview.of(plan, work.specs, path, free, shards=_shards(files))
 
 
 def dump_to_file(
@@ -103,15 +202,13 @@ def dump_to_file(
     started = time.perf_counter()
     with (
         shown_progress() if options.progress is True else nullcontext(),
-        batch_shortage_named(options.batch_size),
+        batch_oom_named(options.batch_size),
     ):
         if options.write:
             check_output(path, [STORAGE_DTYPES[options.dtype].name])
         slots = HOST_SLOTS if options.write else 0
         plan = make_plan(init, dataset, options, host_slots=slots, local_processes=local_processes)
-        # A launcher passes on signals that a terminal has sent already, so hold back all of them.
-        held = HeldInterrupts(all_of_them=place.size > 1)
-        with plan, current(plan.device), held as interrupts:
+        with current(plan.device), HeldInterrupts() as interrupts:
             writer_threads = _writer_threads(local_processes)
             call = _Call(plan, path, options, place, writer_threads, started, interrupts)
             return call.write() if options.write else call.discard()
@@ -138,18 +235,19 @@ class _Call:
             return self._already_complete(output)
         warn_of_large_tensors(work.specs)
         with output, Run(self.plan) as run, self._kept_or_discarded(output):
-            self._prepare(output)
-            resumed = self._fill(run, output)
-        summary = run.summary(
+            self._prepare(output, work.specs)
+            resumed, write_seconds = self._fill(run, output)
+        is_sharded = files[0].shard is not None
+        return run.summary(
             self.started,
             output=self.path,
             resumed_boards=output.found + resumed,
             bytes_written=_nbytes(files),
             nonfinite=_nonfinite(output, warn_of_them=True),
-            shards_written=output.written,
-            shards_found=len(files) - output.written,
+            write_seconds=write_seconds,
+            shards_written=output.written if is_sharded else 0,
+            shards_found=len(files) - output.written if is_sharded else 0,
         )
-        return summary
 
     def discard(self) -> Summary:
         """Run this process's share of the batches, and keep nothing."""
@@ -157,8 +255,8 @@ class _Call:
         batches, (rank, world) = -(-n // size), (self.place.rank, self.place.size)
         start, stop = (batches * each // world * size for each in (rank, rank + 1))
         rows = range(start, min(stop, n))
-        with Run(self.plan) as run, closing(run.batches([rows], self._count(0, 0))) as results:
-            for batch in results:
+        with Run(self.plan) as run:
+            for batch in run.batches([rows], done=self._count(0, 0)):
                 batch.release()
                 self.interrupts.check()
         return run.summary(self.started)
@@ -166,40 +264,46 @@ class _Call:
     def _already_complete(self, output: Output) -> Summary:
         output.tidy()
         note(f"{self.path} is already complete")
-        return Summary.of_complete_output(
-            self.path,
+        return Summary(
+            output=self.path,
+            boards=0,
             resumed_boards=output.found,
-            setup_seconds=time.perf_counter() - self.started,
             bytes_written=_nbytes(output.files),
+            shards_written=0,
+            shards_found=0 if output.files[0].shard is None else len(output.files),
+            seconds=0.0,
+            setup_seconds=time.perf_counter() - self.started,
+            commit_seconds=0.0,
+            stage_seconds=dict.fromkeys(STAGES, 0.0),
+            waiting_seconds=0.0,
             nonfinite=_nonfinite(output),
-            shards_found=len(output.files),
         )
 
-    def _prepare(self, output: Output) -> None:
-        """Check the output once more, now that everything is loaded, and say what will be written."""
+    def _prepare(self, output: Output, specs: Sequence[TensorSpec]) -> None:
+        """Check the output again, now that everything is loaded, and describe it in notes."""
         begin("preparing the output")
-        targets = [each.target for each in output.missing]
         dtypes = [STORAGE_DTYPES[self.options.dtype].name]
         check_output(self.path, dtypes, inputs=self.plan.input_files)
-        check_space(targets, _nbytes(output.missing))
+        _check_space(output)
+        targets = [each.target for each in output.missing]
         directory = targets[0].parent
         if not directory.exists():
             with OutputError.when(f"cannot make {directory}"):
                 directory.mkdir(parents=True, exist_ok=True)
             note(f"made the directory {directory}")
         free = free_space(targets)
-        files = [each.target for each in output.files]
-        specs = output.files[0].work.specs
-        note(Preview.of(self.plan, specs, output=self.path, files=files, free_nbytes=free).text)
-        for existing in output.replaced:
-            boards = existing.metadata.get("n_samples", "")
-            holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
-            size = size_text(existing.found.st_size)
-            note(f"{existing.path} ({size}{holds}) is replaced when the new file is whole")
+        note(Preview.of(self.plan, specs, self.path, free, shards=_shards(output.files)).text)
+        for text in _already_there(output):
+            note(text)
 
-    def _fill(self, run: Run, output: Output) -> int:
-        """Write file after file until all are finished; return the boards that were resumed."""
+    def _fill(self, run: Run, output: Output) -> tuple[int, float]:
+        """Write file after file until all are finished.
+
+        Returns:
+            The boards that were resumed, and the seconds in which writers were busy.
+        """
         resumed: list[int] = []
+        write_seconds = 0.0
 
         def ranges(file: OutputFile | None) -> Iterator[range]:
             while file is not None:
@@ -219,14 +323,17 @@ class _Call:
             count = self._count(done + first.resumed_rows, first.size)
             with (
                 Writers(output.commit, threads=self.writer_threads) as writers,
-                closing(run.batches(ranges(first), count)) as batches,
+                closing(run.batches(ranges(first), done=count)) as batches,
             ):
                 for batch in batches:
                     self._submit(writers, output, batch)
                     self.interrupts.check()
                 begin("completing the output")
-            run.add_write_seconds(writers.busy_seconds)
-        return sum(resumed)
+            write_seconds += writers.busy_seconds
+        # Shards are committed while others are computed, a whole file after the last batch.
+        if output.files[0].shard is None:
+            run.committing.add(output.commit_seconds)
+        return sum(resumed), write_seconds
 
     def _begin_file(self, file: OutputFile) -> int:
         """Write the tensors that do not come in batches; return the boards that are kept."""
@@ -332,7 +439,7 @@ def _files(
     if isinstance(options.shards, range) and shards is not None:
         if options.shards.stop > len(files) + 1:
             raise InvalidArgumentError(
-                f"{option('shards')}: must be between 1 and {len(files)}, the number of shards; got "
+                f"{option('shards')}: must be between 1 and {len(files)}, the last shard; got "
                 f"{options.shards.stop - 1}"
             )
         files = files[options.shards.start - 1 : options.shards.stop - 1]
@@ -350,6 +457,30 @@ def _statistics_specs(plan: Plan) -> list[TensorSpec]:
             width=each.shape[-1],
         )
     ]
+
+
+def _already_there(output: Output) -> Iterator[str]:
+    """Say what becomes of the files that are there."""
+    if not output.missing:
+        yield f"{output.files[0].work.whole} is already complete"
+        return
+    for existing in output.replaced:
+        boards = existing.metadata.get("n_samples", "")
+        holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
+        size = size_text(existing.found.st_size)
+        yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
+    finished = len(output.files) - len(output.missing)
+    if finished:
+        yield f"{finished:,} of {len(output.files):,} shards are already complete"
+
+
+def _check_space(output: Output) -> None:
+    """Raise OutputError where the disk has less space than all missing files need."""
+    check_space([each.target for each in output.missing], _nbytes(output.missing))
+
+
+def _shards(files: Sequence[FileWork]) -> list[Path]:
+    return [each.target for each in files if each.shard is not None]
 
 
 def _nbytes(files: Sequence[FileWork]) -> int:

@@ -121,7 +121,9 @@ def _check_same_work(work: Work, shards: int) -> None:
         existing = find_existing(file.target)
         if existing is not None and not existing.is_of(file):
             raise existing.refusal(work)
-        if (header := header_of(file.target)) is not None and header.work != work.identity:
+        if (
+            header := header_of(file.target)
+        ) is not None and header.fingerprint != work.fingerprint:
             raise OtherWorkError(partial_path(file.target), work.differences(header.work))
         if existing is not None or header is not None:
             return

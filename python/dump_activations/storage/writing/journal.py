@@ -1,8 +1,8 @@
 """The journal next to a partial file: its batches that are on disk, with their digests.
 
-Text, one record per line: JSON, a space, the CRC-32 of the JSON as 8 hex digits. The first record
-is the header. Every other record is a batch: [batch, [bytes, crc32, nan, inf], ...], with one digest
-per tensor in the order of the header's `tensors`. A damaged line ends the journal.
+Text, one record per line: JSON, a space, the CRC-32 of the JSON as 8 hex digits. First comes the
+header. Every other record is a batch: [batch, [bytes, crc32, nan, inf], ...], with one digest per
+tensor in the order of the header's `tensors`. A damaged line ends the journal.
 """
 
 import json
@@ -37,7 +37,8 @@ class Header:
     """The file that the batches of a journal belong to. Equal headers stand for equal files.
 
     Attributes:
-        work: by name, everything that determines the values of the dump.
+        fingerprint: SHA-256 of everything that determines the values of the dump.
+        work: the same by name, for messages.
         shard: `3/40`; empty for a dump in one file.
         rows: boards of the file.
         batch_rows: boards per batch; the last batch may be shorter.
@@ -46,7 +47,8 @@ class Header:
         host, pid: the process that writes the file.
     """
 
-    work: Mapping[str, str]
+    fingerprint: str
+    work: Mapping[str, str] = field(compare=False)
     shard: str
     rows: int
     batch_rows: int
@@ -219,7 +221,8 @@ def _parse_header(line: bytes) -> Header:
         fields = json.loads(_text(line))
         fields |= {name: tuple(fields[name]) for name in ("tensors", "computed_by")}
         header = Header(**fields)
-        texts = [*header.work, *header.work.values(), *header.tensors, header.shard, header.host]
+        texts = [*header.work, *header.work.values(), *header.tensors]
+        texts += [header.fingerprint, header.shard, header.host]
         texts += [text for each in header.computed_by for text in (*each, *each.values())]
         numbers = (header.rows, header.batch_rows, header.pid)
     except (TypeError, KeyError, AttributeError, RecursionError):

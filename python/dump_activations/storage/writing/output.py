@@ -495,7 +495,7 @@ class _BackgroundSync:
 
 
 def _read_exactly(partial: Partial, offset: int, data: npt.NDArray[np.uint8]) -> None:
-    view, done = memoryview(data), 0
+    view, done = data.data, 0
     while done < len(view):
         count = os.preadv(partial.fd, [view[done:]], offset + done)
         if count == 0:

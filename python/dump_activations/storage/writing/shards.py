@@ -53,6 +53,7 @@ class Output:
         files: the files that this process may write.
         found: boards of files that were finished when the process came.
         written: number of files that this process finished.
+        commit_seconds: time that it took to complete and rename them.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Output:
         self.files = list(files)
         self.open_files: list[OutputFile] = []
         self.written = 0
+        self.commit_seconds = 0.0
         self._place = place
         self._overwrite = overwrite
         self._check = check
@@ -150,7 +152,9 @@ class Output:
 
     def commit(self, file: OutputFile) -> None:
         """Give a file that is written whole its final name."""
+        started = time.perf_counter()
         self._digests[file.work.target] = file.commit()
+        self.commit_seconds += time.perf_counter() - started
         self.written += 1
         self.open_files.remove(file)
 

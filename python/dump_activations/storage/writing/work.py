@@ -41,12 +41,14 @@ _OPTIONS = frozenset(
 _DIGESTED = {
     "config": "the model's config",
     "dataset_layout_sha256": "the dataset's shards or the layout of their rows",
-    "indices_sha256": "the step indices",
+    "indices": "the step indices",
     "tensors": f"the tensors ({option('split_layers')})",
     "weights_sha256": "the weights",
 }
 # Entries that differ because another one does. Messages name them only where no other differs.
-_DERIVED = frozenset({"dataset_rows", "indices_sha256", "tensors"})
+_DERIVED = frozenset({"indices", "tensors"})
+# Metadata that explains why the indices differ.
+_SAMPLING = ("seed", "sampling", "where", "steps")
 _MAX_SHOWN = 200
 
 
@@ -103,6 +105,12 @@ class Work:
         """SHA-256 of the identity, equal in all shards whichever process wrote them."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def described(self) -> dict[str, str]:
+        """The identity, and the metadata that explains its indices."""
+        sampling = {name: self.metadata[name] for name in _SAMPLING if name in self.metadata}
+        return {**sampling, **self.identity}
+
     def count_shards(self, max_nbytes: int) -> int:
         """Return the smallest number of shards whose tensors take at most `max_nbytes` each.
 
@@ -146,8 +154,10 @@ class Work:
         Args:
             theirs: the identity of the other work, or the metadata of its file.
         """
-        ours = self.identity
+        ours = self.described
         names = [name for name in ours if name in theirs and theirs[name] != ours[name]]
+        if "indices" in theirs and "indices" not in names:
+            names = [name for name in names if name not in _SAMPLING]
         named = [name for name in names if name not in _DERIVED] or names
         return ", ".join(
             _DIGESTED.get(name)
@@ -213,7 +223,8 @@ class FileWork:
     def header(self) -> Header:
         """The header of the file's journal."""
         return Header(
-            self.work.identity,
+            self.work.fingerprint,
+            self.work.described,
             "" if self.shard is None else self.shard.text,
             len(self.run_rows),
             self.work.batch_rows,
