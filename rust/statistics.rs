@@ -9,7 +9,7 @@ use crate::checksum::Element;
 /// mean), min, max, and how many elements are beyond 6 in magnitude.
 pub const PER_FEATURE: usize = 5;
 
-/// Values that follow them: the sums of the vectors' norms and squared norms.
+/// Values that follow them: the means of the vectors' norms and squared norms.
 pub const PER_LAYER: usize = 2;
 
 /// Vectors whose deviations from the first of them are summed before Chan's rule merges the sums.
@@ -81,217 +81,181 @@ fn measure_layers<const N: usize>(
 ) {
     let Vectors { layers, run, width, .. } = vectors;
     let (elements, _) = data.as_chunks::<N>();
-    for (layer, record) in records.chunks_exact_mut(vectors.record_len()).enumerate() {
-        let spans = || elements.chunks_exact(run * width).skip(layer).step_by(layers);
-        let mut moments = Moments::new(record, width);
-        let mut tile = Tile::new(width);
+    for (number, record) in records.chunks_exact_mut(vectors.record_len()).enumerate() {
+        let spans = || elements.chunks_exact(run * width).skip(number).step_by(layers);
+        let mut layer = Layer::new(width);
         for group in spans().flat_map(|span| span.chunks(GROUP * width)) {
-            tile.add(group, width, widen);
-            if tile.count >= TILE {
-                moments.merge(&mut tile);
+            layer.add(group, width, widen);
+            if layer.tile >= TILE {
+                layer.merge_tile();
             }
         }
-        moments.merge(&mut tile);
-        if moments.mean.iter().any(|mean| !mean.is_finite()) {
-            let all = spans().flatten().map(|&element| widen(element));
-            moments.mark_nan(all);
+        layer.merge_tile();
+        layer.write(record, width);
+        // Comparisons skip NaN, which is the min and the max of a feature that has one.
+        if record[..width].iter().any(|mean| !mean.is_finite()) {
+            let elements = spans().flatten().enumerate();
+            for (at, _) in elements.filter(|&(_, &element)| widen(element).is_nan()) {
+                record[2 * width + at % width] = f64::NAN;
+                record[3 * width + at % width] = f64::NAN;
+            }
         }
     }
 }
 
-/// The record of a layer.
-struct Moments<'a> {
-    count: f64,
-    mean: &'a mut [f64],
-    m2: &'a mut [f64],
-    min: &'a mut [f64],
-    max: &'a mut [f64],
-    beyond: &'a mut [f64],
-    norms: &'a mut [f64],
-}
-
-impl<'a> Moments<'a> {
-    #[inline(always)]
-    fn new(record: &'a mut [f64], width: usize) -> Self {
-        record.fill(0.0);
-        let (mean, rest) = record.split_at_mut(width);
-        let (m2, rest) = rest.split_at_mut(width);
-        let (min, rest) = rest.split_at_mut(width);
-        let (max, rest) = rest.split_at_mut(width);
-        let (beyond, norms) = rest.split_at_mut(width);
-        min.fill(f64::INFINITY);
-        max.fill(f64::NEG_INFINITY);
-        Self { count: 0.0, mean, m2, min, max, beyond, norms }
-    }
-
-    /// Merges a tile by Chan's rule and empties it.
-    #[inline(always)]
-    fn merge(&mut self, tile: &mut Tile) {
-        if tile.count == 0 {
-            return;
-        }
-        let more = tile.count as f64;
-        let total = self.count + more;
-        for feature in 0..self.mean.len() {
-            let (sums, lane) = (&tile.sums[feature / LANES], feature % LANES);
-            let sum = sums.sum[lane];
-            let mean = sums.shift[lane] + sum / more;
-            let m2 = (sums.squares[lane] - sum * (sum / more)).max(0.0);
-            let delta = mean - self.mean[feature];
-            // The difference of two infinite means is NaN, their sum is what NumPy has.
-            let step = if delta.is_finite() { delta * (more / total) } else { mean };
-            self.mean[feature] += step;
-            self.m2[feature] += m2 + delta * delta * (self.count * more / total);
-            self.min[feature] = lesser(sums.min[lane], self.min[feature]);
-            self.max[feature] = greater(sums.max[lane], self.max[feature]);
-            self.beyond[feature] += sums.beyond[lane];
-        }
-        self.norms[0] += tile.norms;
-        self.norms[1] += tile.squared_norms;
-        self.count = total;
-        tile.count = 0;
-    }
-
-    /// Comparisons skip NaN, which is the min and the max of a feature that has one.
-    fn mark_nan(&mut self, elements: impl Iterator<Item = f64>) {
-        let width = self.mean.len();
-        for (at, _) in elements.enumerate().filter(|(_, element)| element.is_nan()) {
-            self.min[at % width] = f64::NAN;
-            self.max[at % width] = f64::NAN;
-        }
-    }
-}
-
-/// Sums of some features of the vectors of a tile.
+/// State of some features of a layer.
 #[derive(Clone, Copy)]
-struct Sums {
-    /// The first vector, which the deviations are from.
-    shift: Lanes,
-    sum: Lanes,
-    squares: Lanes,
+struct Features {
+    mean: Lanes,
+    m2: Lanes,
     min: Lanes,
     max: Lanes,
     beyond: Lanes,
+    /// First vector of the tile, but 0 where it is not finite.
+    shift: Lanes,
+    /// Sum of the tile's deviations from `shift`, and the sum of their squares.
+    sum: Lanes,
+    squares: Lanes,
 }
 
-/// Sums of up to about `TILE` vectors of one layer.
-struct Tile {
+/// State of a layer: what was merged, and a tile of vectors that were not.
+struct Layer {
     count: usize,
-    norms: f64,
-    squared_norms: f64,
-    sums: Vec<Sums>,
-    /// A group of vectors, each with zeros up to whole lanes.
+    norms: [f64; PER_LAYER],
+    features: Vec<Features>,
+    tile: usize,
+    tile_norms: [f64; PER_LAYER],
+    /// Vectors, each with zeros up to whole lanes.
     group: [Vec<Lanes>; GROUP],
 }
 
-impl Tile {
+impl Layer {
     fn new(width: usize) -> Self {
         let zero = [0.0; LANES];
-        let sums =
-            Sums { shift: zero, sum: zero, squares: zero, min: zero, max: zero, beyond: zero };
+        let features = Features {
+            mean: zero,
+            m2: zero,
+            min: [f64::INFINITY; LANES],
+            max: [f64::NEG_INFINITY; LANES],
+            beyond: zero,
+            shift: zero,
+            sum: zero,
+            squares: zero,
+        };
         let lanes = width.div_ceil(LANES);
         Self {
             count: 0,
-            norms: 0.0,
-            squared_norms: 0.0,
-            sums: vec![sums; lanes],
+            norms: [0.0; PER_LAYER],
+            features: vec![features; lanes],
+            tile: 0,
+            tile_norms: [0.0; PER_LAYER],
             group: std::array::from_fn(|_| vec![zero; lanes]),
         }
     }
 
-    /// Adds up to `GROUP` vectors.
+    /// Adds up to `GROUP` vectors to the tile.
     #[inline(always)]
     fn add<const N: usize>(
         &mut self,
         elements: &[[u8; N]],
         width: usize,
-        widen: impl Fn([u8; N]) -> f64 + Copy,
+        widen: impl Fn([u8; N]) -> f64,
     ) {
-        if self.count == 0 {
-            (self.norms, self.squared_norms) = (0.0, 0.0);
-        }
         let rows = elements.len() / width;
         for (vector, lanes) in elements.chunks_exact(width).zip(&mut self.group) {
-            let square = widen_vector(vector, lanes, widen);
-            self.squared_norms += square;
-            self.norms += square.sqrt();
+            for (to, &element) in lanes.as_flattened_mut().iter_mut().zip(vector) {
+                *to = widen(element);
+            }
+            let square = sum_of_squares(lanes);
+            self.tile_norms[0] += square.sqrt();
+            self.tile_norms[1] += square;
         }
-        if self.count == 0 {
-            self.start();
-        }
-        if rows == GROUP {
-            self.sum::<GROUP>(0);
-        } else {
-            (0..rows).for_each(|row| self.sum::<1>(row));
-        }
-        self.count += rows;
-    }
-
-    /// Takes the first vector for the shift, but 0 where it is not finite.
-    #[inline(always)]
-    fn start(&mut self) {
-        for (sums, first) in self.sums.iter_mut().zip(&self.group[0]) {
-            *sums = Sums {
-                shift: first.map(|value| if value.is_finite() { value } else { 0.0 }),
-                sum: [0.0; LANES],
-                squares: [0.0; LANES],
-                min: [f64::INFINITY; LANES],
-                max: [f64::NEG_INFINITY; LANES],
-                beyond: [0.0; LANES],
-            };
-        }
-    }
-
-    /// Adds vectors of the group from the `first`.
-    #[inline(always)]
-    fn sum<const ROWS: usize>(&mut self, first: usize) {
-        let lanes = self.sums.len();
-        let rows: [&[Lanes]; ROWS] = std::array::from_fn(|row| &self.group[first + row][..lanes]);
-        for (at, to) in self.sums.iter_mut().enumerate() {
-            let mut sums = *to;
-            for row in rows {
-                for (lane, &value) in row[at].iter().enumerate() {
-                    let deviation = value - sums.shift[lane];
-                    sums.sum[lane] += deviation;
-                    sums.squares[lane] += deviation * deviation;
-                    sums.min[lane] = lesser(value, sums.min[lane]);
-                    sums.max[lane] = greater(value, sums.max[lane]);
-                    sums.beyond[lane] += if value.abs() > 6.0 { 1.0 } else { 0.0 };
+        if self.tile == 0 {
+            for (features, first) in self.features.iter_mut().zip(&self.group[0]) {
+                for (shift, value) in features.shift.iter_mut().zip(first) {
+                    *shift = if value.is_finite() { *value } else { 0.0 };
                 }
             }
-            *to = sums;
+        }
+        if rows == GROUP {
+            self.sum_rows::<GROUP>(0);
+        } else {
+            (0..rows).for_each(|row| self.sum_rows::<1>(row));
+        }
+        self.tile += rows;
+    }
+
+    /// Adds vectors of the group, from the `first`, to the sums of the features.
+    #[inline(always)]
+    fn sum_rows<const ROWS: usize>(&mut self, first: usize) {
+        let lanes = self.features.len();
+        let rows: [&[Lanes]; ROWS] = std::array::from_fn(|row| &self.group[first + row][..lanes]);
+        for (at, features) in self.features.iter_mut().enumerate() {
+            let mut found = *features;
+            for row in rows {
+                for (lane, &value) in row[at].iter().enumerate() {
+                    let deviation = value - found.shift[lane];
+                    found.sum[lane] += deviation;
+                    found.squares[lane] += deviation * deviation;
+                    found.min[lane] = if value < found.min[lane] { value } else { found.min[lane] };
+                    found.max[lane] = if value > found.max[lane] { value } else { found.max[lane] };
+                    found.beyond[lane] += if value.abs() > 6.0 { 1.0 } else { 0.0 };
+                }
+            }
+            *features = found;
+        }
+    }
+
+    /// Merges the tile by Chan's rule and begins another.
+    #[inline(always)]
+    fn merge_tile(&mut self) {
+        let (count, tile) = (self.count as f64, self.tile as f64);
+        let weight = tile / (count + tile);
+        for features in self.features.iter_mut().filter(|_| tile > 0.0) {
+            for lane in 0..LANES {
+                let sum = features.sum[lane];
+                let mean = features.shift[lane] + sum / tile;
+                let m2 = features.squares[lane] - sum * (sum / tile);
+                let delta = mean - features.mean[lane];
+                // The difference of two infinite means is NaN. Their sum is NumPy's mean.
+                let step = if delta.is_finite() { delta * weight } else { mean };
+                features.mean[lane] += step;
+                features.m2[lane] += m2.max(0.0) + delta * delta * weight * count;
+            }
+            features.sum = [0.0; LANES];
+            features.squares = [0.0; LANES];
+        }
+        for (norm, more) in self.norms.iter_mut().zip(&mut self.tile_norms) {
+            *norm += std::mem::take(more);
+        }
+        self.count += std::mem::take(&mut self.tile);
+    }
+
+    fn write(&self, record: &mut [f64], width: usize) {
+        for feature in 0..width {
+            let (features, lane) = (&self.features[feature / LANES], feature % LANES);
+            record[feature] = features.mean[lane];
+            record[width + feature] = features.m2[lane];
+            record[2 * width + feature] = features.min[lane];
+            record[3 * width + feature] = features.max[lane];
+            record[4 * width + feature] = features.beyond[lane];
+        }
+        for (to, norm) in record[PER_FEATURE * width..].iter_mut().zip(self.norms) {
+            *to = norm / self.count as f64;
         }
     }
 }
 
-/// Widens a vector and returns the sum of its squares.
 #[inline(always)]
-fn widen_vector<const N: usize>(
-    vector: &[[u8; N]],
-    lanes: &mut [Lanes],
-    widen: impl Fn([u8; N]) -> f64 + Copy,
-) -> f64 {
-    for (to, &element) in lanes.as_flattened_mut().iter_mut().zip(vector) {
-        *to = widen(element);
-    }
+fn sum_of_squares(vector: &[Lanes]) -> f64 {
     let mut squares = [0.0; LANES];
-    for values in lanes.iter() {
+    for values in vector {
         for lane in 0..LANES {
             squares[lane] += values[lane] * values[lane];
         }
     }
     let [a, b, c, d, e, f, g, h] = squares;
     ((a + e) + (c + g)) + ((b + f) + (d + h))
-}
-
-#[inline(always)]
-fn lesser(value: f64, least: f64) -> f64 {
-    if value < least { value } else { least }
-}
-
-#[inline(always)]
-fn greater(value: f64, most: f64) -> f64 {
-    if value > most { value } else { most }
 }
 
 #[inline(always)]
@@ -357,7 +321,7 @@ mod tests {
         let vectors = Vectors { element: Element::Float32, layers: 2, run: 2, width: 1 };
         let values = [1.0, 3.0, 10.0, 10.0, 5.0, 7.0, 10.0, 10.0];
         let expected =
-            [[4.0, 20.0, 1.0, 7.0, 1.0, 16.0, 84.0], [10.0, 0.0, 10.0, 10.0, 4.0, 40.0, 400.0]];
+            [[4.0, 20.0, 1.0, 7.0, 1.0, 4.0, 21.0], [10.0, 0.0, 10.0, 10.0, 4.0, 10.0, 100.0]];
         assert_eq!(measured(vectors, &values), expected.concat());
     }
 
