@@ -16,8 +16,8 @@ pub const PER_LAYER: usize = 2;
 /// Subtracting the squared sum from the sum of squares then loses at most a factor of `TILE`.
 const TILE: usize = 256;
 
-/// Vectors that are widened and added at once.
-const GROUP: usize = 4;
+/// Elements that are widened at once: they stay in the inner caches.
+const GROUP: usize = 4096;
 
 const LANES: usize = 8;
 
@@ -33,7 +33,7 @@ pub struct Vectors {
 }
 
 impl Vectors {
-    /// Bytes of one vector of each run and layer.
+    /// Bytes of a row: `run` vectors per layer.
     pub fn row_nbytes(&self) -> usize {
         self.layers * self.run * self.width * self.element.nbytes()
     }
@@ -84,12 +84,10 @@ fn measure_layers<const N: usize>(
     for (number, record) in records.chunks_exact_mut(vectors.record_len()).enumerate() {
         let spans = || elements.chunks_exact(run * width).skip(number).step_by(layers);
         let mut layer = Layer::new(width);
-        for group in spans().flat_map(|span| span.chunks(GROUP * width)) {
-            layer.add(group, width, widen);
-            if layer.tile >= TILE {
-                layer.merge_tile();
-            }
+        for vector in spans().flat_map(|span| span.chunks_exact(width)) {
+            layer.add(vector, widen);
         }
+        layer.sum_group();
         layer.merge_tile();
         layer.write(record, width);
         // Comparisons skip NaN, which is the min and the max of a feature that has one.
@@ -118,15 +116,16 @@ struct Features {
     squares: Lanes,
 }
 
-/// State of a layer: what was merged, and a tile of vectors that were not.
+/// State of a layer: merged vectors, and a tile of vectors that are summed but not merged yet.
 struct Layer {
     count: usize,
     norms: [f64; PER_LAYER],
     features: Vec<Features>,
     tile: usize,
     tile_norms: [f64; PER_LAYER],
-    /// Vectors, each with zeros up to whole lanes.
-    group: [Vec<Lanes>; GROUP],
+    /// Vectors of the tile that are not summed yet, each with zeros up to whole lanes.
+    group: Vec<Lanes>,
+    grouped: usize,
 }
 
 impl Layer {
@@ -149,61 +148,63 @@ impl Layer {
             features: vec![features; lanes],
             tile: 0,
             tile_norms: [0.0; PER_LAYER],
-            group: std::array::from_fn(|_| vec![zero; lanes]),
+            group: vec![zero; (GROUP / LANES / lanes).clamp(1, TILE) * lanes],
+            grouped: 0,
         }
     }
 
-    /// Adds up to `GROUP` vectors to the tile.
+    /// Adds a vector to the group. A full group is added to the tile, a full tile to the layer.
     #[inline(always)]
-    fn add<const N: usize>(
-        &mut self,
-        elements: &[[u8; N]],
-        width: usize,
-        widen: impl Fn([u8; N]) -> f64,
-    ) {
-        let rows = elements.len() / width;
-        for (vector, lanes) in elements.chunks_exact(width).zip(&mut self.group) {
-            for (to, &element) in lanes.as_flattened_mut().iter_mut().zip(vector) {
-                *to = widen(element);
-            }
-            let square = sum_of_squares(lanes);
+    fn add<const N: usize>(&mut self, vector: &[[u8; N]], widen: impl Fn([u8; N]) -> f64) {
+        let lanes = self.features.len();
+        let to = self.group[self.grouped * lanes..][..lanes].as_flattened_mut();
+        for (to, &element) in to.iter_mut().zip(vector) {
+            *to = widen(element);
+        }
+        self.grouped += 1;
+        if self.grouped * lanes == self.group.len() || self.tile + self.grouped == TILE {
+            self.sum_group();
+        }
+        if self.tile == TILE {
+            self.merge_tile();
+        }
+    }
+
+    /// Adds the group to the sums of the tile.
+    #[inline(always)]
+    fn sum_group(&mut self) {
+        let lanes = self.features.len();
+        let group = &self.group[..self.grouped * lanes];
+        for vector in group.chunks_exact(lanes) {
+            let square = sum_of_squares(vector);
             self.tile_norms[0] += square.sqrt();
             self.tile_norms[1] += square;
         }
-        if self.tile == 0 {
-            for (features, first) in self.features.iter_mut().zip(&self.group[0]) {
-                for (shift, value) in features.shift.iter_mut().zip(first) {
-                    *shift = if value.is_finite() { *value } else { 0.0 };
+        for (at, to) in self.features.iter_mut().enumerate() {
+            let mut features = *to;
+            if self.tile == 0 {
+                for (shift, value) in features.shift.iter_mut().zip(self.group[at]) {
+                    *shift = if value.is_finite() { value } else { 0.0 };
                 }
             }
-        }
-        if rows == GROUP {
-            self.sum_rows::<GROUP>(0);
-        } else {
-            (0..rows).for_each(|row| self.sum_rows::<1>(row));
-        }
-        self.tile += rows;
-    }
-
-    /// Adds vectors of the group, from the `first`, to the sums of the features.
-    #[inline(always)]
-    fn sum_rows<const ROWS: usize>(&mut self, first: usize) {
-        let lanes = self.features.len();
-        let rows: [&[Lanes]; ROWS] = std::array::from_fn(|row| &self.group[first + row][..lanes]);
-        for (at, features) in self.features.iter_mut().enumerate() {
-            let mut found = *features;
-            for row in rows {
-                for (lane, &value) in row[at].iter().enumerate() {
-                    let deviation = value - found.shift[lane];
-                    found.sum[lane] += deviation;
-                    found.squares[lane] += deviation * deviation;
-                    found.min[lane] = if value < found.min[lane] { value } else { found.min[lane] };
-                    found.max[lane] = if value > found.max[lane] { value } else { found.max[lane] };
-                    found.beyond[lane] += if value.abs() > 6.0 { 1.0 } else { 0.0 };
+            let mut beyond = [0_u64; LANES];
+            for vector in group.chunks_exact(lanes) {
+                for (lane, &value) in vector[at].iter().enumerate() {
+                    let deviation = value - features.shift[lane];
+                    let (min, max) = (features.min[lane], features.max[lane]);
+                    features.sum[lane] += deviation;
+                    features.squares[lane] += deviation * deviation;
+                    features.min[lane] = if value < min { value } else { min };
+                    features.max[lane] = if value > max { value } else { max };
+                    beyond[lane] += u64::from(value.abs() > 6.0);
                 }
             }
-            *features = found;
+            for (count, more) in features.beyond.iter_mut().zip(beyond) {
+                *count += more as f64;
+            }
+            *to = features;
         }
+        self.tile += std::mem::take(&mut self.grouped);
     }
 
     /// Merges the tile by Chan's rule and begins another.
