@@ -67,6 +67,7 @@ class Moments:
 
         def mean_of(mean: Array, other: Array) -> Array:
             # The difference of two infinite means is NaN. Their sum is NumPy's mean.
+            # Transposed, (L,) and (L, F) are weighted alike.
             delta = other - mean
             return mean + np.where(np.isfinite(delta), (delta.T * weight).T, other)
 
@@ -367,7 +368,7 @@ def compute_statistics(
 
 
 def _vectors_in(inspection: Inspection) -> list[_Vectors]:
-    """List the tensors that have vectors: activations, as the file's own metadata names layers."""
+    """List the floating activations of a file. Its metadata names their layers."""
     catalog = Catalog(inspection.path, inspection.contents)
     found = []
     for key in catalog.keys.values():
