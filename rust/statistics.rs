@@ -9,15 +9,15 @@ use crate::checksum::Element;
 /// mean), min, max, and how many elements are beyond 6 in magnitude.
 pub const PER_FEATURE: usize = 5;
 
-/// Values that follow them: the sums of the vectors' norms and squared norms.
+/// Values that follow them: the means of the vectors' norms and squared norms.
 pub const PER_LAYER: usize = 2;
 
 /// Vectors whose deviations from the first of them are summed before Chan's rule merges the sums.
 /// Subtracting the squared sum from the sum of squares then loses at most a factor of `TILE`.
 const TILE: usize = 256;
 
-/// Vectors that are widened and added at once.
-const GROUP: usize = 4;
+/// Elements that are widened at once: they stay in the inner caches.
+const GROUP: usize = 4096;
 
 const LANES: usize = 8;
 
@@ -33,7 +33,7 @@ pub struct Vectors {
 }
 
 impl Vectors {
-    /// Bytes of one vector of each run and layer.
+    /// Bytes of a row: `run` vectors per layer.
     pub fn row_nbytes(&self) -> usize {
         self.layers * self.run * self.width * self.element.nbytes()
     }
@@ -81,217 +81,182 @@ fn measure_layers<const N: usize>(
 ) {
     let Vectors { layers, run, width, .. } = vectors;
     let (elements, _) = data.as_chunks::<N>();
-    for (layer, record) in records.chunks_exact_mut(vectors.record_len()).enumerate() {
-        let spans = || elements.chunks_exact(run * width).skip(layer).step_by(layers);
-        let mut moments = Moments::new(record, width);
-        let mut tile = Tile::new(width);
-        for group in spans().flat_map(|span| span.chunks(GROUP * width)) {
-            tile.add(group, width, widen);
-            if tile.count >= TILE {
-                moments.merge(&mut tile);
+    for (number, record) in records.chunks_exact_mut(vectors.record_len()).enumerate() {
+        let spans = || elements.chunks_exact(run * width).skip(number).step_by(layers);
+        let mut layer = Layer::new(width);
+        for vector in spans().flat_map(|span| span.chunks_exact(width)) {
+            layer.add(vector, widen);
+        }
+        layer.sum_group();
+        layer.merge_tile();
+        layer.write(record, width);
+        // Comparisons skip NaN, which is the min and the max of a feature that has one.
+        if record[..width].iter().any(|mean| !mean.is_finite()) {
+            let elements = spans().flatten().enumerate();
+            for (at, _) in elements.filter(|&(_, &element)| widen(element).is_nan()) {
+                record[2 * width + at % width] = f64::NAN;
+                record[3 * width + at % width] = f64::NAN;
             }
         }
-        moments.merge(&mut tile);
-        if moments.mean.iter().any(|mean| !mean.is_finite()) {
-            let all = spans().flatten().map(|&element| widen(element));
-            moments.mark_nan(all);
-        }
     }
 }
 
-/// The record of a layer.
-struct Moments<'a> {
-    count: f64,
-    mean: &'a mut [f64],
-    m2: &'a mut [f64],
-    min: &'a mut [f64],
-    max: &'a mut [f64],
-    beyond: &'a mut [f64],
-    norms: &'a mut [f64],
-}
-
-impl<'a> Moments<'a> {
-    #[inline(always)]
-    fn new(record: &'a mut [f64], width: usize) -> Self {
-        record.fill(0.0);
-        let (mean, rest) = record.split_at_mut(width);
-        let (m2, rest) = rest.split_at_mut(width);
-        let (min, rest) = rest.split_at_mut(width);
-        let (max, rest) = rest.split_at_mut(width);
-        let (beyond, norms) = rest.split_at_mut(width);
-        min.fill(f64::INFINITY);
-        max.fill(f64::NEG_INFINITY);
-        Self { count: 0.0, mean, m2, min, max, beyond, norms }
-    }
-
-    /// Merges a tile by Chan's rule and empties it.
-    #[inline(always)]
-    fn merge(&mut self, tile: &mut Tile) {
-        if tile.count == 0 {
-            return;
-        }
-        let more = tile.count as f64;
-        let total = self.count + more;
-        for feature in 0..self.mean.len() {
-            let (sums, lane) = (&tile.sums[feature / LANES], feature % LANES);
-            let sum = sums.sum[lane];
-            let mean = sums.shift[lane] + sum / more;
-            let m2 = (sums.squares[lane] - sum * (sum / more)).max(0.0);
-            let delta = mean - self.mean[feature];
-            // The difference of two infinite means is NaN, their sum is what NumPy has.
-            let step = if delta.is_finite() { delta * (more / total) } else { mean };
-            self.mean[feature] += step;
-            self.m2[feature] += m2 + delta * delta * (self.count * more / total);
-            self.min[feature] = lesser(sums.min[lane], self.min[feature]);
-            self.max[feature] = greater(sums.max[lane], self.max[feature]);
-            self.beyond[feature] += sums.beyond[lane];
-        }
-        self.norms[0] += tile.norms;
-        self.norms[1] += tile.squared_norms;
-        self.count = total;
-        tile.count = 0;
-    }
-
-    /// Comparisons skip NaN, which is the min and the max of a feature that has one.
-    fn mark_nan(&mut self, elements: impl Iterator<Item = f64>) {
-        let width = self.mean.len();
-        for (at, _) in elements.enumerate().filter(|(_, element)| element.is_nan()) {
-            self.min[at % width] = f64::NAN;
-            self.max[at % width] = f64::NAN;
-        }
-    }
-}
-
-/// Sums of some features of the vectors of a tile.
+/// State of some features of a layer.
 #[derive(Clone, Copy)]
-struct Sums {
-    /// The first vector, which the deviations are from.
-    shift: Lanes,
-    sum: Lanes,
-    squares: Lanes,
+struct Features {
+    mean: Lanes,
+    m2: Lanes,
     min: Lanes,
     max: Lanes,
     beyond: Lanes,
+    /// First vector of the tile, but 0 where it is not finite.
+    shift: Lanes,
+    /// Sum of the tile's deviations from `shift`, and the sum of their squares.
+    sum: Lanes,
+    squares: Lanes,
 }
 
-/// Sums of up to about `TILE` vectors of one layer.
-struct Tile {
+/// State of a layer: merged vectors, and a tile of vectors that are summed but not merged yet.
+struct Layer {
     count: usize,
-    norms: f64,
-    squared_norms: f64,
-    sums: Vec<Sums>,
-    /// A group of vectors, each with zeros up to whole lanes.
-    group: [Vec<Lanes>; GROUP],
+    norms: [f64; PER_LAYER],
+    features: Vec<Features>,
+    tile: usize,
+    tile_norms: [f64; PER_LAYER],
+    /// Vectors of the tile that are not summed yet, each with zeros up to whole lanes.
+    group: Vec<Lanes>,
+    grouped: usize,
 }
 
-impl Tile {
+impl Layer {
     fn new(width: usize) -> Self {
         let zero = [0.0; LANES];
-        let sums =
-            Sums { shift: zero, sum: zero, squares: zero, min: zero, max: zero, beyond: zero };
+        let features = Features {
+            mean: zero,
+            m2: zero,
+            min: [f64::INFINITY; LANES],
+            max: [f64::NEG_INFINITY; LANES],
+            beyond: zero,
+            shift: zero,
+            sum: zero,
+            squares: zero,
+        };
         let lanes = width.div_ceil(LANES);
         Self {
             count: 0,
-            norms: 0.0,
-            squared_norms: 0.0,
-            sums: vec![sums; lanes],
-            group: std::array::from_fn(|_| vec![zero; lanes]),
+            norms: [0.0; PER_LAYER],
+            features: vec![features; lanes],
+            tile: 0,
+            tile_norms: [0.0; PER_LAYER],
+            group: vec![zero; (GROUP / LANES / lanes).clamp(1, TILE) * lanes],
+            grouped: 0,
         }
     }
 
-    /// Adds up to `GROUP` vectors.
+    /// Adds a vector to the group. A full group is added to the tile, a full tile to the layer.
     #[inline(always)]
-    fn add<const N: usize>(
-        &mut self,
-        elements: &[[u8; N]],
-        width: usize,
-        widen: impl Fn([u8; N]) -> f64 + Copy,
-    ) {
-        if self.count == 0 {
-            (self.norms, self.squared_norms) = (0.0, 0.0);
+    fn add<const N: usize>(&mut self, vector: &[[u8; N]], widen: impl Fn([u8; N]) -> f64) {
+        let lanes = self.features.len();
+        let to = self.group[self.grouped * lanes..][..lanes].as_flattened_mut();
+        for (to, &element) in to.iter_mut().zip(vector) {
+            *to = widen(element);
         }
-        let rows = elements.len() / width;
-        for (vector, lanes) in elements.chunks_exact(width).zip(&mut self.group) {
-            let square = widen_vector(vector, lanes, widen);
-            self.squared_norms += square;
-            self.norms += square.sqrt();
+        self.grouped += 1;
+        if self.grouped * lanes == self.group.len() || self.tile + self.grouped == TILE {
+            self.sum_group();
         }
-        if self.count == 0 {
-            self.start();
-        }
-        if rows == GROUP {
-            self.sum::<GROUP>(0);
-        } else {
-            (0..rows).for_each(|row| self.sum::<1>(row));
-        }
-        self.count += rows;
-    }
-
-    /// Takes the first vector for the shift, but 0 where it is not finite.
-    #[inline(always)]
-    fn start(&mut self) {
-        for (sums, first) in self.sums.iter_mut().zip(&self.group[0]) {
-            *sums = Sums {
-                shift: first.map(|value| if value.is_finite() { value } else { 0.0 }),
-                sum: [0.0; LANES],
-                squares: [0.0; LANES],
-                min: [f64::INFINITY; LANES],
-                max: [f64::NEG_INFINITY; LANES],
-                beyond: [0.0; LANES],
-            };
+        if self.tile == TILE {
+            self.merge_tile();
         }
     }
 
-    /// Adds vectors of the group from the `first`.
+    /// Adds the group to the sums of the tile.
     #[inline(always)]
-    fn sum<const ROWS: usize>(&mut self, first: usize) {
-        let lanes = self.sums.len();
-        let rows: [&[Lanes]; ROWS] = std::array::from_fn(|row| &self.group[first + row][..lanes]);
-        for (at, to) in self.sums.iter_mut().enumerate() {
-            let mut sums = *to;
-            for row in rows {
-                for (lane, &value) in row[at].iter().enumerate() {
-                    let deviation = value - sums.shift[lane];
-                    sums.sum[lane] += deviation;
-                    sums.squares[lane] += deviation * deviation;
-                    sums.min[lane] = lesser(value, sums.min[lane]);
-                    sums.max[lane] = greater(value, sums.max[lane]);
-                    sums.beyond[lane] += if value.abs() > 6.0 { 1.0 } else { 0.0 };
+    fn sum_group(&mut self) {
+        let lanes = self.features.len();
+        let group = &self.group[..self.grouped * lanes];
+        for vector in group.chunks_exact(lanes) {
+            let square = sum_of_squares(vector);
+            self.tile_norms[0] += square.sqrt();
+            self.tile_norms[1] += square;
+        }
+        for (at, to) in self.features.iter_mut().enumerate() {
+            let mut features = *to;
+            if self.tile == 0 {
+                for (shift, value) in features.shift.iter_mut().zip(self.group[at]) {
+                    *shift = if value.is_finite() { value } else { 0.0 };
                 }
             }
-            *to = sums;
+            let mut beyond = [0_u64; LANES];
+            for vector in group.chunks_exact(lanes) {
+                for (lane, &value) in vector[at].iter().enumerate() {
+                    let deviation = value - features.shift[lane];
+                    let (min, max) = (features.min[lane], features.max[lane]);
+                    features.sum[lane] += deviation;
+                    features.squares[lane] += deviation * deviation;
+                    features.min[lane] = if value < min { value } else { min };
+                    features.max[lane] = if value > max { value } else { max };
+                    beyond[lane] += u64::from(value.abs() > 6.0);
+                }
+            }
+            for (count, more) in features.beyond.iter_mut().zip(beyond) {
+                *count += more as f64;
+            }
+            *to = features;
+        }
+        self.tile += std::mem::take(&mut self.grouped);
+    }
+
+    /// Merges the tile by Chan's rule and begins another.
+    #[inline(always)]
+    fn merge_tile(&mut self) {
+        let (count, tile) = (self.count as f64, self.tile as f64);
+        let weight = tile / (count + tile);
+        for features in self.features.iter_mut().filter(|_| tile > 0.0) {
+            for lane in 0..LANES {
+                let sum = features.sum[lane];
+                let mean = features.shift[lane] + sum / tile;
+                let m2 = features.squares[lane] - sum * (sum / tile);
+                let delta = mean - features.mean[lane];
+                // The difference of two infinite means is NaN. Their sum is NumPy's mean.
+                let step = if delta.is_finite() { delta * weight } else { mean };
+                features.mean[lane] += step;
+                features.m2[lane] += m2.max(0.0) + delta * delta * weight * count;
+            }
+            features.sum = [0.0; LANES];
+            features.squares = [0.0; LANES];
+        }
+        for (norm, more) in self.norms.iter_mut().zip(&mut self.tile_norms) {
+            *norm += std::mem::take(more);
+        }
+        self.count += std::mem::take(&mut self.tile);
+    }
+
+    fn write(&self, record: &mut [f64], width: usize) {
+        for feature in 0..width {
+            let (features, lane) = (&self.features[feature / LANES], feature % LANES);
+            record[feature] = features.mean[lane];
+            record[width + feature] = features.m2[lane];
+            record[2 * width + feature] = features.min[lane];
+            record[3 * width + feature] = features.max[lane];
+            record[4 * width + feature] = features.beyond[lane];
+        }
+        for (to, norm) in record[PER_FEATURE * width..].iter_mut().zip(self.norms) {
+            *to = norm / self.count as f64;
         }
     }
 }
 
-/// Widens a vector and returns the sum of its squares.
 #[inline(always)]
-fn widen_vector<const N: usize>(
-    vector: &[[u8; N]],
-    lanes: &mut [Lanes],
-    widen: impl Fn([u8; N]) -> f64 + Copy,
-) -> f64 {
-    for (to, &element) in lanes.as_flattened_mut().iter_mut().zip(vector) {
-        *to = widen(element);
-    }
+fn sum_of_squares(vector: &[Lanes]) -> f64 {
     let mut squares = [0.0; LANES];
-    for values in lanes.iter() {
+    for values in vector {
         for lane in 0..LANES {
             squares[lane] += values[lane] * values[lane];
         }
     }
     let [a, b, c, d, e, f, g, h] = squares;
     ((a + e) + (c + g)) + ((b + f) + (d + h))
-}
-
-#[inline(always)]
-fn lesser(value: f64, least: f64) -> f64 {
-    if value < least { value } else { least }
-}
-
-#[inline(always)]
-fn greater(value: f64, most: f64) -> f64 {
-    if value > most { value } else { most }
 }
 
 #[inline(always)]
@@ -357,7 +322,7 @@ mod tests {
         let vectors = Vectors { element: Element::Float32, layers: 2, run: 2, width: 1 };
         let values = [1.0, 3.0, 10.0, 10.0, 5.0, 7.0, 10.0, 10.0];
         let expected =
-            [[4.0, 20.0, 1.0, 7.0, 1.0, 16.0, 84.0], [10.0, 0.0, 10.0, 10.0, 4.0, 40.0, 400.0]];
+            [[4.0, 20.0, 1.0, 7.0, 1.0, 4.0, 21.0], [10.0, 0.0, 10.0, 10.0, 4.0, 10.0, 100.0]];
         assert_eq!(measured(vectors, &values), expected.concat());
     }
 

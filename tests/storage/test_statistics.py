@@ -91,6 +91,13 @@ def test_activations_of_any_kind_agree_with_numpy(dtype, kind):
         assert_equal(of_layer, {"variance": vectors_VF.var(0)}, rtol=1e-9)
 
 
+@pytest.mark.parametrize("width", [1, 8, 300, 4097, 9000])
+def test_vectors_of_any_width_agree_with_numpy(width):
+    values = np.random.default_rng(0).normal(size=(300, width)).astype(np.float32)
+    expected = numpy_statistics(values.astype(np.float64))
+    assert_equal(statistics_of(values, rows=290), expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.1, -1e30, 1e4 / 3])
 def test_a_constant_feature_has_its_mean_and_no_variance(constant):
     values = np.random.default_rng(0).normal(size=(999, 7, 9)).astype(np.float32)

@@ -9,7 +9,7 @@ Shape letters: L layers (1 for a tensor without their axis), F features.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import reduce
 from itertools import accumulate
 from math import prod
@@ -47,8 +47,8 @@ class Moments:
         min: (L, F); NaN where there is a NaN.
         max: (L, F); NaN where there is a NaN.
         count_abs_gt_6: elements beyond 6 in magnitude, (L, F).
-        norm_sum: sum of the vectors' norms, (L,).
-        squared_norm_sum: sum of the vectors' squared norms, (L,).
+        norm_mean: mean of the vectors' norms, (L,).
+        mean_squared_norm: mean of their squares, (L,).
     """
 
     count: Array
@@ -57,26 +57,31 @@ class Moments:
     min: Array
     max: Array
     count_abs_gt_6: Array
-    norm_sum: Array
-    squared_norm_sum: Array
+    norm_mean: Array
+    mean_squared_norm: Array
 
     def merge(self, following: "Moments") -> "Moments":
         """Return the moments of these vectors and the following ones, by Chan's rule."""
         count = self.count + following.count
-        weight = (following.count / count)[:, None]
-        with np.errstate(invalid="ignore", over="ignore"):
-            delta = following.mean - self.mean
+        weight = following.count / count
+
+        def mean_of(mean: Array, other: Array) -> Array:
             # The difference of two infinite means is NaN. Their sum is NumPy's mean.
-            step = np.where(np.isfinite(delta), delta * weight, following.mean)
+            # Transposed, (L,) and (L, F) are weighted alike.
+            delta = other - mean
+            return mean + np.where(np.isfinite(delta), (delta.T * weight).T, other)
+
+        with np.errstate(invalid="ignore"):
+            delta = following.mean - self.mean
             return Moments(
                 count=count,
-                mean=self.mean + step,
-                m2=self.m2 + following.m2 + delta * delta * weight * self.count[:, None],
+                mean=mean_of(self.mean, following.mean),
+                m2=self.m2 + following.m2 + delta * delta * (weight * self.count)[:, None],
                 min=np.minimum(self.min, following.min),
                 max=np.maximum(self.max, following.max),
                 count_abs_gt_6=self.count_abs_gt_6 + following.count_abs_gt_6,
-                norm_sum=self.norm_sum + following.norm_sum,
-                squared_norm_sum=self.squared_norm_sum + following.squared_norm_sum,
+                norm_mean=mean_of(self.norm_mean, following.norm_mean),
+                mean_squared_norm=mean_of(self.mean_squared_norm, following.mean_squared_norm),
             )
 
     @property
@@ -85,21 +90,22 @@ class Moments:
         return np.where(np.isfinite(self.mean), self.m2 / self.count[:, None], np.nan)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Statistic:
     """Entry of the registry.
 
     Attributes:
         name: last part of the tensor's name.
-        per_feature: one value per feature, or else one per layer.
         description: for people.
         value: Moments -> (L, F) if `per_feature`, else (L,).
+        per_feature: one value per feature, or else one per layer.
     """
 
     name: str
-    per_feature: bool
     description: str
     value: Callable[[Moments], Array]
+    _: KW_ONLY
+    per_feature: bool = True
 
     def shape(self, *, layers: int | None, width: int) -> tuple[int, ...]:
         """Return the shape of the stored tensor."""
@@ -108,41 +114,20 @@ class Statistic:
 
 
 STATISTICS: tuple[Statistic, ...] = (
+    Statistic("count", "number of vectors", lambda m: m.count, per_feature=False),
+    Statistic("mean", "mean", lambda m: m.mean),
+    Statistic("variance", "population variance", lambda m: m.variance),
+    Statistic("min", "minimum", lambda m: m.min),
+    Statistic("max", "maximum", lambda m: m.max),
     Statistic(
-        name="count", per_feature=False, description="number of vectors", value=lambda m: m.count
+        "count_abs_gt_6", "number of values beyond 6 in magnitude", lambda m: m.count_abs_gt_6
     ),
+    Statistic("norm_mean", "mean norm of a vector", lambda m: m.norm_mean, per_feature=False),
     Statistic(
-        name="mean", per_feature=True, description="mean of a feature", value=lambda m: m.mean
-    ),
-    Statistic(
-        name="variance",
-        per_feature=True,
-        description="population variance of a feature",
-        value=lambda m: m.variance,
-    ),
-    Statistic(
-        name="min", per_feature=True, description="minimum of a feature", value=lambda m: m.min
-    ),
-    Statistic(
-        name="max", per_feature=True, description="maximum of a feature", value=lambda m: m.max
-    ),
-    Statistic(
-        name="count_abs_gt_6",
-        per_feature=True,
-        description="number of values of a feature beyond 6 in magnitude",
-        value=lambda m: m.count_abs_gt_6,
-    ),
-    Statistic(
-        name="norm_mean",
+        "mean_squared_norm",
+        "mean squared norm of a vector",
+        lambda m: m.mean_squared_norm,
         per_feature=False,
-        description="mean norm of a vector",
-        value=lambda m: m.norm_sum / m.count,
-    ),
-    Statistic(
-        name="mean_squared_norm",
-        per_feature=False,
-        description="mean squared norm of a vector",
-        value=lambda m: m.squared_norm_sum / m.count,
     ),
 )
 
@@ -259,8 +244,8 @@ class RunningStatistics:
             self._pending[batch] = moments
             while (following := self._pending.pop(self._next_batch, None)) is not None:
                 for name, more in following.items():
-                    merged = self._merged.get(name)
-                    self._merged[name] = more if merged is None else merged.merge(more)
+                    before = self._merged.get(name)
+                    self._merged[name] = before.merge(more) if before else more
                 self._next_batch += 1
 
     def tensors(self) -> dict[str, Array]:
@@ -296,16 +281,8 @@ def _stored_moments(stored: Mapping[str, Array]) -> Moments:
         each.name: stored[each.name].reshape((-1, width) if each.per_feature else -1)
         for each in STATISTICS
     }
-    return Moments(
-        count=of["count"],
-        mean=of["mean"],
-        m2=of["variance"] * of["count"][:, None],
-        min=of["min"],
-        max=of["max"],
-        count_abs_gt_6=of["count_abs_gt_6"],
-        norm_sum=of["norm_mean"] * of["count"],
-        squared_norm_sum=of["mean_squared_norm"] * of["count"],
-    )
+    of["m2"] = of["variance"] * of["count"][:, None]
+    return Moments(**{field.name: of[field.name] for field in fields(Moments)})
 
 
 def stored_statistics(inspection: Inspection) -> dict[str, TensorStatistics]:
@@ -381,7 +358,7 @@ def compute_statistics(
             measured = zip(chunks, nbytes_done, executor.map(measure, chunks), strict=True)
             for (of, _, _), done, moments in measured:
                 before = merged.get(of.name)
-                merged[of.name] = moments if before is None else before.merge(moments)
+                merged[of.name] = before.merge(moments) if before else moments
                 if progress is not None:
                     progress(done, in_all)
         except BaseException:
@@ -391,7 +368,7 @@ def compute_statistics(
 
 
 def _vectors_in(inspection: Inspection) -> list[_Vectors]:
-    """List the tensors that have vectors: activations, as the file's own metadata names layers."""
+    """List the floating activations of a file. Its metadata names their layers."""
     catalog = Catalog(inspection.path, inspection.contents)
     found = []
     for key in catalog.keys.values():
