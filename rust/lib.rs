@@ -8,7 +8,6 @@ pub mod dataset;
 mod descrs;
 mod dtype;
 pub mod error;
-pub mod exact;
 mod extents;
 mod fields;
 mod file;
@@ -17,9 +16,7 @@ pub mod interrupt;
 pub mod layout;
 mod limits;
 mod literal;
-mod load;
 mod memory;
-mod norms;
 pub mod npy;
 mod order;
 mod prefetch;
@@ -42,6 +39,5 @@ pub mod stored;
 mod sync;
 #[cfg(test)]
 mod testing;
-mod tile;
 
 pub use error::Error;

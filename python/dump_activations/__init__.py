@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dump_activations.api import dump
+    from dump_activations.api.dump import dump
     from dump_activations.api.stream import Batch, stream
     from dump_activations.dataset.dataset import Shard, StepsDataset
     from dump_activations.errors import (
@@ -83,7 +83,7 @@ _HOMES = {
     "Shard": "dataset.dataset",
     "StepsDataset": "dataset.dataset",
     "Summary": "pipeline.summary",
-    "dump": "api",
+    "dump": "api.dump",
     "load_encoder": "model.checkpoint",
     "stream": "api.stream",
     "write_report": "report.writing",

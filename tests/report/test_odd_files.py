@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from dump_activations import OutputError, write_report
 from dump_activations.progress import reported_to
 from dump_activations.report import writing
-from dump_activations.statistics import STATISTICS
+from dump_activations.storage.statistics import STATISTICS
 
 N = 7
 BOARDS = {

@@ -133,7 +133,7 @@ def _damage(inspection: Inspection) -> list[str]:
 
 def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
     """Return the statistics of a file: its own, or else, if it is to be read for them, these."""
-    from dump_activations.storage.reading.statistics import compute_statistics, stored_statistics
+    from dump_activations.storage.statistics import compute_statistics, stored_statistics
 
     found = stored_statistics(inspection)
     if found or not compute:

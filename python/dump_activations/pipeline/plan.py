@@ -14,7 +14,12 @@ from dump_activations import progress as phases
 from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.label_reader import LabelReader
 from dump_activations.dataset.matches import StepIndices
-from dump_activations.dtypes import CELLS, LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
+from dump_activations.dtypes import (
+    CELLS,
+    LABEL_PREFIX,
+    STORAGE_DTYPES,
+    TensorSpec,
+)
 from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
 from dump_activations.model.activations import (
     Activation,
@@ -241,8 +246,9 @@ class Preview:
         boards: boards that go through the model.
         keys: activations to capture.
         tensors: tensors of the output, with `indices` and `boards`.
-        output: the file; None if nothing is written.
-        free_nbytes: free space of the file's disk; None if nothing is written.
+        output: the file, or the name of its shards; None if nothing is written.
+        free_nbytes: free space of the disk; None if it is unknown or nothing is written.
+        shards: the shards to write; empty for one file.
     """
 
     boards: int
@@ -250,6 +256,7 @@ class Preview:
     tensors: Sequence[TensorSpec]
     output: Path | None
     free_nbytes: int | None
+    shards: Sequence[Path] = ()
 
     @classmethod
     def of(
@@ -258,10 +265,11 @@ class Preview:
         tensors: Sequence[TensorSpec],
         output: Path | None = None,
         free_nbytes: int | None = None,
+        shards: Sequence[Path] = (),
     ) -> Self:
         """Preview a plan whose output has these tensors."""
         keys = [each.key for each in plan.activations]
-        return cls(len(plan.indices), keys, tensors, output, free_nbytes)
+        return cls(len(plan.indices), keys, tensors, output, free_nbytes, shards)
 
     @property
     def nbytes(self) -> int:
@@ -272,9 +280,11 @@ class Preview:
     def text(self) -> str:
         """All but the tensors, in one line."""
         work = f"{self.boards:,} boards of {', '.join(self.keys)}: {size_text(self.nbytes)}"
-        if self.free_nbytes is None:
+        if self.output is None:
             return f"{work}, not written"
-        return f"{work} to {self.output}; {size_text(self.free_nbytes)} free"
+        shards = f" in {len(self.shards):,} shards" if self.shards else ""
+        free = "" if self.free_nbytes is None else f"; {size_text(self.free_nbytes)} free"
+        return f"{work} to {self.output}{shards}{free}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""

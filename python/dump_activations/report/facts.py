@@ -2,9 +2,9 @@
 
 import os
 
+from dump_activations.dtypes import STATISTICS_PREFIX
 from dump_activations.report.markup import Markup, tag
 from dump_activations.report.tables import table
-from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.storage.reading.inspection import Inspection
 from dump_activations.text import size_text

@@ -76,7 +76,7 @@ def key_figures(source: Source, key: str) -> KeyFigures:
         norm_mean=of_layers["norm_mean"][:, 0],
         norm_quantiles=np.stack(quantiles, axis=1),
         spread=np.sqrt(of_layers["variance"].mean(axis=1)),
-        outliers=of_layers["outliers"].sum(axis=1) / entries,
+        outliers=of_layers["count_abs_gt_6"].sum(axis=1) / entries,
         largest=largest,
         cell_norms=np.stack(cell_norms) if cell_norms else None,
     )
@@ -111,6 +111,6 @@ def _statistics(values: Floats, norms: Array) -> dict[str, Array]:
         "variance": vectors.var(axis=0, dtype=np.float64),
         "min": vectors.min(axis=0).astype(np.float64),
         "max": vectors.max(axis=0).astype(np.float64),
-        "outliers": (abs(vectors) > OUTLIER).sum(axis=0).astype(np.float64),
+        "count_abs_gt_6": (abs(vectors) > OUTLIER).sum(axis=0).astype(np.float64),
         "norm_mean": norms.mean(),
     }

@@ -10,10 +10,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.dtypes import CELLS, LABEL_PREFIX, MOVES
+from dump_activations.dtypes import CELLS, LABEL_PREFIX, MOVES, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, OutputError
-from dump_activations.statistics import STATISTICS, STATISTICS_PREFIX
 from dump_activations.storage.reading.activations_file import ActivationsFile
+from dump_activations.storage.statistics import STATISTICS
 
 Floats = NDArray[np.float32]
 
