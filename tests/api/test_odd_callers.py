@@ -228,4 +228,4 @@ def test_an_unknown_argument_is_named(function):
 @pytest.mark.parametrize("function", [dump, stream], ids=["dump", "stream"])
 def test_python_names_the_function_as_its_caller_does(function):
     with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) got multiple values"):
-        function(1, 2, dataset_or_path=3)
+        function(1, 2, dataset=3)

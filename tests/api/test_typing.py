@@ -23,7 +23,7 @@ from dump_activations import strem  # wrong: no such name
 ds = StepsDataset("dataset")
 loader = DataLoader(ds, batch_size=1024, sampler=ds.sample_indices(65536).tolist())
 summary: Summary = dump("checkpoint", ds, "a.pt", outputs=["pooled"], indices=np.arange(3))
-dump(load_encoder("checkpoint"), "dataset", write=False, batch_size=512, resume=True)
+dump(load_encoder("checkpoint"), "dataset", write=False, batch_size=512, stats=True)
 dump("checkpoint", "dataset", batch_siz=512)  # wrong: no such option
 dump("checkpoint", "dataset", batch_size="512")  # wrong: no number
 stream("checkpoint", "dataset", write=False)  # wrong: of dump only

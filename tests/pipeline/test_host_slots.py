@@ -148,9 +148,10 @@ def test_where_memory_cannot_be_registered(refuses_torch, ways, tmp_path, recwar
     with simulated(lazy, Watched()):
         ways["dump"][0]()
     expected = read_dump(tmp_path / "a.pt").tensors
+    (tmp_path / "a.pt").unlink()
     recwarn.clear()
     with simulated(lazy, Watched(801, refuses_torch)):
-        ways["dump"][0](overwrite=True)
+        ways["dump"][0]()
     found = read_dump(tmp_path / "a.pt").tensors
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     notes = [str(each.message) for each in recwarn if each.category is DumpActivationsNote]

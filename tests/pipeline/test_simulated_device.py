@@ -69,7 +69,7 @@ def simulated_dump(run, tmp_path):
 def slow_writers(monkeypatch):
     """Let writers begin only while the program cannot go on without them."""
     waited_for = threading.Event()
-    take, write, join = transfer._Ring.take, writers._Submission.write, writers.WriterPool._join
+    take, write, join = transfer._Ring.take, writers._Submission.work_on, writers.Writers._join
 
     def take_slot(ring):
         if ring._free.empty() and not ring._unmade:
@@ -82,13 +82,13 @@ def slow_writers(monkeypatch):
         waited_for.wait()
         write(*args)
 
-    def join_threads(dataset):
+    def join_threads(pool):
         waited_for.set()
-        join(dataset)
+        join(pool)
 
     monkeypatch.setattr(transfer._Ring, "take", take_slot)
-    monkeypatch.setattr(writers._Submission, "write", write_span)
-    monkeypatch.setattr(writers.WriterPool, "_join", join_threads)
+    monkeypatch.setattr(writers._Submission, "work_on", write_span)
+    monkeypatch.setattr(writers.Writers, "_join", join_threads)
 
 
 def forwards_before_copies(log):
