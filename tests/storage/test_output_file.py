@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dump_activations import _rust
-from dump_activations.chunks import Chunk
+from dump_activations.timing import Chunk
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.writing import writers as writers_module
 from dump_activations.storage.writing.output import OutputFile
