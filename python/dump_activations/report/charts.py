@@ -1,74 +1,100 @@
-"""Charts as inline SVG. A mark's tooltip says what it stands for; colours are classes of CSS."""
+"""Pictures as plain numbers, which `macros.html.j2` draws: bars and lines, heatmaps, boards.
+
+Shape letters: S cells of a board (16).
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from dump_activations.report.markup import Markup, bar_text, number_text, tag
+from dump_activations.dtypes import CELLS
 
-# In halves of the size at which a figure is drawn, so that coordinates are whole numbers.
-_WIDTH, _HEIGHT = 640, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 16, 48, 68
-
+Array = NDArray[np.float64]
 
 _MOST_TICKS = 4
-
-# Of lines, as classes of `page.css`.
-_COLOURS = 4
-
-# About how wide a character of a label below the axis is, and a gap between two labels.
-_CHARACTER, _GAP = 10.8, 8.0
+_LEVELS = 10
+_SIDE = 4
+# Exponents beyond it share a colour and are written as powers.
+_TOP_EXPONENT = 17
+# Ticks stay in this range, so that no step is 0 or infinite.
+_SMALLEST, _LARGEST = 1e-300, 1e300
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart: its name, a value a label, and the number of its colour."""
+    """A line or a row of bars: a value per label, and the number of its colour."""
 
     name: str
-    values: Sequence[float]
+    values: Array
     colour: int = 0
 
 
-def figure(title: str, *content: Markup, note: str = "") -> Markup:
-    """Return a figure under a title that says what it shows."""
-    small = tag("small", note) if note else None
-    return tag("figure", tag("figcaption", tag("b", title), small), *content)
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Bars with the texts above them, or lines with the band between two others behind them.
+
+    Heights are shares of the axis, None where a value is not finite.
+    """
+
+    title: str
+    note: str = ""
+    labels: Sequence[str]
+    x_label: str
+    y_label: str
+    ticks: Sequence[tuple[float, str]]
+    tooltips: Sequence[str]
+    lines: Sequence[tuple[Series, Sequence[float | None]]] = ()
+    band: Sequence[tuple[int, float, float]] = ()
+    band_name: str = ""
+    bars: Sequence[tuple[float, str, bool]] = ()
+
+
+@dataclass(frozen=True)
+class Board:
+    """16 texts, each with the class of its colour."""
+
+    label: str
+    cells: Sequence[tuple[str, str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of a row is its heading. `levels` colour the other cells."""
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    levels: Sequence[Sequence[int]] = ()
 
 
 def bars(
     title: str,
     labels: Sequence[str],
-    shares: NDArray[np.float64],
+    shares: Array,
     *,
-    tooltips: Sequence[str],
     x_label: str,
-    y_label: str,
+    y_label: str = "% of boards",
+    details: Sequence[str] = (),
+    pale: Sequence[bool] = (),
     note: str = "",
-    is_pale: Sequence[bool] = (),
-) -> Markup:
-    """Return a figure with a bar a label, its percent above it; pale bars count for less."""
-    heights = 100 * shares
-    frame = _Frame(len(labels), heights)
-    width = 0.8 * frame.pitch
-    marks = []
-    for i, height in enumerate(heights):
-        top = frame.y(height)
-        rect = tag(
-            "rect",
-            tag("title", tooltips[i]),
-            class_="f0 pale" if is_pale and is_pale[i] else "f0",
-            x=frame.x(i) - width / 2,
-            y=top,
-            width=width,
-            height=max(frame.y(0) - top, 0.0),
-        )
-        text = tag("text", bar_text(shares[i]), class_="v", x=frame.x(i), y=top - 4)
-        marks.append(Markup.of(rect, text))
-    return figure(title, frame.draw(title, marks, labels, x_label, y_label), note=note)
+) -> Chart:
+    """Return a bar per label, its percent above it. `details` end the tooltips."""
+    ticks, (heights,) = _axis([100 * shares])
+    details, pale = details or [""] * len(labels), pale or [False] * len(labels)
+    texts = [_bar_text(share) for share in shares]
+    return Chart(
+        title=title, note=note, labels=labels, x_label=x_label, y_label=y_label, ticks=ticks,
+        tooltips=[
+            f"{label}: {percent_text(share)}{detail}"
+            for label, share, detail in zip(labels, shares, details, strict=True)
+        ],
+        bars=[(h or 0.0, text, p) for h, text, p in zip(heights, texts, pale, strict=True)],
+    )  # fmt: skip
 
 
 def lines(
@@ -79,21 +105,120 @@ def lines(
     x_label: str,
     y_label: str,
     band: tuple[Series, Series] | None = None,
-    note: str = "",
-) -> Markup:
-    """Return a figure with lines over labels, and behind them the band between two others."""
+) -> Chart:
+    """Return lines over labels, and behind them the band between two others."""
     named = [*series, *(band or ())]
-    frame = _Frame(len(labels), np.array([each.values for each in named], np.float64))
-    marks = [_band(frame, *band)] if band else []
-    marks += [_line(frame, each) for each in series]
-    columns = []
-    for i, label in enumerate(labels):
-        texts = (f"{each.name} {number_text(each.values[i])}" for each in named)
-        columns.append(frame.column(i, f"{label}: {', '.join(texts)}"))
-    marks.append(tag("g", *columns, class_="t"))
-    chart = frame.draw(title, marks, labels, x_label, y_label)
-    legend = [_legend(series, band)] if len(named) > 1 else []
-    return figure(title, chart, *legend, note=note)
+    ticks, heights = _axis([each.values for each in named])
+    low, high = heights[-2:] if band else ((), ())
+    return Chart(
+        title=title, labels=labels, x_label=x_label, y_label=y_label, ticks=ticks,
+        tooltips=[
+            f"{label}: " + ", ".join(f"{s.name} {number_text(s.values[i])}" for s in named)
+            for i, label in enumerate(labels)
+        ],
+        lines=list(zip(series, heights, strict=False)),
+        band=[
+            (i, bottom, top)
+            for i, (bottom, top) in enumerate(zip(low, high, strict=True))
+            if bottom is not None and top is not None
+        ],
+        band_name=f"{band[0].name} to {band[1].name}" if band else "",
+    )  # fmt: skip
+
+
+def tick_values(top: float) -> list[float]:
+    """Return round numbers from 0 to the first that is not below `top`."""
+    top = min(max(top, _SMALLEST), _LARGEST) if top > 0 else 1.0
+    scale = 10.0 ** math.floor(math.log10(top / _MOST_TICKS))
+    step = next(s * scale for s in (1, 2, 5, 10, 20) if s * scale * _MOST_TICKS >= top)
+    return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def _axis(
+    series: Sequence[Array],
+) -> tuple[list[tuple[float, str]], list[list[float | None]]]:
+    """Return the ticks of an axis from 0, and each series as shares of the axis."""
+    values = np.array(series, np.float64)
+    finite = values[np.isfinite(values)]
+    ticks = tick_values(float(finite.max()) if finite.size else 0.0)
+    shares = [
+        [min(max(v / ticks[-1], 0.0), 1.0) if math.isfinite(v) else None for v in each.tolist()]
+        for each in values
+    ]
+    return [(tick / ticks[-1], number_text(tick)) for tick in ticks], shares
+
+
+def heat_paths(depths: Array) -> list[tuple[int, str]]:
+    """Return a heatmap, 0 to 1, as strokes of SVG: a path per level, clear cells left out."""
+    paths: dict[int, str] = {}
+    for y, row in enumerate(depths):
+        x = 0
+        for level, run in groupby(map(heat_level, row)):
+            width = len(list(run))
+            if level:
+                paths[level] = paths.get(level, "") + f"M{x} {y}h{width}"
+            x += width
+    return sorted(paths.items())
+
+
+def heat_level(depth: float) -> int:
+    """Return the level of a colour: 0 is clear, for NaN too, and 9 the deepest."""
+    return min(int(depth * _LEVELS), _LEVELS - 1) if depth > 0 else 0
+
+
+def heat_board(caption: str, values_S: Array, depths_S: ArrayLike) -> Board:
+    """Return a board of 16 numbers on a colour as deep as `depths_S`, 0 to 1."""
+    levels = [heat_level(float(depth)) for depth in np.ravel(depths_S)]
+    assert len(values_S) == len(levels) == CELLS, caption
+    cells = [(short_text(v), f"h{level}") for v, level in zip(values_S, levels, strict=True)]
+    return Board(caption, cells, caption)
+
+
+def game_board(exponents_S: NDArray[np.uint8]) -> Board:
+    """Return a board of the game. Its label lists the rows, with 0 for an empty cell."""
+    exponents = [int(e) for e in exponents_S]
+    texts = [tile_text(e) for e in exponents]
+    rows = [" ".join(t or "0" for t in texts[i : i + _SIDE]) for i in range(0, CELLS, _SIDE)]
+    classes = [f"t{min(e, _TOP_EXPONENT)}" for e in exponents]
+    return Board(f"board: {', '.join(rows)}", [*zip(texts, classes, strict=True)])
+
+
+def boards_of_boards(pattern_ST: Array) -> Array:
+    """Lay 16 boards of keys out where the query's cell is, with a clear pixel between them."""
+    spaced = np.zeros((_SIDE, _SIDE + 1, _SIDE, _SIDE + 1))
+    by_cell = pattern_ST.reshape(_SIDE, _SIDE, _SIDE, _SIDE)
+    spaced[:, :_SIDE, :, :_SIDE] = by_cell.transpose(0, 2, 1, 3)
+    side = _SIDE * (_SIDE + 1)
+    return spaced.reshape(side, side)[:-1, :-1]
+
+
+def share_table(name: str, columns: Sequence[str], rows: Sequence[str], shares: Array) -> Table:
+    """Return a table of shares, (rows, columns), on a colour as deep as they are large."""
+    texts = [[row, *map(percent_text, each)] for row, each in zip(rows, shares, strict=True)]
+    return Table(name, [name, *columns], texts, [[*map(heat_level, each)] for each in shares])
+
+
+def tile_text(exponent: int) -> str:
+    """Write a tile: 2^e, nothing for an empty cell."""
+    if exponent > _TOP_EXPONENT:
+        return f"2^{exponent}"
+    return str(1 << exponent) if exponent else ""
+
+
+def short_tile_text(exponent: int) -> str:
+    """Write a tile for an axis, from 1024 on as `1k`."""
+    if 10 <= exponent <= _TOP_EXPONENT:
+        return f"{1 << (exponent - 10)}k"
+    return tile_text(exponent) or "none"
+
+
+def number_text(value: float) -> str:
+    """Write a number with four digits, or with all digits before the point."""
+    if not math.isfinite(value):
+        return "not finite"
+    if abs(value) < 1e15 and (value == int(value) or abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def short_text(value: float) -> str:
@@ -101,116 +226,22 @@ def short_text(value: float) -> str:
     if not math.isfinite(value):
         return "n/a"
     if abs(value) >= 9999.5:
-        return f"{value:.0e}".replace("e+0", "e")
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
     if abs(value) >= 99.5 or value == 0:
         return f"{value:.0f}"
     return f"{value:.3g}" if abs(value) >= 0.095 else f"{value:.2g}"
 
 
-def tick_values(top: float) -> list[float]:
-    """Return round numbers from 0 to the first that is not below `top`."""
-    if not (top > 0 and math.isfinite(top)):
-        top = 1.0
-    scale = 10.0 ** math.floor(math.log10(top / _MOST_TICKS))
-    step = next(s * scale for s in (1, 2, 5, 10, 20) if s * scale * _MOST_TICKS >= top)
-    return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
+def percent_text(share: float) -> str:
+    """Write a share as a percentage, with two digits where it is below ten."""
+    if not math.isfinite(share):
+        return "n/a"
+    return f"{share:.0%}" if 0.0995 <= share < 1e6 else f"{100 * share:.2g}%"
 
 
-def markers() -> Iterator[Markup]:
-    """Yield what draws a dot at each value of a line: once a page, for all its charts."""
-    for colour in range(_COLOURS):
-        yield tag(
-            "marker",
-            tag("path", class_=f"d{colour}", d="M5 5h0"),
-            id=f"m{colour}",
-            markerUnits="userSpaceOnUse",
-            markerWidth=10,
-            markerHeight=10,
-            refX=5,
-            refY=5,
-        )
-
-
-class _Frame:
-    """The axes of a chart: labels along the bottom, numbers from 0 up the side."""
-
-    def __init__(self, count: int, values: NDArray[np.float64]) -> None:
-        finite = values[np.isfinite(values)]
-        self._ticks = tick_values(float(finite.max()) if finite.size else 0.0)
-        self.pitch = (_WIDTH - _LEFT - _RIGHT) / max(count, 1)
-
-    def x(self, index: int) -> float:
-        return _LEFT + (index + 0.5) * self.pitch
-
-    def y(self, value: float) -> float:
-        share = max(value, 0.0) / self._ticks[-1] if math.isfinite(value) else 0.0
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
-
-    def column(self, index: int, tooltip: str) -> Markup:
-        """Return what says something of a label to a pointer anywhere over it."""
-        left, height = self.x(index) - self.pitch / 2, _HEIGHT - _TOP - _BOTTOM
-        outline = f"M{left:.0f} {_TOP}h{self.pitch:.0f}v{height}h{-self.pitch:.0f}z"
-        return tag("path", tag("title", tooltip), d=outline)
-
-    def draw(
-        self, title: str, marks: Sequence[Markup], labels: Sequence[str], x_label: str, y_label: str
-    ) -> Markup:
-        heights = [self.y(tick) for tick in self._ticks]
-        grid = "".join(f"M{_LEFT} {y:.0f}H{_WIDTH - _RIGHT}" for y in heights)
-        numbers = [
-            tag("text", number_text(tick), x=_LEFT - 8, y=y + 6)
-            for tick, y in zip(self._ticks, heights, strict=True)
-        ]
-        widest = max(map(len, labels), default=0) * _CHARACTER + _GAP
-        every = math.ceil(widest / self.pitch)
-        names = [
-            tag("text", label, x=self.x(i), y=_HEIGHT - _BOTTOM + 24)
-            for i, label in enumerate(labels)
-            if i % every == 0
-        ]
-        middle = _LEFT + (_WIDTH - _LEFT - _RIGHT) / 2
-        axes = [
-            tag("text", x_label, x=middle, y=_HEIGHT - 12),
-            tag("text", y_label, class_="s", x=4, y=16),
-        ]
-        return tag(
-            "svg",
-            tag("path", class_="g", d=grid),
-            tag("g", *numbers, class_="e"),
-            *(*names, *axes, *marks),
-            viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-            role="img",
-            aria_label=title,
-        )
-
-
-def _line(frame: _Frame, series: Series) -> Markup:
-    """Draw what is finite of a series."""
-    places = [i for i, value in enumerate(series.values) if math.isfinite(value)]
-    # A line breaks where a value is missing.
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(places), lambda at: at[1] - at[0])]
-    strokes = (_path([(frame.x(i), frame.y(series.values[i])) for i in run]) for run in runs)
-    return tag("path", class_=f"l{series.colour}", d="".join(strokes))
-
-
-def _band(frame: _Frame, low: Series, high: Series) -> Markup:
-    both = np.isfinite(low.values) & np.isfinite(high.values)
-    places = [int(i) for i in np.flatnonzero(both)]
-    above = [(frame.x(i), frame.y(high.values[i])) for i in places]
-    below = [(frame.x(i), frame.y(low.values[i])) for i in reversed(places)]
-    return tag("path", class_="b0", d=_path([*above, *below]) + "z" if places else "")
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.0f} {y:.0f}" for x, y in points)
-
-
-def _legend(series: Sequence[Series], band: tuple[Series, Series] | None) -> Markup:
-    entries = [(each.name, f"k{each.colour}") for each in series]
-    if band is not None:
-        entries.append((f"{band[0].name} to {band[1].name}", "kb"))
-    return tag(
-        "div",
-        *(tag("span", tag("b", "", class_=swatch), name) for name, swatch in entries),
-        class_="legend",
-    )
+def _bar_text(share: float) -> str:
+    """Write a share in percent in three characters; nothing for NaN or next to nothing."""
+    percent = 100 * share
+    if not 0.05 <= percent < 999.5:
+        return short_text(percent) if percent >= 999.5 else "0" if percent <= 0 else ""
+    return f"{percent:.0f}" if percent >= 9.95 else f"{percent:.1f}".removeprefix("0")
