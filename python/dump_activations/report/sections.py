@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.dataset.game import empty_cells, legal_moves, max_exponent
-from dump_activations.dtypes import CELLS, MOVES
+from dump_activations.dtypes import CELLS, MOVES, STATISTICS_PREFIX
 from dump_activations.progress import Count
 from dump_activations.report import charts
 from dump_activations.report.charts import Chart, Series, Table, number_text, percent_text
@@ -29,7 +29,6 @@ from dump_activations.report.data import (
     read_attention,
     read_choices,
 )
-from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.storage.reading.inspection import Inspection
 from dump_activations.text import size_text
