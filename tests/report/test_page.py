@@ -125,7 +125,7 @@ def test_the_moves(opened, tensors):
     made = ask(opened, "tooltips('Moves that the model makes')")
     assert [text.split(":")[0] for text in made] == [*MOVES]
     for text, count in zip(made, np.bincount(moves, minlength=4), strict=True):
-        assert float(text.split(": ")[1].strip("%")) == pytest.approx(100 * count / N, abs=0.5)
+        assert text.endswith(f", {count} boards")
     tables = ask(opened, "numbers('played')")
     for i, row in enumerate(tables[1:]):
         for j, text in enumerate(row[1:]):

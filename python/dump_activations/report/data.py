@@ -40,7 +40,7 @@ MOST_VALUES = 1 << 21
 QUANTILES = (0.05, 0.5, 0.95)
 OUTLIER = 6.0
 NO_MOVE, UNKNOWN = -1, -2
-"""Stand for the model's move: no move is legal, or every legal move scores NaN."""
+"""Stand for the model's move where no move is legal, or every legal move scores NaN."""
 
 # Shapes of one board's value, None for any length, of tensors that have a section of their own.
 _SHAPES: dict[str, tuple[tuple[int | None, ...], ...]] = {
@@ -256,47 +256,6 @@ def model_moves(scores: Array, boards: NDArray[np.uint8]) -> Ints:
     best[~usable.any(axis=1)] = UNKNOWN
     best[~legal.any(axis=1)] = NO_MOVE
     return best
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Attention patterns of a dump, of at most `MOST_HEADS` heads.
-
-    Attributes:
-        layers: numbers of the layers in the model, (L,).
-        count: boards that the means are over.
-        mean: mean pattern, (L, Q, S, T).
-        sink: rest of 1 in a row, its mean, (L, Q).
-        received: for each example board, mean weight that a cell gets, (examples, L, Q, T).
-        heads_left_out: heads beyond the bound.
-    """
-
-    layers: tuple[int, ...]
-    count: int
-    mean: Array
-    sink: Array
-    received: Floats
-    heads_left_out: int
-
-
-def read_attention(source: Source, examples: Ints) -> Attention | None:
-    """Read patterns of as many boards as fit, and of the examples; None where there are none."""
-    key = "attn_pattern"
-    if key not in source.keys:
-        return None
-    places = source.places_within(key)
-    layers, heads = source.file.layers(key), source.file.shape(key)[2]
-    shown = min(heads, MOST_HEADS)
-    kept = layers[: max(MOST_HEADS // heads, 1)]
-    mean = np.stack(
-        [source.read(key, places, n)[:, :shown].mean(axis=0, dtype=np.float64) for n in kept]
-    )
-    received = np.stack(
-        [source.read(key, examples, n)[:, :shown].mean(axis=-2) for n in kept], axis=1
-    )
-    sink = 1 - mean.sum(axis=-1).mean(axis=-1)
-    left_out = len(layers) * heads - len(kept) * shown
-    return Attention(kept, len(places), mean, sink, received, left_out)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import secrets
 import stat
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,7 +14,7 @@ from markupsafe import Markup
 
 from dump_activations.errors import OutputError, option
 from dump_activations.progress import Count, Phase, counted, shown_progress
-from dump_activations.report import sections
+from dump_activations.report import charts, sections
 from dump_activations.report.data import Source, choose_examples
 from dump_activations.storage.reading.activations_file import ActivationsFile
 from dump_activations.storage.reading.inspection import inspect
@@ -25,6 +24,9 @@ from dump_activations.text import printable
 _DOCTYPE, _GENERATOR, _HEAD_NBYTES = "<!doctype html>", "dump-activations report", 1024
 
 _EXAMPLES = 12
+
+# Longer texts, a tokenizer's or any in a foreign file, are cut.
+_MOST_CHARACTERS = 300
 
 
 def write_report(
@@ -90,7 +92,7 @@ def render(path: Path, *, progress: Count | None = None) -> str:
     source = Source(ActivationsFile(path))
     checkpoint = inspection.contents.metadata.get("checkpoint", path.name)
     # The last two names of a path, or of an address of the hub.
-    name = sections.cut("/".join(Path(checkpoint).parts[-2:]))
+    name = "/".join(Path(checkpoint).parts[-2:])
     with np.errstate(all="ignore"):  # The page shows NaN and infinite values as such.
         examples = choose_examples(source, _EXAMPLES)
         values = {
@@ -101,12 +103,12 @@ def render(path: Path, *, progress: Count | None = None) -> str:
             "attention": sections.attention(source, examples),
             "activations": sections.activations(source, progress),
         }
-    title = f"{name} on {len(source.file):,} boards"
-    return render_template("page.html.j2", title=title, generator=_GENERATOR, **values)
+    title = f"{_cut(name)} on {len(source.file):,} boards"
+    return _environment().get_template("page.html.j2").render(title=title, **values)
 
 
-def render_template(name: str, **values: Any) -> str:
-    """Render a template. Texts are escaped as HTML, and control characters are made visible."""
+def _environment() -> Environment:
+    """Return the templates' environment. It escapes texts, and makes control characters visible."""
     environment = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
@@ -115,9 +117,25 @@ def render_template(name: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    assets = {}
-    for asset in ("page.css", "page.js"):
+    environment.filters.update(
+        bar=charts.bar_text,
+        cut=_cut,
+        level=charts.heat_level,
+        number=charts.number_text,
+        percent=charts.percent_text,
+        short=charts.short_text,
+        tile=charts.tile_text,
+    )
+    environment.globals.update(generator=_GENERATOR, top_exponent=charts.TOP_EXPONENT)
+    for name, asset in (("style", "page.css"), ("script", "page.js")):
         text = Path(__file__).with_name("templates").joinpath(asset).read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assets[asset.replace(".", "_")] = (Markup(text), f"'sha256-{digest}'")
-    return environment.get_template(name).render(**assets, **values)
+        environment.globals.update({name: Markup(text), f"{name}_source": f"'sha256-{digest}'"})
+    return environment
+
+
+def _cut(text: str) -> str:
+    """Cut a long text, and say how long it is."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    return f"{text[:_MOST_CHARACTERS]}… ({len(text):,} characters)"

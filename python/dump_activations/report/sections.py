@@ -14,19 +14,20 @@ from dump_activations.dataset.game import empty_cells, legal_moves, max_exponent
 from dump_activations.dtypes import CELLS, MOVES, STATISTICS_PREFIX
 from dump_activations.progress import Count
 from dump_activations.report import charts
-from dump_activations.report.charts import Chart, Series, Table, number_text, percent_text
+from dump_activations.report.charts import Chart, Series, number_text, percent_text
 from dump_activations.report.data import (
+    MOST_HEADS,
     NO_MOVE,
     OUTLIER,
     UNKNOWN,
     Absence,
     Array,
     Choices,
+    Floats,
     Ints,
     KeyFigures,
     Source,
     key_figures,
-    read_attention,
     read_choices,
 )
 from dump_activations.storage.digests import INTEGRITY_KEY
@@ -36,7 +37,7 @@ from dump_activations.text import size_text
 Values = dict[str, Any]
 
 MOVE_NAMES = ("up", "down", "left", "right")
-_ARROWS = ("↑", "↓", "←", "→")
+_MOVES = ("↑ up", "↓ down", "← left", "→ right")
 _BINS_OF_STEPS = 12
 # A share of fewer boards means little.
 _FEW = 30
@@ -59,13 +60,14 @@ _GROUPS = {
         *("dump_activations_version", "torch_version", "format_version", "fingerprint"),
     ),
 }
-# Longer texts, a tokenizer or anything in a foreign file, are cut, and longer lists too.
-_MOST_CHARACTERS, _MOST_ENTRIES, _MOST_TENSORS = 300, 100, 200
+_MOST_ENTRIES, _MOST_TENSORS = 100, 200
 
 
 def facts(inspection: Inspection) -> Values:
     """List the metadata in groups, and the tensors in a table."""
     metadata = {k: v for k, v in inspection.contents.metadata.items() if k != INTEGRITY_KEY}
+    for key in {"labels", "layers", "outputs"} & metadata.keys():
+        metadata[key] = metadata[key].replace(",", ", ")  # Such a list may wrap.
     groups = {
         title: {key: metadata.pop(key) for key in keys if key in metadata}
         for title, keys in _GROUPS.items()
@@ -78,21 +80,16 @@ def facts(inspection: Inspection) -> Values:
         digest = inspection.digests.get(tensor.name)
         shape = " x ".join(f"{length:,}" for length in tensor.shape)
         nonfinite = [f"{digest.nan:,}", f"{digest.inf:,}"] if digest else ["", ""]
-        cells = (tensor.name, tensor.dtype, shape, size_text(tensor.nbytes), *nonfinite)
-        rows.append([cut(cell) for cell in cells])
+        rows.append([tensor.name, tensor.dtype, shape, size_text(tensor.nbytes), *nonfinite])
     counts = {
         "more tensors are not listed": len(tensors) - len(rows),
         "more hold statistics": len(inspection.contents.tensors) - len(tensors),
         "more entries of metadata are not listed": len(metadata) - len(groups["More"]),
     }
     return {
-        "groups": {
-            title: {cut(key).replace("_", " "): _value(key, value) for key, value in group.items()}
-            for title, group in groups.items()
-            if group
-        },
-        "summary": f"The {len(tensors):,} tensors",
-        "table": Table("tensors", ("tensor", "dtype", "shape", "size", "NaN", "infinite"), rows),
+        "groups": {title: group for title, group in groups.items() if group},
+        "count": len(tensors),
+        "tensors": rows,
         "notes": " ".join(f"{count:,} {text}." for text, count in counts.items() if count),
     }
 
@@ -110,19 +107,6 @@ def _file(inspection: Inspection) -> dict[str, str]:
         "size": f"{size_text(inspection.size)} ({inspection.size:,} bytes)",
         "integrity": integrity if digests else "the file carries no digests",
     }
-
-
-def _value(key: str, value: str) -> str:
-    """Let a list wrap between its entries, and cut a long text."""
-    is_list = key in ("labels", "layers", "outputs")
-    return cut(value.replace(",", ", ") if is_list else value)
-
-
-def cut(text: str) -> str:
-    """Cut a long text, and say how long it is."""
-    if len(text) <= _MOST_CHARACTERS:
-        return text
-    return f"{text[:_MOST_CHARACTERS]}… ({len(text):,} characters)"
 
 
 def looked_at(count: int, of: int) -> str:
@@ -153,7 +137,8 @@ def boards(source: Source) -> Values:
         "count": looked_at(len(source.rows), len(source.file)),
         "absences": [label.absence for label in (played, steps) if label.absence],
         "charts": pictures,
-        "cells": charts.heat_board("mean exponent", mean_S, mean_S / (mean_S.max() or 1)),
+        "mean": mean_S,
+        "depths": mean_S / (mean_S.max() or 1),
     }
 
 
@@ -162,7 +147,8 @@ def _counted(title: str, names: Sequence[object], kinds: NDArray[np.integer], x:
     counts = np.bincount(kinds, minlength=len(names))
     details = [f", {count:,} boards" for count in counts]
     labels = [str(name) for name in names]
-    return charts.bars(title, labels, counts / max(len(kinds), 1), x_label=x, details=details)
+    shares = counts / max(len(kinds), 1)
+    return Chart(title=title, labels=labels, shares=shares, x_label=x, details=details)
 
 
 def _tile_names(largest: NDArray[np.uint8]) -> list[str]:
@@ -181,40 +167,30 @@ def _step_bins(steps: Ints) -> tuple[int, list[str], Ints]:
 def examples(source: Source, places: Ints) -> Values:
     """Show boards with the model's move and the played move of each."""
     choices = read_choices(source, places)
-    cards = [
-        {
-            "board": charts.game_board(source.boards[place]),
-            "row": f"row {source.rows[place]:,}" + _step(source, int(place)),
-            "model": "" if choices is None else _model_move(choices, i),
-            "played": _played(source, int(place), None if choices is None else choices.moves[i]),
-        }
-        for i, place in enumerate(places)
-    ]
+    cards = []
+    for i, place in enumerate(places):
+        step, played = source.steps.values[place], source.moves.values[place]
+        model = choices.moves[i] if choices else UNKNOWN
+        other = ", another" if model >= 0 and model != played else ""
+        cards.append(
+            {
+                "board": source.boards[place],
+                "row": f"row {source.rows[place]:,}" + (f", step {step:,}" if step >= 0 else ""),
+                "model": _model_move(choices, i) if choices else "",
+                "played": f"{_MOVES[played]}{other}" if played >= 0 else "",
+            }
+        )
     absence = None if choices else source.absence("The model's moves", "head_probs")
-    is_binned = choices is not None and choices.probs.ndim == 3
-    return {"cards": cards, "absence": absence, "is_binned": is_binned}
-
-
-def _step(source: Source, place: int) -> str:
-    step = source.steps.values[place]
-    return f", step {step:,}" if step >= 0 else ""
+    return {"cards": cards, "absence": absence, "is_binned": choices and choices.probs.ndim == 3}
 
 
 def _model_move(choices: Choices, i: int) -> str:
     move = int(choices.moves[i])
-    if move in (NO_MOVE, UNKNOWN):
+    if move < 0:
         return "no move is legal" if move == NO_MOVE else "every score is NaN"
     score = float(choices.scores[i, move])
-    text = f"bin {number_text(round(score, 2))}" if choices.probs.ndim == 3 else percent_text(score)
-    return f"{_ARROWS[move]} {MOVE_NAMES[move]}, {text}"
-
-
-def _played(source: Source, place: int, model: int | None) -> str:
-    played = int(source.moves.values[place])
-    if played < 0:
-        return ""
-    other = "" if model in (None, NO_MOVE, UNKNOWN, played) else ", another"
-    return f"{_ARROWS[played]} {MOVE_NAMES[played]}{other}"
+    is_binned = choices.probs.ndim == 3
+    return f"{_MOVES[move]}, " + (f"bin {score:.3g}" if is_binned else percent_text(score))
 
 
 def moves(source: Source) -> Values:
@@ -223,18 +199,21 @@ def moves(source: Source) -> Values:
     if choices is None:
         return {"absence": source.absence("The output of the heads", "head_probs")}
     made = choices.moves[choices.moves >= 0]
-    shares = np.bincount(made, minlength=MOVES) / max(len(made), 1)
-    pictures = [charts.bars("Moves that the model makes", MOVE_NAMES, shares, x_label="move")]
+    pictures = [_counted("Moves that the model makes", MOVE_NAMES, made, "move")]
     mean = choices.probs.mean(axis=0, dtype=np.float64)
     if mean.ndim == 1:
-        title = "Mean probability of each move"
-        chart = charts.bars(title, MOVE_NAMES, mean, x_label="move", y_label="probability, %")
+        chart = Chart(
+            title="Mean probability of each move", labels=MOVE_NAMES, shares=mean,
+            x_label="move", y_label="probability, %",
+        )  # fmt: skip
         pictures.insert(0, chart)
     elif mean.shape[1] <= _MOST_BINS:
-        bins = [str(i) for i in range(mean.shape[1])]
-        series = [Series(name, mean[i], i) for i, name in enumerate(MOVE_NAMES)]
-        title = "Mean probability of each bin, by the move's head"
-        pictures.insert(0, charts.lines(title, bins, series, x_label="bin", y_label="probability"))
+        chart = Chart(
+            title="Mean probability of each bin, by the move's head",
+            labels=[str(i) for i in range(mean.shape[1])], x_label="bin", y_label="probability",
+            lines=[Series(name, mean[i], i) for i, name in enumerate(MOVE_NAMES)],
+        )  # fmt: skip
+        pictures.insert(0, chart)
     values = {
         "count": looked_at(len(choices.places), len(source.file)),
         "bins_left_out": mean.shape[-1] if mean.shape[-1] > _MOST_BINS else 0,
@@ -267,7 +246,8 @@ def _agreement(
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return {
         "agreement": f"{agrees[both].mean():.1%}",
-        "confusion": charts.share_table("played", MOVE_NAMES, MOVE_NAMES, shares),
+        "confusion": shares,
+        "names": MOVE_NAMES,
     }
 
 
@@ -277,43 +257,43 @@ def _agreement_bars(
     counts = np.bincount(kinds, minlength=len(names))
     shares = np.bincount(kinds, weights=agrees, minlength=len(names)) / counts
     pale = [0 < count < _FEW for count in counts.tolist()]
-    return charts.bars(
-        title, names, shares, x_label=x, y_label="% of boards on which the moves agree",
+    return Chart(
+        title=title, labels=names, shares=shares, x_label=x,
+        y_label="% of boards on which the moves agree",
         details=[f" of {count:,} boards" for count in counts], pale=pale,
         note=f"Pale: fewer than {_FEW} boards." if any(pale) else "",
     )  # fmt: skip
 
 
-def attention(source: Source, places: Ints) -> Values:
+def attention(source: Source, examples: Ints) -> Values:
     """Show the mean pattern of each head, and what cells receive on one of the examples."""
-    found = read_attention(source, places)
-    if found is None:
-        return {"absence": source.absence("Attention patterns", "attn_pattern")}
-    top = float(np.nan_to_num(found.mean, posinf=0.0).max())
-    heads = [f"head {head}" for head in range(found.mean.shape[1])]
-    layers = [
-        {
-            "name": f"layer {layer}",
-            "heads": [
-                (name, charts.heat_paths(charts.boards_of_boards(np.sqrt(pattern / (top or 1.0)))))
-                for name, pattern in zip(heads, found.mean[i], strict=True)
-            ],
-        }
-        for i, layer in enumerate(found.layers)
-    ]
-    names = [str(layer) for layer in found.layers]
-    has_sinks = float(np.nan_to_num(found.sink).max()) >= _ROUNDING
-    percent = np.nan_to_num(100 * found.received).round().clip(0, 100).astype(np.uint8)
-    shown = len(places) // 2
+    key = "attn_pattern"
+    if key not in source.keys:
+        return {"absence": source.absence("Attention patterns", key)}
+    places, layers = source.places_within(key), source.file.layers(key)
+    heads = source.file.shape(key)[2]
+    kept, shown = layers[: max(MOST_HEADS // heads, 1)], min(heads, MOST_HEADS)
+
+    def read(places: Ints, layer: int) -> Floats:
+        return source.read(key, places, layer)[:, :shown]
+
+    means = [read(places, layer).mean(axis=0, dtype=np.float64) for layer in kept]
+    received = np.stack([read(examples, layer).mean(axis=-2) for layer in kept], axis=1)
+    percent = np.nan_to_num(100 * received).round().clip(0, 100).astype(np.uint8)
+    sink_LQ = 1 - np.array(means).sum(axis=-1).mean(axis=-1)
+    top = float(np.nan_to_num(means, posinf=0.0).max())
+    paths = [[charts.heat_paths(np.sqrt(p / (top or 1.0))) for p in mean_QST] for mean_QST in means]
+    middle = len(examples) // 2
     return {
-        "count": looked_at(found.count, len(source.file)),
-        "heads_left_out": found.heads_left_out,
-        "top": charts.short_text(top),
-        "rows": [f"row {source.rows[place]:,}" for place in places],
-        "shown": shown,
-        "board": charts.game_board(source.boards[places[shown]]),
-        "sinks": charts.share_table("layer", heads, names, found.sink) if has_sinks else None,
-        "layers": layers,
+        "count": looked_at(len(places), len(source.file)),
+        "heads_left_out": len(layers) * heads - len(kept) * shown,
+        "top": top,
+        "rows": [f"row {source.rows[place]:,}" for place in examples],
+        "shown": middle,
+        "board": source.boards[examples[middle]],
+        "sinks": sink_LQ if float(np.nan_to_num(sink_LQ).max()) >= _ROUNDING else None,
+        "layers": list(zip(kept, paths, strict=True)),
+        "heads": [f"head {head}" for head in range(shown)],
         # A character per percentage, from `?` on: a page holds ten thousand of them, and the
         # characters before it are escaped in a script.
         "received": ["".join(chr(ord("?") + v) for v in board.ravel()) for board in percent],
@@ -329,8 +309,7 @@ def activations(source: Source, progress: Count | None) -> Values:
         shown.append(_key(key_figures(source, key), len(source.file)))
         if progress is not None:
             progress(done, len(keys))
-    left_out = [f"{cut(key)} {reason}" for key, reason in source.left_out.items()]
-    return {"shown": shown, "outlier": f"{OUTLIER:.0f}", "left_out": left_out}
+    return {"shown": shown, "outlier": f"±{OUTLIER:.0f}", "left_out": source.left_out}
 
 
 def _key(figures: KeyFigures, of: int) -> Values:
@@ -340,42 +319,34 @@ def _key(figures: KeyFigures, of: int) -> Values:
     text += " A dump made with --stats has them of all boards." if exact < of else ""
     text += "" if figures.outliers.any() else f" No entry is beyond ±{OUTLIER:.0f}."
     names = [str(layer) for layer in figures.layers] or [figures.key]
-    columns = ("norm: mean", "5%", "median", "95%", "std", f"beyond ±{OUTLIER:.0f}")
+    captions = [f"layer {name}" for name in figures.layers] or ["all boards"]
+    cells = [] if figures.cell_norms is None else zip(captions, figures.cell_norms, strict=True)
     return {
         "name": figures.key,
         "text": text + figures.note,
         "charts": list(_by_layer(figures, names)) if len(names) > 1 else [],
-        "table": Table(
-            f"{figures.key} in numbers",
-            ["layer" if figures.layers else "key", *columns, "largest features: |x|"],
-            [[name, *_numbers(figures, i)] for i, name in enumerate(names)],
-        ),
-        "cells": [
-            charts.heat_board(f"layer {name}" if figures.layers else "all boards", norms, depths)
-            for name, norms in zip(names, figures.cell_norms, strict=True)
-            for depths in [_depths(norms)]
-        ]
-        if figures.cell_norms is not None
-        else [],
+        "first": "layer" if figures.layers else "key",
+        "rows": [[name, *_numbers(figures, i)] for i, name in enumerate(names)],
+        "cells": [(caption, norms_S, _depths(norms_S)) for caption, norms_S in cells],
     }
 
 
 def _by_layer(figures: KeyFigures, names: Sequence[str]) -> Iterator[Chart]:
     low, median, high = figures.norm_quantiles
-    yield charts.lines(
-        f"{figures.key}: norm of a vector", names,
-        [Series("mean", figures.norm_mean), Series("median", median, 1)],
-        band=(Series("5%", low), Series("95%", high)), x_label="layer", y_label="L2 norm",
+    key = figures.key
+    yield Chart(
+        title=f"{key}: norm of a vector", labels=names, x_label="layer", y_label="L2 norm",
+        lines=[Series("mean", figures.norm_mean), Series("median", median, 1)],
+        band=[Series("5%", low), Series("95%", high)],
     )  # fmt: skip
-    yield charts.lines(
-        f"{figures.key}: std of a feature", names, [Series("std", figures.std)],
-        x_label="layer", y_label="standard deviation",
+    yield Chart(
+        title=f"{key}: std of a feature", labels=names, x_label="layer",
+        y_label="standard deviation", lines=[Series("std", figures.std)],
     )  # fmt: skip
     if figures.outliers.any():
-        yield charts.lines(
-            f"{figures.key}: entries beyond ±{OUTLIER:.0f}", names,
-            [Series("share", 100 * figures.outliers, 3)],
-            x_label="layer", y_label="% of entries",
+        yield Chart(
+            title=f"{key}: entries beyond ±{OUTLIER:.0f}", labels=names, x_label="layer",
+            y_label="% of entries", lines=[Series("share", 100 * figures.outliers, 3)],
         )  # fmt: skip
 
 
