@@ -21,6 +21,7 @@ TOP_EXPONENT = 17
 _MOST_TICKS = 4
 _LEVELS = 10
 _SIDE = 4
+_MOST_CHARACTERS = 300
 # Ticks stay in this range, so that no step is 0 or infinite.
 _SMALLEST, _LARGEST = 1e-300, 1e300
 
@@ -107,6 +108,13 @@ def heat_paths(pattern_ST: Array) -> list[tuple[int, str]]:
 def heat_level(depth: float) -> int:
     """Return the level of a colour: 0 is clear, for NaN too, and 9 the deepest."""
     return min(int(depth * _LEVELS), _LEVELS - 1) if depth > 0 else 0
+
+
+def cut(text: str) -> str:
+    """Cut a long text, such as a tokenizer's or any in a foreign file, and say how long it is."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    return f"{text[:_MOST_CHARACTERS]}… ({len(text):,} characters)"
 
 
 def tile_text(exponent: int) -> str:

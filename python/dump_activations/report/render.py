@@ -25,9 +25,6 @@ _DOCTYPE, _GENERATOR, _HEAD_NBYTES = "<!doctype html>", "dump-activations report
 
 _EXAMPLES = 12
 
-# Longer texts, a tokenizer's or any in a foreign file, are cut.
-_MOST_CHARACTERS = 300
-
 
 def write_report(
     path: str | os.PathLike[str],
@@ -103,7 +100,7 @@ def render(path: Path, *, progress: Count | None = None) -> str:
             "attention": sections.attention(source, examples),
             "activations": sections.activations(source, progress),
         }
-    title = f"{_cut(name)} on {len(source.file):,} boards"
+    title = f"{charts.cut(name)} on {len(source.file):,} boards"
     return _environment().get_template("page.html.j2").render(title=title, **values)
 
 
@@ -119,7 +116,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         bar=charts.bar_text,
-        cut=_cut,
+        cut=charts.cut,
         level=charts.heat_level,
         number=charts.number_text,
         percent=charts.percent_text,
@@ -132,10 +129,3 @@ def _environment() -> Environment:
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         environment.globals.update({name: Markup(text), f"{name}_source": f"'sha256-{digest}'"})
     return environment
-
-
-def _cut(text: str) -> str:
-    """Cut a long text, and say how long it is."""
-    if len(text) <= _MOST_CHARACTERS:
-        return text
-    return f"{text[:_MOST_CHARACTERS]}… ({len(text):,} characters)"

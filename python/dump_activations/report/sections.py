@@ -190,14 +190,16 @@ def _model_move(choices: Choices, i: int) -> str:
         return "no move is legal" if move == NO_MOVE else "every score is NaN"
     score = float(choices.scores[i, move])
     is_binned = choices.probs.ndim == 3
-    return f"{_MOVES[move]}, " + (f"bin {score:.3g}" if is_binned else percent_text(score))
+    return f"{_MOVES[move]}, " + (
+        f"bin {charts.short_text(score)}" if is_binned else percent_text(score)
+    )
 
 
 def moves(source: Source) -> Values:
     """Chart the heads' output, and the agreement of the model's moves with those played."""
     choices = read_choices(source)
     if choices is None:
-        return {"absence": source.absence("The output of the heads", "head_probs")}
+        return {"absence": source.absence("The heads' outputs", "head_probs")}
     made = choices.moves[choices.moves >= 0]
     pictures = [_counted("Moves that the model makes", MOVE_NAMES, made, "move")]
     mean = choices.probs.mean(axis=0, dtype=np.float64)
@@ -318,22 +320,22 @@ def _key(figures: KeyFigures, of: int) -> Values:
     text += "." if exact == some else f"; quantiles and cells of {looked_at(some, of)}."
     text += " A dump made with --stats has them of all boards." if exact < of else ""
     text += "" if figures.outliers.any() else f" No entry is beyond ±{OUTLIER:.0f}."
-    names = [str(layer) for layer in figures.layers] or [figures.key]
+    key = charts.cut(figures.key)
+    names = [str(layer) for layer in figures.layers] or [key]
     captions = [f"layer {name}" for name in figures.layers] or ["all boards"]
     cells = [] if figures.cell_norms is None else zip(captions, figures.cell_norms, strict=True)
     return {
-        "name": figures.key,
+        "name": key,
         "text": text + figures.note,
-        "charts": list(_by_layer(figures, names)) if len(names) > 1 else [],
+        "charts": list(_by_layer(figures, key, names)) if len(names) > 1 else [],
         "first": "layer" if figures.layers else "key",
         "rows": [[name, *_numbers(figures, i)] for i, name in enumerate(names)],
         "cells": [(caption, norms_S, _depths(norms_S)) for caption, norms_S in cells],
     }
 
 
-def _by_layer(figures: KeyFigures, names: Sequence[str]) -> Iterator[Chart]:
+def _by_layer(figures: KeyFigures, key: str, names: Sequence[str]) -> Iterator[Chart]:
     low, median, high = figures.norm_quantiles
-    key = figures.key
     yield Chart(
         title=f"{key}: norm of a vector", labels=names, x_label="layer", y_label="L2 norm",
         lines=[Series("mean", figures.norm_mean), Series("median", median, 1)],
