@@ -173,16 +173,25 @@ def test_heads_of_attention_are_bounded(tmp_path):
 
 
 REFUSED = {
-    "boards-of-floats": ({"boards": np.ones((N, 16), np.float32)}, "no boards"),
-    "three-moves": ({"head_probs": np.ones((N, 3), np.float32)}, "head_probs are 7x3"),
-    "no-layers": ({"attn_pattern": np.ones((N, 2, 16, 16), np.float32)}, "attn_pattern are 7x2x16"),
+    "boards-of-floats": (
+        {"boards": np.ones((N, 16), np.float32)},
+        "boards must be uint8; got float32",
+    ),
+    "three-moves": (
+        {"head_probs": np.ones((N, 3), np.float32)},
+        r"head_probs must have shape \(7, 4\) or \(7, 4, any\); got \(7, 3\)",
+    ),
+    "no-layers": (
+        {"attn_pattern": np.ones((N, 2, 16, 16), np.float32)},
+        r"must have shape \(7, any, any, 16, 16\); got \(7, 2, 16, 16\)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused(tmp_path, name):
     tensors, reason = REFUSED[name]
-    with pytest.raises(OutputError, match=f"is no dump that can be shown: it.*{reason}"):
+    with pytest.raises(OutputError, match=f"cannot show .*: .*{reason}"):
         write(tmp_path, tensors)
     assert not (tmp_path / "report.html").exists()
 

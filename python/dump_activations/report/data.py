@@ -24,6 +24,7 @@ from dump_activations.dataset.game import legal_moves
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, MOVES
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.reading.activations_file import ActivationsFile
+from dump_activations.text import shape_text
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -79,14 +80,15 @@ class Source:
         left_out: why other keys are not shown, by key.
 
     Raises:
-        OutputError: the file is no dump: it has no boards, or misshapen values.
+        OutputError: the file has no boards, or values of another shape.
     """
 
     def __init__(self, file: ActivationsFile) -> None:
         self.file = file
         self._tensors = frozenset(file.tensor_names())
-        if "boards" not in self._tensors or file.dtype("boards") != "uint8":
-            raise self._refusal("it has no boards, or boards that are not uint8")
+        dtype = file.dtype("boards") if "boards" in self._tensors else "no boards"
+        if dtype != "uint8":
+            raise self._refusal(f"boards must be uint8; got {dtype}")
         self._check_shape("boards")
         self.rows = spaced(len(file), MOST_BOARDS)
         self.boards: NDArray[np.uint8] = file.read_numpy("boards", self.rows)
@@ -121,10 +123,12 @@ class Source:
         shape = self.file.shape(key)
         allowed = [(len(self.file), *value) for value in _SHAPES.get(key, ())]
         if allowed and not any(_fits(shape, each) for each in allowed):
-            raise self._refusal(f"its {key} are {'x'.join(map(str, shape))}")
+            texts = [shape_text([n or "any" for n in each]) for each in allowed]
+            wanted = " or ".join(texts)
+            raise self._refusal(f"{key} must have shape {wanted}; got {shape_text(shape)}")
 
     def _refusal(self, reason: str) -> OutputError:
-        return OutputError(f"{self.file.paths[0]} is no dump that can be shown: {reason}")
+        return OutputError(f"cannot show {self.file.paths[0]}: {reason}")
 
     @cached_property
     def steps(self) -> Label:

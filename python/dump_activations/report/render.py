@@ -75,7 +75,7 @@ def _check_replaceable(target: Path) -> None:
                 head = file.read(_HEAD_NBYTES)
             if head.startswith(_DOCTYPE.encode()) and f'"{_GENERATOR}"'.encode() in head:
                 return
-    raise OutputError(f"{target} is there and is no report; choose another {option('report')}")
+    raise OutputError(f"{target} exists and is not a report; choose another {option('report')}")
 
 
 def render(path: Path, *, progress: Count | None = None) -> str:
@@ -83,7 +83,7 @@ def render(path: Path, *, progress: Count | None = None) -> str:
 
     Raises:
         InvalidArgumentError: the suffix names no format.
-        OutputError: the file cannot be read, or is no dump.
+        OutputError: the file cannot be read, or cannot be shown.
     """
     inspection = inspect(path)
     source = Source(ActivationsFile(path))
