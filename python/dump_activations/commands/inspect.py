@@ -143,7 +143,7 @@ def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, Tensor
 
 
 def _write_report(file: Path, report: Path) -> None:
-    from dump_activations.report.writing import write_report
+    from dump_activations.report.render import write_report
     from dump_activations.storage.writing.existing import find_unfinished
 
     if (found := find_unfinished(file)) is not None:
