@@ -15,7 +15,7 @@ from dump_activations import (
     load_encoder,
     stream,
 )
-from dump_activations.model.layers import find_layers
+from dump_activations.model.activations import find_layers
 from reference.dumps import FORMATS, read_dump
 
 L = 4  # of the demo checkpoint

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dump_activations import load_encoder
-from dump_activations.model.replica import replicate
+from dump_activations.model.prepared import replicate
 from reference.checkpoints import VARIANTS
 
 BOARDS = torch.arange(32, dtype=torch.uint8).view(2, 16) % 12

@@ -11,27 +11,27 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dump_activations import progress as phases
 from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.label_reader import LabelReader
 from dump_activations.dataset.matches import StepIndices
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
-from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
+from dump_activations.errors import IndicesError, option, warn
 from dump_activations.model.activations import (
     Activation,
     BoardActivation,
+    BoardTensor,
     WeightActivation,
+    board_tensors,
     find_activations,
+    find_layers,
 )
-from dump_activations.model.board_tensors import BoardTensor, board_tensors
-from dump_activations.model.checkpoint import load_announced
-from dump_activations.model.checkpoint_files import preferred_files
+from dump_activations.model.checkpoint import preferred_files
 from dump_activations.model.config import EncoderConfig
 from dump_activations.model.encoder import Encoder
-from dump_activations.model.layers import find_layers
-from dump_activations.model.replica import replicate
+from dump_activations.model.prepared import prepare_model
 from dump_activations.options import DumpOptions, Options
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.pinned import PinnedSlots
@@ -155,7 +155,7 @@ class Plan:
 
 
 def make_plan(
-    init: str | os.PathLike[str] | Encoder,
+    init: str | os.PathLike[str] | nn.Module,
     dataset: str | os.PathLike[str] | StepsDataset,
     options: Options,
     *,
@@ -180,11 +180,6 @@ def make_plan(
     if not isinstance(dataset, StepsDataset):
         phases.begin("opening the dataset")
         dataset = StepsDataset(dataset)
-    if isinstance(init, Encoder) and options.random_init:
-        raise InvalidArgumentError(
-            f"{option('random_init')}: the model is loaded already; give load_encoder "
-            "random_init=True"
-        )
     with ExitStack() as exits:
         slots: PinnedSlots | None = None
 
@@ -197,11 +192,8 @@ def make_plan(
 
         phases.begin("loading the checkpoint")
         with model_shortage_named(device), current(device):
-            if isinstance(init, Encoder):
-                begin(init.config)
-                model = replicate(init, device)
-            else:
-                model = load_announced(init, begin, device=device, random_init=options.random_init)
+            model = prepare_model(init, device, random_init=options.random_init, seed=options.seed)
+            begin(model.config)
         activations = find_activations(options.outputs, model.config)
         layers = find_layers("layers", options.layers, model.config.num_hidden_layers)
         if options.layers is not None and not any(each.per_layer for each in activations):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dump_activations.model.encoder import Encoder
-from dump_activations.model.replica import replicate
+from dump_activations.model.prepared import replicate
 
 
 class _Fp32Matmuls:

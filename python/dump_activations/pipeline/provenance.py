@@ -4,7 +4,6 @@ docs/file-format.md says what each entry means and how each digest is computed.
 """
 
 import hashlib
-import json
 from importlib.metadata import version
 
 import torch
@@ -59,7 +58,7 @@ def _model_metadata(model: Encoder) -> dict[str, str]:
         "random_init": str(model.random_init).lower(),
         "tokenizer": model.tokenizer,
         "weights_dtype": _other_dtypes(model),
-        "weights_sha256": _weights_sha256(model),
+        "weights_sha256": model.weights_sha256,
     }
     return _that_apply(said)
 
@@ -102,12 +101,4 @@ def _indices_sha256(indices: StepIndices) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(indices), _PIECE):
         digest.update(indices[start : start + _PIECE].data)
-    return digest.hexdigest()
-
-
-def _weights_sha256(model: Encoder) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
