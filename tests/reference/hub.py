@@ -41,6 +41,10 @@ class Hub:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
+    @property
+    def is_up(self) -> bool:
+        return self._server is not None
+
     def start(self) -> None:
         """Listen, on the same port as before if there was one."""
         handler = type("BoundHandler", (_Handler,), {"hub": self})
@@ -50,7 +54,7 @@ class Hub:
         Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}).start()
 
     def stop(self) -> None:
-        """Close the port: connections are refused from here on."""
+        """Close the port: new connections are refused from here on, and open ones are dropped."""
         assert self._server is not None
         self._server.shutdown()
         self._server.server_close()
@@ -91,6 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._route()
 
     def _route(self) -> None:
+        if not self.hub.is_up:
+            self.close_connection = True
+            return
         url = urlsplit(self.path)
         parts = url.path.strip("/").split("/")
         self.hub.requests.append(f"{self.command} {self.path}")

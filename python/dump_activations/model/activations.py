@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +47,7 @@ class Activation:
 
     Attributes:
         key: the name that users request, and the tensor's name in the file.
+        text: the content of the key, in a few words.
         alias: name of the TransformerLens hook for the same value, without its layer.
         shape: letters of one value's axes.
         per_layer: True where each layer has a value. They are stacked before the axes of `shape`.
@@ -53,6 +55,7 @@ class Activation:
     """
 
     key: str
+    text: str
     alias: str = ""
     shape: str
     per_layer: bool = False
@@ -110,18 +113,19 @@ class WeightActivation(Activation):
     tensors: Callable[[Encoder, Sequence[int]], Mapping[str, Tensor]]
 
 
-def _in_block(
-    key: str,
+def _in_block(  # noqa: PLR0917 -- rows of a table
     at: Literal["input", "output"],
+    key: str,
     module: str,
-    shape: str = "SH",
-    *,
+    text: str,
     alias: str = "",
+    shape: str = "SH",
     transform: Callable[..., Tensor] = _unchanged,
 ) -> BoardActivation:
     """Describe the input or output of one module of every block; "" is the block itself."""
     return BoardActivation(
         key=key,
+        text=text,
         alias=alias,
         shape=shape,
         per_layer=True,
@@ -131,19 +135,18 @@ def _in_block(
     )
 
 
-def _of_attention(
-    key: str, shape: str, alias: str, transform: Callable[..., Tensor]
+_input = partial(_in_block, "input")
+_output = partial(_in_block, "output")
+_DOT = "attn.dot_product"  # its inputs are q_BSQD, k_BSKD, v_BSKD, sinks_Q
+
+
+def _head(
+    key: str, text: str, transform: Callable[[Tensor], Tensor] = _unchanged
 ) -> BoardActivation:
-    """Describe a function of the dot product's inputs (q_BSQD, k_BSKD, v_BSKD, sinks_Q)."""
-    return _in_block(
-        key, "input", "attn.dot_product", shape, alias=f"attn.{alias}", transform=transform
-    )
-
-
-def _head(key: str, transform: Callable[[Tensor], Tensor] = _unchanged) -> BoardActivation:
     """Describe head outputs: one linear per move for binned_ev, one in all for action_policy."""
     return BoardActivation(
         key=key,
+        text=text,
         shape="O",
         modules=lambda config: (
             [f"ev_heads.{move}" for move in range(MOVES)]
@@ -188,34 +191,73 @@ def _attention_sinks(model: Encoder, layers: Sequence[int]) -> dict[str, Tensor]
 
 
 ACTIVATIONS: tuple[Activation, ...] = (
-    BoardActivation(key="final_hidden", shape="SH", modules=lambda _: ["final_ln"]),
+    BoardActivation(
+        key="final_hidden",
+        text="output of the final RMSNorm",
+        shape="SH",
+        modules=lambda _: ["final_ln"],
+    ),
     BoardActivation(
         key="pooled",
+        text="mean of final_hidden over the cells",
         shape="H",
         modules=lambda _: ["final_ln"],
         transform=lambda hidden_BSH: hidden_BSH.mean(dim=1),
     ),
-    _head("head_logits"),
-    _head("head_probs", lambda logits: logits.float().softmax(dim=-1)),
-    _in_block("resid_pre", "input", "", alias="hook_resid_pre"),
-    _in_block("attn_norm", "output", "attn_norm"),
-    _of_attention("attn_q", "SQD", "hook_q", lambda q_BSQD, *_: q_BSQD),
-    _of_attention("attn_k", "SKD", "hook_k", lambda _q, k_BSKD, *_: k_BSKD),
-    _of_attention("attn_v", "SKD", "hook_v", lambda _q, _k, v_BSKD, _sinks: v_BSKD),
-    _of_attention("attn_scores", "QSS", "hook_attn_scores", _attention_scores),
-    _of_attention("attn_pattern", "QSS", "hook_pattern", _attention_pattern),
-    _in_block("attn_z", "output", "attn.dot_product", "SQD", alias="attn.hook_z"),
-    _in_block("attn_out", "output", "attn", alias="hook_attn_out"),
-    _in_block("resid_mid", "input", "mlp_norm", alias="hook_resid_mid"),
-    _in_block("mlp_input", "output", "mlp_norm"),
-    _in_block("mlp_pre", "output", "mlp.w_gate", "SI", alias="mlp.hook_pre"),
-    _in_block("mlp_pre_linear", "output", "mlp.w_up", "SI", alias="mlp.hook_pre_linear"),
-    _in_block("mlp_post", "input", "mlp.w_down", "SI", alias="mlp.hook_post"),
-    _in_block("mlp_out", "output", "mlp", alias="hook_mlp_out"),
-    _in_block("layer_outputs", "output", "", alias="hook_resid_post"),
-    WeightActivation(key="rmsnorm_gammas", shape="", tensors=_rmsnorm_gammas),
+    _head("head_logits", "logits of the head, per move"),
+    _head("head_probs", "softmax of head_logits", lambda logits: logits.float().softmax(dim=-1)),
+    _input("resid_pre", "", "residual stream into the block", "hook_resid_pre"),
+    _output("attn_norm", "attn_norm", "output of the attention norm"),
+    _input(
+        "attn_q",
+        _DOT,
+        "queries, after the qk-norm",
+        "attn.hook_q",
+        "SQD",
+        lambda q_BSQD, *_: q_BSQD,
+    ),
+    _input(
+        "attn_k",
+        _DOT,
+        "keys, after the qk-norm",
+        "attn.hook_k",
+        "SKD",
+        lambda _q, k_BSKD, *_: k_BSKD,
+    ),
+    _input("attn_v", _DOT, "values", "attn.hook_v", "SKD", lambda _q, _k, v_BSKD, _sinks: v_BSKD),
+    _input(
+        "attn_scores",
+        _DOT,
+        "scaled dot products, before the softmax",
+        "attn.hook_attn_scores",
+        "QSS",
+        _attention_scores,
+    ),
+    _input(
+        "attn_pattern",
+        _DOT,
+        "attention weights, after the softmax",
+        "attn.hook_pattern",
+        "QSS",
+        _attention_pattern,
+    ),
+    _output("attn_z", _DOT, "values weighted by the pattern, per head", "attn.hook_z", "SQD"),
+    _output("attn_out", "attn", "output of the attention", "hook_attn_out"),
+    _input("resid_mid", "mlp_norm", "residual stream between attention and MLP", "hook_resid_mid"),
+    _output("mlp_input", "mlp_norm", "output of the MLP norm"),
+    _output("mlp_pre", "mlp.w_gate", "gate of the MLP, before the SiLU", "mlp.hook_pre", "SI"),
+    _output("mlp_pre_linear", "mlp.w_up", "linear branch of the MLP", "mlp.hook_pre_linear", "SI"),
+    _input(
+        "mlp_post", "mlp.w_down", "gate times linear branch, into w_down", "mlp.hook_post", "SI"
+    ),
+    _output("mlp_out", "mlp", "output of the MLP", "hook_mlp_out"),
+    _output("layer_outputs", "", "residual stream out of the block", "hook_resid_post"),
+    WeightActivation(
+        key="rmsnorm_gammas", text="weights of every RMSNorm", shape="", tensors=_rmsnorm_gammas
+    ),
     WeightActivation(
         key="attn_sinks",
+        text="logits of the attention sinks",
         shape="Q",
         per_layer=True,
         lacking=lambda config: (

@@ -379,8 +379,8 @@ def _why_not_loaded(path: Path) -> str:
     if not foreign:
         return "damaged, or not a checkpoint bundle written by torch.save"
     return (
-        f"holds objects that could run code ({first_few(sorted(foreign))}), which are never "
-        "loaded; save it again with 'model' and 'encoder_config' alone"
+        f"holds objects that could run code ({first_few(sorted(foreign), most=8)}), which are "
+        "never loaded; save it again with 'model' and 'encoder_config' alone"
     )
 
 

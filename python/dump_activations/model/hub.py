@@ -5,9 +5,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -43,8 +42,7 @@ _WAYS_OUT = {
 }
 
 
-@dataclass(frozen=True)
-class HubLocation:
+class _Location(NamedTuple):
     """A checkpoint on the hub. `subdir` is "" for the top of the repository."""
 
     repo_id: str
@@ -53,11 +51,6 @@ class HubLocation:
 
     @classmethod
     def parse(cls, uri: str) -> Self:
-        """Split `hf://org/repo[/subdir][@revision]`.
-
-        Raises:
-            InvalidArgumentError: another form, or names that could lead out of the cache.
-        """
         path, at, revision = uri.removeprefix(_SCHEME).partition("@")
         org, _, rest = path.rstrip("/").partition("/")
         repo, _, subdir = rest.partition("/")
@@ -105,7 +98,7 @@ def download_checkpoint(
         CheckpointError: a failed download, or one that the hub refuses.
         CheckpointNotFoundError: no such repository, revision or checkpoint.
     """
-    location = HubLocation.parse(uri)
+    location = _Location.parse(uri)
     begin(f"downloading {uri}")
     try:
         with _quiet_client():
@@ -119,9 +112,7 @@ def download_checkpoint(
     return snapshot / location.subdir, snapshot.name
 
 
-def _download(
-    location: HubLocation, choose_files: Callable[[Sequence[str]], Sequence[str]]
-) -> Path:
+def _download(location: _Location, choose_files: Callable[[Sequence[str]], Sequence[str]]) -> Path:
     # The client waits without end unless it is given a timeout.
     info = HfApi().model_info(
         location.repo_id, revision=location.revision, timeout=constants.DEFAULT_REQUEST_TIMEOUT
@@ -146,7 +137,7 @@ def _keep_ref(ref: Path, commit: str) -> None:
     own.replace(ref)
 
 
-def _raise_refusal(uri: str, location: HubLocation, error: Exception) -> None:
+def _raise_refusal(uri: str, location: _Location, error: Exception) -> None:
     """Raise an error with the hub's reason and a way out where the hub answered."""
     if isinstance(error, RevisionNotFoundError):
         raise CheckpointNotFoundError(
@@ -168,13 +159,13 @@ def _raise_refusal(uri: str, location: HubLocation, error: Exception) -> None:
 def _reason(error: Exception) -> str:
     """Give the hub's own words where it answered, else the first line of the client's error."""
     text = getattr(error, "server_message", None) or str(error)
-    line = text.strip().partition("\n")[0] or type(error).__name__
+    line = text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return f"{error.response.status_code}: {line}" if isinstance(error, HfHubHTTPError) else line
 
 
 def _cached(
     uri: str,
-    location: HubLocation,
+    location: _Location,
     choose_files: Callable[[Sequence[str]], Sequence[str]],
     reason: str,
 ) -> Path:
