@@ -7,12 +7,12 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 
@@ -27,12 +27,24 @@ class _Repo:
 
 
 class Hub:
-    """Repositories, and a record of which of their files were downloaded."""
+    """Repositories, and a record of which of their files were downloaded.
+
+    Attributes:
+        refusal: status, code and message that requests for files get; None answers them.
+        refuses_all: True where all requests get the refusal.
+        after_listing: called once a revision's files were listed.
+        answers: cleared to accept requests without an answer.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, _Repo] = defaultdict(_Repo)
         self.requests: list[str] = []
         self.downloads: list[str] = []
+        self.refusal: tuple[int, str, str] | None = None
+        self.refuses_all = False
+        self.after_listing: Callable[[], object] = lambda: None
+        self.answers = Event()
+        self.answers.set()
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
         self.start()
@@ -102,11 +114,18 @@ class _Handler(BaseHTTPRequestHandler):
         parts = url.path.strip("/").split("/")
         self.hub.requests.append(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.answers.wait()
+        if self.hub.refusal and (self.hub.refuses_all or "resolve" in parts):
+            status, code, message = self.hub.refusal
+            headers = {"X-Error-Code": code} if code else {}
+            self._send(status, b"", {**headers, "X-Error-Message": message})
+            return
         match parts:
             case ["api", "models", org, name]:
                 self._info(f"{org}/{name}", "main")
             case ["api", "models", org, name, "revision", revision]:
                 self._info(f"{org}/{name}", unquote(revision))
+                self.hub.after_listing()
             case ["api", "models", org, name, "tree", revision, *folder]:
                 recursive = parse_qs(url.query).get("recursive", [""])[0].lower() == "true"
                 path = unquote("/".join(folder))

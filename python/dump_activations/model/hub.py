@@ -115,7 +115,7 @@ def download_checkpoint(
 def _download(location: _Location, choose_files: Callable[[Sequence[str]], Sequence[str]]) -> Path:
     # The client waits without end unless it is given a timeout.
     info = HfApi().model_info(
-        location.repo_id, revision=location.revision, timeout=constants.DEFAULT_REQUEST_TIMEOUT
+        location.repo_id, revision=location.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
     )
     below = f"{location.subdir}/" if location.subdir else ""
     paths = [file.rfilename for file in info.siblings or []]
@@ -139,28 +139,32 @@ def _keep_ref(ref: Path, commit: str) -> None:
 
 def _raise_refusal(uri: str, location: _Location, error: Exception) -> None:
     """Raise an error with the hub's reason and a way out where the hub answered."""
-    if isinstance(error, RevisionNotFoundError):
+    refusal: BaseException | None = error
+    while not isinstance(refusal, HfHubHTTPError):
+        if refusal is None:
+            return
+        refusal = refusal.__cause__
+    status = refusal.response.status_code
+    if isinstance(refusal, RevisionNotFoundError):
         raise CheckpointNotFoundError(
             f"{uri}: no revision {location.revision}; the form is {_FORM}"
         ) from error
-    if isinstance(error, GatedRepoError):
+    if isinstance(refusal, GatedRepoError):
         raise CheckpointError(f"{uri}: gated; ask for access, then `hf auth login`") from error
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(refusal, RepositoryNotFoundError):
         raise CheckpointNotFoundError(
             f"{uri}: no such repository, or a private one: check the name or `hf auth login`"
         ) from error
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in _WAYS_OUT:
         raise CheckpointError(
-            f"{uri}: the hub refuses ({_reason(error)}); {_WAYS_OUT[status]}"
+            f"{uri}: the hub refuses ({status}: {_reason(refusal)}); {_WAYS_OUT[status]}"
         ) from error
 
 
 def _reason(error: Exception) -> str:
     """Give the hub's own words where it answered, else the first line of the client's error."""
     text = getattr(error, "server_message", None) or str(error)
-    line = text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
-    return f"{error.response.status_code}: {line}" if isinstance(error, HfHubHTTPError) else line
+    return text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _cached(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dump_activations.chunks import Chunk
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import DeviceError, option
+from dump_activations.errors import DeviceError, DumpActivationsError, option
 from dump_activations.model.capture import Capture
 from dump_activations.pipeline.compile_cache import use_own_cache
 from dump_activations.pipeline.cuda_timing import CudaStopwatch
@@ -97,7 +97,7 @@ class Forward:
         try:
             self._fill(tokens_BS, buffers)
         except Exception as error:
-            if shortage(error):
+            if isinstance(error, DumpActivationsError) or shortage(error):
                 raise
             reason = getattr(error, "inner_exception", error)
             raise DeviceError(
