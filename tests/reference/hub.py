@@ -103,9 +103,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._route()
 
-    def do_POST(self) -> None:
-        self._route()
-
     def _route(self) -> None:
         if not self.hub.is_up:
             self.close_connection = True
@@ -113,7 +110,6 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         parts = url.path.strip("/").split("/")
         self.hub.requests.append(f"{self.command} {self.path}")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.answers.wait()
         if self.hub.refusal and (self.hub.refuses_all or "resolve" in parts):
             status, code, message = self.hub.refusal
@@ -130,9 +126,6 @@ class _Handler(BaseHTTPRequestHandler):
                 recursive = parse_qs(url.query).get("recursive", [""])[0].lower() == "true"
                 path = unquote("/".join(folder))
                 self._tree(f"{org}/{name}", unquote(revision), path, recursive=recursive)
-            case ["api", "models", org, name, "paths-info", revision]:
-                wanted = parse_qs(body.decode()).get("paths", [])
-                self._paths_info(f"{org}/{name}", unquote(revision), wanted)
             case [org, name, "resolve", revision, *path]:
                 self._file(f"{org}/{name}", unquote(revision), unquote("/".join(path)))
             case ["lfs", org, name, commit, *path]:
@@ -174,11 +167,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "EntryNotFound")
         else:
             self._json(list(entries.values()))
-
-    def _paths_info(self, repo_id: str, revision: str, wanted: list[str]) -> None:
-        if found := self._find(repo_id, revision):
-            files = found[1]
-            self._json([_describe(name, files[name]) for name in wanted if name in files])
 
     def _file(self, repo_id: str, revision: str, path: str) -> None:
         if not (found := self._find(repo_id, revision)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -289,33 +290,45 @@ def find_activations(
     """
     if not outputs:
         raise InvalidArgumentError(f"{option('outputs')}: no keys; choose from {_all_keys()}")
-    found: set[str] = set()
-    layered: dict[str, dict[int, str]] = {}
+    whole: set[str] = set()
+    layered: dict[str, dict[int, str]] = defaultdict(dict)
     for name in outputs:
-        if (alias := split_layer_alias(name)) is None:
-            found |= {activation.key for activation in _matches(name, config)}
-            continue
-        for activation in _matches(alias[0], config):
-            layered.setdefault(activation.key, {})[alias[1]] = name
+        alias, layer = split_layer_alias(name) or (name, None)
+        for activation in _matches(alias, config):
+            if layer is None:
+                whole.add(activation.key)
+            else:
+                layered[activation.key][layer] = name
     activations: list[Activation] = []
     for activation in ACTIVATIONS:
-        names = layered.get(activation.key, {})
-        if activation.key in found:
+        names = layered[activation.key]
+        if activation.key not in whole:
+            activations += _single_layers(activation, names, config)
+        elif names:
+            raise InvalidArgumentError(
+                f"{option('outputs')}: {next(iter(names.values()))} is a layer of "
+                f"{activation.key}, which is requested too; leave one of them out"
+            )
+        else:
             activations.append(activation)
-            for name in names.values():
-                raise InvalidArgumentError(
-                    f"{option('outputs')}: {name} is a layer of {activation.key}, which is "
-                    "requested too; leave one of them out"
-                )
-        for layer, name in sorted(names.items()):
-            if config is not None and layer >= config.num_hidden_layers:
-                last = config.num_hidden_layers - 1
-                raise InvalidArgumentError(
-                    f"{option('outputs')}: {name}: the model has layers 0 to {last}"
-                )
-            assert isinstance(activation, BoardActivation)
-            activations.append(activation.of_layer(layer))
     return activations
+
+
+def _single_layers(
+    activation: Activation, names: Mapping[int, str], config: EncoderConfig | None
+) -> list[BoardActivation]:
+    """Return the activations of some layers alone, by the names that request them."""
+    for layer, name in names.items():
+        if config is not None and layer >= config.num_hidden_layers:
+            raise InvalidArgumentError(
+                f"{option('outputs')}: {name}: the model has layers 0 to "
+                f"{config.num_hidden_layers - 1}"
+            )
+    return [
+        activation.of_layer(layer)
+        for layer in sorted(names)
+        if isinstance(activation, BoardActivation)  # as all are that have an alias
+    ]
 
 
 def split_layer_alias(name: str) -> tuple[str, int] | None:

@@ -145,46 +145,35 @@ def _load(path: Path, *, random_init: bool, seed: int) -> Encoder:
 
 def _read_checkpoint(path: Path, *, weights_required: bool) -> _Files:
     if path.is_dir():
-        return _read_directory(path, weights_required=weights_required)
-    if not path.exists():
+        directory, names = path, [file.name for file in path.iterdir()]
+        needed = _files_needed(names, where=str(path), weights_required=weights_required)
+    elif not path.exists():
         raise CheckpointNotFoundError(
             f"{path}: no such checkpoint; give a directory, a .pt bundle or hf://org/repo"
         )
-    check_ordinary(path, CheckpointError)
-    if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: give the directory that holds {_CONFIG_NAME} and this file")
-    config, weights = _read_bundle(path)
-    return _Files(
-        config=_checked(config, path),
-        config_origin=str(path),
-        weights=_without_wrappers(weights, str(path)),
-        weights_origin=str(path),
-        tokenizer=_read_tokenizer(path.parent),
-        paths=(path,),
-    )
-
-
-def _read_directory(directory: Path, *, weights_required: bool) -> _Files:
-    names = [path.name for path in directory.iterdir()]
-    needed = _files_needed(names, where=str(directory), weights_required=weights_required)
+    elif path.suffix in (".json", ".safetensors"):
+        raise CheckpointError(f"{path}: not a .pt bundle; give the directory that holds it")
+    else:
+        directory, needed = path.parent, [path.name]
     config: dict[str, Any] = {}
     weights: Mapping[Any, Any] | None = None
-    origins, read = [], []
-    for path in (directory / name for name in needed):
-        check_ordinary(path, CheckpointError)
-        read.append(path)
-        if path.name == _CONFIG_NAME:
-            config = _checked(_read_json_object(path), path)
-            origins.append(str(path))
-        elif path.suffix == ".pt":
-            bundle_config, weights = _read_bundle(path, config_required=not origins)
-            config |= _checked(bundle_config, path)
-            origins += [str(path)] if bundle_config else []
-        elif path.name == _INDEX_NAME:
-            weights, shards = _read_shards(path)
+    origins: list[str] = []
+    read: list[Path] = []
+    for file in (directory / name for name in needed):
+        check_ordinary(file, CheckpointError)
+        read.append(file)
+        if file == path or file.suffix == ".pt":
+            bundle_config, weights = _read_bundle(file, config_required=not origins)
+            config |= _checked(bundle_config, file)
+            origins += [str(file)] if bundle_config else []
+        elif file.name == _CONFIG_NAME:
+            config = _checked(_read_json_object(file), file)
+            origins.append(str(file))
+        elif file.name == _INDEX_NAME:
+            weights, shards = _read_shards(file)
             read += shards
         else:
-            weights = _read_safetensors(path)
+            weights = _read_safetensors(file)
     weights_origin = str(directory / needed[-1])
     return _Files(
         config=config,

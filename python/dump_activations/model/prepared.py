@@ -48,10 +48,9 @@ def prepare_model(
         )
     else:
         model = unwrap_model(init)
-    # Digested before the copy to the device, so that no weight comes back from there.
-    digest = weights_sha256(model)
     replica = replicate(model, device)
-    replica.weights_sha256 = digest
+    # Of the model on the host, so that no weight comes back from the device.
+    replica.weights_sha256 = weights_sha256(model)
     return replica
 
 
@@ -62,7 +61,7 @@ def unwrap_model(model: object) -> Encoder:
         InvalidArgumentError: no Encoder, sharded, quantised or unloaded weights, or modules that
             differ from its config. The text says what to give instead.
     """
-    inner, kind = model, type(model)
+    inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, Encoder):
         wrapped = getattr(inner, "_orig_mod", getattr(inner, "module", None))
         if not isinstance(wrapped, nn.Module):
@@ -73,12 +72,8 @@ def unwrap_model(model: object) -> Encoder:
     for name, tensor in inner.state_dict(keep_vars=True).items():
         fault = _weight_fault(tensor)
         if fault:
-            raise InvalidArgumentError(
-                f"the model's {one_line(name)} {fault}; {_WAY_OUT} "
-                f"{'' if kind is type(inner) else f'(got a {kind.__name__})'}".rstrip()
-            )
-    expected, held = empty_encoder(inner.config).state_dict(), inner.state_dict()
-    problems = misfits(expected, held)
+            raise InvalidArgumentError(f"the model's {one_line(name)} {fault}; {_WAY_OUT}")
+    problems = misfits(empty_encoder(inner.config).state_dict(), inner.state_dict())
     # Modules of its own that a subclass adds do no harm.
     if problems and not problems.startswith("unexpected"):
         raise InvalidArgumentError(
