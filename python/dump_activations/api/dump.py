@@ -26,8 +26,8 @@ from dump_activations.errors import (
     option,
     warn,
 )
+from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.model.layers import Layers
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
 from dump_activations.paths import locate
 from dump_activations.pipeline.device import current
