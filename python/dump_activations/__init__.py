@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.model.encoder import Encoder
     from dump_activations.pipeline.summary import Summary
-    from dump_activations.report.writing import write_report
+    from dump_activations.report.render import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
     from dump_activations.storage.reading.cell_batch import CellBatch
 
@@ -86,7 +86,7 @@ _HOMES = {
     "dump": "api.dump",
     "load_encoder": "model.checkpoint",
     "stream": "api.stream",
-    "write_report": "report.writing",
+    "write_report": "report.render",
 }
 
 # Type checkers take a module-level `__getattr__` for any name: they are to refuse a misspelt one.

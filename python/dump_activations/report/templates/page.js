@@ -28,20 +28,19 @@ document.addEventListener("pointerdown", (event) => {
 const chosen = document.getElementById("chosen");
 const showChosen = () => {
   const data = JSON.parse(document.getElementById("attention-data").textContent)[chosen.value];
-  document.querySelectorAll(".head .board").forEach((table, head) => {
-    const body = document.createElement("tbody");
-    for (let cell = 0; cell < 16; cell++) {
-      if (cell % 4 === 0) body.insertRow();
-      const percent = data.charCodeAt(16 * head + cell) - "#".charCodeAt(0);
-      const td = body.lastChild.insertCell();
-      td.textContent = percent;
-      td.className = `h${Math.min(Math.floor(Math.sqrt(percent)), 9)}`;
-    }
-    table.tBodies[0]?.remove();
-    table.append(body);
+  document.querySelectorAll(".head .board").forEach((board, head) => {
+    const cells = Array.from({ length: 16 }, (_, cell) => {
+      const percent = data.charCodeAt(16 * head + cell) - "?".charCodeAt(0);
+      const element = document.createElement("i");
+      element.textContent = percent;
+      element.className = `h${Math.min(Math.floor(Math.sqrt(percent)), 9)}`;
+      return element;
+    });
+    board.replaceChildren(...cells);
   });
-  const board = document.querySelectorAll(".examples .board")[chosen.value];
-  document.querySelector(".chosen .board").replaceWith(board.cloneNode(true));
+  const board = document.querySelectorAll(".examples .board")[chosen.value].cloneNode(true);
+  board.id = "chosen-board";
+  document.getElementById("chosen-board").replaceWith(board);
 };
 chosen?.addEventListener("change", showChosen);
 if (chosen) showChosen();
