@@ -151,7 +151,7 @@ def test_a_dataset_with_other_rows_is_not_resumed_from(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="other boards"):
         dump(model, tmp_path / "dataset", target, **options)
     np.save(shard, rows)
-    with pytest.warns(DumpActivationsNote, match="going on"):
+    with pytest.warns(DumpActivationsNote, match="resuming"):
         assert dump(model, tmp_path / "dataset", target, **options).resumed_boards > 0
 
 
