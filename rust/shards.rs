@@ -1,6 +1,6 @@
 //! Finds and orders the shards of a dataset, and reads their headers.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::iter;
@@ -32,7 +32,7 @@ pub fn shard_paths(path: &Path) -> Result<Vec<PathBuf>, Error> {
     for entry in fs::read_dir(path).map_err(listing)? {
         let name = entry.map_err(listing)?.file_name();
         let bytes = name.as_encoded_bytes();
-        if bytes.starts_with(b"steps-") && bytes.ends_with(b".npy") {
+        if bytes.starts_with(b"steps-") && bytes.ends_with(b".npy") && !is_copy(&name) {
             names.push(name);
         }
     }
@@ -48,6 +48,12 @@ pub fn shard_paths(path: &Path) -> Result<Vec<PathBuf>, Error> {
     }
     names.sort_unstable();
     Ok(names.into_iter().map(|name| path.join(name)).collect())
+}
+
+/// Tells copies that browsers, desktops and synchronisers make of a shard; `shards.py` warns.
+fn is_copy(name: &OsStr) -> bool {
+    let name = name.to_string_lossy().to_lowercase();
+    [" (", " copy", ".sync-conflict-"].iter().any(|mark| name.contains(mark))
 }
 
 /// What the files of `paths` are, and their headers, in order; the error of the first shard that

@@ -36,7 +36,7 @@ ARROWS = {
     "pipeline": (*LEAVES, "_rust", "model", "options", "dataset"),
     "options": (
         *LEAVES,
-        *("model.activations", "model.layers", "dataset.expressions", "dataset.label_names"),
+        *("model.activations", "model.layers", "dataset.expressions"),
     ),
     "model": LEAVES,
     "dataset": (*LEAVES, "_rust"),

@@ -9,8 +9,7 @@ import numpy as np
 
 from dump_activations import _rust
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.labels import RUN_LABELS
-from dump_activations.dataset.runs import DATABASE, Runs
+from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
 from dump_activations.errors import DumpActivationsError
 
 _ROWS = 5

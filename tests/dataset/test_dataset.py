@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alarm import interrupted_soon
-from dump_activations.dataset.dataset import Shard, StepsDataset
-from dump_activations.dataset.indices import load_indices
+from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dataset.sampling import load_indices
+from dump_activations.dataset.shards import Shard
 from dump_activations.errors import (
     DatasetError,
     DatasetNotFoundError,
@@ -227,7 +228,7 @@ def test_more_shards_than_descriptors(tmp_path):
     code = f"""
         import resource
         import numpy as np
-        from dump_activations.dataset.dataset import Shard, StepsDataset
+        from dump_activations import StepsDataset
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         ds = StepsDataset({str(tmp_path / "dataset")!r})
         np.save({str(tmp_path / "boards.npy")!r}, ds.read_boards(np.arange(600)[::-1]))

@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from dump_activations import StepsDataset
-from dump_activations.dataset.labels import BOARD_LABELS
+from dump_activations.dataset.columns import BOARD_LABELS
 from dump_activations.errors import DatasetError, InvalidArgumentError, StepIndexError
 from reference.datasets import ROW_DTYPES, make_dataset, read_dataset, write_shards
 from reference.game import describe

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import torch
 
 from dump_activations.dataset.expressions import Expression
-from dump_activations.dataset.matches import StepIndices
+from dump_activations.dataset.sampling import StepIndices
 from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import device_name
 from dump_activations.pipeline.plan import Plan
@@ -40,7 +40,7 @@ def metadata(plan: Plan) -> dict[str, str]:
         "batch_size": str(options.batch_size),
         "dataset": str(plan.dataset.path),
         "dataset_rows": str(len(plan.dataset)),
-        "dataset_sha256": plan.dataset.sha256,
+        "dataset_layout_sha256": plan.dataset.layout_sha256,
         "indices_from": plan.indices_from,
         **_selection_metadata(plan),
         **({"stats": "true"} if plan.has_statistics else {}),

@@ -16,7 +16,7 @@ _GROUPS = {
         *("random_init", "weights_dtype", "weights_sha256"),
     ),
     "Boards": (
-        *("dataset", "dataset_rows", "dataset_sha256", "n_samples", "indices_from", "seed"),
+        *("dataset", "dataset_rows", "dataset_layout_sha256", "n_samples", "indices_from", "seed"),
         *("where", "steps", "labels"),
     ),
     "Run": (

@@ -41,7 +41,7 @@ _OPTIONS = frozenset(
 # Names of entries whose values nobody can read.
 _UNREADABLE = {
     "config": "the model's config",
-    "dataset_sha256": "the dataset's shards or their rows' layout",
+    "dataset_layout_sha256": "the dataset's shards or their rows' layout",
     "indices": "the step indices",
     # All else that shapes the tensors has an entry of its own.
     "tensors": f"the tensors ({option('split_layers')})",
