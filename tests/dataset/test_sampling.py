@@ -118,7 +118,7 @@ def test_indices_of_a_dataset(demo_dataset):
 def test_more_samples_than_rows_are_drawn_with_replacement(demo_dataset):
     ds = StepsDataset(demo_dataset)
     n = len(ds) + 1
-    with pytest.warns(UserWarning, match=rf"{n} samples .* {len(ds)} rows: drawn with repl"):
+    with pytest.warns(UserWarning, match=rf"{len(ds)} rows, .* {n} samples: sampled with repl"):
         indices = ds.sample_indices(n, seed=3)
     np.testing.assert_array_equal(indices, numpy_draw(len(ds), n, 3, replace=True))
     assert len(ds.sample_indices(len(ds))) == len(ds)  # no warning, which would be an error
@@ -126,7 +126,7 @@ def test_more_samples_than_rows_are_drawn_with_replacement(demo_dataset):
 
 @pytest.mark.parametrize(("n", "seed"), [(0, 0), (-5, 0), (5, -1)])
 def test_impossible_draws(n, seed, demo_dataset):
-    with pytest.raises(InvalidArgumentError, match=f"not {min(n, seed)}"):
+    with pytest.raises(InvalidArgumentError, match=f"got {min(n, seed)}"):
         StepsDataset(demo_dataset).sample_indices(n, seed=seed)
 
 

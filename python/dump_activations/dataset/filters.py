@@ -130,7 +130,7 @@ class _Evaluation:
                 assert isinstance(right_node, ast.Tuple | ast.List | ast.Set)
                 is_in: Any = np.False_
                 for element in right_node.elts:
-                    right = self.value(element, reached_N & ~is_in)
+                    right = self.value(element, reached_N)
                     is_in = is_in | self._holds(node, operator.eq, left, right)
                 return result & (is_in if isinstance(op, ast.In) else np.logical_not(is_in))
             right = self.value(right_node, reached_N)
@@ -195,7 +195,8 @@ class _Evaluation:
             bounds += [op(a, b) for a in bounds[:2] for b in bounds[2:]]
         if all(least <= bound <= limits.max for bound in bounds):
             return op(np.asarray(left, limits.dtype), np.asarray(right, limits.dtype))
-        exact = np.asarray(op(np.asarray(left, object), np.asarray(right, object)), object)
+        # Python's own integers: `np.asarray(left, object)` would keep a NumPy scalar, which wraps.
+        exact = np.asarray(op(np.asarray(left).astype(object), np.asarray(right).astype(object)))
         overflows = np.asarray((exact < limits.min) | (exact > limits.max), np.bool_)
         self._check(node, overflows & reached_N, f"overflows {limits.dtype}")
         return np.where(overflows, 0, exact).astype(limits.dtype)

@@ -96,14 +96,13 @@ def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np
             )
     except (sqlite3.Error, UnicodeDecodeError) as error:
         is_endless = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
-        reason = "it holds more rows than its size allows" if is_endless else error
-        way_out = (
-            f"; {logs[0].name} holds a transaction: close the program that writes it, or finish it "
-            f"with: sqlite3 {path} 'PRAGMA journal_mode = DELETE'"
-        )
-        raise DatasetError(
-            f"{path}: cannot read its runs: {reason}{way_out if logs else ''}"
-        ) from (error)
+        reason: object = "it holds more rows than its size allows" if is_endless else error
+        for log in logs:
+            reason = (
+                f"{reason}; {log.name} holds an unfinished transaction: close the program that "
+                f"writes it, or finish it with: sqlite3 {path} 'PRAGMA journal_mode = DELETE'"
+            )
+        raise DatasetError(f"{path}: cannot read its runs: {reason}") from error
     ids, values = np.ascontiguousarray(rows["id"]), np.ascontiguousarray(rows["value"])
     if len(ids) == 0:
         raise DatasetError(f"{path}: its table 'runs' is empty")
