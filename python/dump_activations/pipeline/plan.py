@@ -287,7 +287,7 @@ def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices,
         drawn = dataset.sample_from(steps, options.n_samples, options.seed)
         return drawn, "draw with replacement" if replaced else "draw"
     if len(steps) == 0:
-        raise IndicesError(f"{option('where')}: no row of {dataset.path} passes")
+        raise IndicesError(f"{option('where')}: no row of {dataset.path} matches")
     wanted = range(len(dataset))[options.steps]
     return steps, f"steps {wanted.start}:{wanted.stop}:{wanted.step}"
 
