@@ -110,14 +110,7 @@ class Columns:
     def find(self, name: str, *, of: str) -> Column:
         """Return the column of that name, such as `branch_evs` or its element `branch_evs_0`.
 
-        Args:
-            name: The name.
-            of: The option that asks for it.
-
-        Raises:
-            InvalidArgumentError: There is no such column.
-            DatasetError: Some shards lack it, or `metadata.db` cannot be read.
-
+        Errors name `of`, the option that asks for it.
         """
         if (column := self._whole(name, of=of)) is not None:
             return column
@@ -177,11 +170,6 @@ class Columns:
 
         Globs and `all` leave out columns that are not numbers, and `board`: the file's `boards`
         hold it, and it seldom fits into int64.
-
-        Raises:
-            InvalidArgumentError: There is no such label, or it is not a number.
-            DatasetError: Some shards lack it, or `metadata.db` cannot be read.
-
         """
         found = {}
         for pattern in patterns:
@@ -206,6 +194,7 @@ class ColumnReader:
     """Reads columns of rows, chosen or consecutive, in one pass over the shards."""
 
     def __init__(self, dataset: _rust.Dataset, columns: Mapping[str, Column]) -> None:
+        self._dataset = dataset
         self._columns = columns
         self._needs_boards = any(column.source is None for column in columns.values())
         sources = {each.source.name: each.source for each in columns.values() if each.source}
@@ -260,7 +249,7 @@ class ColumnReader:
         }
 
 
-class LabelReader:
+class LabelReader(ColumnReader):
     """Reads boards and labels of the same rows in one pass.
 
     Attributes:
@@ -271,11 +260,10 @@ class LabelReader:
 
     def __init__(self, columns: Columns, names: Sequence[str]) -> None:
         """Find the labels, as `Columns.find_labels` does."""
-        self._dataset = columns.dataset
         found = columns.find_labels(names)
+        super().__init__(columns.dataset, found)
         self.dtypes = {name: np.dtype(_stored_dtype(column)) for name, column in found.items()}
         self.shapes = {name: column.shape for name, column in found.items()}
-        self._reader = ColumnReader(columns.dataset, found)
 
     def read(
         self,
@@ -285,14 +273,10 @@ class LabelReader:
     ) -> Values:
         """Read rows by their step indices, and write their boards to `boards_NS`, uint8 (n, 16).
 
-        Returns:
-            Name -> the label's values, (n, *shape).
-
-        Raises:
-            DatasetError: A row cannot be read, or a value does not fit into int64.
-
+        Returns name -> the label's values, (n, *shape). Raises DatasetError if a row cannot be
+        read, or a value does not fit into int64.
         """
-        read = self._reader.read(indices, boards_NS, cancel)
+        read = super().read(indices, boards_NS, cancel)
         for name, values in read.items():
             if values.dtype.kind == "u" and values.dtype.itemsize == 8:
                 too_large = (values > _INT64_MAX).reshape(len(values), -1).any(axis=1)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 else:
     _Dataset = object
 
-# Lines of a repr, at most: one title, these, and two that count the rest.
+# Lines of a repr, next to its title and two that count the rest.
 _FIELDS_SHOWN = 12
 _SHARDS_SHOWN = 5
 
@@ -233,10 +233,7 @@ class StepsDataset(_Dataset):
         *,
         progress: Count | None = None,
     ) -> StepRange | Matches:
-        """Return what `find` does, or all of `steps` without a filter, in at most a bit per row.
-
-        Raises as `find` does.
-        """
+        """Return what `find` does, or all of `steps` without a filter, in at most a bit per row."""
         selected = range(len(self))[steps or slice(None)]
         if len(self) == 0:
             raise DatasetError(f"{self.path}: its shards have no rows")
@@ -280,13 +277,7 @@ class StepsDataset(_Dataset):
         return locate_rows(self._columns, run_ids, run_steps, progress)
 
     def label_reader(self, names: str | Sequence[str]) -> LabelReader:
-        """Find labels by their names, globs of them, or `all` for every field of the rows.
-
-        Raises:
-            InvalidArgumentError: There is no such label, or it is not a number.
-            DatasetError: Some shards lack it, or `metadata.db` cannot be read.
-
-        """
+        """Find labels by name, and raise, as `read_labels` does."""
         return LabelReader(self._columns, split_names(names))
 
     def read_labels(

@@ -43,21 +43,12 @@ class Runs:
         return self._path.exists()
 
     def load(self, column: str) -> None:
-        """Read a column, once.
-
-        Raises:
-            DatasetError: the database is damaged or has an unfinished transaction, or it has no
-                such table, column or integers.
-        """
+        """Read a column, once, or raise DatasetError."""
         if column not in self._columns:
             self._columns[column] = _read_column(self._path, column)
 
     def join(self, column: str, run_ids: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return the column's value, int64 (n,), for each run id (n,).
-
-        Raises:
-            DatasetError: there is no such run.
-        """
+        """Return the column's value, int64 (n,), for each run id (n,)."""
         ids, values = self._columns[column]
         places = np.minimum(np.searchsorted(ids, run_ids.astype(np.int64)), len(ids) - 1)
         is_found = ids[places] == run_ids

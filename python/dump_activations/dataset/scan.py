@@ -35,9 +35,6 @@ def scan_rows(reader: ColumnReader, rows: range, look: Look, progress: Count | N
 
     The calling thread reports progress and handles interrupts. Where several chunks fail, the error
     of the first one is raised.
-
-    Raises:
-        DatasetError: a row cannot be read.
     """
     starts = iter(range(rows.start, rows.stop, CHUNK_ROWS))
     done, errors = 0, dict[int, BaseException]()
@@ -82,12 +79,7 @@ def scan_rows(reader: ColumnReader, rows: range, look: Look, progress: Count | N
 def find_matches(
     columns: Columns, where: Expression, steps: range, progress: Count | None = None
 ) -> Matches:
-    """Find which of `steps`, ascending, match a filter.
-
-    Raises:
-        InvalidArgumentError: the filter is wrong, or names an unknown column.
-        DatasetError: a row cannot be read, or the filter divides by zero or overflows.
-    """
+    """Find which of `steps`, ascending, match a filter. Raises as `StepsDataset.find` does."""
     named = {name: columns.find(name, of="where") for name in where.names}
     for name, column in named.items():
         if column.shape:
@@ -120,13 +112,7 @@ def find_matches(
 def locate_rows(
     columns: Columns, run_ids: Steps, run_steps: Steps, progress: Count | None = None
 ) -> Steps:
-    """Find the rows of these runs and steps, int64 (n,), in one pass over the dataset.
-
-    Raises:
-        IndicesError: no row, or more than one, is that step of that run.
-        InvalidArgumentError: the rows have no integer run and step.
-        DatasetError: a row cannot be read.
-    """
+    """Find the rows of these runs and steps, int64 (n,), as `StepsDataset.locate` does."""
     if len(run_ids) == 0:
         return np.empty(0, np.int64)
     step = next((name for name in STEPS if name in columns.fields), STEPS[0])
