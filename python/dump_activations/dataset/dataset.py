@@ -16,8 +16,8 @@ from dump_activations import _rust
 from dump_activations.dataset.columns import ColumnReader, Columns
 from dump_activations.dataset.draws import draw
 from dump_activations.dataset.expressions import Expression, parse
-from dump_activations.dataset.fields import row_dtype
 from dump_activations.dataset.filters import evaluate
+from dump_activations.dataset.headers import read_layout, row_dtype
 from dump_activations.dataset.indices import step_indices
 from dump_activations.dataset.label_names import split_names
 from dump_activations.dataset.label_reader import LabelReader
@@ -78,7 +78,7 @@ class StepsDataset(_Dataset):
     """
 
     def __init__(self, path: str | os.PathLike[str], labels: str | Sequence[str] = ()) -> None:
-        self._dataset = _rust.Dataset(path)
+        self._dataset = _rust.Dataset(path, read_layout)
         self._labels = split_names(labels)
         self._label_reader = self.label_reader(self._labels) if self._labels else None
         warn_of_odd_names(self.path, self._dataset.names)

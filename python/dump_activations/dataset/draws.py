@@ -27,10 +27,13 @@ def draw(population: int, n: int, seed: int) -> NDArray[np.int64]:
     try:
         if n > population:
             return generator.integers(0, population, size=n, dtype=np.int64)
-        drawn = np.empty(n, np.int64)
+        if population <= 10_000 or n <= population // 50:
+            return generator.choice(population, size=n, replace=False)
+        # NumPy shuffles the tail of the whole range here, in memory that grows with the range.
+        sample = np.empty(n, np.int64)
         state = generator.bit_generator.state["state"]
-        _rust.sample_without_replacement(population, state["state"], state["inc"], drawn)
+        _rust.shuffle_tail(population, state["state"], state["inc"], sample)
     except (MemoryError, ValueError) as error:
         text = f"{option('n_samples')}: {n} are more than memory can hold"
         raise InvalidArgumentError(text) from error
-    return drawn
+    return sample

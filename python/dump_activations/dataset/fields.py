@@ -1,6 +1,5 @@
 """The fields of a dataset's rows, wherever each shard's rows have them."""
 
-import ast
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dump_activations import _rust
+from dump_activations.dataset.headers import row_dtype
 from dump_activations.errors import DatasetError
 
 
@@ -73,15 +73,3 @@ class RowFields:
         dtype = holders[0][1][name]
         offsets = tuple(row.fields[name][1] for _, row in self.layouts if row.fields)
         return RowField(name, dtype.base, dtype.shape, offsets)
-
-
-def row_dtype(path: Path, descr: str) -> np.dtype[np.void]:
-    """Return the dtype of a shard's rows from the text in its header, padding included.
-
-    Raises:
-        DatasetError: NumPy refuses it.
-    """
-    try:
-        return np.lib.format.descr_to_dtype(ast.literal_eval(descr))
-    except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise DatasetError(f"{path}: NumPy refuses its dtype: {error}") from error
