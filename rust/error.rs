@@ -1,13 +1,19 @@
-//! What can go wrong with a dataset, each with the path, row or field that it is about.
+//! Errors, each with the path, row or field at fault. The text is one line for the user.
 
 use std::io;
 use std::path::PathBuf;
 
-use crate::header_error::HeaderError;
-use crate::interrupt::Interrupted;
 use crate::memory::OutOfMemory;
 
-/// Everything the crate reports. The text is one line for the user.
+/// The caller asked to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
+/// Long work calls it every few milliseconds, and stops at an error.
+pub type Interrupt<'a> = &'a mut dyn FnMut() -> Result<(), Interrupted>;
+
+/// Everything the crate reports.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("{}: no such directory; name the directory that holds the shards", .path.display())]
@@ -23,33 +29,35 @@ pub enum Error {
     Open { path: PathBuf, source: io::Error },
 
     #[error("{}: {problem}", .path.display())]
-    Header { path: PathBuf, problem: HeaderError },
+    Header { path: PathBuf, problem: String },
 
     #[error(
         "{}: truncated: the header promises {rows} rows ({expected} bytes) but the file has \
          {found} bytes; copy the shard again or remove it", .path.display()
     )]
-    Truncated { path: PathBuf, rows: u64, expected: u64, found: u64 },
+    Truncated { path: PathBuf, rows: u64, expected: u128, found: u64 },
 
     #[error(
-        "{}: its rows have {found}, but those of {} have {wanted}; shards of one dataset must agree",
-        .path.display(), .first.display()
+        "{}: its rows have {found}, but the rows of {} have {expected}; convert one of them, so \
+         that all shards have the same board fields", .path.display(), .first.display()
     )]
-    BoardsDiffer { path: PathBuf, first: PathBuf, found: &'static str, wanted: &'static str },
+    BoardsDiffer { path: PathBuf, first: PathBuf, found: &'static str, expected: &'static str },
 
     #[error(
-        "{}: its rows have other fields than those of {}; only boards can be read from such a dataset",
+        "{}: its rows have other fields than the rows of {}; read boards, or convert one of them",
         .path.display(), .first.display()
     )]
     RowsDiffer { path: PathBuf, first: PathBuf },
 
-    #[error("{}: byte {stop} of a row is wanted, of {itemsize}", .path.display())]
+    #[error("{}: a field must end within a row of {itemsize} bytes; got byte {stop}", .path.display())]
     OutsideRow { path: PathBuf, stop: usize, itemsize: usize },
 
-    #[error("fields of equal sizes are wanted for each of the {layouts} layouts of rows")]
-    Selection { layouts: usize },
+    #[error(
+        "layouts must be one for each of the {layouts} layouts of rows, with fields of equal sizes"
+    )]
+    Layouts { layouts: usize },
 
-    #[error("{}: its shards hold more rows than a step index can count", .path.display())]
+    #[error("{}: more rows than a step index can count; split the dataset", .path.display())]
     TooManyRows { path: PathBuf },
 
     #[error(
@@ -67,17 +75,19 @@ pub enum Error {
     Read { path: PathBuf, source: OutOfMemory },
 
     #[error("{}: row {row} of {name} cannot be read: {source}", .path.display())]
-    StoredRow { path: PathBuf, name: String, row: u64, source: io::Error },
+    OutputRow { path: PathBuf, name: String, row: u64, source: io::Error },
 
     #[error("cannot read {}: {source}", .path.display())]
-    StoredFile { path: PathBuf, source: io::Error },
+    OutputFile { path: PathBuf, source: io::Error },
 
-    /// A draw.
-    #[error("a draw: {0}; draw fewer")]
+    #[error("cannot sample: {0}; sample fewer rows")]
     Memory(#[from] OutOfMemory),
 
-    #[error("{sample} distinct rows cannot be drawn from {rows}, of which i64 must count all")]
-    Sample { sample: u64, rows: u64 },
+    #[error(
+        "a tail shuffle must sample a fiftieth to all of at most 2**63 - 1 rows; got {sample} of \
+         {population}"
+    )]
+    Sample { sample: u64, population: u64 },
 
     #[error(transparent)]
     Interrupted(#[from] Interrupted),

@@ -9,6 +9,7 @@ import numpy as np
 
 from dump_activations import _rust
 from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dataset.headers import read_layout
 from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
 from dump_activations.errors import DumpActivationsError
 
@@ -62,7 +63,7 @@ def make_selection_target(directory: Path):
             return
         (directory / "steps.npy").write_bytes(shard)
         try:
-            dataset = _rust.Dataset(directory)
+            dataset = _rust.Dataset(directory, read_layout)
             selection = _rust.Selection(dataset, fields)
         except (DumpActivationsError, TypeError, OverflowError):
             return

@@ -47,9 +47,12 @@ def sample(population: int, n: int, seed: int) -> Steps:
     try:
         if n > population:
             return generator.integers(0, population, size=n, dtype=np.int64)
+        if population <= 10_000 or n <= population // 50:
+            return generator.choice(population, size=n, replace=False)
+        # NumPy shuffles the tail of the whole range here, in memory that grows with the range.
         sampled = np.empty(n, np.int64)
         state = generator.bit_generator.state["state"]
-        _rust.sample_without_replacement(population, state["state"], state["inc"], sampled)
+        _rust.shuffle_tail(population, state["state"], state["inc"], sampled)
     except (MemoryError, ValueError) as error:
         text = f"{option('n_samples')} must fit into memory, 8 bytes per sample; got {n}"
         raise InvalidArgumentError(text) from error

@@ -1,6 +1,5 @@
 """The shards of a dataset: finds them, opens them, and reads the layouts of their rows."""
 
-import ast
 import hashlib
 import json
 import os
@@ -12,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dump_activations import _rust
-from dump_activations.errors import DatasetError, warn
+from dump_activations.dataset.headers import read_layout, row_dtype
+from dump_activations.errors import warn
 
 # Marks of copies, in lower case, that `find` of the extension leaves out too: `steps-0 (1).npy`,
 # `steps-0 copy 2.npy`, `steps-0 - Copy.npy`, `steps-0 (conflicted copy ...).npy` and
@@ -37,17 +37,15 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
         DatasetNotFoundError: there is no such directory, or no shard in it.
         DatasetError: a shard's header, fields or size are not those of a dataset of steps.
     """
-    dataset = _rust.Dataset(os.path.expanduser(path))  # noqa: PTH111 - leaves `~nobody` as it is
-    copies = sorted(
-        path.name
-        for path in dataset.path.glob("steps-*.npy")
-        if any(mark in path.name.lower() for mark in _COPY_MARKS)
-    )
+    directory = Path(os.path.expanduser(path))  # noqa: PTH111 - `~nobody` is a name, not an error
+    names = [each.name for each in directory.glob("steps-*.npy")]
+    copies = sorted(name for name in names if any(mark in name.lower() for mark in _COPY_MARKS))
     if copies:
         warn(
-            f"{dataset.path}: {len(copies)} files are left out, because their names are those of "
-            f"copies: {copies[0]}{' and others' if copies[1:] else ''}; remove or rename them"
+            f"{directory}: {len(copies)} files are left out, because they are named like copies: "
+            f"{copies[0]}{' and others' if copies[1:] else ''}; remove or rename them"
         )
+    dataset = _rust.Dataset(directory, read_layout)
     _warn_of_numbers(dataset.path, dataset.names)
     return dataset
 
@@ -74,24 +72,11 @@ def _warn_of_numbers(path: Path, names: Sequence[str]) -> None:
 
 
 def row_layouts(dataset: _rust.Dataset) -> list[tuple[Path, np.dtype[np.void]]]:
-    """Return each distinct layout of rows: the first shard that has it, and the rows' dtype.
-
-    The dtype is the header's, padding included.
-
-    Raises:
-        DatasetError: NumPy refuses a dtype.
-    """
+    """Return each distinct layout of rows: the first shard that has it, and the rows' dtype."""
     first: dict[str, Path] = {}
     for descr, (path, _, _) in zip(dataset.descrs, dataset.shards, strict=True):
         first.setdefault(descr, path)
-    layouts = []
-    for descr, path in first.items():
-        try:
-            dtype = np.lib.format.descr_to_dtype(ast.literal_eval(descr))
-        except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise DatasetError(f"{path}: NumPy refuses its dtype: {error}") from error
-        layouts.append((path, dtype))
-    return layouts
+    return [(path, row_dtype(path, descr)) for descr, path in first.items()]
 
 
 def layout_sha256(dataset: _rust.Dataset) -> str:

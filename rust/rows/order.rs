@@ -1,11 +1,11 @@
-//! Puts the rows of a read into the order of the files, in buckets that can be sorted and read
+//! Puts the rows of a read into the order of the files, in buckets that threads sort and read
 //! independently.
 
 use crate::memory::{self, OutOfMemory};
 
 /// The most rows ordered at once: bounds the memory of a call that asks for more.
 const MAX_ROWS: usize = 1 << 24;
-/// Rows of a bucket, about.
+/// About the rows of a bucket.
 const BUCKET_ROWS: usize = 256;
 const MAX_BUCKETS: usize = 1 << 14;
 

@@ -1,13 +1,13 @@
-//! Wanted rows -> extents of files that are read in one call each, and their bytes -> the caller's.
+//! Rows of a read -> extents of files, one call each, and their bytes -> the caller's buffer.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::column::Column;
-use crate::order::Packing;
-use crate::row_files::RowFiles;
-use crate::scatter::Scatter;
+use super::Column;
+use super::files::RowFiles;
+use super::order::Packing;
 
-/// Bytes of an extent, unless one row is larger; a part of the second-level cache.
+/// Bytes of an extent, unless one row is larger: it leaves room in the second-level cache.
 const MAX_EXTENT: u64 = 256 << 10;
 
 /// Sorted keys of rows of one file, and the bytes of it that cover them.
@@ -19,7 +19,7 @@ pub struct Extent<'c> {
     pub length: usize,
 }
 
-/// What a call wants of which files, and where it goes.
+/// The files of a call, the bytes it takes of their rows, and the buffer it fills.
 pub struct Extents<'c, C> {
     pub files: &'c RowFiles,
     pub column: &'c C,
@@ -27,7 +27,7 @@ pub struct Extents<'c, C> {
     pub out: Scatter<'c>,
 }
 
-/// The wanted bytes of the rows of one file.
+/// The column's bytes in the rows of one file.
 struct View<F> {
     field: F,
     rows: Range<u64>,
@@ -45,8 +45,8 @@ impl<F> View<F> {
 }
 
 impl<'c, C: Column> Extents<'c, C> {
-    /// The longest prefix of `keys` that lies in one file with no gap over `gap`. It may well be in
-    /// the file `hint`.
+    /// The longest prefix of `keys` that lies in one file with no gap over `gap`. The file
+    /// `hint` is tried first.
     pub fn next(&self, keys: &'c [u64], gap: u64, hint: Option<usize>) -> Extent<'c> {
         let row = self.packing.step(keys[0]);
         let holds = |file: &usize| self.rows_of(*file).contains(&row);
@@ -114,11 +114,40 @@ impl<'c, C: Column> Extents<'c, C> {
     }
 }
 
+/// A buffer of equal places, which several threads fill. Each place is written by one thread.
+pub struct Scatter<'a> {
+    start: *mut u8,
+    places: usize,
+    width: usize,
+    buffer: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: callers of `place` ask for each place once.
+#[allow(unsafe_code)]
+unsafe impl Sync for Scatter<'_> {}
+
+impl<'a> Scatter<'a> {
+    pub fn new(buffer: &'a mut [u8], width: usize) -> Self {
+        let places = buffer.len() / width;
+        Self { start: buffer.as_mut_ptr(), places, width, buffer: PhantomData }
+    }
+
+    /// # Safety
+    ///
+    /// No place may be asked for twice.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    pub unsafe fn place(&self, place: usize) -> &mut [u8] {
+        assert!(place < self.places, "a place within the buffer");
+        // SAFETY: the place lies in the buffer, which is borrowed for as long as `self` lives.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(place * self.width), self.width) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::column::WholeRows;
-    use crate::order::Order;
+    use crate::rows::WholeRows;
+    use crate::rows::order::Order;
     use crate::testing;
 
     /// The extents of `rows` in a file of as many as `count`, each with its number of rows.

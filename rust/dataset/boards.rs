@@ -1,13 +1,10 @@
-//! Rows -> 16 exponents a board.
+//! Rows -> 16 exponents per board.
 //!
 //! A board is a u64 of 16 nibbles, cell 0 (top left) in the most significant one. A tile of 65536
 //! or more does not fit: its bit in `tile_65536_mask` is set (bit 0 = cell 0), and it decodes to
 //! exponent 16.
 
-use std::ops::Range;
-
-use crate::column::Column;
-use crate::layout::BoardField;
+use super::layouts::BoardField;
 
 /// Cells of a board, and bytes of a decoded one.
 pub const CELLS: usize = 16;
@@ -63,33 +60,6 @@ impl BoardField {
 #[inline]
 fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     *bytes[at..].first_chunk().expect("a range holds its fields")
-}
-
-/// The column of decoded boards.
-pub struct Boards<'p> {
-    /// Where each file's rows hold theirs.
-    pub fields: &'p [BoardField],
-}
-
-impl Column for Boards<'_> {
-    type Field = BoardField;
-
-    fn width(&self) -> usize {
-        CELLS
-    }
-
-    fn field(&self, file: usize) -> BoardField {
-        self.fields[file]
-    }
-
-    fn range(field: BoardField) -> Range<usize> {
-        field.range()
-    }
-
-    #[inline]
-    fn write(field: BoardField, bytes: &[u8], out: &mut [u8]) {
-        out.copy_from_slice(&field.decode(bytes));
-    }
 }
 
 #[cfg(test)]

@@ -1,22 +1,17 @@
-//! The positions of a range that are drawn more than once, and what stands there.
+//! The positions of a range that a shuffle visits more than once, and the values there.
 
-use crate::error::Error;
-use crate::interrupt::Interrupt;
-use crate::memory::{self, OutOfMemory};
-use crate::prefetch::prefetch;
+use super::CHUNK;
+use crate::error::{Error, Interrupt};
+use crate::memory::{self, OutOfMemory, prefetch};
 
-/// Words that are passed over between two questions whether to go on.
-const STRETCH: usize = 1 << 20;
-
-/// 64 positions: which were drawn, and which were drawn again.
+/// 64 positions: one bit for each visited one, and one for each that is visited again.
 #[derive(Clone, Copy, Default)]
 struct Word {
     seen: u64,
     again: u64,
 }
 
-/// Which positions of `[0, head)` are drawn more than once. A tail shuffle has head < 50 n, so this
-/// is O(n).
+/// Finds the positions of `[0, head)` that are visited more than once.
 pub struct Repeats {
     words: Vec<Word>,
 }
@@ -30,7 +25,7 @@ impl Repeats {
         prefetch(&self.words, (position / 64) as usize);
     }
 
-    pub fn see(&mut self, position: u64) {
+    pub fn visit(&mut self, position: u64) {
         // Positions of the tail are past the end.
         if let Some(word) = self.words.get_mut((position / 64) as usize) {
             let bit = 1 << (position % 64);
@@ -43,9 +38,9 @@ impl Repeats {
     pub fn finish(self, interrupt: Interrupt<'_>) -> Result<Displaced, Error> {
         let mut words = self.words;
         let mut rank = 0;
-        for stretch in words.chunks_mut(STRETCH) {
+        for chunk in words.chunks_mut(CHUNK) {
             interrupt()?;
-            for word in stretch {
+            for word in chunk {
                 word.seen = rank;
                 rank += u64::from(word.again.count_ones());
             }
@@ -56,7 +51,7 @@ impl Repeats {
 
 const UNMOVED: i64 = -1;
 
-/// What now stands at the positions that are drawn more than once.
+/// The values at the positions that are visited more than once.
 pub struct Displaced {
     /// `seen` counts the repeated positions before the word.
     words: Vec<Word>,
@@ -68,7 +63,7 @@ impl Displaced {
         prefetch(&self.words, (position / 64) as usize);
     }
 
-    /// Puts `value` at `position` and gives what stood there.
+    /// Puts `value` at `position` and returns the value that stood there.
     pub fn exchange(&mut self, position: u64, value: i64) -> i64 {
         let word = self.words[(position / 64) as usize];
         let bit = 1 << (position % 64);
@@ -88,15 +83,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_larger_than_memory_is_an_error() {
-        assert!(Repeats::new(1 << 60).is_err());
-    }
-
-    #[test]
     fn only_repeated_positions_hold_values() {
         let mut repeats = Repeats::new(200).expect("memory");
         for position in [3, 70, 3, 199, 70, 3, 500] {
-            repeats.see(position);
+            repeats.visit(position);
         }
         let mut displaced = repeats.finish(&mut || Ok(())).expect("memory");
         assert_eq!(displaced.exchange(70, 9), 70);

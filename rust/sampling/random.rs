@@ -1,21 +1,21 @@
 //! NumPy's random stream: `PCG64` and bounded integers.
 //!
-//! `PCG64` (XSL-RR 128/64) as in O'Neill's PCG paper; bounded draws by Lemire's method ("Fast
-//! Random Integer Generation in an Interval", 2019), as `numpy.random.Generator` does them.
+//! `PCG64` is XSL-RR 128/64 of O'Neill's PCG paper. Bounded integers follow Lemire ("Fast Random
+//! Integer Generation in an Interval", 2019), as in `numpy.random.Generator`.
 
 /// NumPy's `Generator(PCG64)`, as far as bounded integers need it.
 #[derive(Debug, Clone)]
 pub struct Generator {
     state: u128,
     increment: u128,
-    /// The high half of a 64-bit draw, kept for the next 32-bit one.
+    /// The high half of a 64-bit word, kept for the next 32-bit one.
     half: Option<u32>,
 }
 
 impl Generator {
     const MULTIPLIER: u128 = 0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645;
 
-    /// Goes on where a fresh generator stands, which keeps no half of a draw.
+    /// The generator of a fresh `default_rng`, by the `state` and `inc` of its PCG64.
     pub fn new(state: u128, increment: u128) -> Self {
         Self { state, increment, half: None }
     }
@@ -30,7 +30,7 @@ impl Generator {
         folded.rotate_right((self.state >> 122) as u32)
     }
 
-    /// The low half of a 64-bit draw, then its high half, whatever 64-bit draws come between.
+    /// The low half of a 64-bit word, then its high half, even if 64-bit words come between.
     fn next_u32(&mut self) -> u32 {
         self.half.take().unwrap_or_else(|| {
             let both = self.next_u64();
@@ -39,29 +39,7 @@ impl Generator {
         })
     }
 
-    /// Puts 0 up to the length of `out` in the order of `Generator.permutation`.
-    pub fn permute(&mut self, out: &mut [i64]) {
-        for (item, number) in out.iter_mut().zip(0..) {
-            *item = number;
-        }
-        for last in (1..out.len()).rev() {
-            out.swap(last, self.masked(last as u64) as usize);
-        }
-    }
-
-    /// A draw on the closed range [0, last], of as few bits as it has, again where it is outside.
-    fn masked(&mut self, last: u64) -> u64 {
-        let mask = u64::MAX >> last.leading_zeros();
-        loop {
-            let narrow = last <= u64::from(u32::MAX);
-            let bits = if narrow { u64::from(self.next_u32()) } else { self.next_u64() };
-            if bits & mask <= last {
-                return bits & mask;
-            }
-        }
-    }
-
-    /// A draw on the closed range [0, last].
+    /// A random integer of the closed range [0, last].
     pub fn bounded(&mut self, last: u64) -> u64 {
         match u32::try_from(last) {
             Ok(0) => 0,
@@ -91,20 +69,5 @@ impl Generator {
             }
         }
         (product >> 64) as u64
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// `default_rng(0).permutation(12)`, which is to stay so.
-    #[test]
-    fn a_permutation_is_that_of_numpy() {
-        let state = 0x1aa1_b534_5996_452d_0958_5eb7_a695_61e3;
-        let increment = 0x418d_dadb_3af7_1a82_5881_33bc_4478_73a9;
-        let mut out = [0; 12];
-        Generator::new(state, increment).permute(&mut out);
-        assert_eq!(out, [9, 2, 7, 4, 5, 11, 0, 3, 6, 10, 8, 1]);
     }
 }

@@ -1,50 +1,39 @@
-//! A tensor in finished files, read in equal parts of its rows, by number.
+//! Rows of a tensor in finished output files, or equal parts of its rows, read by number.
 
 use std::path::PathBuf;
 
-use crate::column::WholeRows;
-use crate::error::Error;
-use crate::file;
-use crate::interrupt::Interrupt;
-use crate::limits::Limits;
-use crate::read_error::ReadError;
-use crate::row_files::{RowFile, RowFiles};
-use crate::rows;
-
-/// Where the tensor lies in one of the files.
-pub struct Stored {
-    pub path: PathBuf,
-    /// Bytes before its data.
-    pub offset: u64,
-    pub rows: u64,
-}
+use crate::error::{Error, Interrupt};
+use crate::rows::files::{self, RowFile, RowFiles};
+use crate::rows::{self, Limits, ReadError, WholeRows};
 
 /// A tensor whose rows are counted through all files, and its parts through all rows.
 #[derive(Debug)]
 pub struct StoredTensor {
     name: String,
     files: RowFiles,
-    /// Of a row.
+    /// Parts per row.
     parts: u64,
     limits: Limits,
 }
 
 impl StoredTensor {
-    /// The tensor `name`, each row of which is `parts` parts of `nbytes` bytes.
+    /// The tensor `name`, whose rows are `parts` parts of `nbytes` bytes each.
+    ///
+    /// `places` holds the path, the offset of the data and the number of rows of each file.
     pub fn open(
         name: String,
-        places: Vec<Stored>,
+        places: Vec<(PathBuf, u64, u64)>,
         parts: u64,
         nbytes: usize,
     ) -> Result<Self, Error> {
-        let mut files = RowFiles::with_capacity(places.len())?;
-        for Stored { path, offset, rows } in places {
-            let opened = file::open(&path)
-                .map_err(|source| Error::StoredFile { path: path.clone(), source })?;
-            let refused = Error::TooManyRows { path: path.clone() };
+        let mut files = RowFiles::default();
+        for (path, data_offset, rows) in places {
+            let id = match files::open(&path) {
+                Ok(opened) => opened.id,
+                Err(source) => return Err(Error::OutputFile { path, source }),
+            };
             let rows = rows.saturating_mul(parts);
-            let file = RowFile { path, id: opened.id, rows, data_offset: offset, itemsize: nbytes };
-            files.push(file).map_err(|_| refused)?;
+            files.push(RowFile { path, id, rows, data_offset, itemsize: nbytes })?;
         }
         Ok(Self { name, files, parts, limits: Limits::of_process() })
     }
@@ -78,11 +67,11 @@ impl StoredTensor {
             ReadError::Row { file, row, source } => {
                 let path = self.files.files()[file].path.clone();
                 let row = (row - self.files.first(file)) / self.parts;
-                Error::StoredRow { path, name, row, source }
+                Error::OutputRow { path, name, row, source }
             }
             ReadError::Memory(source) => {
                 let path = self.files.files()[0].path.clone();
-                Error::StoredFile { path, source: source.into() }
+                Error::OutputFile { path, source: source.into() }
             }
             ReadError::Interrupted(interrupted) => interrupted.into(),
         }
@@ -102,11 +91,7 @@ mod tests {
     /// Two files of 3 and 5 rows, and all their parts.
     fn tensor(directory: &std::path::Path) -> (StoredTensor, Vec<u8>) {
         let (files, all) = testing::row_files(directory, &[12, 20], NBYTES);
-        let place = |file: &RowFile| Stored {
-            path: file.path.clone(),
-            offset: file.data_offset,
-            rows: file.rows / PARTS,
-        };
+        let place = |file: &RowFile| (file.path.clone(), file.data_offset, file.rows / PARTS);
         let places = files.files().iter().map(place).collect();
         (StoredTensor::open("x".into(), places, PARTS, NBYTES).expect("files"), all)
     }

@@ -7,14 +7,11 @@ use std::rc::Rc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::column::Column;
-use crate::extents::{Extent, Extents};
-use crate::file::{self, Cached};
-use crate::interrupt::Interrupt;
-use crate::limits::Limits;
-use crate::memory::{OutOfMemory, room};
-use crate::read_error::ReadError;
-use crate::sync::lock;
+use super::extents::{Extent, Extents};
+use super::files::{self, Cached};
+use super::{Column, Limits, ReadError, lock};
+use crate::error::Interrupt;
+use crate::memory::grown;
 
 /// Bytes between two rows up to which reading them too costs less than another call.
 const CACHED_GAP: u64 = 10 << 10;
@@ -22,7 +19,7 @@ const CACHED_GAP: u64 = 10 << 10;
 const DISK_GAP: u64 = 16 << 10;
 /// Reads that a thread keeps in flight on a disk.
 const IN_FLIGHT: usize = 256;
-/// Extents between two questions to the caller whether to go on.
+/// Extents between two questions to the caller whether to stop.
 const INTERRUPT_EVERY: u32 = 16;
 
 /// Threads of all calls in this process that are reading, which share its descriptors.
@@ -34,7 +31,7 @@ pub struct Work<'c, C> {
     pub limits: Limits,
     /// Keys that no thread has taken.
     pub buckets: Mutex<std::vec::IntoIter<&'c mut [u64]>>,
-    /// Whether all threads are to end.
+    /// Tells all threads to end.
     pub stop: AtomicBool,
 }
 
@@ -69,7 +66,7 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
 
     /// Takes and reads buckets until there are none.
     pub fn read_buckets(&mut self) -> Result<(), ReadError> {
-        while let Some(bucket) = self.next_bucket() {
+        while let Some(bucket) = self.take_bucket() {
             bucket.sort_unstable();
             let mut keys: &'c [u64] = bucket;
             while !keys.is_empty() && self.go_on()? {
@@ -80,11 +77,11 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         Ok(())
     }
 
-    fn next_bucket(&self) -> Option<&'c mut [u64]> {
+    fn take_bucket(&self) -> Option<&'c mut [u64]> {
         lock(&self.work.buckets).next()
     }
 
-    /// Whether no other thread has failed; asks the caller now and then.
+    /// False once another thread has failed. Every few calls it asks the caller too.
     fn go_on(&mut self) -> Result<bool, ReadError> {
         if self.turns.is_multiple_of(INTERRUPT_EVERY) {
             (self.interrupt)()?;
@@ -93,13 +90,13 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         Ok(!self.work.stop.load(Ordering::Relaxed))
     }
 
-    /// Deals with the first extent of `keys` and gives its number of keys.
+    /// Reads or announces the first extent of `keys`, and returns its number of keys.
     fn read_or_announce(&mut self, keys: &'c [u64]) -> Result<usize, ReadError> {
         let extent = self.next_extent(keys, CACHED_GAP);
         let file = self.open(extent)?;
         if self.asks_cache {
-            let buffer = room(&mut self.buffer, extent.length)?;
-            let cached = file::read_cached(&file, buffer, extent.start);
+            let buffer = grown(&mut self.buffer, extent.length)?;
+            let cached = files::read_cached(&file, buffer, extent.start);
             if cached == Cached::Filled {
                 self.write(extent);
                 return Ok(extent.keys.len());
@@ -107,11 +104,10 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
             self.asks_cache = cached == Cached::Missing;
         }
         let extent = self.next_extent(keys, DISK_GAP);
-        file::announce(&file, extent.length, extent.start);
+        files::announce(&file, extent.length, extent.start);
         if self.announced.len() >= IN_FLIGHT {
             self.finish_announced()?;
         }
-        self.announced.try_reserve(1).map_err(|_| OutOfMemory::of::<(Extent<'c>, Rc<File>)>(1))?;
         self.announced_files += usize::from(self.last_announced() != Some(extent.file));
         self.announced.push_back((extent, file));
         Ok(extent.keys.len())
@@ -125,13 +121,13 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         self.announced.back().map(|(extent, _)| extent.file)
     }
 
-    /// Waits for the extent that was announced first and writes it; false if there is none.
+    /// Waits for the extent that was announced first and writes it. False if none is left.
     fn finish_announced(&mut self) -> Result<bool, ReadError> {
         let Some((extent, file)) = self.announced.pop_front() else { return Ok(false) };
         let next = self.announced.front().map(|(extent, _)| extent.file);
         self.announced_files -= usize::from(next != Some(extent.file));
-        let buffer = room(&mut self.buffer, extent.length)?;
-        file::read_full(&file, buffer, extent.start)
+        let buffer = grown(&mut self.buffer, extent.length)?;
+        files::read_full(&file, buffer, extent.start)
             .map_err(|(done, source)| self.row_error(extent, done as u64, source))?;
         self.write(extent);
         Ok(true)
@@ -148,8 +144,8 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         while self.announced_files >= self.files_allowed() {
             self.finish_announced()?;
         }
-        let wanted = &self.work.extents.files.files()[extent.file];
-        let file = wanted.open().map_err(|source| self.row_error(extent, 0, source))?;
+        let row_file = &self.work.extents.files.files()[extent.file];
+        let file = row_file.open().map_err(|source| self.row_error(extent, 0, source))?;
         let file = Rc::new(file);
         self.file = Some((extent.file, file.clone()));
         self.asks_cache = self.work.limits.asks_cache;

@@ -6,8 +6,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use crate::checksum::{Digest, Digester, Element};
-use crate::memory::{self, room};
+use super::checksum::{Digest, Digester, Element};
+use crate::memory::grown;
 
 /// Digested at a time, so that a block is still in the cache when it is copied.
 const BLOCK: usize = 256 << 10;
@@ -97,7 +97,7 @@ fn aligned_copy<'a>(
     digester: &mut Digester,
 ) -> io::Result<&'a [u8]> {
     let alignment = DIRECT_OFFSETS as usize;
-    let memory = room(memory, DIRECT_BLOCK + alignment)?;
+    let memory = grown(memory, DIRECT_BLOCK + alignment)?;
     let start = memory.as_ptr().addr().next_multiple_of(alignment) - memory.as_ptr().addr();
     let aligned = &mut memory[start..start + data.len()];
     for (to, from) in aligned.chunks_mut(BLOCK).zip(data.chunks(BLOCK)) {
@@ -132,7 +132,7 @@ fn write_direct_block(
 pub fn digest_span(file: &File, offset: u64, len: u64, element: Element) -> io::Result<Digest> {
     check_addressable(offset, len, libc::EOVERFLOW)?;
     let mut digester = Digester::new(element);
-    let mut block = memory::filled(0, BLOCK)?;
+    let mut block = vec![0; BLOCK];
     let mut position = offset;
     let end = offset + len;
     while position < end {

@@ -5,27 +5,122 @@
 //! announced to the kernel and read later, in turn, so that each thread keeps many reads in flight.
 //! No file is mapped: a file that shrinks is an error, never a signal.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
-use std::thread;
-use std::time::Duration;
+mod extents;
+pub mod files;
+mod order;
+mod reader;
 
-use crate::column::Column;
-use crate::extents::Extents;
-use crate::interrupt::Interrupt;
-use crate::limits::Limits;
-use crate::memory;
-use crate::order::{self, Order};
-use crate::read_error::ReadError;
-use crate::reader::{Reader, Work};
-use crate::row_files::RowFiles;
-use crate::scatter::Scatter;
-use crate::sync::lock;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use std::{env, thread};
+
+use self::extents::{Extents, Scatter};
+use self::files::RowFiles;
+use self::order::Order;
+use self::reader::{Reader, Work};
+use crate::error::{Interrupt, Interrupted};
+use crate::memory::{self, OutOfMemory};
 
 /// Rows from which another thread pays off.
 const THREAD_ROWS: usize = 512;
-/// Time between questions to the caller whether to go on, once its thread has nothing left to read.
+/// Time between questions to the caller whether to stop, once its thread has nothing left to read.
 const INTERRUPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// The most threads of a read: more would only take cores from the forward pass.
+const MAX_THREADS: usize = 16;
+
+/// The bytes that a read takes from each row.
+pub trait Column: Sync {
+    /// Their place in the rows of one file.
+    type Field: Copy;
+
+    /// Bytes that a row becomes.
+    fn width(&self) -> usize;
+    /// The field in the rows of file number `file`.
+    fn field(&self, file: usize) -> Self::Field;
+    /// The bytes of a row that are read.
+    fn range(field: Self::Field) -> Range<usize>;
+    /// Turns the bytes of `range` into `width` bytes.
+    fn write(field: Self::Field, bytes: &[u8], out: &mut [u8]);
+}
+
+/// Rows as they are in files whose rows have one size.
+pub struct WholeRows {
+    pub itemsize: usize,
+}
+
+impl Column for WholeRows {
+    type Field = usize;
+
+    fn width(&self) -> usize {
+        self.itemsize
+    }
+
+    fn field(&self, _: usize) -> usize {
+        self.itemsize
+    }
+
+    fn range(itemsize: usize) -> Range<usize> {
+        0..itemsize
+    }
+
+    fn write(_: usize, bytes: &[u8], out: &mut [u8]) {
+        out.copy_from_slice(bytes);
+    }
+}
+
+/// The share of the machine that a call may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub cores: usize,
+    /// Open files.
+    pub files: usize,
+    /// Whether the page cache is asked before the disk is.
+    pub asks_cache: bool,
+}
+
+impl Limits {
+    pub fn of_process() -> Self {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        // torchrun sets it to the processes that share this machine.
+        let processes = env::var("LOCAL_WORLD_SIZE").ok().and_then(|text| text.parse().ok());
+        let cores = (cores / processes.unwrap_or(1).max(1)).clamp(1, MAX_THREADS);
+        let files = (files::descriptor_limit() / 4).clamp(1, 1024) as usize;
+        Self { cores, files, asks_cache: true }
+    }
+}
+
+/// A failed read. The caller knows the names that the numbers stand for.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("row {row} at position {position} is in no file")]
+    Outside { position: usize, row: i64 },
+    #[error("row {row} of file number {file} cannot be read: {source}")]
+    Row { file: usize, row: u64, source: io::Error },
+    #[error(transparent)]
+    Memory(#[from] OutOfMemory),
+    #[error(transparent)]
+    Interrupted(#[from] Interrupted),
+}
+
+impl ReadError {
+    /// `row` of file number `file` cannot be read.
+    pub fn of_row(file: usize, row: u64, source: io::Error) -> Self {
+        let source = match source.kind() {
+            io::ErrorKind::UnexpectedEof => io::Error::other("the file was cut short before it"),
+            _ => source,
+        };
+        Self::Row { file, row, source }
+    }
+}
+
+/// Locks a mutex, even if a thread panicked while it held it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Writes what `column` makes of row `indices[i]` of `files` to the i-th `width` bytes of `out`.
 pub fn read(
@@ -36,17 +131,16 @@ pub fn read(
     out: &mut [u8],
     interrupt: Interrupt<'_>,
 ) -> Result<(), ReadError> {
-    let wanted = indices.len().checked_mul(column.width());
-    assert_eq!(wanted, Some(out.len()), "one place for each row");
+    assert_eq!(indices.len().checked_mul(column.width()), Some(out.len()), "a place per row");
     check_inside(files, indices, 0)?;
     let capacity = order::capacity(0, files.rows().saturating_sub(1));
     let threads = (indices.len() / THREAD_ROWS).clamp(1, limits.cores);
-    let parts =
-        indices.chunks(capacity).zip(out.chunks_mut(capacity.saturating_mul(column.width())));
-    for (part, (indices, out)) in parts.enumerate() {
+    let outs = out.chunks_mut(capacity.saturating_mul(column.width()));
+    for (chunk, (wanted, out)) in indices.chunks(capacity).zip(outs).enumerate() {
         // A copy: the caller's other threads may write to the array meanwhile.
-        let indices = memory::copied(indices)?;
-        check_inside(files, &indices, part * capacity)?;
+        let mut indices = memory::with_capacity(wanted.len())?;
+        indices.extend_from_slice(wanted);
+        check_inside(files, &indices, chunk * capacity)?;
         let (lowest, highest) = extremes(&indices);
         let mut order = Order::new(&indices, lowest as u64, highest as u64)?;
         drop(indices);
@@ -71,7 +165,7 @@ fn extremes(indices: &[i64]) -> (i64, i64) {
         .fold((i64::MAX, i64::MIN), |(lowest, highest), &i| (lowest.min(i), highest.max(i)))
 }
 
-/// Refuses indices that are in no file; the first of them is at `position` of the caller's.
+/// Refuses indices past the files' rows; the first index is at `position` of the caller's.
 fn check_inside(files: &RowFiles, indices: &[i64], position: usize) -> Result<(), ReadError> {
     let rows = files.rows();
     let fits = |index: i64| u64::try_from(index).is_ok_and(|index| index < rows);
@@ -89,7 +183,7 @@ fn check_inside(files: &RowFiles, indices: &[i64], position: usize) -> Result<()
 struct Call<'c, C> {
     work: Work<'c, C>,
     failure: Mutex<Option<ReadError>>,
-    /// Threads beside the calling one that have not ended.
+    /// Threads other than the calling one that have not ended.
     helpers: Mutex<usize>,
     helper_left: Condvar,
 }
@@ -130,7 +224,7 @@ impl<'c, C: Column> Call<'c, C> {
         lock(&self.failure).get_or_insert(error);
     }
 
-    /// Waits for the other threads, and goes on asking the caller.
+    /// Waits for the other threads, and keeps asking the caller whether to stop.
     fn wait_for_helpers(&self, interrupt: Interrupt<'_>) {
         let mut helpers = lock(&self.helpers);
         while *helpers > 0 {
@@ -144,7 +238,7 @@ impl<'c, C: Column> Call<'c, C> {
     }
 }
 
-/// Says that a helper is gone, however it ends.
+/// Counts a helper out, even one that panics.
 struct Leaving<'c, 'r, C>(&'r Call<'c, C>);
 
 impl<C> Drop for Leaving<'_, '_, C> {
@@ -157,12 +251,9 @@ impl<C> Drop for Leaving<'_, '_, C> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::io;
     use std::path::Path;
 
     use super::*;
-    use crate::column::WholeRows;
-    use crate::interrupt::Interrupted;
     use crate::testing;
 
     const ITEMSIZE: usize = 46;
@@ -317,14 +408,12 @@ mod tests {
     }
 
     /// Files below `directory` that this process has open.
-    #[cfg(target_os = "linux")]
     fn open_files(directory: &Path) -> usize {
         let links = fs::read_dir("/proc/self/fd").expect("descriptors");
         let paths = links.filter_map(|link| fs::read_link(link.ok()?.path()).ok());
         paths.filter(|path| path.starts_with(directory)).count()
     }
 
-    #[cfg(target_os = "linux")]
     #[test]
     fn extents_that_wait_for_the_disk_keep_few_files_open() {
         let directory = tempfile::tempdir().expect("a directory");

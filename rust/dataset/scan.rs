@@ -1,34 +1,33 @@
-//! Consecutive rows -> a buffer for each wanted field, read in the order of the files.
+//! Consecutive rows -> a buffer for each selected field, read in the order of the files.
 
 use std::ops::Range;
 
-use crate::boards::CELLS;
-use crate::fields::Selection;
-use crate::file;
-use crate::interrupt::Interrupt;
-use crate::read_error::ReadError;
-use crate::row_files::RowFiles;
+use super::boards::CELLS;
+use super::layouts::{Selected, Selection};
+use crate::error::Interrupt;
+use crate::rows::files::{self, RowFiles};
+use crate::rows::{Column, ReadError};
 
 /// Where the values of consecutive rows go.
 pub struct Columns<'o> {
-    /// 16 bytes a row.
+    /// 16 bytes per row.
     pub boards: Option<&'o mut [u8]>,
     /// A buffer for each field.
     pub fields: Vec<&'o mut [u8]>,
 }
 
 impl Columns<'_> {
-    /// Takes what is selected of whole rows, which become those from number `place` on.
+    /// Copies the selected bytes of whole `rows` to the rows from number `place` on.
     fn fill(&mut self, selection: &Selection, rows: &[u8], itemsize: usize, place: usize) {
         if let Some(boards) = &mut self.boards {
-            let board = selection.board();
+            let board = selection.board;
             let range = board.range();
             let places = boards[place * CELLS..].chunks_exact_mut(CELLS);
             for (row, out) in rows.chunks_exact(itemsize).zip(places) {
                 out.copy_from_slice(&board.decode(&row[range.clone()]));
             }
         }
-        for (field, out) in selection.fields().iter().zip(&mut self.fields) {
+        for (field, out) in selection.fields.iter().zip(&mut self.fields) {
             let out = &mut out[place * field.len()..];
             match field.len() {
                 0 => {}
@@ -55,65 +54,38 @@ fn gather<const N: usize>(rows: &[u8], itemsize: usize, offset: usize, out: &mut
     }
 }
 
-/// Files to be scanned, and what is wanted of their rows.
-pub struct Scan<'s> {
-    pub files: &'s RowFiles,
-    /// One for each layout.
-    pub selections: &'s [Selection],
-    /// The layout of each file's rows.
-    pub layouts: &'s [usize],
-}
-
-impl Scan<'_> {
-    /// Fills `columns` from `rows`, which all lie in the files.
-    ///
-    /// As many rows as `scratch` holds, which is one at least, are read in one extent.
-    pub fn read(
-        &self,
-        rows: Range<u64>,
-        scratch: &mut [u8],
-        columns: &mut Columns<'_>,
-        interrupt: Interrupt<'_>,
-    ) -> Result<(), ReadError> {
-        let mut row = rows.start;
-        while row < rows.end {
-            let file = self.files.holder(row);
-            let end = rows.end.min(self.files.first(file) + self.files.files()[file].rows);
-            let place = (row - rows.start) as usize;
-            self.read_file(file, row..end, place, scratch, columns, interrupt)?;
-            row = end;
-        }
-        Ok(())
-    }
-
-    /// Fills `columns` from number `place` on from `rows`, which all lie in one file.
-    fn read_file(
-        &self,
-        number: usize,
-        rows: Range<u64>,
-        place: usize,
-        scratch: &mut [u8],
-        columns: &mut Columns<'_>,
-        interrupt: Interrupt<'_>,
-    ) -> Result<(), ReadError> {
-        let wanted = &self.files.files()[number];
-        let (first, itemsize) = (self.files.first(number), wanted.itemsize);
-        let offset = |row| wanted.data_offset + (row - first) * itemsize as u64;
-        let file = wanted.open().map_err(|source| ReadError::of_row(number, rows.start, source))?;
-        file::advise_sequential(&file);
-        let per_extent = scratch.len() / itemsize;
-        for start in rows.clone().step_by(per_extent) {
+/// Fills `columns` from consecutive `rows` of `files`.
+///
+/// One read takes as many rows as `scratch` holds, which is one at least.
+pub fn read(
+    files: &RowFiles,
+    selected: &Selected<'_>,
+    rows: Range<u64>,
+    scratch: &mut [u8],
+    columns: &mut Columns<'_>,
+    interrupt: Interrupt<'_>,
+) -> Result<(), ReadError> {
+    let mut row = rows.start;
+    while row < rows.end {
+        let number = files.holder(row);
+        let (shard, first) = (&files.files()[number], files.first(number));
+        let (itemsize, end) = (shard.itemsize, rows.end.min(first + shard.rows));
+        let file = shard.open().map_err(|source| ReadError::of_row(number, row, source))?;
+        files::advise_sequential(&file);
+        while row < end {
             interrupt()?;
-            let count = per_extent.min((rows.end - start) as usize);
+            let count = (scratch.len() / itemsize).min((end - row) as usize);
             let bytes = &mut scratch[..count * itemsize];
-            file::read_full(&file, bytes, offset(start)).map_err(|(done, source)| {
-                ReadError::of_row(number, start + (done / itemsize) as u64, source)
+            let offset = shard.data_offset + (row - first) * itemsize as u64;
+            files::read_full(&file, bytes, offset).map_err(|(done, source)| {
+                ReadError::of_row(number, row + (done / itemsize) as u64, source)
             })?;
-            let place = place + (start - rows.start) as usize;
-            columns.fill(&self.selections[self.layouts[number]], bytes, itemsize, place);
+            let place = (row - rows.start) as usize;
+            columns.fill(selected.field(number), bytes, itemsize, place);
+            row += count as u64;
         }
-        Ok(())
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -121,8 +93,8 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::interrupt::Interrupted;
-    use crate::layout::BoardField;
+    use crate::dataset::layouts::BoardField;
+    use crate::error::Interrupted;
     use crate::testing;
 
     const ITEMSIZE: usize = 46;
@@ -137,17 +109,17 @@ mod tests {
         rows: Range<u64>,
         interrupt: Interrupt<'_>,
     ) -> Result<(Vec<u8>, Vec<Vec<u8>>), ReadError> {
-        let (selections, layouts) = ([selection()], vec![0; files.files().len()]);
+        let (selections, layout_of) = ([selection()], vec![0; files.files().len()]);
         let count = (rows.end - rows.start) as usize;
         let mut boards = vec![0; count * CELLS];
         let mut fields: Vec<Vec<u8>> =
-            selections[0].fields().iter().map(|field| vec![0; count * field.len()]).collect();
+            selections[0].fields.iter().map(|field| vec![0; count * field.len()]).collect();
         let mut columns = Columns {
             boards: Some(&mut boards),
             fields: fields.iter_mut().map(Vec::as_mut_slice).collect(),
         };
-        let scan = Scan { files, selections: &selections, layouts: &layouts };
-        scan.read(rows, &mut [0; 100_000], &mut columns, interrupt)?;
+        let selected = Selected { selections: &selections, layout_of: &layout_of, width: 0 };
+        read(files, &selected, rows, &mut [0; 100_000], &mut columns, interrupt)?;
         Ok((boards, fields))
     }
 
@@ -162,7 +134,7 @@ mod tests {
             let expected: Vec<_> = expected.chunks_exact(ITEMSIZE).collect();
             let decoded = expected.iter().flat_map(|row| BOARD.decode(&row[BOARD.range()]));
             assert!(boards.into_iter().eq(decoded));
-            for (range, field) in selection().fields().iter().zip(fields) {
+            for (range, field) in selection().fields.iter().zip(fields) {
                 let bytes = expected.iter().flat_map(|row| &row[range.clone()]);
                 assert!(field.iter().eq(bytes), "{range:?}");
             }

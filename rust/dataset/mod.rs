@@ -1,71 +1,57 @@
 //! A dataset: the shards of a directory, read by global step index.
 
+pub mod boards;
+pub mod headers;
+pub mod layouts;
+pub mod scan;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::boards::Boards;
-use crate::column::{Column, WholeRows};
-use crate::descrs::Descrs;
-use crate::error::Error;
-use crate::fields::{BoardsAndFields, Selection};
-use crate::file::FileId;
-use crate::interrupt::Interrupt;
-use crate::layout::BoardField;
-use crate::limits::Limits;
-use crate::memory::{self, OutOfMemory};
-use crate::npy::Header;
-use crate::read_error::ReadError;
-use crate::row_files::{RowFile, RowFiles};
-use crate::rows;
-use crate::scan::{Columns, Scan};
-use crate::shards;
+use self::headers::Shards;
+use self::layouts::{Layout, Selected, Selection};
+use self::scan::Columns;
+use crate::error::{Error, Interrupt};
+use crate::rows::files::{RowFile, RowFiles};
+use crate::rows::{self, Column, Limits, ReadError, WholeRows};
 
-/// Threads that open shards: enough to hide the latency of a network file system.
-const OPENERS: usize = 32;
-
-/// The shards of a dataset directory in order; their headers are read, no file is kept open.
+/// The shards of a dataset in order; no file is kept open.
 #[derive(Debug)]
 pub struct Dataset {
     path: PathBuf,
     files: RowFiles,
-    /// Where the rows of each shard hold the board.
-    boards: Vec<BoardField>,
-    descrs: Descrs,
-    pub(crate) limits: Limits,
+    /// The distinct layouts of rows and, in the same order, their dtypes as the headers have them.
+    layouts: Vec<Layout>,
+    descrs: Vec<String>,
+    /// The place of each shard's layout among the distinct ones.
+    layout_of: Vec<usize>,
+    /// The board alone, for each layout.
+    boards: Vec<Selection>,
+    limits: Limits,
 }
 
 impl Dataset {
-    /// Opens the directory `path`.
-    pub fn open(path: &Path, interrupt: Interrupt<'_>) -> Result<Self, Error> {
-        let limits = Limits::of_process();
-        let paths = shards::shard_paths(path)?;
-        let headers = shards::read_headers(&paths, limits.files.min(OPENERS), interrupt)?;
-        let dataset = Self::new(path, limits, paths, headers)?;
-        dataset.check_boards()?;
-        Ok(dataset)
-    }
-
-    fn new(
-        path: &Path,
-        limits: Limits,
-        paths: Vec<PathBuf>,
-        headers: Vec<(FileId, Header)>,
-    ) -> Result<Self, Error> {
-        let no_memory =
-            |error: OutOfMemory| Error::Open { path: path.to_owned(), source: error.into() };
-        let mut files = RowFiles::with_capacity(paths.len()).map_err(no_memory)?;
-        let mut boards = memory::with_capacity(paths.len()).map_err(no_memory)?;
-        let mut descrs = memory::with_capacity(paths.len()).map_err(no_memory)?;
-        for (path, (id, header)) in paths.into_iter().zip(headers) {
-            let Header { rows, data_offset, layout, descr } = header;
-            let refused = Error::TooManyRows { path: path.clone() };
-            let file = RowFile { path, id, rows, data_offset, itemsize: layout.itemsize };
-            files.push(file).map_err(|_| refused)?;
-            boards.push(layout.board);
-            descrs.push(descr);
+    /// Takes the layout of each distinct `descr` of `shards`, and checks the files' sizes by it.
+    pub fn new(shards: Shards, layouts: Vec<Layout>) -> Result<Self, Error> {
+        check_layouts(&shards, &layouts)?;
+        let descrs = shards.layouts.into_iter().map(|(_, descr)| descr).collect();
+        let (path, shards) = (shards.directory, shards.files);
+        let (mut files, mut layout_of) = (RowFiles::default(), Vec::with_capacity(shards.len()));
+        for shard in shards {
+            let itemsize = layouts[shard.layout].itemsize;
+            let (path, rows, found) = (shard.path, shard.rows, shard.size);
+            let nbytes = u128::from(rows) * itemsize as u128;
+            let expected = u128::from(shard.data_offset) + nbytes;
+            if u128::from(found) < expected {
+                return Err(Error::Truncated { path, rows, expected, found });
+            }
+            let (id, data_offset) = (shard.id, shard.data_offset);
+            files.push(RowFile { path, id, rows, data_offset, itemsize })?;
+            layout_of.push(shard.layout);
         }
-        let descrs = Descrs::new(descrs).map_err(no_memory)?;
-        Ok(Self { path: path.to_owned(), files, boards, descrs, limits })
+        let boards = layouts.iter().map(|layout| Selection::new(layout.board, vec![])).collect();
+        let limits = Limits::of_process();
+        Ok(Self { path, files, layouts, descrs, layout_of, boards, limits })
     }
 
     pub fn path(&self) -> &Path {
@@ -87,14 +73,14 @@ impl Dataset {
         self.files.files()[0].itemsize
     }
 
-    /// Where the rows of each shard hold the board.
-    pub fn boards(&self) -> &[BoardField] {
-        &self.boards
+    /// Each dtype of rows once, in the order in which shards first have it.
+    pub fn descrs(&self) -> &[String] {
+        &self.descrs
     }
 
-    /// The dtype of a row of each shard, as the Python literal in its header.
-    pub fn descrs(&self) -> &Descrs {
-        &self.descrs
+    /// The place of each shard's dtype among the distinct ones.
+    pub fn layout_of(&self) -> &[usize] {
+        &self.layout_of
     }
 
     /// Writes the 16 exponents of board `indices[i]` to the i-th 16 bytes of `out`.
@@ -104,60 +90,53 @@ impl Dataset {
         out: &mut [u8],
         interrupt: Interrupt<'_>,
     ) -> Result<(), Error> {
-        self.read(indices, &Boards { fields: &self.boards }, out, interrupt)
+        self.read_selected(indices, &self.boards, out, interrupt)
     }
 
-    /// Writes row `indices[i]` to the i-th `itemsize` bytes of `out`, unless rows differ.
+    /// Writes row `indices[i]` to the i-th `itemsize` bytes of `out`, unless layouts differ.
     pub fn read_rows(
         &self,
         indices: &[i64],
         out: &mut [u8],
         interrupt: Interrupt<'_>,
     ) -> Result<(), Error> {
-        self.check_same_rows()?;
+        if let Some(other) = self.layout_of.iter().position(|&layout| layout != 0) {
+            let path = |shard: usize| self.files.files()[shard].path.clone();
+            return Err(Error::RowsDiffer { path: path(other), first: path(0) });
+        }
         self.read(indices, &WholeRows { itemsize: self.itemsize() }, out, interrupt)
     }
 
-    /// The board and `fields` of the rows of each layout, as `read_boards_and_fields` wants them.
-    ///
-    /// `fields` holds their bytes in a row, for each of the distinct `descrs` in its order.
+    /// The board and `fields` of each layout, given by their bytes in a row.
     pub fn select(&self, fields: Vec<Vec<Range<usize>>>) -> Result<Vec<Selection>, Error> {
-        let layouts = self.descrs.distinct().len();
         let widths = |fields: &[Range<usize>]| fields.iter().map(Range::len).collect::<Vec<_>>();
+        let layouts = self.layouts.len();
         if fields.len() != layouts || fields.iter().any(|each| widths(each) != widths(&fields[0])) {
-            return Err(Error::Selection { layouts });
+            return Err(Error::Layouts { layouts });
         }
-        let places = self.descrs.places();
-        let select = |(layout, fields): (usize, Vec<Range<usize>>)| {
-            let shard = places.iter().position(|&place| place == layout).unwrap_or(0);
-            let RowFile { path, itemsize, .. } = &self.files.files()[shard];
-            match fields.iter().find(|field| field.end > *itemsize) {
-                Some(field) => Err(Error::OutsideRow {
-                    path: path.clone(),
-                    stop: field.end,
-                    itemsize: *itemsize,
-                }),
-                None => Ok(Selection::new(self.boards[shard], fields)),
+        let select = |(layout, fields): (&Layout, Vec<Range<usize>>)| {
+            let (path, itemsize) = (self.path.clone(), layout.itemsize);
+            match fields.iter().map(|field| field.end).find(|&stop| stop > itemsize) {
+                Some(stop) => Err(Error::OutsideRow { path, stop, itemsize }),
+                None => Ok(Selection::new(layout.board, fields)),
             }
         };
-        fields.into_iter().enumerate().map(select).collect()
+        self.layouts.iter().zip(fields).map(select).collect()
     }
 
     /// Writes the 16 exponents of board `indices[i]`, and after them the selected fields of its
-    /// row, to the i-th of equal parts of `out`.
-    pub fn read_boards_and_fields(
+    /// row, to the i-th of equal places in `out`.
+    pub fn read_selected(
         &self,
         indices: &[i64],
         selections: &[Selection],
         out: &mut [u8],
         interrupt: Interrupt<'_>,
     ) -> Result<(), Error> {
-        let width = selections[0].width();
-        let column = BoardsAndFields { selections, layouts: self.descrs.places(), width };
-        self.read(indices, &column, out, interrupt)
+        self.read(indices, &self.selected(selections), out, interrupt)
     }
 
-    /// Fills `columns` with what is selected of consecutive rows, read into `scratch`.
+    /// Fills `columns` with the selected bytes of consecutive rows, read into `scratch`.
     pub fn read_columns(
         &self,
         rows: Range<u64>,
@@ -166,8 +145,14 @@ impl Dataset {
         columns: &mut Columns<'_>,
         interrupt: Interrupt<'_>,
     ) -> Result<(), Error> {
-        let scan = Scan { files: &self.files, selections, layouts: self.descrs.places() };
-        scan.read(rows, scratch, columns, interrupt).map_err(|error| self.named(error))
+        let selected = self.selected(selections);
+        scan::read(&self.files, &selected, rows, scratch, columns, interrupt)
+            .map_err(|error| self.named(error))
+    }
+
+    fn selected<'s>(&'s self, selections: &'s [Selection]) -> Selected<'s> {
+        let width = selections[0].width();
+        Selected { selections, layout_of: &self.layout_of, width }
     }
 
     fn read(
@@ -194,39 +179,42 @@ impl Dataset {
             ReadError::Interrupted(interrupted) => interrupted.into(),
         }
     }
+}
 
-    /// Refuses a dataset whose shards agree in the board alone: its whole rows have no one dtype.
-    fn check_same_rows(&self) -> Result<(), Error> {
-        let Some(odd) = self.descrs.odd() else { return Ok(()) };
-        let files = self.files.files();
-        Err(Error::RowsDiffer { path: files[odd].path.clone(), first: files[0].path.clone() })
+/// Refuses layouts whose board is outside the row, or that hold it in other fields than the first.
+fn check_layouts(shards: &Shards, layouts: &[Layout]) -> Result<(), Error> {
+    if layouts.len() != shards.layouts.len() {
+        return Err(Error::Layouts { layouts: shards.layouts.len() });
     }
-
-    /// Refuses shards that differ in the fields that hold the board.
-    fn check_boards(&self) -> Result<(), Error> {
-        let wanted = self.boards[0].names();
-        let Some(odd) = self.boards.iter().position(|board| board.names() != wanted) else {
-            return Ok(());
-        };
-        let found = self.boards[odd].names();
-        let files = self.files.files();
-        let (path, first) = (files[odd].path.clone(), files[0].path.clone());
-        Err(Error::BoardsDiffer { path, first, found, wanted })
+    for (Layout { itemsize, board }, (path, _)) in layouts.iter().zip(&shards.layouts) {
+        let (path, stop, itemsize) = (path.clone(), board.range().end, *itemsize);
+        if stop > itemsize {
+            return Err(Error::OutsideRow { path, stop, itemsize });
+        }
+        let (found, expected) = (board.names(), layouts[0].board.names());
+        if found != expected {
+            let first = shards.layouts[0].0.clone();
+            return Err(Error::BoardsDiffer { path, first, found, expected });
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
 
+    use super::boards::{CELLS, decode};
+    use super::headers::OPEN_BATCH;
+    use super::layouts::BoardField;
     use super::*;
-    use crate::boards::{CELLS, decode};
-    use crate::interrupt::Interrupted;
-    use crate::shards::OPEN_BATCH;
-    use crate::testing::{PACKED, shard, write};
+    use crate::error::Interrupted;
+    use crate::testing::{BARE, EXPONENTS, MASK_FIRST, PACKED, layout, shard, write};
 
     fn open(path: &Path) -> Result<Dataset, Error> {
-        Dataset::open(path, &mut || Ok(()))
+        let shards = Shards::read(path, &mut || Ok(()))?;
+        let layouts = shards.layouts.iter().map(|(_, descr)| layout(descr)).collect();
+        Dataset::new(shards, layouts)
     }
 
     fn names(dataset: &Dataset) -> Vec<String> {
@@ -287,14 +275,13 @@ mod tests {
     #[test]
     fn a_header_longer_than_the_first_read() {
         let directory = tempfile::tempdir().expect("a directory");
-        let extra: String = (0..200).map(|field| format!("('field_{field}', '<f4'), ")).collect();
-        let fields = format!("[{extra}('board', '<u8')]");
-        write(directory.path(), "steps.npy", &shard(&fields, 2));
-        assert_eq!(open(directory.path()).expect("a dataset").itemsize(), 808);
+        let long = format!("[('board', '<u8'){}]", ", ('', '|V0')".repeat(200));
+        write(directory.path(), "steps.npy", &shard(&long, 2));
+        assert_eq!(open(directory.path()).expect("a dataset").descrs(), [long]);
     }
 
     #[test]
-    fn what_is_not_a_dataset() {
+    fn not_a_dataset() {
         let directory = tempfile::tempdir().expect("a directory");
         let refused = |path: &Path, expected: &str| {
             let error = open(path).expect_err(expected).to_string();
@@ -302,24 +289,29 @@ mod tests {
         };
         refused(&directory.path().join("none"), "no such directory");
         refused(directory.path(), "no shards");
-        write(directory.path(), "steps-0.npy", &shard("[('board', '<u8')]", 2));
+        write(directory.path(), "steps-0.npy", &shard(BARE, 2));
         refused(&directory.path().join("steps-0.npy"), "not a directory");
-        write(directory.path(), "steps-1.npy", &shard("[('exps', '|u1', (16,))]", 2));
-        refused(directory.path(), "steps-1.npy: its rows have 'exps', but those of");
+        write(directory.path(), "steps-1.npy", &shard(EXPONENTS, 2));
+        refused(directory.path(), "steps-1.npy: its rows have 'exps', but the rows of");
         fs::remove_file(directory.path().join("steps-1.npy")).expect("removed");
         fs::create_dir(directory.path().join("steps-1.npy")).expect("created");
         refused(directory.path(), "steps-1.npy: cannot be opened: not a regular file");
     }
 
     #[test]
-    fn shards_may_differ_in_what_is_not_read() {
+    fn layouts_are_checked_against_the_shards() {
         let directory = tempfile::tempdir().expect("a directory");
-        write(directory.path(), "steps-0.npy", &shard("[('board', '<u8')]", 2));
-        write(directory.path(), "steps-1.npy", &shard("[('x', '|u1'), ('board', '<u8')]", 2));
-        let dataset = open(directory.path()).expect("a dataset");
-        assert_eq!(dataset.descrs().of(1), "[('x', '|u1'), ('board', '<u8')]");
-        let error = dataset.check_same_rows().expect_err("rows that differ").to_string();
-        assert!(error.contains("steps-1.npy: its rows have other fields"), "{error}");
+        write(directory.path(), "steps.npy", &shard(PACKED, 2));
+        let refused = |layouts: Vec<Layout>| {
+            let shards = Shards::read(directory.path(), &mut || Ok(())).expect("shards");
+            Dataset::new(shards, layouts).expect_err("a wrong layout")
+        };
+        assert!(matches!(refused(vec![]), Error::Layouts { layouts: 1 }));
+        let board = BoardField::Packed { board: 40, mask: None };
+        let outside = refused(vec![Layout { itemsize: 46, board }]);
+        assert!(matches!(outside, Error::OutsideRow { stop: 48, itemsize: 46, .. }));
+        let huge = refused(vec![Layout { itemsize: usize::MAX, board }]);
+        assert!(matches!(huge, Error::Truncated { .. }));
     }
 
     #[test]
@@ -328,15 +320,14 @@ mod tests {
         for index in 0..3 * OPEN_BATCH {
             write(directory.path(), &format!("steps-{index:04}.npy"), &shard(PACKED, 1));
         }
-        let outcome = Dataset::open(directory.path(), &mut || Err(Interrupted));
+        let outcome = Shards::read(directory.path(), &mut || Err(Interrupted));
         assert!(matches!(outcome, Err(Error::Interrupted(_))));
     }
 
     #[test]
     fn boards_and_rows_of_shards_that_hold_them_elsewhere() {
         let directory = tempfile::tempdir().expect("a directory");
-        let other = "[('x', '|u1'), ('tile_65536_mask', '<u2'), ('y', '<f4'), ('board', '<u8')]";
-        let shards = [("steps-0.npy", shard(PACKED, 900)), ("steps-1.npy", shard(other, 800))];
+        let shards = [("steps-0.npy", shard(PACKED, 900)), ("steps-1.npy", shard(MASK_FIRST, 800))];
         for (name, bytes) in &shards {
             write(directory.path(), name, bytes);
         }
@@ -354,6 +345,8 @@ mod tests {
             let mask = u16::from_le_bytes([row[mask_at], row[mask_at + 1]]);
             assert_eq!(board, decode(packed, mask));
         }
+        let error = dataset.read_rows(&[0], &mut [0; 46], &mut || Ok(())).expect_err("two layouts");
+        assert!(error.to_string().contains("steps-1.npy: its rows have other fields"), "{error}");
 
         fs::remove_file(directory.path().join("steps-1.npy")).expect("removed");
         let dataset = open(directory.path()).expect("a dataset");
