@@ -13,12 +13,12 @@ from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.draws import draw
 from dump_activations.errors import DatasetError, InvalidArgumentError
 
-DRAWS = Path(__file__).parents[1] / "data" / "draws"
+SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
 seeds = st.one_of(st.integers(0, 2**32), st.integers(0, 2**200))
 
 
-def numpy_draw(rows, n, seed, *, replace=False):
+def numpy_sample(rows, n, seed, *, replace=False):
     rng = np.random.default_rng(seed)
     if replace:
         return rng.integers(0, rows, size=n, dtype=np.int64)
@@ -36,7 +36,7 @@ def small_samples(pick):
 @given(small_samples(), seeds)
 @settings(deadline=None)
 def test_samples_of_any_share(sizes, seed):
-    np.testing.assert_array_equal(draw(*sizes, seed), numpy_draw(*sizes, seed))
+    np.testing.assert_array_equal(draw(*sizes, seed), numpy_sample(*sizes, seed))
 
 
 @pytest.mark.parametrize(
@@ -50,50 +50,51 @@ def test_samples_of_any_share(sizes, seed):
     ],
 )
 def test_long_samples(rows, n):
-    np.testing.assert_array_equal(draw(rows, n, 5), numpy_draw(rows, n, 5))
+    np.testing.assert_array_equal(draw(rows, n, 5), numpy_sample(rows, n, 5))
 
 
-def committed_draws(name):
-    for line in (DRAWS / name).read_text().splitlines()[1:]:
+def committed_samples(name):
+    for line in (SAMPLES / name).read_text().splitlines()[1:]:
         call, values = line.split(": ")
         seed, _, _, rows, n = call.split()
-        drawn = draw(int(rows), int(n), int(seed, 16))
-        yield call, drawn, [int(value) for value in values.split()]
+        sample = draw(int(rows), int(n), int(seed, 16))
+        yield call, sample, [int(value) for value in values.split()]
 
 
-def test_committed_draws():
-    for call, drawn, expected in committed_draws("vectors.txt"):
-        assert drawn.tolist() == expected, call
+def test_committed_samples():
+    for call, sample, expected in committed_samples("vectors.txt"):
+        assert sample.tolist() == expected, call
 
 
-def test_digests_of_long_committed_draws():
-    for call, drawn, expected in committed_draws("digests.txt"):
-        places = np.arange(1, len(drawn) + 1, dtype=np.uint64)
-        assert [int((places * drawn.astype(np.uint64)).sum())] == expected, call
+def test_digests_of_long_committed_samples():
+    for call, sample, expected in committed_samples("digests.txt"):
+        places = np.arange(1, len(sample) + 1, dtype=np.uint64)
+        assert [int((places * sample.astype(np.uint64)).sum())] == expected, call
 
 
 def test_indices_of_a_dataset(demo_dataset):
     ds = StepsDataset(demo_dataset)
     indices = ds.sample_indices(4096, seed=42)
     assert indices.dtype == np.int64
-    np.testing.assert_array_equal(indices, numpy_draw(len(ds), 4096, 42))
-    np.testing.assert_array_equal(ds.sample_indices(7), numpy_draw(len(ds), 7, 0))
+    np.testing.assert_array_equal(indices, numpy_sample(len(ds), 4096, 42))
+    np.testing.assert_array_equal(ds.sample_indices(7), numpy_sample(len(ds), 7, 0))
     np.testing.assert_array_equal(
-        ds.sample_indices(np.int32(7), seed=np.uint64(2**64 - 1)), numpy_draw(len(ds), 7, 2**64 - 1)
+        ds.sample_indices(np.int32(7), seed=np.uint64(2**64 - 1)),
+        numpy_sample(len(ds), 7, 2**64 - 1),
     )
 
 
-def test_more_samples_than_rows_are_drawn_with_replacement(demo_dataset):
+def test_more_samples_than_rows_repeat_rows(demo_dataset):
     ds = StepsDataset(demo_dataset)
     n = len(ds) + 1
     with pytest.warns(UserWarning, match=rf"{n} samples .* {len(ds)} rows: drawn with repl"):
         indices = ds.sample_indices(n, seed=3)
-    np.testing.assert_array_equal(indices, numpy_draw(len(ds), n, 3, replace=True))
+    np.testing.assert_array_equal(indices, numpy_sample(len(ds), n, 3, replace=True))
     assert len(ds.sample_indices(len(ds))) == len(ds)  # no warning, which would be an error
 
 
 @pytest.mark.parametrize(("n", "seed"), [(0, 0), (-5, 0), (5, -1)])
-def test_impossible_draws(n, seed, demo_dataset):
+def test_impossible_samples(n, seed, demo_dataset):
     with pytest.raises(InvalidArgumentError, match=f"not {min(n, seed)}"):
         StepsDataset(demo_dataset).sample_indices(n, seed=seed)
 
