@@ -30,6 +30,7 @@ mod _rust {
     use crate::error::{Error, Interrupt, Interrupted};
     use crate::output::checksum::{self, Digester, Element};
     use crate::output::{rows, spans};
+    use crate::rows::files::RowFile;
     use crate::sampling::{self, random::Generator};
     use crate::statistics::{self, Vectors};
 
@@ -43,16 +44,12 @@ mod _rust {
         fn from(error: Error) -> Self {
             let text = error.to_string();
             match error {
-                Error::NoDirectory { .. }
-                | Error::NotADirectory { .. }
-                | Error::NoShards { .. } => DatasetNotFoundError::new_err(text),
+                Error::NotFound { .. } => DatasetNotFoundError::new_err(text),
+                Error::Dataset { .. } | Error::Interrupted(_) => DatasetError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
-                Error::OutputRow { .. } | Error::OutputFile { .. } => OutputError::new_err(text),
+                Error::Output(_) => OutputError::new_err(text),
+                Error::Argument(_) => InvalidArgumentError::new_err(text),
                 Error::Memory(_) => PyMemoryError::new_err(text),
-                Error::Sample { .. } | Error::Layouts { .. } | Error::OutsideRow { .. } => {
-                    InvalidArgumentError::new_err(text)
-                }
-                _ => DatasetError::new_err(text),
             }
         }
     }
@@ -116,7 +113,7 @@ mod _rust {
         outcome.map_err(|error| raised.unwrap_or_else(|| error.into()))
     }
 
-    /// A dataset directory whose shards' headers were read; no file is kept open.
+    /// A dataset directory whose shards' headers were read. No file is kept open.
     #[pyclass(frozen, module = "dump_activations._rust")]
     struct Dataset {
         dataset: dataset::Dataset,
@@ -140,10 +137,7 @@ mod _rust {
                         mask: mask.map(|mask| mask as usize),
                     },
                     (None, Some(exps)) => BoardField::Exponents { exps: exps as usize },
-                    (None, None) => {
-                        let text = "read_layout must return the offset of board or of exps";
-                        return Err(InvalidArgumentError::new_err(text));
-                    }
+                    (None, None) => return Err(argument("read_layout must find board or exps")),
                 };
                 Ok(Layout { itemsize, board })
             });
@@ -187,12 +181,11 @@ mod _rust {
 
         #[getter]
         fn shards(&self) -> Vec<(PathBuf, u64, u64)> {
-            let shards = self.dataset.files();
-            let first = |number| shards.first(number);
-            let numbered = shards.files().iter().enumerate();
-            numbered
-                .map(|(number, shard)| (shard.path.clone(), shard.rows, first(number)))
-                .collect()
+            let files = self.dataset.files();
+            let shard = |(shard, file): (usize, &RowFile)| {
+                (file.path.clone(), file.rows, files.first(shard))
+            };
+            files.files().iter().enumerate().map(shard).collect()
         }
 
         #[pyo3(signature = (indices, out, cancel=None))]
@@ -287,12 +280,12 @@ mod _rust {
                      one per field",
                     dataset.rows()
                 );
-                return Err(InvalidArgumentError::new_err(text));
+                return Err(argument(text));
             }
             let mut scratch = scratch.try_readwrite().map_err(not_usable("scratch"))?;
             let scratch = scratch.as_slice_mut().map_err(not_usable("scratch"))?;
             if dataset.files().files().iter().any(|file| file.itemsize > scratch.len()) {
-                return Err(InvalidArgumentError::new_err("scratch must hold one row"));
+                return Err(argument("scratch must hold one row"));
             }
             let borrowed = arrays.into_iter().map(|array| array.try_readwrite());
             let mut borrowed: Vec<PyReadwriteArray2<'_, u8>> =
@@ -309,7 +302,7 @@ mod _rust {
         }
     }
 
-    /// A tensor in finished files, in equal parts of its rows; no file is kept open.
+    /// A tensor in finished files, in equal parts of its rows. No file is kept open.
     #[pyclass(frozen, module = "dump_activations._rust")]
     struct StoredTensor {
         tensor: rows::StoredTensor,
@@ -362,7 +355,7 @@ mod _rust {
                 "out must be a C-contiguous array of shape {shape:?}; got shape {:?}",
                 out.shape()
             );
-            return Err(InvalidArgumentError::new_err(text));
+            return Err(argument(text));
         }
         let indices: PyReadonlyArray1<'_, i64> =
             indices.try_readonly().map_err(not_usable("indices"))?;
@@ -372,8 +365,12 @@ mod _rust {
         detached(py, cancel, |interrupt| work(indices, out, interrupt))
     }
 
+    fn argument(text: impl Into<String>) -> PyErr {
+        InvalidArgumentError::new_err(text.into())
+    }
+
     fn not_usable<E: std::fmt::Display>(name: &'static str) -> impl Fn(E) -> PyErr {
-        move |error| InvalidArgumentError::new_err(format!("{name}: {error}"))
+        move |error| argument(format!("{name}: {error}"))
     }
 
     /// `Generator.choice(population, size=len(out), replace=False)` of a fresh `default_rng`, by the
@@ -395,9 +392,8 @@ mod _rust {
     }
 
     fn element(dtype: &str) -> PyResult<Element> {
-        Element::from_dtype(dtype).ok_or_else(|| {
-            InvalidArgumentError::new_err(format!("dtype must be one of a tensor; got {dtype}"))
-        })
+        Element::from_dtype(dtype)
+            .ok_or_else(|| argument(format!("dtype must be one of a tensor; got {dtype}")))
     }
 
     /// An `OSError` with the system's number and text, as Python itself raises it.
@@ -420,8 +416,8 @@ mod _rust {
         if fd < 0 {
             return Err(os_error(io::Error::from_raw_os_error(libc::EBADF)));
         }
-        // SAFETY: never closed here; the caller keeps the descriptor open during the call, and a
-        // stale one gives EBADF.
+        // SAFETY: it is never closed here. The caller keeps the descriptor open during the call, and
+        // a stale one gives EBADF.
         Ok(ManuallyDrop::new(unsafe { File::from_raw_fd(fd) }))
     }
 
@@ -431,7 +427,7 @@ mod _rust {
         checksum::combine(first, second, second_len)
     }
 
-    /// Writes uint8 data at an offset; returns its (crc32, nan, inf).
+    /// Writes uint8 data at an offset and returns its (crc32, nan, inf).
     ///
     /// `direct_fd` is the same file opened with O_DIRECT, which bypasses the page cache.
     #[pyfunction]
@@ -451,7 +447,7 @@ mod _rust {
         let digest = py
             .detach(|| spans::write_span(&file, direct.as_deref(), offset, bytes, element))
             .map_err(os_error)?;
-        Ok((digest.crc32, digest.nan, digest.inf))
+        Ok(digest.as_tuple())
     }
 
     /// Returns the (crc32, nan, inf) of uint8 data.
@@ -460,11 +456,10 @@ mod _rust {
         let mut digester = Digester::new(element(dtype)?);
         let data = data.try_readonly().map_err(not_usable("data"))?;
         digester.update(data.as_slice().map_err(not_usable("data"))?);
-        let digest = digester.finish();
-        Ok((digest.crc32, digest.nan, digest.inf))
+        Ok(digester.finish().as_tuple())
     }
 
-    /// Reads bytes at an offset; returns their (crc32, nan, inf).
+    /// Reads bytes at an offset and returns their (crc32, nan, inf).
     #[pyfunction]
     fn digest_span(
         py: Python<'_>,
@@ -477,7 +472,7 @@ mod _rust {
         let file = borrow_file(fd)?;
         let digest =
             py.detach(|| spans::digest_span(&file, offset, nbytes, element)).map_err(os_error)?;
-        Ok((digest.crc32, digest.nan, digest.inf))
+        Ok(digest.as_tuple())
     }
 
     /// Statistics of a tensor of vectors: `run` of its first layer, as many of the next, and so on.

@@ -1,4 +1,4 @@
-//! Shards and other files of rows for the tests of other modules.
+//! Shards and other files of rows, for tests.
 
 use std::fs;
 use std::path::Path;
@@ -10,16 +10,13 @@ pub const PACKED: &str = "[('run_id', '<u4'), ('step_index', '<u4'), ('board', '
     ('board_eval', '<i4'), ('tile_65536_mask', '<u2'), ('rest', '|u1', (24,))]";
 pub const MASK_FIRST: &str =
     "[('x', '|u1'), ('tile_65536_mask', '<u2'), ('y', '<f4'), ('board', '<u8')]";
-pub const BARE: &str = "[('board', '<u8')]";
-pub const EXPONENTS: &str = "[('exps', '|u1', (16,))]";
 
-/// The layout of these dtypes, which NumPy finds elsewhere.
+/// The layout of a dtype. Any but the two above is a bare board.
 pub fn layout(descr: &str) -> Layout {
     let packed = |board, mask| BoardField::Packed { board, mask };
     let (itemsize, board) = match descr {
         PACKED => (46, packed(8, Some(20))),
         MASK_FIRST => (15, packed(7, Some(1))),
-        EXPONENTS => (16, BoardField::Exponents { exps: 0 }),
         _ => (8, packed(0, None)),
     };
     Layout { itemsize, board }

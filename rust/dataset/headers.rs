@@ -77,11 +77,15 @@ impl Shards {
 
 /// The `steps-*.npy` of a directory in lexicographic order, or else its `steps.npy`.
 fn find(directory: &Path) -> Result<Vec<PathBuf>, Error> {
-    let path = directory.to_owned();
+    let not_found = |problem| Error::NotFound { path: directory.to_owned(), problem };
     let listing = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => Error::NoDirectory { path: path.clone() },
-        io::ErrorKind::NotADirectory => Error::NotADirectory { path: path.clone() },
-        _ => Error::Open { path: path.clone(), source: error },
+        io::ErrorKind::NotFound => {
+            not_found("no such directory; name the directory that holds the shards")
+        }
+        io::ErrorKind::NotADirectory => {
+            not_found("not a directory; name the directory that holds the shards")
+        }
+        _ => Error::open(directory, &error),
     };
     let mut names: Vec<OsString> = Vec::new();
     for entry in fs::read_dir(directory).map_err(listing)? {
@@ -98,8 +102,10 @@ fn find(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     let single = directory.join("steps.npy");
     match single.symlink_metadata() {
         Ok(_) => Ok(vec![single]),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::NoShards { path }),
-        Err(source) => Err(Error::Open { path: single, source }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(not_found("no shards; a dataset holds steps-*.npy files or one steps.npy"))
+        }
+        Err(error) => Err(Error::open(&single, &error)),
     }
 }
 
@@ -127,7 +133,7 @@ fn read_headers(
     let openers = Limits::of_process().files.min(OPENERS);
     let threads = paths.len().div_ceil(OPEN_BATCH).clamp(1, openers);
     let mut batches = thread::scope(|scope| {
-        // Where no thread can be started, this one does it all.
+        // If no thread can be started, this one reads all headers.
         let others: Vec<_> = (1..threads)
             .map_while(|_| thread::Builder::new().spawn_scoped(scope, open_batches).ok())
             .collect();
@@ -147,8 +153,8 @@ fn read_headers(
 }
 
 fn read_header(path: &Path) -> Result<(Shard, String), Error> {
-    let open_error = |source| Error::Open { path: path.to_owned(), source };
-    let refuse = |problem| Error::Header { path: path.to_owned(), problem };
+    let open_error = |error| Error::open(path, &error);
+    let refuse = |problem: String| Error::dataset(path, problem);
     let Opened { file, id, size } = files::open(path).map_err(open_error)?;
     let mut start = vec![0; size.min(FIRST_READ) as usize];
     file.read_exact_at(&mut start, 0).map_err(open_error)?;
@@ -193,7 +199,7 @@ impl Header {
     }
 }
 
-/// The major version of a `.npy` file, and where the text of its header lies.
+/// The major version of a `.npy` file, and the range of its header's text.
 fn text_range(start: &[u8]) -> Result<(u8, Range<usize>), String> {
     let Some(rest) = start.strip_prefix(MAGIC) else {
         let short = MAGIC.starts_with(start);
@@ -263,10 +269,10 @@ impl<'a> Scanner<'a> {
         self.rest.trim().is_empty().then_some((descr?, shape?))
     }
 
-    /// Takes `wanted` after any white space, or leaves it.
-    fn take(&mut self, wanted: char) -> bool {
+    /// Takes `character` after any white space, or leaves it.
+    fn take(&mut self, character: char) -> bool {
         self.rest = self.rest.trim_start();
-        let after = self.rest.strip_prefix(wanted);
+        let after = self.rest.strip_prefix(character);
         self.rest = after.unwrap_or(self.rest);
         after.is_some()
     }

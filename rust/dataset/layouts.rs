@@ -1,11 +1,11 @@
-//! Where the board and chosen fields lie in a row, and what a read makes of them.
+//! The places of the board and of chosen fields in a row, and the column that reads them.
 
 use std::ops::Range;
 
 use super::boards::CELLS;
 use crate::rows::Column;
 
-/// Bytes of a row and where it holds the board.
+/// The bytes of a row and the place of its board.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
     pub itemsize: usize,

@@ -15,7 +15,7 @@ use crate::error::{Error, Interrupt};
 use crate::rows::files::{RowFile, RowFiles};
 use crate::rows::{self, Column, Limits, ReadError, WholeRows};
 
-/// The shards of a dataset in order; no file is kept open.
+/// The shards of a dataset in order. No file is kept open.
 #[derive(Debug)]
 pub struct Dataset {
     path: PathBuf,
@@ -43,7 +43,11 @@ impl Dataset {
             let nbytes = u128::from(rows) * itemsize as u128;
             let expected = u128::from(shard.data_offset) + nbytes;
             if u128::from(found) < expected {
-                return Err(Error::Truncated { path, rows, expected, found });
+                let problem = format!(
+                    "truncated: the header promises {rows} rows ({expected} bytes) but the file \
+                     has {found} bytes; copy the shard again or remove it"
+                );
+                return Err(Error::Dataset { path, problem });
             }
             let (id, data_offset) = (shard.id, shard.data_offset);
             files.push(RowFile { path, id, rows, data_offset, itemsize })?;
@@ -101,8 +105,12 @@ impl Dataset {
         interrupt: Interrupt<'_>,
     ) -> Result<(), Error> {
         if let Some(other) = self.layout_of.iter().position(|&layout| layout != 0) {
-            let path = |shard: usize| self.files.files()[shard].path.clone();
-            return Err(Error::RowsDiffer { path: path(other), first: path(0) });
+            let (path, first) = (self.shard(other), self.shard(0).display());
+            let problem = format!(
+                "its rows have other fields than the rows of {first}; read boards, or convert one \
+                 of them"
+            );
+            return Err(Error::dataset(path, problem));
         }
         self.read(indices, &WholeRows { itemsize: self.itemsize() }, out, interrupt)
     }
@@ -112,14 +120,13 @@ impl Dataset {
         let widths = |fields: &[Range<usize>]| fields.iter().map(Range::len).collect::<Vec<_>>();
         let layouts = self.layouts.len();
         if fields.len() != layouts || fields.iter().any(|each| widths(each) != widths(&fields[0])) {
-            return Err(Error::Layouts { layouts });
+            let problem = format!("fields must have equal sizes in each of {layouts} layouts");
+            return Err(Error::Argument(problem));
         }
         let select = |(layout, fields): (&Layout, Vec<Range<usize>>)| {
-            let (path, itemsize) = (self.path.clone(), layout.itemsize);
-            match fields.iter().map(|field| field.end).find(|&stop| stop > itemsize) {
-                Some(stop) => Err(Error::OutsideRow { path, stop, itemsize }),
-                None => Ok(Selection::new(layout.board, fields)),
-            }
+            let ends = fields.iter().map(|field| field.end);
+            check_inside_row(ends.max().unwrap_or(0), layout.itemsize)?;
+            Ok(Selection::new(layout.board, fields))
         };
         self.layouts.iter().zip(fields).map(select).collect()
     }
@@ -150,6 +157,10 @@ impl Dataset {
             .map_err(|error| self.named(error))
     }
 
+    fn shard(&self, number: usize) -> &Path {
+        &self.files.files()[number].path
+    }
+
     fn selected<'s>(&'s self, selections: &'s [Selection]) -> Selected<'s> {
         let width = selections[0].width();
         Selected { selections, layout_of: &self.layout_of, width }
@@ -173,9 +184,14 @@ impl Dataset {
                 Error::StepIndex { position, index: row, rows: self.rows() }
             }
             ReadError::Row { file, row, source } => {
-                Error::Row { path: self.files.files()[file].path.clone(), step: row, source }
+                let advice = "restore the shard and run again";
+                let problem = format!("step {row} cannot be read: {source}; {advice}");
+                Error::dataset(self.shard(file), problem)
             }
-            ReadError::Memory(source) => Error::Read { path: self.path.clone(), source },
+            ReadError::Memory(error) => {
+                let problem = format!("its rows cannot be read: {error}; read fewer at once");
+                Error::dataset(&self.path, problem)
+            }
             ReadError::Interrupted(interrupted) => interrupted.into(),
         }
     }
@@ -184,20 +200,30 @@ impl Dataset {
 /// Refuses layouts whose board is outside the row, or that hold it in other fields than the first.
 fn check_layouts(shards: &Shards, layouts: &[Layout]) -> Result<(), Error> {
     if layouts.len() != shards.layouts.len() {
-        return Err(Error::Layouts { layouts: shards.layouts.len() });
+        let problem = format!("a dataset of {} layouts must get as many", shards.layouts.len());
+        return Err(Error::Argument(problem));
     }
+    let expected = layouts[0].board.names();
     for (Layout { itemsize, board }, (path, _)) in layouts.iter().zip(&shards.layouts) {
-        let (path, stop, itemsize) = (path.clone(), board.range().end, *itemsize);
-        if stop > itemsize {
-            return Err(Error::OutsideRow { path, stop, itemsize });
-        }
-        let (found, expected) = (board.names(), layouts[0].board.names());
-        if found != expected {
-            let first = shards.layouts[0].0.clone();
-            return Err(Error::BoardsDiffer { path, first, found, expected });
+        check_inside_row(board.range().end, *itemsize)?;
+        if board.names() != expected {
+            let (first, found) = (shards.layouts[0].0.display(), board.names());
+            let problem = format!(
+                "its rows have {found}, but the rows of {first} have {expected}; convert one of \
+                 them, so that all shards have the same board fields"
+            );
+            return Err(Error::dataset(path, problem));
         }
     }
     Ok(())
+}
+
+fn check_inside_row(stop: usize, itemsize: usize) -> Result<(), Error> {
+    if stop <= itemsize {
+        return Ok(());
+    }
+    let problem = format!("fields must end within a row of {itemsize} bytes; got byte {stop}");
+    Err(Error::Argument(problem))
 }
 
 #[cfg(test)]
@@ -209,7 +235,7 @@ mod tests {
     use super::layouts::BoardField;
     use super::*;
     use crate::error::Interrupted;
-    use crate::testing::{BARE, EXPONENTS, MASK_FIRST, PACKED, layout, shard, write};
+    use crate::testing::{MASK_FIRST, PACKED, layout, shard, write};
 
     fn open(path: &Path) -> Result<Dataset, Error> {
         let shards = Shards::read(path, &mut || Ok(()))?;
@@ -220,21 +246,6 @@ mod tests {
     fn names(dataset: &Dataset) -> Vec<String> {
         let names = dataset.files().files().iter().map(|shard| shard.path.file_name());
         names.map(|name| name.expect("a name").to_string_lossy().into_owned()).collect()
-    }
-
-    #[test]
-    fn shards_come_in_lexicographic_order_and_before_steps_npy() {
-        let directory = tempfile::tempdir().expect("a directory");
-        for (name, rows) in [("steps-2.npy", 3), ("steps-10.npy", 2), ("steps.npy", 9)] {
-            write(directory.path(), name, &shard(PACKED, rows));
-        }
-        write(directory.path(), "annotations-0.npy", b"not a shard");
-        write(directory.path(), "steps-0.npy.partial", b"not a shard");
-        let dataset = open(directory.path()).expect("a dataset");
-        assert_eq!(names(&dataset), ["steps-10.npy", "steps-2.npy"]);
-        assert_eq!(dataset.rows(), 5);
-        let shards: Vec<_> = (0..5).map(|step| dataset.files().holder(step)).collect();
-        assert_eq!(shards, [0, 0, 1, 1, 1]);
     }
 
     #[test]
@@ -281,24 +292,6 @@ mod tests {
     }
 
     #[test]
-    fn not_a_dataset() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let refused = |path: &Path, expected: &str| {
-            let error = open(path).expect_err(expected).to_string();
-            assert!(error.contains(expected), "{error:?} should say {expected:?}");
-        };
-        refused(&directory.path().join("none"), "no such directory");
-        refused(directory.path(), "no shards");
-        write(directory.path(), "steps-0.npy", &shard(BARE, 2));
-        refused(&directory.path().join("steps-0.npy"), "not a directory");
-        write(directory.path(), "steps-1.npy", &shard(EXPONENTS, 2));
-        refused(directory.path(), "steps-1.npy: its rows have 'exps', but the rows of");
-        fs::remove_file(directory.path().join("steps-1.npy")).expect("removed");
-        fs::create_dir(directory.path().join("steps-1.npy")).expect("created");
-        refused(directory.path(), "steps-1.npy: cannot be opened: not a regular file");
-    }
-
-    #[test]
     fn layouts_are_checked_against_the_shards() {
         let directory = tempfile::tempdir().expect("a directory");
         write(directory.path(), "steps.npy", &shard(PACKED, 2));
@@ -306,12 +299,11 @@ mod tests {
             let shards = Shards::read(directory.path(), &mut || Ok(())).expect("shards");
             Dataset::new(shards, layouts).expect_err("a wrong layout")
         };
-        assert!(matches!(refused(vec![]), Error::Layouts { layouts: 1 }));
+        assert!(matches!(refused(vec![]), Error::Argument(_)));
         let board = BoardField::Packed { board: 40, mask: None };
-        let outside = refused(vec![Layout { itemsize: 46, board }]);
-        assert!(matches!(outside, Error::OutsideRow { stop: 48, itemsize: 46, .. }));
-        let huge = refused(vec![Layout { itemsize: usize::MAX, board }]);
-        assert!(matches!(huge, Error::Truncated { .. }));
+        assert!(matches!(refused(vec![Layout { itemsize: 46, board }]), Error::Argument(_)));
+        let huge = refused(vec![Layout { itemsize: usize::MAX, board }]).to_string();
+        assert!(huge.contains("truncated: the header promises 2 rows"), "{huge}");
     }
 
     #[test]
@@ -355,24 +347,5 @@ mod tests {
         let bytes = &shards[0].1;
         let data = &bytes[bytes.len() - 900 * 46..];
         assert_eq!(rows, [&data[899 * 46..], &data[..46]].concat());
-    }
-
-    #[test]
-    fn errors_name_the_shard_and_the_step() {
-        let directory = tempfile::tempdir().expect("a directory");
-        for (name, rows) in [("steps-0.npy", 5), ("steps-1.npy", 5)] {
-            write(directory.path(), name, &shard(PACKED, rows));
-        }
-        let dataset = open(directory.path()).expect("a dataset");
-        let refused = |index: i64| {
-            let outcome = dataset.read_boards(&[index], &mut [0; CELLS], &mut || Ok(()));
-            outcome.expect_err("no such row").to_string()
-        };
-        assert_eq!(
-            refused(10),
-            "step index 10 at position 0 is outside the dataset, which has 10 rows"
-        );
-        fs::remove_file(directory.path().join("steps-1.npy")).expect("removed");
-        assert!(refused(7).contains("steps-1.npy: step 7 cannot be read: No such file"));
     }
 }

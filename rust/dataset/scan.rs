@@ -8,7 +8,7 @@ use crate::error::Interrupt;
 use crate::rows::files::{self, RowFiles};
 use crate::rows::{Column, ReadError};
 
-/// Where the values of consecutive rows go.
+/// The buffers that the values of consecutive rows fill.
 pub struct Columns<'o> {
     /// 16 bytes per row.
     pub boards: Option<&'o mut [u8]>,

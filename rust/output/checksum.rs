@@ -3,7 +3,7 @@
 
 use crc32fast::Hasher;
 
-/// How the bytes of a tensor are read when NaN and infinite values are counted.
+/// The elements of a tensor, among which NaN and infinite values are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
     Float64,
@@ -15,7 +15,7 @@ pub enum Element {
 }
 
 impl Element {
-    /// The element of a dtype by its NumPy name; `None` for a name that no output file holds.
+    /// The element of a dtype by its NumPy name, or `None` if output files never hold it.
     pub fn from_dtype(dtype: &str) -> Option<Self> {
         match dtype {
             "float64" => Some(Self::Float64),
@@ -27,12 +27,12 @@ impl Element {
         }
     }
 
-    /// Whether it is a floating element that a float32 holds.
+    /// True for floats that a float32 holds.
     pub fn is_float32_or_shorter(self) -> bool {
         matches!(self, Self::Float32 | Self::Float16 | Self::BFloat16)
     }
 
-    /// Bytes of an element, of a byte of those that are no floats.
+    /// Bytes of an element. Integers count as single bytes.
     pub fn nbytes(self) -> usize {
         match self {
             Self::Float64 => 8,
@@ -43,12 +43,18 @@ impl Element {
     }
 }
 
-/// What is known of a span of bytes once it has been seen.
+/// The CRC-32 of a span of bytes, and its counts of NaN and infinite elements.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Digest {
     pub crc32: u32,
     pub nan: u64,
     pub inf: u64,
+}
+
+impl Digest {
+    pub fn as_tuple(self) -> (u32, u64, u64) {
+        (self.crc32, self.nan, self.inf)
+    }
 }
 
 /// The CRC-32 of two spans of bytes, one after the other, from the CRC-32 of each.
@@ -58,11 +64,11 @@ pub fn combine(first: u32, second: u32, second_len: u64) -> u32 {
     hasher.finalize()
 }
 
-/// Looked at twice, by the CRC and by the count, while it is in the innermost cache. Its elements
-/// can be counted in 16 bits.
+/// Bytes that the CRC and then the count read, while they are in the innermost cache. 16 bits count
+/// the elements of so many.
 const STEP: usize = 8 << 10;
 
-/// Digests a span of bytes that arrives in blocks.
+/// Digests a span of bytes that comes in blocks.
 pub struct Digester {
     hasher: Hasher,
     element: Element,
@@ -77,14 +83,12 @@ impl Digester {
 
     /// Adds a block. Every block but the last holds whole elements.
     pub fn update(&mut self, block: &[u8]) {
-        block.chunks(STEP).for_each(|step| self.update_step(step));
-    }
-
-    fn update_step(&mut self, block: &[u8]) {
-        self.hasher.update(block);
-        let (nan, inf) = count_specials(block, self.element);
-        self.nan += nan;
-        self.inf += inf;
+        for step in block.chunks(STEP) {
+            self.hasher.update(step);
+            let (nan, inf) = count_specials(step, self.element);
+            self.nan += nan;
+            self.inf += inf;
+        }
     }
 
     pub fn finish(self) -> Digest {
@@ -120,7 +124,7 @@ fn count_specials_portably(block: &[u8], element: Element) -> (u64, u64) {
     }
 }
 
-/// Counts (NaN, infinite) among little-endian float64 values: labels alone are stored so.
+/// Counts (NaN, infinite) among little-endian float64 values, which only labels have.
 #[inline(always)]
 fn count_specials_64(block: &[u8]) -> (u64, u64) {
     let (words, _) = block.as_chunks::<8>();
@@ -239,7 +243,7 @@ mod tests {
     #[test]
     fn every_float16_pattern_is_counted_once() {
         let data: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
-        // float16 has 10 bits of mantissa, bfloat16 has 7; both signs, less the infinity.
+        // float16 has 10 bits of mantissa, bfloat16 has 7. Each sign has one infinity among them.
         let half = digest(Element::Float16, &data, 4096);
         assert_eq!((half.nan, half.inf), (2 * 1023, 2));
         let brain = digest(Element::BFloat16, &data, 4096);
@@ -247,30 +251,18 @@ mod tests {
     }
 
     #[test]
-    fn float64_specials_are_counted() {
-        let payload = f64::from_bits(0x7ff0_0000_0000_0001);
-        let values = [0.0, f64::MAX, f64::NAN, -f64::NAN, payload, f64::INFINITY, -f64::INFINITY];
+    fn float32_and_float64_specials_are_counted() {
+        let [inf, nan] = [f64::INFINITY, f64::NAN];
+        let values = [0.0, -0.0, f64::MAX, f64::MIN_POSITIVE / 2.0, nan, -nan, inf, -inf];
         let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let digest = digest(Element::Float64, &data, 8);
-        assert_eq!((digest.nan, digest.inf), (3, 2));
-    }
+        let payload = 0x7ff0_0000_0000_0001_u64.to_le_bytes();
+        let found = digest(Element::Float64, &[&data[..], &payload].concat(), 8);
+        assert_eq!((found.nan, found.inf), (3, 2));
 
-    #[test]
-    fn float32_specials_are_counted() {
-        let values = [
-            0.0,
-            -0.0,
-            f32::MAX,
-            f32::MIN,
-            f32::MIN_POSITIVE / 2.0,
-            f32::NAN,
-            -f32::NAN,
-            f32::from_bits(0x7f80_0001),
-            f32::INFINITY,
-            f32::NEG_INFINITY,
-        ];
-        let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let digest = digest(Element::Float32, &data, 8);
-        assert_eq!((digest.nan, digest.inf), (3, 2));
+        let values = values.map(|value| if value == f64::MAX { f32::MAX } else { value as f32 });
+        let tiny = [f32::MIN, f32::MIN_POSITIVE / 2.0, f32::from_bits(0x7f80_0001)];
+        let data = values.iter().chain(&tiny).flat_map(|value| value.to_le_bytes());
+        let found = digest(Element::Float32, &data.collect::<Vec<u8>>(), 8);
+        assert_eq!((found.nan, found.inf), (3, 2));
     }
 }

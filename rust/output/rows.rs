@@ -1,6 +1,7 @@
 //! Rows of a tensor in finished output files, or equal parts of its rows, read by number.
 
-use std::path::PathBuf;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Interrupt};
 use crate::rows::files::{self, RowFile, RowFiles};
@@ -11,7 +12,7 @@ use crate::rows::{self, Limits, ReadError, WholeRows};
 pub struct StoredTensor {
     name: String,
     files: RowFiles,
-    /// Parts per row.
+    /// Equal parts of a row.
     parts: u64,
     limits: Limits,
 }
@@ -28,10 +29,7 @@ impl StoredTensor {
     ) -> Result<Self, Error> {
         let mut files = RowFiles::default();
         for (path, data_offset, rows) in places {
-            let id = match files::open(&path) {
-                Ok(opened) => opened.id,
-                Err(source) => return Err(Error::OutputFile { path, source }),
-            };
+            let id = files::open(&path).map_err(|error| unreadable(&path, error))?.id;
             let rows = rows.saturating_mul(parts);
             files.push(RowFile { path, id, rows, data_offset, itemsize: nbytes })?;
         }
@@ -55,27 +53,28 @@ impl StoredTensor {
         let limits = Limits { cores: cores.max(1), ..self.limits };
         let column = WholeRows { itemsize: self.nbytes() };
         rows::read(&self.files, limits, indices, &column, out, interrupt)
-            .map_err(|error| self.name_error(error))
+            .map_err(|error| self.named(error))
     }
 
-    fn name_error(&self, error: ReadError) -> Error {
-        let name = self.name.clone();
+    fn named(&self, error: ReadError) -> Error {
         match error {
             ReadError::Outside { position, row } => {
                 Error::StepIndex { position, index: row, rows: self.files.rows() }
             }
             ReadError::Row { file, row, source } => {
-                let path = self.files.files()[file].path.clone();
+                let path = self.files.files()[file].path.display();
                 let row = (row - self.files.first(file)) / self.parts;
-                Error::OutputRow { path, name, row, source }
+                let name = &self.name;
+                Error::Output(format!("{path}: row {row} of {name} cannot be read: {source}"))
             }
-            ReadError::Memory(source) => {
-                let path = self.files.files()[0].path.clone();
-                Error::OutputFile { path, source: source.into() }
-            }
+            ReadError::Memory(error) => unreadable(&self.files.files()[0].path, error),
             ReadError::Interrupted(interrupted) => interrupted.into(),
         }
     }
+}
+
+fn unreadable(path: &Path, error: impl Display) -> Error {
+    Error::Output(format!("cannot read {}: {error}", path.display()))
 }
 
 #[cfg(test)]
@@ -89,7 +88,7 @@ mod tests {
     const PARTS: u64 = 4;
 
     /// Two files of 3 and 5 rows, and all their parts.
-    fn tensor(directory: &std::path::Path) -> (StoredTensor, Vec<u8>) {
+    fn tensor(directory: &Path) -> (StoredTensor, Vec<u8>) {
         let (files, all) = testing::row_files(directory, &[12, 20], NBYTES);
         let place = |file: &RowFile| (file.path.clone(), file.data_offset, file.rows / PARTS);
         let places = files.files().iter().map(place).collect();

@@ -1,4 +1,4 @@
-//! Spans of an output file: written, or read back, and digested in the same pass.
+//! Writes spans of an output file, or reads them back, and digests them in the same pass.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -9,16 +9,16 @@ use std::os::unix::fs::FileExt;
 use super::checksum::{Digest, Digester, Element};
 use crate::memory::grown;
 
-/// Digested at a time, so that a block is still in the cache when it is copied.
+/// Bytes digested at a time, so that a block is still in the cache when it is copied.
 const BLOCK: usize = 256 << 10;
 
-/// Written at a time past the page cache.
+/// Bytes of one write past the page cache.
 const DIRECT_BLOCK: usize = 4 << 20;
 
-/// Where direct writes start and end, in the file: a page, so that no page is written both ways.
+/// Direct writes start and end at multiples of a page, so that no page is written both ways.
 const DIRECT_OFFSETS: u64 = 4096;
 
-/// What direct writes want of addresses in memory, in bytes.
+/// Alignment in memory that direct writes need, in bytes.
 const DIRECT_ADDRESSES: usize = 512;
 
 /// Direct writes shorter than this cost more than they save.
@@ -26,9 +26,9 @@ const MIN_DIRECT: usize = 256 << 10;
 
 /// Writes `data` at `offset` and digests it.
 ///
-/// `direct` is the same file opened past the page cache, where `supports_direct` says that it can
-/// be; the edges of the span that do not fill a page go through the cache all the same. A short
-/// write is continued and an interrupted one repeated.
+/// `direct` is the same file opened with O_DIRECT, if `supports_direct` allows it. The ends of the
+/// span that do not fill a page still go through the cache. A short write is continued and an
+/// interrupted one repeated.
 pub fn write_span(
     file: &File,
     direct: Option<&File>,
@@ -116,19 +116,18 @@ fn write_direct_block(
     let written = loop {
         match direct.write_at(block, offset) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // The file system, or the kind of memory, has some further condition; the page
-            // cache has none.
+            // The file system, or the kind of memory, has a further condition. The cache has none.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EFAULT)) => {
                 break 0;
             }
             other => break other?,
         }
     };
-    // What is left may no longer be aligned.
+    // The rest may no longer be aligned.
     file.write_all_at(&block[written..], offset + written as u64)
 }
 
-/// Reads `len` bytes at `offset` and digests them; an end of file before that is an error.
+/// Reads `len` bytes at `offset` and digests them. An earlier end of the file is an error.
 pub fn digest_span(file: &File, offset: u64, len: u64, element: Element) -> io::Result<Digest> {
     check_addressable(offset, len, libc::EOVERFLOW)?;
     let mut digester = Digester::new(element);
@@ -144,7 +143,7 @@ pub fn digest_span(file: &File, offset: u64, len: u64, element: Element) -> io::
     Ok(digester.finish())
 }
 
-/// Refuses, with an error number, a span that ends where no file does.
+/// Refuses, with an error number, a span past the largest offset of a file.
 fn check_addressable(offset: u64, len: u64, errno: i32) -> io::Result<()> {
     match offset.checked_add(len) {
         Some(end) if end <= i64::MAX as u64 => Ok(()),
@@ -152,14 +151,14 @@ fn check_addressable(offset: u64, len: u64, errno: i32) -> io::Result<()> {
     }
 }
 
-/// Takes `size` bytes of disk for the file, and sets its size; says whether it could.
+/// Reserves `size` bytes of disk for the file, and sets its size.
 ///
-/// A file system that cannot reserve space gets a sparse file of that size instead.
+/// Returns false if the file system cannot reserve space: the file is sparse then.
 #[allow(unsafe_code)]
 pub fn reserve(file: &File, size: u64) -> io::Result<bool> {
     let len = libc::off_t::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
     loop {
-        // SAFETY: the descriptor is open as long as `file` is borrowed; no memory is passed.
+        // SAFETY: the descriptor is open as long as `file` lives, and no memory is passed.
         if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, len) } == 0 {
             return Ok(true);
         }
@@ -175,9 +174,9 @@ pub fn reserve(file: &File, size: u64) -> io::Result<bool> {
     }
 }
 
-/// Whether the file, opened past the page cache, takes writes as `write_span` makes them.
+/// True if the file, opened with O_DIRECT, takes the writes of `write_span`.
 ///
-/// A file system that does not say (memory-backed ones, most network ones) is taken not to.
+/// False on a file system that does not report its alignment: in memory, and most network ones.
 #[allow(unsafe_code)]
 pub fn supports_direct(file: &File) -> bool {
     // SAFETY: `statx` is plain integers, for which all zeros is a value.
@@ -198,11 +197,11 @@ pub fn supports_direct(file: &File) -> bool {
 mod tests {
     use std::cell::Cell;
     use std::os::unix::fs::OpenOptionsExt;
-    use std::path::{Path, PathBuf};
+    use std::path::PathBuf;
 
     use super::*;
 
-    /// A file that is gone with the test, and the same file past the page cache if that can be.
+    /// A temporary file, and the same file opened with O_DIRECT where that is supported.
     struct Scratch {
         path: PathBuf,
         file: File,
@@ -247,7 +246,7 @@ mod tests {
     #[test]
     fn neighbouring_spans_keep_clear_of_each_other_on_either_way() -> io::Result<()> {
         let scratch = Scratch::new("neighbours")?;
-        // On and off page boundaries in the file; the spans also begin anywhere in memory.
+        // The spans begin on and off page boundaries in the file, and anywhere in memory.
         let lens = [300_000, 4096, 5_000_001, 262_144, 1, 8_388_608, 700_000];
         let content = pattern(lens.iter().sum(), 2);
         reserve(&scratch.file, content.len() as u64)?;
@@ -272,7 +271,7 @@ mod tests {
 
     impl FileExt for Refusing {
         fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
-            unreachable!("it is written to")
+            unreachable!("only writes")
         }
 
         fn write_at(&self, block: &[u8], offset: u64) -> io::Result<usize> {
@@ -283,80 +282,33 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_direct_write_that_is_refused_goes_through_the_cache() -> io::Result<()> {
+    /// Writes three pages past a file that takes `taken` bytes and then refuses with `errno`.
+    fn write_refused(name: &str, taken: Option<usize>, errno: i32) -> io::Result<bool> {
         let data = pattern(3 * 4096, 3);
-        for errno in [libc::EINVAL, libc::EFAULT] {
-            let scratch = Scratch::new(&format!("refused-{errno}"))?;
-            let file = scratch.file.try_clone()?;
-            let direct = Refusing { errno, taken: Cell::new(None), file };
-            write_direct_block(&scratch.file, &direct, 4096, &data)?;
-            assert!(std::fs::read(&scratch.path)?[4096..] == data);
-        }
+        let scratch = Scratch::new(name)?;
+        let direct = Refusing { errno, taken: Cell::new(taken), file: scratch.file.try_clone()? };
+        write_direct_block(&scratch.file, &direct, 4096, &data)?;
+        Ok(std::fs::read(&scratch.path)?[4096..] == data)
+    }
+
+    #[test]
+    fn a_refused_or_short_direct_write_goes_through_the_cache() -> io::Result<()> {
+        assert!(write_refused("invalid", None, libc::EINVAL)?);
+        assert!(write_refused("fault", None, libc::EFAULT)?);
+        assert!(write_refused("short", Some(512), libc::EIO)?);
+        let error = write_refused("full", None, libc::ENOSPC).expect_err("no space");
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
         Ok(())
     }
 
     #[test]
-    fn a_direct_write_that_is_short_ends_in_the_cache() -> io::Result<()> {
-        let data = pattern(3 * 4096, 4);
-        let scratch = Scratch::new("short")?;
-        let file = scratch.file.try_clone()?;
-        let direct = Refusing { errno: libc::EIO, taken: Cell::new(Some(512)), file };
-        write_direct_block(&scratch.file, &direct, 0, &data)?;
-        assert!(std::fs::read(&scratch.path)? == data);
-        Ok(())
-    }
-
-    #[test]
-    fn any_other_refusal_of_a_direct_write_is_an_error() -> io::Result<()> {
-        let scratch = Scratch::new("failed")?;
-        let file = scratch.file.try_clone()?;
-        let direct = Refusing { errno: libc::ENOSPC, taken: Cell::new(None), file };
-        let error = write_direct_block(&scratch.file, &direct, 0, &[0; 4096]);
-        assert_eq!(error.expect_err("refused").raw_os_error(), Some(libc::ENOSPC));
-        Ok(())
-    }
-
-    /// Whether a page can be written past the page cache, by trying it.
-    fn takes_direct_writes(path: &Path) -> bool {
-        let Ok(direct) = File::options().write(true).custom_flags(libc::O_DIRECT).open(path) else {
-            return false;
-        };
+    fn a_file_system_that_supports_direct_writes_takes_them() -> io::Result<()> {
+        let scratch = Scratch::new("direct")?;
+        let Some(direct) = scratch.direct.as_ref() else { return Ok(()) };
         let memory = vec![0; 3 * 4096];
         let start = memory.as_ptr().addr().next_multiple_of(4096) - memory.as_ptr().addr() + 512;
-        direct.write_at(&memory[start..start + 4096], 4096).is_ok()
-    }
-
-    #[test]
-    fn a_file_system_that_takes_direct_writes_and_says_so_gets_them() -> io::Result<()> {
-        let scratch = Scratch::new("direct")?;
-        let takes = takes_direct_writes(&scratch.path);
-        // What a file system does not take is never tried; ext4 says what it takes from Linux 6.1.
-        if !takes || !is_ext4(&scratch.file)? || !kernel_is_at_least(6, 1) {
-            assert!(takes || !supports_direct(&scratch.file));
-            eprintln!("not on ext4 of Linux 6.1 or later: nothing to see here");
-            return Ok(());
-        }
-        assert!(supports_direct(&scratch.file));
+        assert_eq!(direct.write_at(&memory[start..start + 4096], 4096)?, 4096);
         Ok(())
-    }
-
-    #[allow(unsafe_code)]
-    fn is_ext4(file: &File) -> io::Result<bool> {
-        // SAFETY: `statfs` is plain integers, for which all zeros is a value.
-        let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
-        // SAFETY: the descriptor is open, and `stat` outlives the call.
-        if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(stat.f_type == libc::EXT4_SUPER_MAGIC)
-    }
-
-    fn kernel_is_at_least(major: u32, minor: u32) -> bool {
-        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-        let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0);
-        (next(), next()) >= (major, minor)
     }
 
     #[test]

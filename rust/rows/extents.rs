@@ -31,14 +31,14 @@ pub struct Extents<'c, C> {
 struct View<F> {
     field: F,
     rows: Range<u64>,
-    /// Where they lie in the first row.
+    /// The offset of these bytes in the first row.
     start: u64,
     length: usize,
     itemsize: u64,
 }
 
 impl<F> View<F> {
-    /// Where they lie in `row`.
+    /// The offset of these bytes in `row`.
     fn offset(&self, row: u64) -> u64 {
         self.start + (row - self.rows.start) * self.itemsize
     }
@@ -79,7 +79,7 @@ impl<'c, C: Column> Extents<'c, C> {
         rows.find(missing).unwrap_or_else(|| self.packing.step(extent.keys[0]))
     }
 
-    /// Writes what the column makes of the rows of `extent`, which holds `bytes`, to their places.
+    /// Writes the column's bytes of the rows of `extent`, which holds `bytes`, to their places.
     ///
     /// # Safety
     ///

@@ -35,7 +35,7 @@ impl RowFile {
 #[derive(Debug, Default)]
 pub struct RowFiles {
     files: Vec<RowFile>,
-    /// Of each file, the number of the row after its last.
+    /// The number of the row after the last one of each file.
     ends: Vec<u64>,
 }
 
@@ -47,7 +47,8 @@ impl RowFiles {
         let size = bytes.and_then(|bytes| bytes.checked_add(file.data_offset));
         let end = self.rows().checked_add(file.rows).filter(addressable);
         let (Some(_), Some(end)) = (size.filter(addressable), end) else {
-            return Err(Error::TooManyRows { path: file.path });
+            let problem = "more rows than a step index can count; split the dataset";
+            return Err(Error::dataset(&file.path, problem));
         };
         self.files.push(file);
         self.ends.push(end);
@@ -103,8 +104,8 @@ pub fn open(path: &Path) -> io::Result<Opened> {
 
 /// Turns read-ahead on, for a file that is read from front to back.
 ///
-/// What the kernel reads ahead by itself it keeps in large pages where it can, and what is
-/// announced in small ones, which take longer to read, then and later.
+/// The kernel keeps its own read-ahead in large pages where it can. It keeps announced bytes in small
+/// pages, which take longer to read, then and later.
 pub fn advise_sequential(file: &File) {
     advise(file, 0, 0, libc::POSIX_FADV_SEQUENTIAL);
 }
@@ -150,7 +151,7 @@ pub fn read_cached(file: &File, buffer: &mut [u8], offset: u64) -> Cached {
     }
 }
 
-/// Fills `buffer`, or gives how many bytes were read before the error or the end of the file.
+/// Fills `buffer`, or returns the bytes that were read before the error or the end of the file.
 pub fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> Result<(), (usize, io::Error)> {
     let mut done = 0;
     while done < buffer.len() {

@@ -1,9 +1,9 @@
 //! Reads chosen rows by number, in parallel, into the caller's buffer in the caller's order.
 //!
-//! Rows are taken in the order of the files; neighbours that lie near enough are read in one
-//! extent. An extent that the page cache holds is read at once. One that it does not hold is
-//! announced to the kernel and read later, in turn, so that each thread keeps many reads in flight.
-//! No file is mapped: a file that shrinks is an error, never a signal.
+//! Rows are taken in the order of the files, and near neighbours are read in one extent. An extent
+//! in the page cache is read at once. Any other is announced to the kernel and read later, so that
+//! each thread keeps many reads in flight. No file is mapped: a file that shrinks is an error, never
+//! a signal.
 
 mod extents;
 pub mod files;
@@ -78,7 +78,7 @@ pub struct Limits {
     pub cores: usize,
     /// Open files.
     pub files: usize,
-    /// Whether the page cache is asked before the disk is.
+    /// Ask the page cache before the disk.
     pub asks_cache: bool,
 }
 
@@ -122,7 +122,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes what `column` makes of row `indices[i]` of `files` to the i-th `width` bytes of `out`.
+/// Writes the column's bytes of row `indices[i]` of `files` to the i-th `width` bytes of `out`.
 pub fn read(
     files: &RowFiles,
     limits: Limits,
@@ -136,10 +136,10 @@ pub fn read(
     let capacity = order::capacity(0, files.rows().saturating_sub(1));
     let threads = (indices.len() / THREAD_ROWS).clamp(1, limits.cores);
     let outs = out.chunks_mut(capacity.saturating_mul(column.width()));
-    for (chunk, (wanted, out)) in indices.chunks(capacity).zip(outs).enumerate() {
+    for (chunk, (shared, out)) in indices.chunks(capacity).zip(outs).enumerate() {
         // A copy: the caller's other threads may write to the array meanwhile.
-        let mut indices = memory::with_capacity(wanted.len())?;
-        indices.extend_from_slice(wanted);
+        let mut indices = memory::with_capacity(shared.len())?;
+        indices.extend_from_slice(shared);
         check_inside(files, &indices, chunk * capacity)?;
         let (lowest, highest) = extremes(&indices);
         let mut order = Order::new(&indices, lowest as u64, highest as u64)?;
@@ -165,7 +165,7 @@ fn extremes(indices: &[i64]) -> (i64, i64) {
         .fold((i64::MAX, i64::MIN), |(lowest, highest), &i| (lowest.min(i), highest.max(i)))
 }
 
-/// Refuses indices past the files' rows; the first index is at `position` of the caller's.
+/// Refuses indices outside the files. The first index is at `position` of the caller's.
 fn check_inside(files: &RowFiles, indices: &[i64], position: usize) -> Result<(), ReadError> {
     let rows = files.rows();
     let fits = |index: i64| u64::try_from(index).is_ok_and(|index| index < rows);
@@ -430,7 +430,7 @@ mod tests {
             Ok(())
         });
         assert!(read.expect("rows") == rows);
-        // All readers of the process share what one call may have; other tests have some too.
+        // All readers of the process share the files of one call. Other tests run readers too.
         let share = limits.files / (others.len() + 1);
         assert!((2..=share).contains(&most), "{most} files were open");
     }

@@ -26,7 +26,7 @@ impl Packing {
     }
 }
 
-/// Keys grouped by ascending step index; each group is as yet unsorted.
+/// Keys grouped by ascending step index. Each group is still unsorted.
 pub struct Order {
     pub packing: Packing,
     keys: Vec<u64>,

@@ -25,7 +25,7 @@ const INTERRUPT_EVERY: u32 = 16;
 /// Threads of all calls in this process that are reading, which share its descriptors.
 static READERS: AtomicUsize = AtomicUsize::new(0);
 
-/// What the threads of a call share.
+/// The state that the threads of a call share.
 pub struct Work<'c, C> {
     pub extents: Extents<'c, C>,
     pub limits: Limits,
@@ -41,7 +41,7 @@ pub struct Reader<'r, 'i, 'c, C> {
     interrupt: Interrupt<'i>,
     turns: u32,
     file: Option<(usize, Rc<File>)>,
-    /// Whether the file at hand can be read from the page cache alone.
+    /// True while the open file may be read from the page cache alone.
     asks_cache: bool,
     buffer: Vec<u8>,
     announced: VecDeque<(Extent<'c>, Rc<File>)>,
@@ -64,7 +64,7 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         }
     }
 
-    /// Takes and reads buckets until there are none.
+    /// Takes and reads buckets until none is left.
     pub fn read_buckets(&mut self) -> Result<(), ReadError> {
         while let Some(bucket) = self.take_bucket() {
             bucket.sort_unstable();
@@ -133,7 +133,7 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         Ok(true)
     }
 
-    /// The file of `extent`, opened where it is not the one at hand.
+    /// The file of `extent`, opened unless it is the open one.
     fn open(&mut self, extent: Extent<'c>) -> Result<Rc<File>, ReadError> {
         if let Some((number, file)) = &self.file
             && *number == extent.file
@@ -164,7 +164,7 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
 
     /// Writes the rows of `extent`, whose bytes are in the buffer, to their places.
     fn write(&self, extent: Extent<'c>) {
-        // SAFETY: a bucket is taken once, and its keys are dealt with one extent after the other.
+        // SAFETY: a bucket is taken once, and each of its keys is in one extent.
         #[allow(unsafe_code)]
         unsafe {
             self.work.extents.write(extent, &self.buffer);

@@ -31,7 +31,9 @@ pub fn shuffle_tail(
     let sample = out.len() as u64;
     let range = (population / CUTOFF).max(1)..=population.min(i64::MAX as u64);
     if !range.contains(&sample) {
-        return Err(Error::Sample { sample, population });
+        return Err(Error::Argument(format!(
+            "a tail shuffle must sample a fiftieth to all of its rows; got {sample} of {population}"
+        )));
     }
     let head = population - sample;
     // Position 0 has no target: a range of one leaves no choice.
@@ -108,7 +110,7 @@ mod tests {
     /// Each line has seed, state, increment, population, n and the digest of NumPy's sample.
     #[test]
     fn long_samples_equal_numpy() {
-        let lines = include_str!("../../tests/data/draws/digests.txt").lines().skip(1);
+        let lines = include_str!("../../tests/data/samples/digests.txt").lines().skip(1);
         let mut compared = 0;
         for line in lines {
             let words: Vec<_> = line.split([' ', ':']).collect();
@@ -134,7 +136,7 @@ mod tests {
     fn impossible_samples_are_refused() {
         for (population, n) in [(0, 0), (0, 1), (4, 5), (u64::MAX, 1), (1 << 40, 1)] {
             let outcome = sample(population, n, &mut || Ok(()));
-            assert!(matches!(outcome, Err(Error::Sample { .. })), "{n} of {population}");
+            assert!(matches!(outcome, Err(Error::Argument(_))), "{n} of {population}");
         }
     }
 

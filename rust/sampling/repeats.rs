@@ -34,7 +34,7 @@ impl Repeats {
         }
     }
 
-    /// Gives every repeated position a value of its own, found by its rank among them.
+    /// Gives each repeated position a value, at the place of its rank among them.
     pub fn finish(self, interrupt: Interrupt<'_>) -> Result<Displaced, Error> {
         let mut words = self.words;
         let mut rank = 0;

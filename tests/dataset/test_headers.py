@@ -87,3 +87,17 @@ def test_shapes_larger_than_the_file(rows, tmp_path):
     write_shard(tmp_path / "steps.npy", "[('board', '<u8')]", shape=f"({rows},)")
     with pytest.raises(DatasetError, match=rf"steps\.npy: truncated: .* promises {rows} rows"):
         StepsDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ("[('exps', '|u1', (16,))]", "'exps', but the rows of .* have 'board' without"),
+        ("[('board', '<u8'), ('tile_65536_mask', '<u2')]", "'board' with 'tile_65536_mask', but"),
+    ],
+)
+def test_shards_whose_boards_differ(other, text, tmp_path):
+    write_shard(tmp_path / "steps-0.npy", "[('board', '<u8')]")
+    write_shard(tmp_path / "steps-1.npy", other)
+    with pytest.raises(DatasetError, match=rf"steps-1\.npy: its rows have {text}"):
+        StepsDataset(tmp_path)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from alarm import interrupted_soon
 from dump_activations import _rust
+from dump_activations.dataset import sampling
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.sampling import sample
 from dump_activations.errors import DatasetError, InvalidArgumentError
 
-DRAWS = Path(__file__).parents[1] / "data" / "draws"
+SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
 seeds = st.one_of(st.integers(0, 2**32), st.integers(0, 2**200))
 
@@ -36,7 +36,7 @@ def small_samples(pick):
 @given(small_samples(), seeds)
 @settings(deadline=None)
 def test_samples_of_any_share(sizes, seed):
-    np.testing.assert_array_equal(sample(*sizes, seed), numpy_sample(*sizes, seed))
+    np.testing.assert_array_equal(sampling.sample(*sizes, seed), numpy_sample(*sizes, seed))
 
 
 @pytest.mark.parametrize(
@@ -50,26 +50,26 @@ def test_samples_of_any_share(sizes, seed):
     ],
 )
 def test_long_samples(rows, n):
-    np.testing.assert_array_equal(sample(rows, n, 5), numpy_sample(rows, n, 5))
+    np.testing.assert_array_equal(sampling.sample(rows, n, 5), numpy_sample(rows, n, 5))
 
 
-def committed_draws(name):
-    for line in (DRAWS / name).read_text().splitlines()[1:]:
+def committed_samples(name):
+    for line in (SAMPLES / name).read_text().splitlines()[1:]:
         call, values = line.split(": ")
         seed, _, _, rows, n = call.split()
-        drawn = sample(int(rows), int(n), int(seed, 16))
-        yield call, drawn, [int(value) for value in values.split()]
+        sample = sampling.sample(int(rows), int(n), int(seed, 16))
+        yield call, sample, [int(value) for value in values.split()]
 
 
-def test_committed_draws():
-    for call, drawn, expected in committed_draws("vectors.txt"):
-        assert drawn.tolist() == expected, call
+def test_committed_samples():
+    for call, sample, expected in committed_samples("vectors.txt"):
+        assert sample.tolist() == expected, call
 
 
-def test_digests_of_long_committed_draws():
-    for call, drawn, expected in committed_draws("digests.txt"):
-        places = np.arange(1, len(drawn) + 1, dtype=np.uint64)
-        assert [int((places * drawn.astype(np.uint64)).sum())] == expected, call
+def test_digests_of_long_committed_samples():
+    for call, sample, expected in committed_samples("digests.txt"):
+        places = np.arange(1, len(sample) + 1, dtype=np.uint64)
+        assert [int((places * sample.astype(np.uint64)).sum())] == expected, call
 
 
 def test_indices_of_a_dataset(demo_dataset):
@@ -84,7 +84,7 @@ def test_indices_of_a_dataset(demo_dataset):
     )
 
 
-def test_more_samples_than_rows_are_drawn_with_replacement(demo_dataset):
+def test_more_samples_than_rows_repeat_rows(demo_dataset):
     ds = StepsDataset(demo_dataset)
     n = len(ds) + 1
     with pytest.warns(UserWarning, match=rf"{len(ds)} rows, .* {n} samples: sampled with repl"):
@@ -94,7 +94,7 @@ def test_more_samples_than_rows_are_drawn_with_replacement(demo_dataset):
 
 
 @pytest.mark.parametrize(("n", "seed"), [(0, 0), (-5, 0), (5, -1)])
-def test_impossible_draws(n, seed, demo_dataset):
+def test_impossible_samples(n, seed, demo_dataset):
     with pytest.raises(InvalidArgumentError, match=f"got {min(n, seed)}"):
         StepsDataset(demo_dataset).sample_indices(n, seed=seed)
 
