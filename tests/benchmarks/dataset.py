@@ -277,18 +277,18 @@ def measure_sample(_root: Path, options: argparse.Namespace) -> list[Figure]:
 
 
 def sample_alone(rows: int, n: int, *, numpy: bool) -> tuple[float, float]:
-    """Return the seconds of a draw in a process of its own, and the MB it added to the peak."""
-    draw = f"np.random.default_rng(0).choice({rows}, {n}, replace=False)"
+    """Return the seconds of a sample in a process of its own, and the MB it added to the peak."""
+    call = f"np.random.default_rng(0).choice({rows}, {n}, replace=False)"
     if not numpy:
-        draw = f"draw({rows}, {n}, 0)"
+        call = f"sample({rows}, {n}, 0)"
     code = f"""
         import time
         import numpy as np
-        from dump_activations.dataset.draws import draw
+        from dump_activations.dataset.sampling import sample
         np.random.default_rng(0).choice(100, 10, replace=False)
         before = reset_peak()
         started = time.perf_counter()
-        {draw}
+        {call}
         took = time.perf_counter() - started
         print([took, peak_mb() - before])
     """
