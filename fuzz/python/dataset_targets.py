@@ -9,8 +9,8 @@ import numpy as np
 
 from dump_activations import _rust
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.headers import read_layout
 from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
+from dump_activations.dataset.shards import read_layout
 from dump_activations.errors import DumpActivationsError
 
 _ROWS = 5

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -191,11 +192,10 @@ def test_copies_of_shards_are_left_out(tmp_path):
     names = ["steps-00000.npy", "steps-00001.npy", "steps-a copper.npy"]
     for n in range(1, len(COPIES) + 1):
         dataset_of(tmp_path, [*names, *COPIES[:n]])
-        with pytest.warns(
-            DumpActivationsWarning, match=f"{n} files? .* left out.* copies"
-        ) as warned:
+        more = f" and {n - 1} more" if n > 1 else ""
+        text = re.escape(f"left out {min(COPIES[:n])}{more}, named like copies")
+        with pytest.warns(DumpActivationsWarning, match=text):
             ds = StepsDataset(tmp_path)
-        assert min(COPIES[:n]) in str(warned[0].message)
         assert [shard.path.name for shard in ds.shards] == names
 
 

@@ -1,5 +1,9 @@
-"""The shards of a dataset: finds them, opens them, and reads the layouts of their rows."""
+"""The shards of a dataset: finds them, opens them, and reads the layouts of their rows.
 
+The extension cuts the text of the dtype out of each header, and NumPy reads each distinct text.
+"""
+
+import ast
 import hashlib
 import json
 import os
@@ -11,13 +15,24 @@ from typing import NamedTuple
 import numpy as np
 
 from dump_activations import _rust
-from dump_activations.dataset.headers import read_layout, row_dtype
-from dump_activations.errors import warn
+from dump_activations.dtypes import CELLS
+from dump_activations.errors import DatasetError, warn
 
 # Marks of copies, in lower case, that `find` of the extension leaves out too: `steps-0 (1).npy`,
 # `steps-0 copy 2.npy`, `steps-0 - Copy.npy`, `steps-0 (conflicted copy ...).npy` and
 # `steps-0.sync-conflict-....npy`.
 _COPY_MARKS = (" (", " copy", ".sync-conflict-")
+# Rows of datasets have some 50 bytes. All bytes between the board and its mask are read with them.
+_MAX_ITEMSIZE = 1 << 20
+# Characters of a hostile text, and field names, that an error shows.
+_SHOWN = 200
+_NAMES_SHOWN = 20
+
+_BOARD_FIELDS = {
+    "board": np.dtype("<u8"),
+    "tile_65536_mask": np.dtype("<u2"),
+    "exps": np.dtype((np.uint8, (CELLS,))),
+}
 
 
 class Shard(NamedTuple):
@@ -41,9 +56,10 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
     names = [each.name for each in directory.glob("steps-*.npy")]
     copies = sorted(name for name in names if any(mark in name.lower() for mark in _COPY_MARKS))
     if copies:
+        others = f" and {len(copies) - 1} more" if copies[1:] else ""
         warn(
-            f"{directory}: {len(copies)} files are left out, because they are named like copies: "
-            f"{copies[0]}{' and others' if copies[1:] else ''}; remove or rename them"
+            f"{directory}: left out {copies[0]}{others}, named like copies of shards; remove or "
+            "rename them"
         )
     dataset = _rust.Dataset(directory, read_layout)
     _warn_of_numbers(dataset.path, dataset.names)
@@ -69,6 +85,61 @@ def _warn_of_numbers(path: Path, names: Sequence[str]) -> None:
             "rows of the shards that are there"
         )
     warn(f"{path}: {problem}")
+
+
+def row_dtype(path: Path, descr: str) -> np.dtype[np.void]:
+    """Return the dtype of a shard's rows from the text in its header, padding included.
+
+    Raises:
+        DatasetError: NumPy refuses it, or rows are not structured, too large or Python objects.
+    """
+    try:
+        dtype = np.lib.format.descr_to_dtype(ast.literal_eval(descr))
+        "".join(dtype.names or ()).encode()  # Messages can then show the names.
+    except Exception as error:  # NumPy raises almost anything on a damaged text.
+        reason = str(error).partition("\n")[0][:_SHOWN] or type(error).__name__
+        raise DatasetError(
+            f"{path}: NumPy refuses its dtype ({reason}); write the shard with numpy.save"
+        ) from error
+    if dtype.hasobject:
+        raise DatasetError(
+            f"{path}: its rows hold pickled Python objects, which are never loaded; "
+            "save plain numbers"
+        )
+    if dtype.names is None:
+        raise DatasetError(f"{path}: its rows must have named fields; got {str(dtype)[:_SHOWN]}")
+    if dtype.itemsize > _MAX_ITEMSIZE:
+        raise DatasetError(
+            f"{path}: its rows must have at most {_MAX_ITEMSIZE} bytes; got {dtype.itemsize}"
+        )
+    return dtype
+
+
+def read_layout(path: Path, descr: str) -> tuple[int, int | None, int | None, int | None]:
+    """Return the bytes of a row and the offsets of `board`, `tile_65536_mask` and `exps`.
+
+    None stands for a field that rows lack. `board` wins over `exps`.
+
+    Raises:
+        DatasetError: as `row_dtype`, or rows have no board, or have it in another dtype.
+    """
+    row = row_dtype(path, descr)
+    fields = {name: row.fields[name] for name in row.names or () if row.fields}
+    names = ["board", "tile_65536_mask"] if "board" in fields else ["exps"]
+    found = {name: fields[name] for name in names if name in fields}
+    if not found:
+        shown = [repr(name[:_SHOWN]) for name in [*fields][:_NAMES_SHOWN]]
+        raise DatasetError(
+            f"{path}: its rows must have 'board' or 'exps'; got {', '.join(shown) or 'no fields'}"
+        )
+    for name, (dtype, *_) in found.items():
+        if dtype != _BOARD_FIELDS[name]:
+            raise DatasetError(
+                f"{path}: field {name!r} must be little-endian {_BOARD_FIELDS[name]}; "
+                f"got {str(dtype)[:_SHOWN]}; convert it and save the shard again"
+            )
+    board, mask, exps = (found[name][1] if name in found else None for name in _BOARD_FIELDS)
+    return row.itemsize, board, mask, exps
 
 
 def row_layouts(dataset: _rust.Dataset) -> list[tuple[Path, np.dtype[np.void]]]:
