@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dump_activations.api.dump import dump
     from dump_activations.api.stream import Batch, stream
-    from dump_activations.dataset.dataset import Shard, StepsDataset
+    from dump_activations.dataset.dataset import StepsDataset
+    from dump_activations.dataset.shards import Shard
     from dump_activations.errors import (
         ActivationNotImplementedError,
         ActivationUnavailableError,
@@ -80,7 +81,7 @@ _HOMES = {
     "CellBatch": "storage.reading.cell_batch",
     "Encoder": "model.encoder",
     "EncoderConfig": "model.config",
-    "Shard": "dataset.dataset",
+    "Shard": "dataset.shards",
     "StepsDataset": "dataset.dataset",
     "Summary": "pipeline.summary",
     "dump": "api.dump",
