@@ -3,10 +3,7 @@
 
 pub mod dataset;
 pub mod error;
-mod exact;
-mod load;
 mod memory;
-mod norms;
 pub mod output;
 #[cfg(feature = "python")]
 mod python;
@@ -15,7 +12,6 @@ pub mod sampling;
 pub mod statistics;
 #[cfg(test)]
 mod testing;
-mod tile;
 
 pub use error::Error;
 use output::checksum;

@@ -21,7 +21,7 @@ mod _rust {
     };
     use pyo3::exceptions::{PyMemoryError, PyOSError};
     use pyo3::prelude::*;
-    use pyo3::types::{PyBytes, PyList, PyString};
+    use pyo3::types::{PyList, PyString};
 
     use crate::dataset::boards::CELLS;
     use crate::dataset::headers::Shards;
@@ -475,67 +475,36 @@ mod _rust {
         Ok(digest.as_tuple())
     }
 
-    /// Statistics of a tensor of vectors: `run` of its first layer, as many of the next, and so on.
-    ///
-    /// What is given counts from vectors of the tensor; it may come in any order, from any threads.
-    #[pyclass(frozen, module = "dump_activations._rust")]
-    struct Statistics {
-        statistics: statistics::Statistics,
-    }
-
-    #[pymethods]
-    impl Statistics {
-        #[new]
-        fn new(dtype: &str, layers: usize, run: usize, width: usize) -> PyResult<Self> {
-            let element = element(dtype)?;
-            if element.is_float32_or_shorter() && layers > 0 && run > 0 && width > 0 {
-                let vectors = Vectors { element, layers, run, width };
-                let statistics = statistics::Statistics::new(vectors).map_err(Error::from)?;
-                return Ok(Self { statistics });
-            }
-            Err(InvalidArgumentError::new_err(format!("no statistics of {dtype} vectors")))
+    /// Measures whole rows of uint8 data, `run` vectors per layer each, into a record per layer;
+    /// statistics.rs lists what a record holds.
+    #[pyfunction]
+    fn measure(
+        py: Python<'_>,
+        data: &Bound<'_, PyArray1<u8>>,
+        dtype: &str,
+        run: usize,
+        records: &Bound<'_, PyArray2<f64>>,
+    ) -> PyResult<()> {
+        let element = element(dtype)?;
+        let data = data.try_readonly().map_err(not_usable("data"))?;
+        let data = data.as_slice().map_err(not_usable("data"))?;
+        let (layers, length) = (records.shape()[0], records.shape()[1]);
+        let width = length.saturating_sub(statistics::PER_LAYER) / statistics::PER_FEATURE;
+        let vectors = Vectors { element, layers, run, width };
+        let mut records: PyReadwriteArray2<'_, f64> =
+            records.try_readwrite().map_err(not_usable("records"))?;
+        let records = records.as_slice_mut().map_err(not_usable("records"))?;
+        let nbytes = vectors.row_nbytes();
+        if element == Element::Integer
+            || nbytes == 0
+            || length != vectors.record_len()
+            || !data.len().is_multiple_of(nbytes)
+        {
+            let text = format!("data and records must be of the same {dtype} vectors");
+            return Err(InvalidArgumentError::new_err(text));
         }
-
-        /// Adds vectors from the `first`.
-        fn add(&self, py: Python<'_>, first: u64, data: &Bound<'_, PyArray1<u8>>) -> PyResult<()> {
-            let data = data.try_readonly().map_err(not_usable("data"))?;
-            let bytes = data.as_slice().map_err(not_usable("data"))?;
-            let vectors = self.statistics.vectors();
-            if !bytes.len().is_multiple_of(vectors.nbytes()) {
-                return Err(InvalidArgumentError::new_err("data: no whole vectors"));
-            }
-            py.detach(|| self.statistics.add(first, bytes)).map_err(Error::from)?;
-            Ok(())
-        }
-
-        /// Reads `count` vectors at an offset and adds them; returns their (crc32, nan, inf).
-        fn read(
-            &self,
-            py: Python<'_>,
-            fd: RawFd,
-            offset: u64,
-            first: u64,
-            count: u64,
-        ) -> PyResult<(u32, u64, u64)> {
-            let file = borrow_file(fd)?;
-            let digest = py
-                .detach(|| self.statistics.read(&file, offset, first, count))
-                .map_err(os_error)?;
-            Ok((digest.crc32, digest.nan, digest.inf))
-        }
-
-        /// Adds what is in a `state`.
-        fn merge(&self, py: Python<'_>, state: &[u8]) -> PyResult<()> {
-            if !py.detach(|| self.statistics.merge(state)) {
-                return Err(InvalidArgumentError::new_err("state: of another tensor"));
-            }
-            Ok(())
-        }
-
-        /// All that is known; storage/statistics.py says what lies where.
-        fn state<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-            PyBytes::new(py, &py.detach(|| self.statistics.state()))
-        }
+        py.detach(|| statistics::measure(vectors, data, records));
+        Ok(())
     }
 
     /// True if the file may be opened with O_DIRECT for `write_span`.

@@ -1,24 +1,27 @@
-//! Statistics of a tensor of vectors: exact, so that they depend on its elements alone and not on
-//! the order or the pieces in which these come.
+//! Moments of the vectors of a batch in float64: per layer and feature, in the order of the rows.
+//!
+//! There is one order of operations and no fused multiply-add, so that the same bytes give the same
+//! bits on every processor.
 
-use std::fs::File;
-use std::io;
-use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::checksum::Element;
 
-use crate::checksum::{Digest, Digester, Element};
-use crate::exact::{ExactSums, NBYTES};
-use crate::load::{from_float16, from_float16_by_f16c, load};
-use crate::memory::{self, OutOfMemory};
-use crate::norms;
-use crate::tile::{self, LANES, Lanes, ROWS, STRIPES, Scan, Sums, Tile};
+/// Values that a layer's record holds per feature: mean, M2 (the sum of squared deviations from the
+/// mean), min, max, and how many elements are beyond 6 in magnitude.
+pub const PER_FEATURE: usize = 5;
 
-/// Tiles that are filled at once, so that rows are read in long pieces.
-const TILES: usize = 4;
+/// Values that follow them: the means of the vectors' norms and squared norms.
+pub const PER_LAYER: usize = 2;
 
-/// Read at a time: enough vectors of each layer to fill a tile.
-const READ: usize = 4 << 20;
+/// Vectors whose deviations from the first of them are summed before Chan's rule merges the sums.
+/// Subtracting the squared sum from the sum of squares then loses at most a factor of `TILE`.
+const TILE: usize = 256;
+
+/// Elements that are widened at once: they stay in the inner caches.
+const GROUP: usize = 4096;
+
+const LANES: usize = 8;
+
+type Lanes = [f64; LANES];
 
 /// A tensor as a sequence of vectors: `run` of the first layer, as many of the next, and so on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,404 +33,313 @@ pub struct Vectors {
 }
 
 impl Vectors {
-    pub fn nbytes(&self) -> usize {
-        self.width * self.element.nbytes()
+    /// Bytes of a row: `run` vectors per layer.
+    pub fn row_nbytes(&self) -> usize {
+        self.layers * self.run * self.width * self.element.nbytes()
+    }
+
+    /// Values of a layer's record.
+    pub fn record_len(&self) -> usize {
+        PER_FEATURE * self.width + PER_LAYER
     }
 }
 
-/// The statistics of a tensor, taken from any threads.
-pub struct Statistics {
+/// Measures whole rows of a tensor into a record per layer, with vectors as wide as the processor
+/// has them.
+pub fn measure(vectors: Vectors, data: &[u8], records: &mut [f64]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has the instructions that the function is compiled for.
+        #[allow(unsafe_code)]
+        return unsafe { measure_avx2(vectors, data, records) };
+    }
+    measure_portably(vectors, data, records);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn measure_avx2(vectors: Vectors, data: &[u8], records: &mut [f64]) {
+    measure_portably(vectors, data, records);
+}
+
+#[inline(always)]
+fn measure_portably(vectors: Vectors, data: &[u8], records: &mut [f64]) {
+    match vectors.element {
+        Element::Float64 => measure_layers(vectors, data, records, f64::from_le_bytes),
+        Element::Float16 => measure_layers(vectors, data, records, from_float16),
+        Element::BFloat16 => measure_layers(vectors, data, records, from_bfloat16),
+        Element::Float32 | Element::Integer => measure_layers(vectors, data, records, from_float32),
+    }
+}
+
+#[inline(always)]
+fn measure_layers<const N: usize>(
     vectors: Vectors,
-    layers: Vec<Mutex<Layer>>,
+    data: &[u8],
+    records: &mut [f64],
+    widen: impl Fn([u8; N]) -> f64 + Copy,
+) {
+    let Vectors { layers, run, width, .. } = vectors;
+    let (elements, _) = data.as_chunks::<N>();
+    for (number, record) in records.chunks_exact_mut(vectors.record_len()).enumerate() {
+        let spans = || elements.chunks_exact(run * width).skip(number).step_by(layers);
+        let mut layer = Layer::new(width);
+        for vector in spans().flat_map(|span| span.chunks_exact(width)) {
+            layer.add(vector, widen);
+        }
+        layer.sum_group();
+        layer.merge_tile();
+        layer.write(record, width);
+        // Comparisons skip NaN, which is the min and the max of a feature that has one.
+        if record[..width].iter().any(|mean| !mean.is_finite()) {
+            let elements = spans().flatten().enumerate();
+            for (at, _) in elements.filter(|&(_, &element)| widen(element).is_nan()) {
+                record[2 * width + at % width] = f64::NAN;
+                record[3 * width + at % width] = f64::NAN;
+            }
+        }
+    }
 }
 
-/// The statistics of a layer's vectors.
-///
-/// What is not finite is in no exact sum: NaN and infinite values add up by themselves, to zero
-/// where there are none.
+/// State of some features of a layer.
+#[derive(Clone, Copy)]
+struct Features {
+    mean: Lanes,
+    m2: Lanes,
+    min: Lanes,
+    max: Lanes,
+    beyond: Lanes,
+    /// First vector of the tile, but 0 where it is not finite.
+    shift: Lanes,
+    /// Sum of the tile's deviations from `shift`, and the sum of their squares.
+    sum: Lanes,
+    squares: Lanes,
+}
+
+/// State of a layer: merged vectors, and a tile of vectors that are summed but not merged yet.
 struct Layer {
-    count: u64,
-    special_norms: f64,
-    norms: ExactSums,
-    sums: ExactSums,
-    squares: ExactSums,
-    special: Vec<f64>,
-    /// NaN where there is one among the elements.
-    min: Vec<f32>,
-    max: Vec<f32>,
-    outliers: Vec<u64>,
-}
-
-impl Statistics {
-    pub fn new(vectors: Vectors) -> Result<Self, OutOfMemory> {
-        let mut layers = memory::with_capacity(vectors.layers)?;
-        for _ in 0..vectors.layers {
-            layers.push(Mutex::new(Layer::new(vectors.width)?));
-        }
-        Ok(Self { vectors, layers })
-    }
-
-    pub fn vectors(&self) -> Vectors {
-        self.vectors
-    }
-
-    fn layer(&self, number: usize) -> MutexGuard<'_, Layer> {
-        self.layers[number].lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Adds vectors that lie one after the other in the tensor, from the `first`.
-    pub fn add(&self, first: u64, data: &[u8]) -> Result<(), OutOfMemory> {
-        let mut block = Block::new(self.vectors)?;
-        let count = data.len() / self.vectors.nbytes();
-        for number in 0..self.layers.len() {
-            let runs = runs_of(self.vectors, number as u64, first..first + count as u64);
-            let starts = runs.flatten().map(|vector| (vector - first) as usize);
-            let mut starts = starts.map(|vector| vector * self.vectors.nbytes());
-            while block.fill(data, &mut starts) {
-                block.add_to(&mut self.layer(number));
-            }
-        }
-        Ok(())
-    }
-
-    /// Reads vectors at an offset in a file, digests and adds them.
-    pub fn read(&self, file: &File, offset: u64, first: u64, count: u64) -> io::Result<Digest> {
-        let nbytes = self.vectors.nbytes();
-        let at_once = (READ / nbytes).max(1).min(count as usize);
-        let mut data = memory::filled(0, at_once * nbytes)?;
-        let mut digester = Digester::new(self.vectors.element);
-        let mut done = 0;
-        while done < count {
-            let some = (count - done).min(at_once as u64);
-            let data = &mut data[..some as usize * nbytes];
-            file.read_exact_at(data, offset + done * nbytes as u64)?;
-            digester.update(data);
-            self.add(first + done, data)?;
-            done += some;
-        }
-        Ok(digester.finish())
-    }
-
-    /// Adds what others saw of the same tensor, by their state; says whether it can be one.
-    pub fn merge(&self, state: &[u8]) -> bool {
-        let nbytes = Layer::nbytes(self.vectors.width);
-        let is_one = state.len() == nbytes * self.layers.len();
-        if is_one {
-            for (number, state) in state.chunks_exact(nbytes).enumerate() {
-                self.layer(number).merge(&Layer::from_bytes(state, self.vectors.width));
-            }
-        }
-        is_one
-    }
-
-    /// All that is known, layer after layer; see `Layer::to_bytes`.
-    pub fn state(&self) -> Vec<u8> {
-        (0..self.layers.len()).flat_map(|number| self.layer(number).to_bytes()).collect()
-    }
-}
-
-/// The vectors of a layer among some of the tensor's.
-fn runs_of(vectors: Vectors, layer: u64, among: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let (layers, run) = (vectors.layers as u64, vectors.run as u64);
-    let first = among.start / run;
-    let skipped = (layer + layers - first % layers) % layers;
-    let numbers = (first + skipped..among.end.div_ceil(run)).step_by(vectors.layers);
-    numbers.map(move |number| (number * run).max(among.start)..((number + 1) * run).min(among.end))
+    count: usize,
+    norms: [f64; PER_LAYER],
+    features: Vec<Features>,
+    tile: usize,
+    tile_norms: [f64; PER_LAYER],
+    /// Vectors of the tile that are not summed yet, each with zeros up to whole lanes.
+    group: Vec<Lanes>,
+    grouped: usize,
 }
 
 impl Layer {
-    fn new(width: usize) -> Result<Self, OutOfMemory> {
-        Ok(Self {
-            count: 0,
-            special_norms: 0.0,
-            norms: ExactSums::zeros(1)?,
-            sums: ExactSums::zeros(width)?,
-            squares: ExactSums::zeros(width)?,
-            special: memory::filled(0.0, width)?,
-            min: memory::filled(f32::INFINITY, width)?,
-            max: memory::filled(f32::NEG_INFINITY, width)?,
-            outliers: memory::filled(0, width)?,
-        })
-    }
-
-    /// Bytes of its state.
-    fn nbytes(width: usize) -> usize {
-        8 + 8 + NBYTES + width * (2 * NBYTES + 8 + 4 + 4 + 8)
-    }
-
-    /// The fields in their order, little-endian and without padding; a sum is a number of `NBYTES`.
-    fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = self.count.to_le_bytes().to_vec();
-        bytes.extend(self.special_norms.to_le_bytes());
-        bytes.extend(self.norms.to_bytes());
-        bytes.extend(self.sums.to_bytes());
-        bytes.extend(self.squares.to_bytes());
-        bytes.extend(self.special.iter().flat_map(|value| value.to_le_bytes()));
-        bytes.extend(self.min.iter().flat_map(|value| value.to_le_bytes()));
-        bytes.extend(self.max.iter().flat_map(|value| value.to_le_bytes()));
-        bytes.extend(self.outliers.iter().flat_map(|count| count.to_le_bytes()));
-        bytes
-    }
-
-    /// What `to_bytes` gave.
-    fn from_bytes(mut bytes: &[u8], width: usize) -> Self {
-        let mut take = |nbytes| {
-            let (head, rest) = bytes.split_at(nbytes);
-            bytes = rest;
-            head
+    fn new(width: usize) -> Self {
+        let zero = [0.0; LANES];
+        let features = Features {
+            mean: zero,
+            m2: zero,
+            min: [f64::INFINITY; LANES],
+            max: [f64::NEG_INFINITY; LANES],
+            beyond: zero,
+            shift: zero,
+            sum: zero,
+            squares: zero,
         };
-        let eights = |bytes: &[u8]| bytes.as_chunks().0.to_vec();
-        let fours = |bytes: &[u8]| bytes.as_chunks().0.to_vec();
+        let lanes = width.div_ceil(LANES);
         Self {
-            count: u64::from_le_bytes(eights(take(8))[0]),
-            special_norms: f64::from_le_bytes(eights(take(8))[0]),
-            norms: ExactSums::from_bytes(take(NBYTES)),
-            sums: ExactSums::from_bytes(take(width * NBYTES)),
-            squares: ExactSums::from_bytes(take(width * NBYTES)),
-            special: eights(take(8 * width)).into_iter().map(f64::from_le_bytes).collect(),
-            min: fours(take(4 * width)).into_iter().map(f32::from_le_bytes).collect(),
-            max: fours(take(4 * width)).into_iter().map(f32::from_le_bytes).collect(),
-            outliers: eights(take(8 * width)).into_iter().map(u64::from_le_bytes).collect(),
-        }
-    }
-
-    fn merge(&mut self, other: &Self) {
-        self.count += other.count;
-        self.sums.merge(&other.sums);
-        self.squares.merge(&other.squares);
-        self.norms.merge(&other.norms);
-        self.special_norms += other.special_norms;
-        let add =
-            |to: &mut Vec<f64>, from: &[f64]| to.iter_mut().zip(from).for_each(|(a, b)| *a += b);
-        add(&mut self.special, &other.special);
-        self.outliers.iter_mut().zip(&other.outliers).for_each(|(to, from)| *to += from);
-        self.min.iter_mut().zip(&other.min).for_each(|(to, &from)| lower(to, from));
-        self.max.iter_mut().zip(&other.max).for_each(|(to, &from)| raise(to, from));
-    }
-}
-
-fn lower(least: &mut f32, value: f32) {
-    if value < *least || value.is_nan() {
-        *least = value;
-    }
-}
-
-fn raise(most: &mut f32, value: f32) {
-    if value > *most || value.is_nan() {
-        *most = value;
-    }
-}
-
-/// What is taken of some vectors of one layer before it is added to what is known of that.
-struct Block {
-    vectors: Vectors,
-    count: usize,
-    /// Tiles side by side.
-    tiles: Vec<Tile>,
-    class: Box<Tile>,
-    /// Partial sums of each vector's squares.
-    squares: Box<[[f64; STRIPES]; ROWS]>,
-    /// With the number of the first feature.
-    sums: Vec<(usize, Sums)>,
-    min: Vec<f32>,
-    max: Vec<f32>,
-    outliers: Vec<u32>,
-    special: Vec<(usize, f64)>,
-    /// Terms of the sum of norms.
-    norms: Vec<f64>,
-}
-
-impl Block {
-    fn new(vectors: Vectors) -> Result<Self, OutOfMemory> {
-        let width = vectors.width.next_multiple_of(LANES);
-        Ok(Self {
-            vectors,
             count: 0,
-            tiles: memory::filled(Tile::new(), TILES)?,
-            class: Box::new(Tile::new()),
-            squares: Box::new([[0.0; STRIPES]; ROWS]),
-            sums: Vec::new(),
-            min: memory::filled(0.0, width)?,
-            max: memory::filled(0.0, width)?,
-            outliers: memory::filled(0, width)?,
-            special: Vec::new(),
-            norms: Vec::new(),
-        })
-    }
-
-    /// Takes as many vectors as a tile has rows, by where in `data` they start; says whether there
-    /// was one.
-    fn fill(&mut self, data: &[u8], starts: &mut impl Iterator<Item = usize>) -> bool {
-        let mut taken = [0; ROWS];
-        self.count = taken.iter_mut().zip(starts).map(|(to, start)| *to = start).count();
-        self.take(data, &taken[..self.count]);
-        self.count > 0
-    }
-
-    /// Takes vectors, with instructions as wide as the processor has them.
-    fn take(&mut self, data: &[u8], starts: &[usize]) {
-        #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2")
-            && std::arch::is_x86_feature_detected!("fma")
-            && std::arch::is_x86_feature_detected!("f16c")
-        {
-            // SAFETY: the processor has the instructions that the function is compiled for.
-            #[allow(unsafe_code)]
-            return unsafe { self.take_avx2(data, starts) };
+            norms: [0.0; PER_LAYER],
+            features: vec![features; lanes],
+            tile: 0,
+            tile_norms: [0.0; PER_LAYER],
+            group: vec![zero; (GROUP / LANES / lanes).clamp(1, TILE) * lanes],
+            grouped: 0,
         }
-        self.take_portably(data, starts, from_float16);
     }
 
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn take_avx2(&mut self, data: &[u8], starts: &[usize]) {
-        self.take_portably(data, starts, |halves| from_float16_by_f16c(halves));
-    }
-
+    /// Adds a vector to the group. A full group is added to the tile, a full tile to the layer.
     #[inline(always)]
-    fn take_portably(
-        &mut self,
-        data: &[u8],
-        starts: &[usize],
-        from_float16: impl Fn(&[[u8; 2]; LANES]) -> Lanes<f32>,
-    ) {
-        let Vectors { element, width, .. } = self.vectors;
-        self.squares.fill([0.0; STRIPES]);
-        self.sums.clear();
-        self.special.clear();
-        for first in (0..width).step_by(TILES * LANES) {
-            let columns = first..width.min(first + TILES * LANES);
-            let count = columns.len().div_ceil(LANES);
-            load(&mut self.tiles[..count], data, starts, columns, element, &from_float16);
-            for number in 0..count {
-                self.sum(number, first + number * LANES);
-            }
+    fn add<const N: usize>(&mut self, vector: &[[u8; N]], widen: impl Fn([u8; N]) -> f64) {
+        let lanes = self.features.len();
+        let to = self.group[self.grouped * lanes..][..lanes].as_flattened_mut();
+        for (to, &element) in to.iter_mut().zip(vector) {
+            *to = widen(element);
         }
-        norms::terms(&self.squares[..self.count], &mut self.norms);
+        self.grouped += 1;
+        if self.grouped * lanes == self.group.len() || self.tile + self.grouped == TILE {
+            self.sum_group();
+        }
+        if self.tile == TILE {
+            self.merge_tile();
+        }
     }
 
-    /// Sums a tile up, whose first feature is the `first`.
+    /// Adds the group to the sums of the tile.
     #[inline(always)]
-    fn sum(&mut self, number: usize, first: usize) {
-        let element = self.vectors.element;
-        let tile = &mut self.tiles[number];
-        let mut scan = Scan::of(tile);
-        let features = first..first + LANES;
-        self.min[features.clone()].copy_from_slice(&scan.min);
-        self.max[features.clone()].copy_from_slice(&scan.max);
-        if scan.has_outliers() {
-            self.outliers[features].copy_from_slice(&tile::outliers(tile));
-        } else {
-            self.outliers[features].fill(0);
+    fn sum_group(&mut self) {
+        let lanes = self.features.len();
+        let group = &self.group[..self.grouped * lanes];
+        for vector in group.chunks_exact(lanes) {
+            let square = sum_of_squares(vector);
+            self.tile_norms[0] += square.sqrt();
+            self.tile_norms[1] += square;
         }
-        let sums = tile::sums(tile, &scan, &mut self.squares);
-        if sums.sum.iter().any(|sum| !sum.is_finite()) {
-            self.set_apart(number, first);
-            scan = Scan::of(&self.tiles[number]);
-        } else if scan.is_narrow(element) {
-            self.sums.push((first, sums));
-            return;
-        }
-        let mut unused = Box::new([[0.0; STRIPES]; ROWS]);
-        while scan.has_nonzero() {
-            tile::take_class(&mut self.tiles[number], &mut self.class, &scan, element);
-            self.sums.push((first, tile::sums(&self.class, &scan, &mut unused)));
-            scan = Scan::of(&self.tiles[number]);
-        }
-    }
-
-    /// Leaves zeros in the tile where it is not finite.
-    fn set_apart(&mut self, number: usize, first: usize) {
-        for row in &mut self.tiles[number].values[..self.count] {
-            for (lane, value) in row.iter_mut().enumerate().filter(|(_, value)| !value.is_finite())
-            {
-                let feature = first + lane;
-                if value.is_nan() {
-                    self.min[feature] = f32::NAN;
-                    self.max[feature] = f32::NAN;
+        for (at, to) in self.features.iter_mut().enumerate() {
+            let mut features = *to;
+            if self.tile == 0 {
+                for (shift, value) in features.shift.iter_mut().zip(self.group[at]) {
+                    *shift = if value.is_finite() { value } else { 0.0 };
                 }
-                self.special.push((feature, f64::from(*value)));
-                *value = 0.0;
             }
+            let mut beyond = [0_u64; LANES];
+            for vector in group.chunks_exact(lanes) {
+                for (lane, &value) in vector[at].iter().enumerate() {
+                    let deviation = value - features.shift[lane];
+                    let (min, max) = (features.min[lane], features.max[lane]);
+                    features.sum[lane] += deviation;
+                    features.squares[lane] += deviation * deviation;
+                    features.min[lane] = if value < min { value } else { min };
+                    features.max[lane] = if value > max { value } else { max };
+                    beyond[lane] += u64::from(value.abs() > 6.0);
+                }
+            }
+            for (count, more) in features.beyond.iter_mut().zip(beyond) {
+                *count += more as f64;
+            }
+            *to = features;
         }
+        self.tile += std::mem::take(&mut self.grouped);
     }
 
-    fn add_to(&self, layer: &mut Layer) {
-        layer.count += self.count as u64;
-        for (first, sums) in &self.sums {
-            for (lane, feature) in (*first..self.vectors.width).take(LANES).enumerate() {
-                layer.sums.add(feature, [sums.sum[lane]]);
-                layer.squares.add(feature, [sums.high[lane], sums.low[lane]]);
+    /// Merges the tile by Chan's rule and begins another.
+    #[inline(always)]
+    fn merge_tile(&mut self) {
+        let (count, tile) = (self.count as f64, self.tile as f64);
+        let weight = tile / (count + tile);
+        for features in self.features.iter_mut().filter(|_| tile > 0.0) {
+            for lane in 0..LANES {
+                let sum = features.sum[lane];
+                let mean = features.shift[lane] + sum / tile;
+                let m2 = features.squares[lane] - sum * (sum / tile);
+                let delta = mean - features.mean[lane];
+                // The difference of two infinite means is NaN. Their sum is NumPy's mean.
+                let step = if delta.is_finite() { delta * weight } else { mean };
+                features.mean[lane] += step;
+                features.m2[lane] += m2.max(0.0) + delta * delta * weight * count;
             }
+            features.sum = [0.0; LANES];
+            features.squares = [0.0; LANES];
         }
-        layer.min.iter_mut().zip(&self.min).for_each(|(to, &from)| lower(to, from));
-        layer.max.iter_mut().zip(&self.max).for_each(|(to, &from)| raise(to, from));
-        layer
-            .outliers
-            .iter_mut()
-            .zip(&self.outliers)
-            .for_each(|(to, &from)| *to += u64::from(from));
-        self.special.iter().for_each(|&(feature, value)| layer.special[feature] += value);
-        for &norm in &self.norms {
-            if norm.is_finite() {
-                layer.norms.add(0, [norm]);
-            } else {
-                layer.special_norms += norm;
-            }
+        for (norm, more) in self.norms.iter_mut().zip(&mut self.tile_norms) {
+            *norm += std::mem::take(more);
+        }
+        self.count += std::mem::take(&mut self.tile);
+    }
+
+    fn write(&self, record: &mut [f64], width: usize) {
+        for feature in 0..width {
+            let (features, lane) = (&self.features[feature / LANES], feature % LANES);
+            record[feature] = features.mean[lane];
+            record[width + feature] = features.m2[lane];
+            record[2 * width + feature] = features.min[lane];
+            record[3 * width + feature] = features.max[lane];
+            record[4 * width + feature] = features.beyond[lane];
+        }
+        for (to, norm) in record[PER_FEATURE * width..].iter_mut().zip(self.norms) {
+            *to = norm / self.count as f64;
         }
     }
+}
+
+#[inline(always)]
+fn sum_of_squares(vector: &[Lanes]) -> f64 {
+    let mut squares = [0.0; LANES];
+    for values in vector {
+        for lane in 0..LANES {
+            squares[lane] += values[lane] * values[lane];
+        }
+    }
+    let [a, b, c, d, e, f, g, h] = squares;
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
+}
+
+#[inline(always)]
+fn from_float32(bytes: [u8; 4]) -> f64 {
+    f32::from_le_bytes(bytes).into()
+}
+
+#[inline(always)]
+fn from_bfloat16(bytes: [u8; 2]) -> f64 {
+    f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16).into()
+}
+
+/// Without arithmetic on subnormal numbers, which threads may be set to take for zero.
+#[inline(always)]
+fn from_float16(bytes: [u8; 2]) -> f64 {
+    const SMALLEST_NORMAL: u32 = 0x400 << 13;
+    const INFINITY: u32 = 0x7c00 << 13;
+    const REBIAS: u32 = (127 - 15) << 23;
+    let bits = u32::from(u16::from_le_bytes(bytes));
+    let magnitude = (bits & 0x7fff) << 13;
+    let more = if magnitude >= INFINITY { REBIAS } else { 0 };
+    let normal = f32::from_bits(magnitude + REBIAS + more);
+    let hidden = REBIAS + SMALLEST_NORMAL;
+    let subnormal = f32::from_bits(magnitude + hidden) - f32::from_bits(hidden);
+    let value = if magnitude < SMALLEST_NORMAL { subnormal } else { normal };
+    f32::from_bits(value.to_bits() | (bits & 0x8000) << 16).into()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Bytes of which few are zero, so that elements are of all magnitudes.
-    fn bytes(count: usize) -> Vec<u8> {
-        (0..count as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
-    }
-
-    fn state_of(
-        vectors: Vectors,
-        data: &[u8],
-        take: impl Fn(&mut Block, &[u8], &[usize]),
-    ) -> Vec<u8> {
-        let mut block = Block::new(vectors).expect("memory");
-        let starts: Vec<_> = (0..data.len()).step_by(vectors.nbytes()).collect();
-        block.count = starts.len();
-        take(&mut block, data, &starts);
-        let mut layer = Layer::new(vectors.width).expect("memory");
-        block.add_to(&mut layer);
-        layer.to_bytes()
+    /// By the meaning of its fields: an exponent of 5 bits less 15, and 10 bits after the point.
+    fn value_of(half: u16) -> f64 {
+        let (exponent, fraction) = (i32::from(half >> 10 & 0x1f), f64::from(half & 0x3ff) / 1024.0);
+        let magnitude = match exponent {
+            0 => fraction * 2_f64.powi(-14),
+            31 if fraction == 0.0 => f64::INFINITY,
+            31 => f64::NAN,
+            _ => (1.0 + fraction) * 2_f64.powi(exponent - 15),
+        };
+        if half >> 15 == 0 { magnitude } else { -magnitude }
     }
 
     #[test]
-    fn all_processors_find_the_same() {
-        for element in [Element::Float32, Element::Float16, Element::BFloat16] {
-            for width in [1, 16, 75, 130] {
-                let vectors = Vectors { element, layers: 1, run: 1, width };
-                let data = bytes(ROWS * vectors.nbytes());
-                let portably = state_of(vectors, &data, |block, data, starts| {
-                    block.take_portably(data, starts, from_float16);
-                });
-                assert_eq!(state_of(vectors, &data, Block::take), portably, "{element:?} {width}");
-            }
+    fn every_float16_is_widened_exactly() {
+        for half in 0..=u16::MAX {
+            let (found, expected) = (from_float16(half.to_le_bytes()), value_of(half));
+            assert_eq!(found.is_nan(), expected.is_nan(), "{half:#x}");
+            assert!(found.is_nan() || found.to_bits() == expected.to_bits(), "{half:#x}");
         }
     }
 
+    fn measured(vectors: Vectors, values: &[f32]) -> Vec<f64> {
+        let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let mut records = vec![0.0; vectors.layers * vectors.record_len()];
+        measure(vectors, &data, &mut records);
+        records
+    }
+
     #[test]
-    fn vectors_belong_to_their_layers() {
-        let vectors = Vectors { element: Element::Float32, layers: 3, run: 2, width: 1 };
-        for (among, layer, expected) in [
-            (0..12, 1, vec![2, 3, 8, 9]),
-            (3..9, 1, vec![3, 8]),
-            (3..9, 0, vec![6, 7]),
-            (4..5, 2, vec![4]),
-            (4..5, 0, vec![]),
-            (5..5, 2, vec![]),
-        ] {
-            let found: Vec<u64> = runs_of(vectors, layer, among.clone()).flatten().collect();
-            assert_eq!(found, expected, "{among:?} {layer}");
+    fn layers_have_their_own_vectors() {
+        let vectors = Vectors { element: Element::Float32, layers: 2, run: 2, width: 1 };
+        let values = [1.0, 3.0, 10.0, 10.0, 5.0, 7.0, 10.0, 10.0];
+        let expected =
+            [[4.0, 20.0, 1.0, 7.0, 1.0, 4.0, 21.0], [10.0, 0.0, 10.0, 10.0, 4.0, 10.0, 100.0]];
+        assert_eq!(measured(vectors, &values), expected.concat());
+    }
+
+    #[test]
+    fn every_processor_finds_the_same_bits() {
+        for element in [Element::Float64, Element::Float32, Element::Float16, Element::BFloat16] {
+            for width in [1, 16, 75] {
+                let vectors = Vectors { element, layers: 2, run: 5, width };
+                let byte = |i: u64| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 & 0xbb;
+                let data: Vec<u8> = (0..200 * vectors.row_nbytes() as u64).map(byte).collect();
+                let [mut ours, mut portable] =
+                    [(); 2].map(|()| vec![0.0; 2 * vectors.record_len()]);
+                measure(vectors, &data, &mut ours);
+                measure_portably(vectors, &data, &mut portable);
+                assert!(ours.iter().all(|value| value.is_finite()), "{element:?} {width}");
+                assert_eq!(ours, portable, "{element:?} {width}");
+            }
         }
     }
 }

@@ -1,20 +1,21 @@
 """Small dumps, known byte for byte, for the tests of the writer. Imports no torch."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from dump_activations.dtypes import DTYPES, TensorSpec
-from dump_activations.storage.writing.batch_file import BatchFile
-from dump_activations.storage.writing.joined_file import JoinedFile
-from dump_activations.storage.writing.output_file import OutputFile
+from dump_activations.storage.writing.output import OutputFile
+from dump_activations.storage.writing.paths import check_output, target_of
+from dump_activations.storage.writing.shards import Output
 from dump_activations.storage.writing.work import Work
-from dump_activations.storage.writing.writers import WriterPool
+from dump_activations.storage.writing.writers import Writers
 
 SUFFIXES = (".safetensors", ".pt", ".npz")
 
@@ -79,37 +80,36 @@ def small_dump(rows: int = 23, batch_rows: int = 4) -> Dump:
     )
 
 
-def open_file(path: Path, dump: Dump, *, fingerprint: str = "work", **options: bool) -> OutputFile:
-    return OutputFile.open(work_of(path, dump, fingerprint=fingerprint), **options)
+def open_file(path: Path, dump: Dump, *, inputs: Sequence[Path] = (), **options: Any) -> OutputFile:
+    """Open the file of a dump as one process does. Leaving its context suspends it."""
+    check_output(path, [spec.dtype for spec in dump.specs], inputs=inputs)
+    target_of(path).parent.mkdir(parents=True, exist_ok=True)
+    file = open_output(path, dump, **options).take()
+    assert file is not None
+    return file
 
 
-def join_file(path: Path, dump: Dump, first: OutputFile, rank: int) -> JoinedFile:
-    assert first.token is not None
-    return JoinedFile.join(work_of(path, dump), rank=rank, token=first.token)
+def open_output(
+    path: Path,
+    dump: Dump,
+    *,
+    identity: str = "work",
+    shards: int | None = None,
+    **options: Any,
+) -> Output:
+    work = work_of(path, dump, identity=identity)
+    return Output(work.files(shards), **options)
 
 
-@contextmanager
-def open_group(path: Path, dump: Dump, ranks: int, **options: bool) -> Iterator[list[BatchFile]]:
-    """Open a file as several processes do; those that have not ended suspend, the first at last."""
-    with ExitStack() as exits:
-        first = exits.enter_context(open_file(path, dump, shared=True, **options))
-        others = [join_file(path, dump, first, rank) for rank in range(1, ranks)]
-        yield [first, *map(exits.enter_context, others)]
-
-
-def write_ticket(file: BatchFile, dump: Dump, batches: range) -> None:
-    file.begin_ticket(batches)
-    write_batches(file, dump, dump.first_rows[batches.start : batches.stop])
-
-
-def work_of(path: Path, dump: Dump, *, fingerprint: str = "work") -> Work:
-    return Work.of(
-        path,
+def work_of(path: Path, dump: Dump, *, identity: str = "work") -> Work:
+    return Work(
+        target_of(path),
         dump.specs,
+        dump.batched,
+        dump.batch_rows,
         dump.metadata,
-        batched=dump.batched,
-        batch_rows=dump.batch_rows,
-        fingerprint={"work": fingerprint},
+        computed_by={"device": "abacus", "threads": "1"},
+        identity={"work": identity, **dump.metadata},
     )
 
 
@@ -119,11 +119,19 @@ def write_whole_tensors(file: OutputFile, dump: Dump) -> None:
 
 
 def write_batches(
-    file: BatchFile, dump: Dump, first_rows: Sequence[int], *, threads: int = 2
+    file: OutputFile, dump: Dump, first_rows: Iterable[int], *, threads: int = 2
 ) -> None:
-    with WriterPool(file, threads=threads) as writers:
+    """Write the batches at these rows of the run."""
+    with Writers(lambda _: None, threads=threads) as writers:
         for first_row in first_rows:
-            writers.submit(first_row, dump.batch(first_row), done=lambda: None)
+            batch = first_row // dump.batch_rows - file.work.run_batches.start
+            writers.submit(file, batch, dump.batch(first_row), done=lambda: None)
+
+
+def missing_rows(file: OutputFile) -> list[int]:
+    """List the first row of each missing batch, as the run numbers rows."""
+    start, size = file.work.run_batches.start, file.work.work.batch_rows
+    return [(start + batch) * size for each in file.missing for batch in each]
 
 
 def write_dump(
@@ -132,16 +140,25 @@ def write_dump(
     *,
     order: Sequence[int] | None = None,
     threads: int = 2,
-    **options: bool,
+    **options: Any,
 ) -> Path:
-    """Write a whole file; batches are handed over in `order`, but not those that are there."""
+    """Write a dump in one file; batches are submitted in `order`, without those that are there."""
     with open_file(path, dump, **options) as file:
         write_whole_tensors(file, dump)
-        missing = {row for stretch in file.missing for row in file.rows_of(stretch)}
-        first_rows = [row for row in order or dump.first_rows if row in missing]
-        write_batches(file, dump, first_rows, threads=threads)
+        missing = missing_rows(file)
+        chosen = [row for row in order or dump.first_rows if row in missing]
+        write_batches(file, dump, chosen, threads=threads)
         file.commit()
     return path
+
+
+def write_shards(path: Path, dump: Dump, shards: int, **options: Any) -> None:
+    """Write all shards of a dump, as one process does."""
+    with open_output(path, dump, shards=shards, **options) as output:
+        while (file := output.next()) is not None:
+            write_whole_tensors(file, dump)
+            write_batches(file, dump, missing_rows(file))
+            output.commit(file)
 
 
 @contextmanager

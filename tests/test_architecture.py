@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
 LEAVES = (
-    *("chunks", "dtypes", "errors", "paths", "pickles", "place", "progress"),
-    *("statistics", "text", "timing"),
+    *("dtypes", "errors", "paths", "pickles", "progress"),
+    *("text", "timing"),
 )
 
 # Room -> the rooms and modules that its modules may import, besides one another.
@@ -33,7 +33,7 @@ ARROWS = {
     ),
     "__init__": (*LEAVES, "api", "model", "pipeline", "dataset", "report", "storage.reading"),
     "api": (*LEAVES, "model", "options", "pipeline", "dataset", "storage"),
-    "pipeline": (*LEAVES, "_rust", "model", "options", "dataset"),
+    "pipeline": (*LEAVES, "_rust", "model", "options", "dataset", "storage.statistics"),
     "options": (
         *LEAVES,
         *("model.activations", "model.layers", "dataset.expressions"),
@@ -47,10 +47,15 @@ ARROWS = {
     "storage.reading": (
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.statistics"),
     ),
-    "storage.statistics": (*LEAVES, "_rust", "storage.digests"),
+    "storage.statistics": (
+        *(*LEAVES, "_rust", "storage.formats.contents", "storage.reading.catalog"),
+        "storage.reading.inspection",
+    ),
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
-    "report": (*LEAVES, "dataset.game", "storage.digests", "storage.reading"),
+    "report": (
+        *(*LEAVES, "dataset.game", "storage.digests", "storage.reading", "storage.statistics"),
+    ),
     "demo": (),
     **dict.fromkeys(LEAVES, LEAVES),
 }

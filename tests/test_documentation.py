@@ -17,7 +17,7 @@ from dump_activations import dump
 from dump_activations.commands.dump import dump_activations
 from dump_activations.commands.inspect import inspect_activations
 from dump_activations.model.activations import ACTIVATIONS
-from dump_activations.statistics import STATISTICS
+from dump_activations.storage.statistics import STATISTICS
 from test_architecture import ARROWS, LEAVES, PACKAGE
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dump_activations.api import Batch, dump, stream
+    from dump_activations.api.dump import dump
+    from dump_activations.api.stream import Batch, stream
     from dump_activations.dataset.dataset import StepsDataset
     from dump_activations.dataset.shards import Shard
     from dump_activations.errors import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.model.encoder import Encoder
     from dump_activations.pipeline.summary import Summary
-    from dump_activations.report.writing import write_report
+    from dump_activations.report.render import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
     from dump_activations.storage.reading.cell_batch import CellBatch
 
@@ -76,17 +77,17 @@ __all__ = [
 # torch and NumPy take seconds to import, so a name's module is imported when it is first used.
 _HOMES = {
     "ActivationsFile": "storage.reading.activations_file",
-    "Batch": "api",
+    "Batch": "api.stream",
     "CellBatch": "storage.reading.cell_batch",
     "Encoder": "model.encoder",
     "EncoderConfig": "model.config",
     "Shard": "dataset.shards",
     "StepsDataset": "dataset.dataset",
     "Summary": "pipeline.summary",
-    "dump": "api",
+    "dump": "api.dump",
     "load_encoder": "model.checkpoint",
-    "stream": "api",
-    "write_report": "report.writing",
+    "stream": "api.stream",
+    "write_report": "report.render",
 }
 
 # Type checkers take a module-level `__getattr__` for any name: they are to refuse a misspelt one.

@@ -9,6 +9,9 @@ MOVES = 4
 LABEL_PREFIX = "labels/"
 """The tensor of label NAME is `labels/NAME`."""
 
+STATISTICS_PREFIX = "stats/"
+"""Statistic NAME of tensor T is the tensor `stats/T/NAME`."""
+
 
 @dataclass(frozen=True)
 class DType:

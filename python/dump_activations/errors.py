@@ -132,10 +132,6 @@ class DeviceError(DumpActivationsError, RuntimeError):
     """What the machine lacks: a compute device, memory, threads, or what compiling needs."""
 
 
-class GroupError(DumpActivationsError, RuntimeError):
-    """Another process of the same run has failed, or cannot be reached."""
-
-
 class OutputError(DumpActivationsError, OSError):
     """An output file that cannot be written, resumed or read back."""
 
@@ -186,8 +182,8 @@ _is_muted = ContextVar("_is_muted", default=False)
 
 
 @contextmanager
-def muted() -> Iterator[None]:
-    """Neither warn nor note anything inside the context: another process says the same."""
+def muted_notes() -> Iterator[None]:
+    """Drop notes inside the context: another process writes the same."""
     token = _is_muted.set(True)
     try:
         yield
@@ -197,10 +193,10 @@ def muted() -> Iterator[None]:
 
 def warn(warning: str | DumpActivationsWarning) -> None:
     """Warn whoever called this package, at the line of the call."""
-    if _is_muted.get():
-        return
     if isinstance(warning, str):
         warning = DumpActivationsWarning(warning)
+    if _is_muted.get() and isinstance(warning, DumpActivationsNote):
+        return
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1

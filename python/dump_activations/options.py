@@ -34,9 +34,11 @@ def _progress(name: str, value: Any) -> Count | bool:
 
 DEFAULT_OUTPUT = "activations.safetensors"
 
-TENSORS = ("own", "borrowed", "device")
+TENSORS = ("copy", "view", "device")
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-true")
+
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 _Check = Callable[[str, Any], Any]
 
@@ -47,6 +49,7 @@ class Group(StrEnum):
     RUN = "What to run"
     KEEP = "What to keep"
     COMPUTE = "How to compute"
+    SHARE = "Shards and processes"
     AGAIN = "After an interruption"
 
 
@@ -153,6 +156,33 @@ def _steps(name: str, value: str | slice | None) -> slice | None:
     return value
 
 
+def _size(name: str, value: int | str | None) -> int | None:
+    """Return bytes: a number of them, or one with a decimal unit."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kMGT]?B)?", str(value).strip())
+    nbytes = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
+    if isinstance(value, bool) or nbytes < 1:
+        raise InvalidArgumentError(
+            f"{option(name)}: must be a size such as 4GB, 500MB or a number of bytes; got {value!r}"
+        )
+    return nbytes
+
+
+def _shards(name: str, value: int | str | range | None) -> range | None:
+    """Return the numbers of shards, counted from 1."""
+    if value is None or (isinstance(value, range) and value.step == 1 and value):
+        return value
+    match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", str(value).strip())
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if isinstance(value, bool) or not 1 <= first <= last:
+        raise InvalidArgumentError(
+            f"{option(name)}: must be a shard's number or a range such as 1-20, counted from 1; "
+            f"got {value!r}"
+        )
+    return range(first, last + 1)
+
+
 def _device(name: str, value: object) -> str:
     text = str(value)
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
@@ -170,69 +200,67 @@ class Options:
     """
 
     outputs: str | Sequence[str] = _option(
-        "comma-separated activation keys, globs of them (quoted: 'attn_*') or names of "
-        "TransformerLens hooks without a layer",
+        "activation keys, separated by commas; globs ('attn_*') and TransformerLens names work",
         group=Group.KEEP,
         default=("final_hidden",),
         check=_keys,
     )
     layers: Layers | None = _option(
-        f"layers to keep, as Python indexes them: {option('layers', '0,3,-1,4:8')}; all by default",
+        f"keep only these layers, indexed as in Python, e.g. {option('layers', '0,3,-1,4:8')}",
         group=Group.KEEP,
         default=None,
         check=parse_layers,
     )
     split_layers: bool = _option(
-        "one tensor a layer, KEY.LAYER, in place of a stacked one", group=Group.KEEP, default=False
+        "write one tensor per layer, KEY.LAYER, instead of a stacked one",
+        group=Group.KEEP,
+        default=False,
     )
     n_samples: int = _option(
-        f"number of samples to draw (ignored with {option('indices')} or {option('steps')})",
+        f"number of boards to sample (ignored with {option('indices')} or {option('steps')})",
         group=Group.RUN,
         default=1024,
         check=_whole_from(1),
     )
     indices: ArrayLike | None = _option(
-        "global step indices to use instead of a draw; order and duplicates are kept",
+        "global step indices to use instead of a sample; order and duplicates are kept",
         group=Group.RUN,
         default=None,
     )
     steps: slice | str | None = _option(
-        "a stretch of the dataset in its order instead of a draw, START:STOP or START:STOP:STEP; "
-        "':' is all of it",
+        "take steps START:STOP or START:STOP:STEP in order instead of a sample; ':' is all",
         group=Group.RUN,
         default=None,
         check=_steps,
     )
     where: str | Expression | None = _option(
-        "only steps for which an expression holds, such as 'max_rank >= 11 and run_id % 10 != 0', "
-        "over fields of the rows and labels",
+        "sample only steps that match this expression, e.g. 'max_rank >= 11 and run_id % 10 != 0'",
         group=Group.RUN,
         default=None,
         check=_where,
     )
     labels: str | Sequence[str] = _option(
-        "comma-separated labels to store with the boards: fields of the rows, what the rules say "
-        "of the board, what metadata.db says of the run, globs of them, or all for every field",
+        "labels to store per board, separated by commas: row fields, move, run columns, or all",
         group=Group.KEEP,
         default=(),
         check=_labels,
     )
     scan_progress: Count | None = _option(
-        f"called while {option('where')} is looked for, with the rows done and the rows in all",
+        f"called while {option('where')} scans the dataset, with rows done and rows in all",
         group=Group.COMPUTE,
         default=None,
     )
     seed: int = _option(
-        "seed of the draw, which is that of numpy.random.default_rng",
+        "seed of the sample, as numpy.random.default_rng takes it",
         group=Group.RUN,
         default=0,
         check=_whole_from(0),
     )
     batch_size: int = _option(
-        "boards a forward pass", group=Group.COMPUTE, default=1024, check=_whole_from(1)
+        "boards per forward pass", group=Group.COMPUTE, default=1024, check=_whole_from(1)
     )
     dtype: str = _option(
-        "storage dtype of floating tensors",
+        "storage dtype of floating-point tensors",
         group=Group.KEEP,
         default="fp32",
         choices=STORAGE_DTYPES,
@@ -244,10 +272,10 @@ class Options:
         check=_device,
     )
     allow_cpu: bool = _option(
-        "accept a device that is not CUDA", group=Group.COMPUTE, default=False
+        "run on the CPU where there is no GPU", group=Group.COMPUTE, default=False
     )
     random_init: bool = _option(
-        "untrained weights in the checkpoint's architecture, as a control",
+        "use untrained weights in the checkpoint's architecture, as a control",
         group=Group.RUN,
         default=False,
     )
@@ -258,7 +286,7 @@ class Options:
         choices=PRECISIONS,
     )
     compile: bool = _option(
-        "run the model through torch.compile", group=Group.COMPUTE, default=False
+        "compile the model with torch.compile", group=Group.COMPUTE, default=False
     )
 
     def __post_init__(self) -> None:
@@ -283,40 +311,43 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DumpOptions(Options):
-    """What a run computes and how, and what becomes of its file."""
+    """A run's options and those of its output.
+
+    Raises:
+        InvalidArgumentError: as `Options`.
+    """
 
     write: bool = _option(
-        "write the file; without, the model is run and nothing is kept",
+        "write the output; False runs the model and keeps nothing",
         group=Group.KEEP,
         default=True,
     )
     stats: bool = _option(
-        "store statistics of each activation beside it: stats/KEY/mean and others",
-        group=Group.KEEP,
-        default=False,
+        "store statistics of each activation, e.g. stats/KEY/mean", group=Group.KEEP, default=False
     )
-    resume: bool = _option(
-        "do only what is missing: a complete file of the same work is left as it is",
+    shard_size: int | str | None = _option(
+        "write shards of at most this size, e.g. 4GB, that several processes can share",
+        group=Group.SHARE,
+        default=None,
+        check=_size,
+    )
+    shards: int | str | range | None = _option(
+        "write only these shards, e.g. 3 or 1-20, and return when they are done",
+        group=Group.SHARE,
+        default=None,
+        check=_shards,
+    )
+    overwrite: bool = _option(
+        "replace output of other work when the new one is whole",
         group=Group.AGAIN,
         default=False,
     )
-    overwrite: bool = _option(
-        "start anew, whatever an interrupted run left", group=Group.AGAIN, default=False
-    )
     progress: Count | bool | None = _option(
-        "True for a bar, or what is called after each batch with the boards done and the boards "
-        "in all",
+        "True for a bar, or a function called per batch with boards done and boards in all",
         group=Group.COMPUTE,
         default=None,
         check=_progress,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.resume and self.overwrite:
-            raise InvalidArgumentError(
-                f"{option('resume')}: contradicts {option('overwrite')}; leave out one of them"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -324,10 +355,10 @@ class StreamOptions(Options):
     """What a run computes and how, and in which memory its batches are handed out."""
 
     tensors: str = _option(
-        "whose a batch's tensors are: own, the caller's to keep; borrowed, of the run, in host "
-        "memory, until the next batch; device, likewise but where they were computed, not copied",
+        "copy: yours to keep. view: host buffers, valid until the next batch. device: the same on "
+        "the compute device",
         group=Group.KEEP,
-        default="own",
+        default="copy",
         check=_one_of(TENSORS),
     )
 

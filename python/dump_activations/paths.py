@@ -1,9 +1,36 @@
-"""What is checked of any path before it is read or written."""
+"""Checks of every path that a user gives."""
 
+import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
-from dump_activations.errors import DumpActivationsError
+from dump_activations.errors import DumpActivationsError, InvalidArgumentError
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """Turn a path argument into an absolute path, with `~` expanded and links kept.
+
+    A program may change its directory later, so a relative path is resolved when it is given.
+
+    Raises:
+        InvalidArgumentError: the path is empty, a URL, or names a home that does not exist.
+    """
+    text = os.fsdecode(path)
+    if not text:
+        raise InvalidArgumentError("a path must not be empty")
+    if _URL.match(text):
+        raise InvalidArgumentError(
+            f"{text}: must be a path, got a URL; copy it to a disk, or mount it, and give its path"
+        )
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise InvalidArgumentError(
+            f"{text}: this user has no home directory; write the path without ~"
+        ) from None
 
 
 def check_reachable(path: Path, error: type[DumpActivationsError]) -> None:
@@ -19,7 +46,7 @@ def check_reachable(path: Path, error: type[DumpActivationsError]) -> None:
 def check_ordinary(path: Path, error: type[DumpActivationsError]) -> None:
     """Raise `error` where the path leads to a directory, a named pipe or a device.
 
-    The pipe or the device could be read, or waited for, without end.
+    Reading a pipe or a device could block or never end.
     """
     check_reachable(path, error)
     if path.exists() and not path.is_file():

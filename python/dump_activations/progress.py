@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
-from dump_activations.place import Place
 from dump_activations.text import duration_text, size_text
 
 if TYPE_CHECKING:
@@ -189,11 +188,8 @@ def live_console() -> Console | None:
 
 
 def shown_progress() -> AbstractContextManager[None]:
-    """Show what this thread does in the context, unless that is shown already.
-
-    Of the processes of a group, one shows what all of them do.
-    """
-    if reporter() is not None or sys.stderr is None or Place.here().rank:
+    """Show what this thread does in the context, unless that is shown already."""
+    if reporter() is not None or sys.stderr is None:
         return nullcontext()
     if _is_notebook() or (sys.stderr.isatty() and os.environ.get("TERM") != "dumb"):
         return _bar()

@@ -1,7 +1,26 @@
-"""Counts the busy time of the pipeline's stages on the host."""
+"""Chunks of a batch that become ready together, and the busy time of the pipeline's stages."""
 
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _ready() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of a batch, `start` to `stop`: all of it, or the rows one core computes.
+
+    `wait` returns once they are in their buffer, or raises the error that kept them out. Any thread
+    may call it, any number of times.
+    """
+
+    start: int
+    stop: int
+    wait: Callable[[], object] = _ready
 
 
 class Stopwatch:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from dump_activations import dump
 from dump_activations.commands.inspect import main
 from dump_activations.storage.reading.inspection import inspect
-from dump_activations.storage.reading.statistics import stored_statistics
+from dump_activations.storage.statistics import stored_statistics
 
 
 @pytest.fixture(scope="module", params=[True, False])
@@ -58,14 +58,14 @@ def test_people_see_a_line_a_layer(path, known, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = {tuple(line[:2]): line[2:] for line in lines if len(line) == 8}
     layer = known["layer_outputs"]
-    rms = np.sqrt(layer["norm_square_mean"][1] / 64)
+    rms = np.sqrt(layer["mean_squared_norm"][1] / 64)
     assert found["layer_outputs", "3"] == [
         "1,600",
         f"{layer['norm_mean'][1]:.5g}",
         f"{rms:.5g}",
         f"{layer['min'][1].min():.5g}",
         f"{layer['max'][1].max():.5g}",
-        f"{layer['outliers'][1].sum():,.0f}",
+        f"{layer['count_abs_gt_6'][1].sum():,.0f}",
     ]
 
 

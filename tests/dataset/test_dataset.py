@@ -381,7 +381,7 @@ def test_a_dataset_that_is_cut_short_under_a_stream(tmp_path, demo_checkpoint, m
     from dump_activations import stream
 
     # Else the first window may be read with all the others before the shard is cut.
-    monkeypatch.setattr("dump_activations.pipeline.board_feed._LARGEST_WINDOW", 64)
+    monkeypatch.setattr("dump_activations.pipeline.feed._LARGEST_WINDOW", 64)
     make_dataset(tmp_path / "dataset", "packed_46", n=5000)
     shard = tmp_path / "dataset" / "steps.npy"
     batches = stream(

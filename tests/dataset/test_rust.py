@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dump_activations import _rust
-from dump_activations.dataset.headers import read_layout
+from dump_activations.dataset.shards import read_layout
 from dump_activations.errors import InvalidArgumentError
 from reference.datasets import make_dataset
 
@@ -343,7 +343,7 @@ LITTLE_MEMORY = """
 
     import numpy as np
     from dump_activations import _rust
-    from dump_activations.dataset.headers import read_layout
+    from dump_activations.dataset.shards import read_layout
     from dump_activations.errors import DatasetError
 
     def leave(megabytes):

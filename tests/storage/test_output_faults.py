@@ -12,7 +12,7 @@ import pytest
 
 from dump_activations import _rust
 from dump_activations.errors import OutputError
-from dump_activations.storage.writing import durability
+from dump_activations.storage.writing import output as output_module
 from output_support import (
     no_new_descriptors,
     open_file,
@@ -60,7 +60,7 @@ def test_a_full_disk_is_found_before_any_batch(small_disk):
     target = small_disk / "x.safetensors"
     target.write_text("old")
     with no_new_descriptors(), pytest.raises(OutputError, match="No space left") as caught:
-        open_file(target, LARGE)
+        open_file(target, LARGE, overwrite=True)
     assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in small_disk.iterdir()] == [target.name]
     assert target.read_text() == "old"
@@ -101,7 +101,7 @@ def test_a_disk_that_fills_up_meanwhile(small_disk, monkeypatch, suffix):
         no_new_descriptors(),
         pytest.raises(OutputError, match=r"cannot write .*: No space left on device") as caught,
     ):
-        write_dump(target, LARGE)
+        write_dump(target, LARGE, overwrite=True)
     assert caught.value.errno == errno.ENOSPC
     assert target.read_text() == "old"
 
@@ -115,7 +115,7 @@ def test_a_read_only_disk(read_only_disk):
 def test_a_directory_without_permission(tmp_path):
     tmp_path.chmod(0o555)
     try:
-        with pytest.raises(OutputError, match="cannot be written"):
+        with pytest.raises(OutputError, match="is not writable"):
             open_file(tmp_path / "x.pt", LARGE)
     finally:
         tmp_path.chmod(0o755)
@@ -127,7 +127,7 @@ import sys
 from pathlib import Path
 from output_support import small_dump, write_dump
 try:
-    write_dump(Path(sys.argv[1]), small_dump(rows=20_000, batch_rows=1000))
+    write_dump(Path(sys.argv[1]), small_dump(rows=20_000, batch_rows=1000), overwrite=True)
 except OSError as error:
     sys.exit(str(error))
 """
@@ -142,7 +142,7 @@ except OSError as error:
         check=False,
     )
     assert limited.returncode == 1
-    assert limited.stderr == f"cannot reserve 1,979,494 bytes for {target}: File too large\n"
+    assert limited.stderr == f"cannot reserve 1,983,590 bytes for {target}: File too large\n"
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
     assert target.read_text() == "old"
 
@@ -152,12 +152,12 @@ def test_a_disk_that_cannot_flush_at_the_end(tmp_path, monkeypatch):
     target = tmp_path / "x.pt"
     target.write_text("old")
     monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
-    monkeypatch.setattr(durability, "SYNC_INTERVAL", 3600)
+    monkeypatch.setattr(output_module, "SYNC_INTERVAL", 3600)
     with (
         no_new_descriptors(),
         pytest.raises(OutputError, match=r"cannot write .*: Input/output error") as caught,
     ):
-        write_dump(target, dump)
+        write_dump(target, dump, overwrite=True)
     assert caught.value.errno == errno.EIO
     assert target.read_text() == "old"
 
@@ -165,7 +165,7 @@ def test_a_disk_that_cannot_flush_at_the_end(tmp_path, monkeypatch):
 def test_a_disk_that_cannot_flush_on_the_way(tmp_path, monkeypatch):
     dump = small_dump(rows=4000)
     target = tmp_path / "x.pt"
-    monkeypatch.setattr(durability, "SYNC_INTERVAL", 0)
+    monkeypatch.setattr(output_module, "SYNC_INTERVAL", 0)
     monkeypatch.setattr(os, "fdatasync", refuse(errno.EIO))
     with no_new_descriptors(), pytest.raises(OutputError, match="Input/output error") as caught:
         write_dump(target, dump)

@@ -18,14 +18,15 @@ from dump_activations import _rust
 from dump_activations.chunks import Chunk
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.writing import writers as writers_module
-from dump_activations.storage.writing.output_file import OutputFile
-from dump_activations.storage.writing.targets import check_output, journal_path
-from dump_activations.storage.writing.writers import WriterPool
+from dump_activations.storage.writing.output import OutputFile
+from dump_activations.storage.writing.paths import check_output
+from dump_activations.storage.writing.writers import Writers
 from output_support import (
     SUFFIXES,
     make_dump,
     no_new_descriptors,
     open_file,
+    open_output,
     small_dump,
     write_batches,
     write_dump,
@@ -38,11 +39,11 @@ def names_in(directory: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_the_target_appears_with_the_commit_and_nothing_is_left_beside_it(tmp_path, suffix):
+def test_the_target_appears_with_the_commit_and_nothing_else_is_left(tmp_path, suffix):
     dump = small_dump()
     target = tmp_path / f"x{suffix}"
     target.write_text("old")
-    with no_new_descriptors(), open_file(target, dump) as file:
+    with no_new_descriptors(), open_file(target, dump, overwrite=True) as file:
         write_whole_tensors(file, dump)
         write_batches(file, dump, dump.first_rows)
         assert target.read_text() == "old"
@@ -78,7 +79,7 @@ def test_discard_removes_all_and_keeps_the_target(tmp_path):
     dump = small_dump()
     target = tmp_path / "x.npz"
     target.write_text("old")
-    with no_new_descriptors(), open_file(target, dump) as file:
+    with no_new_descriptors(), open_file(target, dump, overwrite=True) as file:
         write_batches(file, dump, dump.first_rows[:2])
         file.discard()
     assert names_in(tmp_path) == {"x.npz"}
@@ -98,7 +99,7 @@ def test_a_second_dump_to_one_target_is_refused(tmp_path):
         write_whole_tensors(file, dump)
         write_batches(file, dump, dump.first_rows)
         file.commit()
-    write_dump(target, dump)  # and is free again
+    assert open_output(target, dump).missing == []
 
 
 def test_an_incomplete_file_is_not_committed(tmp_path):
@@ -106,7 +107,7 @@ def test_an_incomplete_file_is_not_committed(tmp_path):
     with open_file(tmp_path / "x.pt", dump) as file:
         write_whole_tensors(file, dump)
         write_batches(file, dump, dump.first_rows[:-1])
-        with pytest.raises(AssertionError, match="not complete"):
+        with pytest.raises(AssertionError, match="was not written whole"):
             file.commit()
 
 
@@ -190,12 +191,7 @@ def test_the_mode_is_that_of_the_replaced_file_or_of_any_new_one(tmp_path, umask
     before = os.umask(umask)
     try:
         for target in (old, new):
-            with open_file(target, dump) as file:
-                write_whole_tensors(file, dump)
-                write_batches(file, dump, dump.first_rows)
-                for path in (file.partial, journal_path(target)):
-                    assert path.stat().st_mode & 0o777 == 0o600
-                file.commit()
+            write_dump(target, dump, overwrite=True)
     finally:
         os.umask(before)
     assert old.stat().st_mode & 0o777 == 0o640
@@ -216,14 +212,14 @@ def test_an_input_is_no_output(tmp_path, spelling):
             target.hardlink_to(read)
         case "dots":
             target = tmp_path / ".." / tmp_path.name / "run.pt"
-    with pytest.raises(InvalidArgumentError, match=r"is read by this run"):
+    with pytest.raises(InvalidArgumentError, match=r"this run reads"):
         open_file(target, small_dump(), inputs=[tmp_path / "another.pt", read])
     assert read.read_text() == "weights"
 
 
 def test_a_name_that_must_not_appear_is_no_output(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(InvalidArgumentError, match="would be taken for"):
+    with pytest.raises(InvalidArgumentError, match="would read it next time"):
         check_output(tmp_path / "link" / "x.pt", [], inputs=[tmp_path / "x.pt"])
 
 
@@ -234,7 +230,7 @@ def test_a_partial_file_removed_meanwhile_is_an_error(tmp_path, ending, replaced
     dump = small_dump()
     target = tmp_path / "x.pt"
     target.write_text("old")
-    file = open_file(target, dump)
+    file = open_file(target, dump, overwrite=True)
     write_whole_tensors(file, dump)
     file.partial.unlink()
     if replaced:
@@ -273,7 +269,7 @@ def test_a_partial_file_replaced_just_before_the_rename_is_not_published(tmp_pat
     with open_file(target, dump) as file:
         write_whole_tensors(file, dump)
         write_batches(file, dump, dump.first_rows)
-        file._stop_sync()
+        file._complete()
         file.partial.rename(tmp_path / "aside")
         file.partial.write_text("another's")
         with pytest.raises(OutputError, match="nothing is kept"):
@@ -296,7 +292,7 @@ def test_direct_writes_go_to_the_file_that_was_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(_rust, "supports_direct", exchange)
     dump = make_dump({"boards": ("uint8", (1 << 20, 1))}, batched=["boards"], batch_rows=1 << 20)
     with open_file(tmp_path / "x.safetensors", dump) as file:
-        if file._file._direct is None:
+        if file._partial._direct is None:
             pytest.skip("no direct writes here")
         file.write_span(0, "boards", 0, dump.data["boards"])
     assert victim.read_bytes() == bytes(1 << 20)
@@ -381,13 +377,15 @@ class Slots:
     def __init__(self) -> None:
         self.given_back: dict[int, int] = {}
 
-    def submit(self, writers: WriterPool, dump, first_row: int, **options) -> None:
+    def submit(self, writers: Writers, file, dump, first_row: int, **options) -> None:
         self.given_back[first_row] = 0
 
         def done() -> None:
             self.given_back[first_row] += 1
 
-        writers.submit(first_row, dump.batch(first_row), done=done, **options)
+        writers.submit(
+            file, first_row // dump.batch_rows, dump.batch(first_row), done=done, **options
+        )
 
 
 @pytest.mark.parametrize("least", [1, 1 << 20])
@@ -397,7 +395,7 @@ def test_each_part_is_read_after_its_wait(tmp_path, monkeypatch, least):
     waits = []
     with open_file(tmp_path / "x.npz", dump) as file:
         write_whole_tensors(file, dump)
-        with WriterPool(file, threads=4) as writers:
+        with Writers(lambda _: None, threads=4) as writers:
             for first_row in dump.first_rows:
                 slices = dump.batch(first_row)
                 memory = {name: np.zeros_like(data) for name, data in slices.items()}
@@ -418,7 +416,7 @@ def test_each_part_is_read_after_its_wait(tmp_path, monkeypatch, least):
                     for data in memory.values():
                         data[:] = 255
 
-                writers.submit(first_row, memory, chunks=parts, done=wipe)
+                writers.submit(file, first_row // dump.batch_rows, memory, chunks=parts, done=wipe)
         assert writers.busy_seconds > 0
         file.commit()
     assert set(waits) == {(0, 3), (3, 4)}
@@ -448,16 +446,21 @@ def test_the_first_error_surfaces_as_itself_with_all_memory_given_back(
     threads_before = threading.active_count()
 
     def write_all(file: OutputFile) -> None:
-        with WriterPool(file, threads=3) as writers:
+        with Writers(lambda _: None, threads=3) as writers:
             for first_row in dump.first_rows:
                 fails = where == "wait" and first_row == 40
                 options = {"chunks": [Chunk(0, 4, fail)]} if fails else {}
-                slots.submit(writers, dump, first_row, **options)
+                slots.submit(writers, file, dump, first_row, **options)
                 if where == "done" and first_row == 40:
-                    writers.submit(first_row + 4, dump.batch(first_row + 4), done=fail)
+                    writers.submit(
+                        file,
+                        (first_row + 4) // dump.batch_rows,
+                        dump.batch(first_row + 4),
+                        done=fail,
+                    )
                     break
 
-    with no_new_descriptors(), open_file(target, dump) as file:
+    with no_new_descriptors(), open_file(target, dump, overwrite=True) as file:
         with pytest.raises(OutputError if where == "write" else InjectedError) as caught:
             write_all(file)
         if where == "write":
@@ -477,10 +480,12 @@ def test_a_writers_error_stops_the_next_submit(tmp_path, monkeypatch):
         failed.set()
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def submit_all(writers: WriterPool) -> None:
+    def submit_all(writers: Writers) -> None:
         for first_row in dump.first_rows:
             submitted.append(first_row)
-            writers.submit(first_row, dump.batch(first_row), done=lambda: None)
+            writers.submit(
+                file, first_row // dump.batch_rows, dump.batch(first_row), done=lambda: None
+            )
             failed.wait()
             while writers._error is None:
                 time.sleep(0.001)
@@ -490,7 +495,7 @@ def test_a_writers_error_stops_the_next_submit(tmp_path, monkeypatch):
     with (
         pytest.raises(OutputError, match="Input/output error"),
         open_file(tmp_path / "x.pt", dump) as file,
-        WriterPool(file, threads=1) as writers,
+        Writers(lambda _: None, threads=1) as writers,
     ):
         submit_all(writers)
     assert submitted == [0, 4]
@@ -501,8 +506,8 @@ def test_an_error_of_the_caller_is_not_covered_up(tmp_path):
     slots = Slots()
 
     def write_and_fail(file: OutputFile) -> None:
-        with WriterPool(file, threads=2) as writers:
-            slots.submit(writers, dump, 0, chunks=[Chunk(0, 4, fail)])
+        with Writers(lambda _: None, threads=2) as writers:
+            slots.submit(writers, file, dump, 0, chunks=[Chunk(0, 4, fail)])
             raise KeyError("the caller's own")
 
     with open_file(tmp_path / "x.pt", dump) as file, pytest.raises(KeyError):
@@ -515,13 +520,15 @@ def test_writing_holds_nothing_that_grows(tmp_path):
     dump = small_dump(rows=10_000, batch_rows=1)
     with open_file(tmp_path / "x.safetensors", dump) as file:
         write_whole_tensors(file, dump)
-        with WriterPool(file, threads=2) as writers:
+        with Writers(lambda _: None, threads=2) as writers:
             first_is_done = threading.Event()
-            writers.submit(0, dump.batch(0), done=first_is_done.set)
+            writers.submit(file, 0, dump.batch(0), done=first_is_done.set)
             first_is_done.wait()
             descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208
             for first_row in dump.first_rows[1:]:
-                writers.submit(first_row, dump.batch(first_row), done=lambda: None)
+                writers.submit(
+                    file, first_row // dump.batch_rows, dump.batch(first_row), done=lambda: None
+                )
             assert threading.active_count() == threads
             assert len(os.listdir("/proc/self/fd")) <= descriptors + 2  # noqa: PTH208 - the journal
         assert all(not running._waiting for running in file._digests.values())

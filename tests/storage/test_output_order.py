@@ -1,4 +1,4 @@
-"""In which order a file comes to disk: at no moment is a record of it there before the thing."""
+"""The order on disk: no record, mark or name of a thing is there before the thing itself."""
 
 import os
 import subprocess
@@ -12,10 +12,19 @@ from faults.fixtures import fault_library  # noqa: F401
 from output_support import SUFFIXES
 
 SCRIPT = """
-import sys
+import sys, time
 from pathlib import Path
-from output_support import small_dump, write_dump
-write_dump(Path(sys.argv[1]), small_dump(rows=4))
+from dump_activations.storage.writing import output
+from output_support import *
+output.SYNC_INTERVAL = 0
+dump = small_dump(rows=8)
+with open_file(Path(sys.argv[1]), dump) as file:
+    write_batches(file, dump, [0])
+    while not file._journal.batches:
+        time.sleep(0.001)
+    write_batches(file, dump, [4])
+    write_whole_tensors(file, dump)
+    file.commit()
 """
 
 
@@ -42,11 +51,13 @@ def test_data_then_journal_and_all_of_the_file_then_its_name(fault_library, tmp_
         ("fsync", new),
         ("rename", new),
         ("fsync", "out"),
-        ("pwrite", partial),  # spans
+        ("pwrite", partial),  # spans of the first batches
         ("fdatasync", partial),
         ("write", journal),
         ("fsync", journal),
-        ("pwrite", partial),  # the skeleton
+        ("pwrite", partial),  # the last batch, and the skeleton without its last bytes
+        ("fdatasync", partial),
+        ("pwrite", partial),  # the last bytes
         ("fsync", partial),
         ("rename", partial),
         ("fsync", "out"),

@@ -1,4 +1,4 @@
-"""What others may do in the output's directory: plant, exchange and own files there."""
+"""Files that other users plant or own in the output's directory."""
 
 import faulthandler
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dump_activations.errors import DumpActivationsError, OutputError
-from dump_activations.storage.writing.targets import (
+from dump_activations.storage.writing.paths import (
     check_output,
     journal_path,
     partial_path,
@@ -69,10 +69,6 @@ def interrupt(target: Path) -> None:
         write_batches(file, DUMP, DUMP.first_rows[:9])
 
 
-def second_journal(target: Path) -> Path:
-    return journal_path(target, 1)
-
-
 def link(path: Path) -> None:
     (path.parent / "victim").write_text("precious")
     path.unlink(missing_ok=True)
@@ -95,79 +91,49 @@ def of_another(path: Path) -> None:
     os.chown(path, OTHER, OTHER)
 
 
-def writable(path: Path) -> None:
-    path.touch()
-    path.chmod(0o620)
-
-
 PLANTED = {
     link: "is a link",
-    hard_link: "has another name too",
+    hard_link: "has a second name",
     pipe: "is not an ordinary file",
-    writable: "may be written by others",
     of_another: "belongs to another user",
 }
+plants = pytest.mark.parametrize(
+    "plant",
+    [pytest.param(each, marks=needs_root if each is of_another else ()) for each in PLANTED],
+    ids=lambda plant: plant.__name__,
+)
 
 
-def planted(names):
-    return pytest.mark.parametrize(
-        "plant",
-        [pytest.param(each, marks=needs_root if each is of_another else ()) for each in names],
-        ids=lambda plant: plant.__name__,
-    )
-
-
-@planted(PLANTED)
-@pytest.mark.parametrize("path_of", [partial_path, journal_path, second_journal])
-def test_what_others_could_have_changed_is_not_gone_on_with(tmp_path, path_of, plant):
+@plants
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("path_of", [partial_path, journal_path])
+def test_planted_files_are_refused_and_left_as_they_are(tmp_path, path_of, overwrite, plant):
     target = tmp_path / "x.pt"
     interrupt(target)
     path = path_of(target)
     plant(path)
     before = path.lstat()
     with no_new_descriptors(), pytest.raises(OutputError) as caught:
-        open_file(target, DUMP)
+        open_file(target, DUMP, overwrite=overwrite)
     assert f"{path.name} {PLANTED[plant]}" in str(caught.value)
-    assert "--overwrite" in caught.value.flags_text
     assert os.path.samestat(before, path.lstat())
-
-
-@pytest.mark.parametrize(
-    "path_of", [journal_path, lambda at: replacement_path(journal_path(at)), second_journal]
-)
-def test_a_directory_in_place_of_a_journal_is_named(tmp_path, path_of):
-    path = path_of(tmp_path / "x.pt")
-    path.mkdir()
-    with no_new_descriptors(), pytest.raises(OutputError, match=f"{path}: Is a directory"):
-        open_file(tmp_path / "x.pt", DUMP)
-    assert [*tmp_path.iterdir()] == [path]
-
-
-@planted(PLANTED)
-def test_starting_anew_leaves_what_it_finds_as_it_is(tmp_path, plant):
-    """But for its name."""
-    target = tmp_path / "x.pt"
-    path = partial_path(target)
-    plant(path)
-    held = os.open(path, os.O_PATH | os.O_NOFOLLOW)
-    before = os.fstat(held)
-    write_dump(target, DUMP, overwrite=True)
-    after = os.fstat(held)
-    os.close(held)
-    assert (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-    assert target.stat().st_uid == os.geteuid()
-    assert target.stat().st_ino != before.st_ino
     if (tmp_path / "victim").exists():
         assert (tmp_path / "victim").read_text() == "precious"
 
 
-@planted(PLANTED)
-@pytest.mark.parametrize(
-    "name", ["x.pt.partial.journal", "x.pt.partial.journal.new", "x.pt.partial.journal.7"]
-)
-def test_a_journal_is_begun_in_the_place_of_what_was_planted(tmp_path, name, plant):
+@pytest.mark.parametrize("path_of", [journal_path, replacement_path])
+def test_a_directory_in_place_of_a_journal_is_named(tmp_path, path_of):
+    path = path_of(tmp_path / "x.pt")
+    path.mkdir()
+    with no_new_descriptors(), pytest.raises(OutputError, match=path.name):
+        open_file(tmp_path / "x.pt", DUMP)
+    assert path.is_dir()
+
+
+@plants
+def test_a_planted_replacement_of_the_journal_is_not_followed(tmp_path, plant):
     target = tmp_path / "x.pt"
-    plant(tmp_path / name)
+    plant(replacement_path(target))
     interrupt(target)
     with open_file(target, DUMP) as file:
         assert file.resumed_rows == 9 * DUMP.batch_rows
@@ -176,30 +142,13 @@ def test_a_journal_is_begun_in_the_place_of_what_was_planted(tmp_path, name, pla
 
 
 @needs_root
-def test_an_unfinished_dump_of_another_is_refused(shared):
+def test_an_unfinished_dump_of_another_user_is_refused(shared):
     target = shared / "x.pt"
     assert as_other(lambda: interrupt(target)) == ""
     before = partial_path(target).read_bytes()
-    with pytest.raises(OutputError, match=r"x\.pt\.partial belongs to another user"):
+    with pytest.raises(OutputError, match=r"x\.pt\.partial.* belongs to another user"):
         open_file(target, DUMP)
     assert partial_path(target).read_bytes() == before
-    write_dump(target, DUMP, overwrite=True)
-    assert target.stat().st_uid == os.geteuid()
-
-
-@needs_root
-def test_starting_anew_over_the_file_of_another(shared):
-    """Where they may not remove it, they are told; where they may, the new file is theirs."""
-    target = shared / "x.pt"
-    interrupt(target)
-    before = partial_path(target).stat()
-    error = as_other(lambda: write_dump(target, DUMP, overwrite=True))
-    if shared.stat().st_mode & 0o1000:
-        assert error == f"cannot write {partial_path(target)}: Operation not permitted"
-        assert os.path.samestat(before, partial_path(target).stat())
-    else:
-        assert error == ""
-        assert target.stat().st_uid == OTHER
 
 
 @needs_root
@@ -216,7 +165,7 @@ def test_a_target_that_another_owns_is_found_before_the_run(shared, mode):
         assert as_other(lambda: target.rename(shared / "y.pt")) == "it broke"
     else:
         assert error == ""
-        assert as_other(lambda: write_dump(target, DUMP)) == ""
+        assert as_other(lambda: write_dump(target, DUMP, overwrite=True)) == ""
         assert (target.stat().st_uid, target.stat().st_mode & 0o777) == (OTHER, mode)
 
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from dump_activations import _rust
 from dump_activations.errors import OutputError
-from dump_activations.storage.writing.targets import journal_path, partial_path
-from dump_activations.storage.writing.work import FINGERPRINT_KEY
+from dump_activations.storage.writing.paths import journal_path, partial_path
 from output_support import (
     SUFFIXES,
     Dump,
+    missing_rows,
     no_new_descriptors,
     open_file,
     small_dump,
@@ -86,10 +86,7 @@ def test_any_set_of_batches_is_resumed(data):
             assert file.suspend() == rows
         with open_file(target, DUMP) as file:
             assert file.resumed_rows == rows
-            missing = [row for stretch in file.missing for row in file.rows_of(stretch)]
-            assert {row - row % DUMP.batch_rows for row in missing} == {*DUMP.first_rows} - kept
-            assert missing == sorted(missing)
-            assert len(missing) == DUMP.rows - rows
+            assert missing_rows(file) == sorted({*DUMP.first_rows} - kept)
         write_dump(target, DUMP)
         assert target.read_bytes() == unbroken_bytes(".npz")
 
@@ -108,7 +105,7 @@ def test_a_leftover_without_a_journal_is_started_anew(tmp_path):
     target = tmp_path / "x.safetensors"
     partial_path(target).write_bytes(bytes(1 << 20))  # larger than the file will be
     with open_file(target, DUMP) as file:
-        assert (file.resumed_rows, file.unusable) == (0, "it has no journal")
+        assert (file.resumed_rows, file.restarted_because) == (0, "it has no journal")
     partial_path(target).write_bytes(bytes(1 << 20))
     assert write_dump(target, DUMP).read_bytes() == unbroken_bytes(".safetensors")
 
@@ -119,7 +116,7 @@ def test_a_leftover_without_a_whole_batch_is_started_anew(tmp_path):
     size = partial_path(target).stat().st_size
     partial_path(target).write_bytes(b"\xff" * size)
     with open_file(target, DUMP) as file:
-        assert (file.resumed_rows, file.unusable) == (0, "no batch of it is whole")
+        assert (file.resumed_rows, file.restarted_because) == (0, "no batch of it is whole")
         assert partial_path(target).read_bytes() == bytes(size)
 
 
@@ -138,17 +135,15 @@ def test_other_work_is_not_resumed_and_named(tmp_path):
     partial = partial_path(target).read_bytes()
     journal = journal_path(target).read_bytes()
     seed = replace(DUMP, metadata=DUMP.metadata | {"seed": "7"})
-    for dump, fingerprint, named in [
+    for dump, identity, named in [
         (DUMP, "other", "work (work there, other here);"),
         (seed, "work", "seed (0 there, 7 here);"),
         (small_dump(rows=95, batch_rows=5), "work", "batch_size (4 there, 5 here);"),
         (small_dump(rows=96), "work", "the tensors (split_layers);"),
     ]:
         with no_new_descriptors(), pytest.raises(OutputError) as caught:
-            open_file(target, dump, fingerprint=fingerprint)
-        assert f"x.pt.partial is left over from other work, which differs in {named}" in str(
-            caught.value
-        )
+            open_file(target, dump, identity=identity)
+        assert f"x.pt.partial is of other work, which differs in {named}" in str(caught.value)
         assert "--overwrite" in caught.value.flags_text
     assert partial_path(target).read_bytes() == partial
     assert journal_path(target).read_bytes() == journal
@@ -156,7 +151,7 @@ def test_other_work_is_not_resumed_and_named(tmp_path):
 
 def test_the_same_tensors_in_another_format_are_other_work(tmp_path):
     works = [work_of(tmp_path / f"x{suffix}", DUMP) for suffix in SUFFIXES]
-    assert len({work.metadata[FINGERPRINT_KEY] for work in works}) == len(SUFFIXES)
+    assert len({work.fingerprint for work in works}) == len(SUFFIXES)
 
 
 @settings(max_examples=40)
@@ -197,7 +192,7 @@ def test_a_journal_of_something_else_counts_for_nothing(tmp_path, record):
     interrupt(target, DUMP.first_rows[:5])
     journal_path(target).write_bytes(record + b" %08x\n" % zlib.crc32(record))
     with open_file(target, DUMP) as file:
-        assert (file.resumed_rows, file.unusable) == (0, "its journal is damaged")
+        assert (file.resumed_rows, file.restarted_because) == (0, "its journal is damaged")
 
 
 @pytest.mark.parametrize(("field", "value"), [(0, -1), (0, 10**30), (1, "x"), (2, None), (3, 1.5)])
@@ -224,7 +219,7 @@ def test_a_journal_longer_than_its_batches_is_not_read(tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, limit[1]))
     try:
         with open_file(target, DUMP) as file:
-            assert (file.resumed_rows, file.unusable) == (0, "its journal is damaged")
+            assert (file.resumed_rows, file.restarted_because) == (0, "its journal is damaged")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
 
@@ -236,7 +231,7 @@ def test_damage_in_any_batch_is_found_and_made_good(data):
         target = Path(directory) / "x.pt"
         interrupt(target, DUMP.first_rows[:20])
         with open_file(target, DUMP) as file:
-            offsets = dict(file._places.layout.offsets)
+            offsets = dict(file.work.empty_layout.offsets)
         spec = data.draw(st.sampled_from([s for s in DUMP.specs if s.name in DUMP.batched]))
         row = data.draw(st.integers(0, 20 * DUMP.batch_rows - 1))
         place = offsets[spec.name] + row * spec.row_nbytes
@@ -315,17 +310,18 @@ def test_a_killed_run_is_resumed_from_its_journal(tmp_path, suffix):
     script = """
 import os, signal, sys, time
 from pathlib import Path
-from dump_activations.storage.writing import durability
-from dump_activations.storage.writing.writers import WriterPool
+from dump_activations.storage.writing import output as output_module
+from dump_activations.storage.writing.writers import Writers
 from output_support import open_file, small_dump, write_whole_tensors
-durability.SYNC_INTERVAL = 0
+output_module.SYNC_INTERVAL = 0
 target = Path(sys.argv[1])
 dump = small_dump(rows=95)
 with open_file(target, dump) as file:
     write_whole_tensors(file, dump)
-    with WriterPool(file, threads=2) as writers:
+    with Writers(lambda _: None, threads=2) as writers:
         for first_row in dump.first_rows[:15]:
-            writers.submit(first_row, dump.batch(first_row), done=lambda: None)
+            batch = first_row // dump.batch_rows
+            writers.submit(file, batch, dump.batch(first_row), done=lambda: None)
         # Two writers: the first batch may reach the journal after others, which count for nothing.
         while 0 not in file._journal.batches:
             time.sleep(0.001)

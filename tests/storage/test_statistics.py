@@ -1,18 +1,30 @@
-"""Statistics of vectors, however these come: exact, and as NumPy has them."""
+"""Statistics of batches against NumPy: merged in order, whatever order the batches arrive in."""
 
-import tempfile
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dump_activations import InvalidArgumentError
 from dump_activations.dtypes import TensorSpec
-from dump_activations.statistics import STATISTICS, statistics_specs
-from dump_activations.storage.statistics import RunningStatistics, vectors_of
-from reference.statistics import as_float64, exact_statistics, numpy_statistics
+from dump_activations.storage.statistics import (
+    STATISTICS,
+    RunningStatistics,
+    merge_stored,
+    statistics_specs,
+)
+from reference.statistics import as_float64, numpy_statistics
 
-DTYPES = {"float32": np.dtype("f4"), "float16": np.dtype("f2"), "bfloat16": np.dtype("u2")}
+DTYPES = {
+    "float64": np.dtype("f8"),
+    "float32": np.dtype("f4"),
+    "float16": np.dtype("f2"),
+    "bfloat16": np.dtype("u2"),
+}
 
 
 def stored(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -23,190 +35,197 @@ def stored(values: np.ndarray, dtype: str) -> np.ndarray:
         return values.astype(DTYPES[dtype])
 
 
-def running(values: np.ndarray, dtype: str, *, layers: int | None = None) -> RunningStatistics:
-    spec = TensorSpec("x", dtype, values.shape)
+def running(values: np.ndarray, dtype: str, layers: int | None) -> RunningStatistics:
     specs = statistics_specs("x", layers=layers, width=values.shape[-1])
-    return RunningStatistics(vectors_of([spec, *specs]))
+    return RunningStatistics([TensorSpec("x", dtype, values.shape), *specs])
 
 
-def taken(statistics: RunningStatistics) -> dict[str, np.ndarray]:
-    return statistics.values()["x"]
+def batches_of(statistics: RunningStatistics, values: np.ndarray, rows: int) -> list:
+    batches = [values[start : start + rows] for start in range(0, len(values), rows)]
+    return [{"x": statistics.measure("x", b.reshape(-1).view(np.uint8))} for b in batches]
 
 
-def statistics_of(values: np.ndarray, dtype: str, layers: int | None = None):
-    found = running(values, dtype, layers=layers)
-    found.add("x", 0, values.reshape(-1).view(np.uint8))
-    return taken(found)
+def statistics_of(
+    values: np.ndarray, dtype: str = "float32", layers: int | None = None, rows: int = 100
+) -> dict[str, np.ndarray]:
+    """Take the statistics of values (N, ..., F) in batches of `rows` rows."""
+    statistics = running(values, dtype, layers)
+    for batch, moments in enumerate(batches_of(statistics, values, rows)):
+        statistics.add(batch, moments)
+    return {name.removeprefix("stats/x/"): found for name, found in statistics.tensors().items()}
 
 
-def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float = 0.0):
+def assert_equal(found: dict, expected: dict, **tolerance: float):
     for name, values in expected.items():
         np.testing.assert_allclose(
-            found[name].reshape(np.shape(values)), values, rtol=rtol, atol=0, err_msg=name
+            found[name].reshape(np.shape(values)), values, err_msg=name, **tolerance
         )
 
 
-def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]):
-    assert {name: values.tobytes() for name, values in found.items()} == {
-        name: values.tobytes() for name, values in expected.items()
+def same_bits(found: dict, expected: dict) -> bool:
+    return {k: v.tobytes() for k, v in found.items()} == {
+        k: v.tobytes() for k, v in expected.items()
     }
 
 
-@st.composite
-def tensors(draw, *, finite: bool) -> tuple[np.ndarray, str]:
-    """Values (N, V, F) of any sizes and any bits, or of lanes far from and near to one another."""
-    dtype = draw(st.sampled_from([*DTYPES]))
-    shape = (draw(st.integers(1, 300)), draw(st.integers(1, 3)), draw(st.integers(1, 35)))
-    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
-    if draw(st.booleans()):
-        bits = generator.integers(0, 1 << 32, shape, np.uint32)
-        values = bits if dtype == "float32" else (bits >> 16).astype(np.uint16)
-        values = values.view(DTYPES[dtype])
-        if finite:
-            values = np.where(np.isfinite(as_float64(values)), values, DTYPES[dtype].type(1))
-        return values, dtype
-    scales = 10.0 ** generator.integers(-30, 30, shape[-1])
-    means = 10.0 ** generator.integers(-2, 7, shape[-1])
-    spread = generator.normal(size=shape) * generator.integers(0, 2, shape[-1])
-    limit = 60_000 if dtype == "float16" else 3e38
-    values = stored(np.clip((spread + means) * scales, -limit, limit), dtype)
-    return values, dtype
-
-
-@settings(max_examples=60, deadline=None)
-@given(tensors(finite=True))
-def test_means_and_variances_are_the_exact_ones_rounded_once(tensor):
-    values, dtype = tensor
-    found = statistics_of(values, dtype)
-    vectors_VF = as_float64(values).reshape(-1, values.shape[-1])
-    assert_equal(found, exact_statistics(vectors_VF))
-    # NumPy rounds as it goes.
-    expected = numpy_statistics(vectors_VF)
-    del expected["variance"]
-    assert_equal(found, expected, rtol=1e-9)
-
-
-@settings(max_examples=40, deadline=None)
-@given(tensors(finite=True))
-def test_sums_are_exact_to_their_last_bit(tensor):
-    """A vector by itself is summed without rounding, whatever is done with many."""
-    values, dtype = tensor
-    vectors = values.reshape(-1, values.shape[-1])
-    whole, one_by_one = running(values, dtype), running(values, dtype)
-    whole.add("x", 0, vectors.reshape(-1).view(np.uint8))
-    for number, vector in enumerate(vectors):
-        one_by_one.add("x", number * vector.nbytes, vector.view(np.uint8))
-    assert whole.state() == one_by_one.state()
-
-
-@settings(max_examples=30, deadline=None)
-@given(tensors(finite=False))
-def test_nan_and_infinite_values_count_as_in_numpy(tensor):
-    values, dtype = tensor
-    vectors_VF = as_float64(values).reshape(-1, values.shape[-1])
-    expected = numpy_statistics(vectors_VF)
-    finite = np.isfinite(vectors_VF).all(0)
-    found = statistics_of(values, dtype)
-    assert_equal(
-        {"variance": found["variance"][~finite]}, {"variance": np.full((~finite).sum(), np.nan)}
-    )
-    del expected["variance"]
-    # A sum of both signs may come out as any small number in NumPy.
-    with np.errstate(invalid="ignore"):
-        cancelled = np.abs(expected["mean"]) < 1e-6 * np.abs(vectors_VF).max(0)
-    found["mean"][cancelled] = expected["mean"][cancelled]
-    assert_equal(found, expected, rtol=1e-9)
+KINDS = {
+    "normal": lambda x: x,
+    "a thousand deviations from zero": lambda x: x + 1e3,
+    "a million deviations from zero": lambda x: 1e-3 * x + 1e3,
+    "softmax": lambda x: np.exp(9 * x) / np.exp(9 * x).sum(-1, keepdims=True),
+    "outliers": lambda x: np.where(abs(x) > 3, 1e4 * x, x),
+    "an outlier first": lambda x: np.where(np.arange(len(x))[:, None, None, None] == 0, 6e4, x),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["normal", "off centre", "softmax", "constant", "outliers"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_activations_of_any_kind_agree_with_numpy(dtype, kind):
-    generator = np.random.default_rng(0)
-    normal = generator.normal(size=(5000, 33))
-    values = {
-        "normal": normal,
-        "off centre": normal * 1e-3 + 1e3,
-        "softmax": np.exp(9 * normal) / np.exp(9 * normal).sum(1, keepdims=True),
-        "constant": np.broadcast_to(np.float64(0.1), normal.shape),
-        "outliers": np.where(generator.random(normal.shape) < 1e-3, 1e4 * normal, normal),
-    }[kind]
-    values = stored(values, dtype)
-    found = statistics_of(values, dtype)
-    assert_equal(found, numpy_statistics(as_float64(values)), rtol=1e-9)
-    if kind == "constant":
-        assert not found["variance"].any()
+    values = stored(KINDS[kind](np.random.default_rng(0).normal(size=(1000, 3, 5, 33))), dtype)
+    found = statistics_of(values, dtype, layers=3, rows=301)
+    for layer in range(3):
+        vectors_VF = as_float64(values[:, layer]).reshape(-1, 33)
+        of_layer = {name: of[layer] for name, of in found.items()}
+        expected = numpy_statistics(vectors_VF)
+        assert_equal(of_layer, expected, rtol=1e-9, atol=1e-12 * expected["norm_mean"])
+        assert_equal(of_layer, {"variance": vectors_VF.var(0)}, rtol=1e-9)
 
 
-def test_a_spread_of_a_millionth_of_the_mean_is_seen():
-    values = (1 + 1e-6 * np.random.default_rng(0).normal(size=(20_000, 4))).astype(np.float32)
-    found = statistics_of(values, "float32")
-    assert_equal(found, {"variance": values.astype(np.float64).var(0)}, rtol=1e-9)
+@pytest.mark.parametrize("width", [1, 8, 300, 4097, 9000])
+def test_vectors_of_any_width_agree_with_numpy(width):
+    values = np.random.default_rng(0).normal(size=(300, width)).astype(np.float32)
+    expected = numpy_statistics(values.astype(np.float64))
+    assert_equal(statistics_of(values, rows=290), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, -1e30, 1e4 / 3])
+def test_a_constant_feature_has_its_mean_and_no_variance(constant):
+    values = np.random.default_rng(0).normal(size=(999, 7, 9)).astype(np.float32)
+    values[..., 4] = constant
+    found = statistics_of(values, rows=70)
+    assert found["variance"][4] == 0
+    assert found["mean"][4] == np.float32(constant)
+
+
+@st.composite
+def tensors_of_any_bits(draw) -> tuple[np.ndarray, str, int | None]:
+    dtype = draw(st.sampled_from(["float32", "float16", "bfloat16"]))
+    layers = draw(st.sampled_from([None, 1, 2]))
+    shape = (
+        draw(st.integers(1, 150)),
+        layers or 1,
+        draw(st.integers(1, 6)),
+        draw(st.integers(1, 20)),
+    )
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    bits = generator.integers(0, 1 << 32, shape, np.uint32)
+    values = (bits if dtype == "float32" else (bits >> 16).astype(np.uint16)).view(DTYPES[dtype])
+    if draw(st.booleans()):  # few that are not finite: features with one or none
+        finite = np.isfinite(as_float64(values)) | (generator.random(shape) < 0.05)
+        values = np.where(finite, values, DTYPES[dtype].type(1))
+    return values, dtype, layers
+
+
+@settings(max_examples=60, deadline=None)
+@given(tensors_of_any_bits(), st.integers(1, 200))
+def test_nan_and_infinite_values_propagate_as_in_numpy(tensor, rows):
+    values, dtype, layers = tensor
+    found = statistics_of(values, dtype, layers, rows)
+    for layer in range(values.shape[1]):
+        vectors_VF = as_float64(values[:, layer]).reshape(-1, values.shape[-1])
+        of_layer = {name: of[layer] if layers else of for name, of in found.items()}
+        expected = numpy_statistics(vectors_VF)
+        scale = np.abs(np.where(np.isfinite(vectors_VF), vectors_VF, 0)).max(0)
+        mean, expected_mean = of_layer["mean"], expected.pop("mean")
+        finite = np.isfinite(expected_mean)
+        np.testing.assert_array_equal(mean[~finite], expected_mean[~finite])
+        assert (np.abs(mean - expected_mean)[finite] <= 1e-12 * scale[finite]).all()
+        assert_equal(of_layer, expected, rtol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tensors_of_any_bits(), st.data())
+def test_the_order_of_arrival_leaves_no_trace(tensor, data):
+    values, dtype, layers = tensor
+    rows = data.draw(st.integers(1, max(1, len(values) // 3)))
+    in_order, other = (running(values, dtype, layers) for _ in range(2))
+    batches = batches_of(in_order, values, rows)
+    for batch, moments in enumerate(batches):
+        assert in_order.next_batch == batch
+        in_order.add(batch, moments)
+    arrival = data.draw(st.permutations(range(len(batches))))
+    with ThreadPoolExecutor(2) as executor:
+        [*executor.map(lambda batch: other.add(batch, batches[batch]), arrival)]
+    assert other.next_batch == len(batches)
+    assert same_bits(other.tensors(), in_order.tensors())
+
+
+def test_a_batch_counts_once():
+    values = np.ones((3, 2), np.float32)
+    statistics = running(values, "float32", None)
+    batches = batches_of(statistics, values, 1)
+    for batch in (2, 0):
+        statistics.add(batch, batches[batch])
+    for batch in (0, 2):
+        with pytest.raises(AssertionError, match="added before"):
+            statistics.add(batch, batches[batch])
+    assert statistics.next_batch == 1
+    with pytest.raises(AssertionError, match="batch 1 is missing"):
+        statistics.tensors()
+    statistics.add(1, batches[1])
+    assert statistics.tensors()["stats/x/count"] == [3]
 
 
 @pytest.mark.parametrize("layers", [None, 3])
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_order_pieces_and_processes_do_not_matter(layers, data):
-    dtype = data.draw(st.sampled_from([*DTYPES]))
-    shape = (data.draw(st.integers(1, 40)), layers or 1, data.draw(st.integers(1, 20)), 18)
-    bits = np.random.default_rng(data.draw(st.integers(0, 99))).integers(
-        0, 1 << 32, shape, np.uint32
-    )
-    values = (bits if dtype == "float32" else (bits >> 16).astype(np.uint16)).view(DTYPES[dtype])
-    expected = statistics_of(values, dtype, layers)
-    if layers:
-        by_layer = [statistics_of(np.ascontiguousarray(values[:, i]), dtype) for i in range(layers)]
-        for name, of_layers in expected.items():
-            assert_equal({name: of_layers}, {name: np.squeeze([each[name] for each in by_layer])})
-    vectors = values.reshape(-1, 18)
-    cuts = data.draw(st.lists(st.integers(0, len(vectors)), max_size=6).map(sorted))
-    pieces = [*zip([0, *cuts], [*cuts, len(vectors)], strict=True)]
-    pieces = data.draw(st.permutations([each for each in pieces if each[0] < each[1]]))
-    processes = [running(values, dtype, layers=layers) for _ in range(data.draw(st.integers(1, 3)))]
-    for start, stop in pieces:
-        process = processes[data.draw(st.integers(0, len(processes) - 1))]
-        process.add("x", start * vectors[0].nbytes, vectors[start:stop].reshape(-1).view(np.uint8))
-    whole = running(values, dtype, layers=layers)
-    for process in data.draw(st.permutations(processes)):
-        whole.merge(process.state())
-    assert_same_bits(taken(whole), expected)
-
-
-def test_a_state_of_other_tensors_is_refused():
-    ours, others = (running(np.zeros((2, width), np.float32), "float32") for width in (3, 4))
-    with pytest.raises(ValueError, match="of other tensors"):
-        ours.merge(others.state())
-
-
-def test_what_is_read_from_a_file_is_digested_and_added():
-    values = np.random.default_rng(0).normal(size=(9000, 3, 40)).astype(np.float32)
-    with tempfile.TemporaryFile() as file:
-        file.write(b"before" + values.tobytes())
-        file.flush()
-        found = running(values, "float32")
-        digest = found.read("x", "float32", file.fileno(), offset=6, nbytes=values.nbytes, start=0)
-        other = running(np.zeros((1, 1), np.float32), "float32")
-        expected = other.read(
-            "y", "float32", file.fileno(), offset=6, nbytes=values.nbytes, start=0
-        )
-    assert digest == expected
-    assert_same_bits(taken(found), statistics_of(values, "float32"))
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("cuts", [[1], [300, 301, 900], range(10, 1000, 10)])
+def test_shards_merge_into_the_statistics_of_the_whole(layers, offset, cuts):
+    values = np.random.default_rng(1).normal(size=(1000, 3, 4, 9)) + offset
+    values[0, 0, 0, :2] = np.nan, np.inf
+    values[..., 3] = offset
+    values = values.astype(np.float32)
+    whole = statistics_of(values, layers=layers)
+    shards = [statistics_of(shard, layers=layers) for shard in np.split(values, cuts)]
+    merged = merge_stored(shards)
+    assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in whole.items()}
+    assert_equal(merged, whole, rtol=1e-12, atol=1e-12)
+    for exact in ("count", "min", "max", "count_abs_gt_6"):
+        np.testing.assert_array_equal(merged[exact], whole[exact])
+    assert not merged["variance"][..., 3].any()
 
 
 def test_zeros_are_positive_and_nan_is_one_value():
     bits = np.array([[0x8000_0000, 0xFFC0_0001], [0, 0x7F80_0001]], np.uint32)
     for order in ([0, 1], [1, 0]):
-        found = statistics_of(bits[order].view(np.float32), "float32")
+        found = statistics_of(bits[order].view(np.float32), rows=1)
         assert found["min"].tobytes() == found["max"].tobytes()
         assert found["min"].tobytes() == np.array([0.0, np.nan]).tobytes()
 
 
-def test_outliers_are_beyond_six():
+def test_values_beyond_six_are_counted():
     beyond = np.nextafter(np.float32(6), np.float32(7))
     values = np.array([[6, beyond], [-6, -beyond], [np.inf, np.nan]], np.float32)
-    np.testing.assert_array_equal(statistics_of(values, "float32")["outliers"], [1, 2])
+    np.testing.assert_array_equal(statistics_of(values)["count_abs_gt_6"], [1, 2])
 
 
-def test_every_statistic_is_taken_and_no_other():
-    found = statistics_of(np.ones((3, 2), np.float32), "float32")
-    assert [*found] == [each.name for each in STATISTICS]
+def test_only_tensors_with_specs_of_statistics_are_measured():
+    specs = [TensorSpec(name, "float32", (4, 3, 2)) for name in "xyz"]
+    found = RunningStatistics([*specs, *statistics_specs("y", layers=3, width=2)])
+    assert found.names == ["y"]
+    found.add(0, {"y": found.measure("y", np.zeros(96, np.uint8))})
+    tensors = found.tensors()
+    assert [*tensors] == [f"stats/y/{each.name}" for each in STATISTICS]
+    assert [of.shape for of in tensors.values()] == [
+        spec.shape for spec in statistics_specs("y", layers=3, width=2)
+    ]
+
+
+def test_a_batch_is_whole_rows():
+    statistics = running(np.zeros((4, 2), np.float32), "float32", None)
+    with pytest.raises(InvalidArgumentError, match="of the same float32 vectors"):
+        statistics.measure("x", np.zeros(12, np.uint8))
+
+
+def test_the_module_needs_no_torch():
+    code = "import sys, dump_activations.storage.statistics; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,7 @@
-"""Statistics read back: those that a file has, and what reading a file without them gives."""
+"""Statistics read back: stored ones, and those computed from a file without them."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,137 +9,125 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dump_activations import ActivationsFile, InvalidArgumentError, OutputError, dump
-from dump_activations.statistics import STATISTICS
-from dump_activations.storage.reading.inspection import find_damage, inspect
-from dump_activations.storage.reading.statistics import compute_statistics, stored_statistics
-from reference.dumps import read_dump
+from dump_activations import ActivationsFile, InvalidArgumentError, OutputError
+from dump_activations.dtypes import TensorSpec
+from dump_activations.storage import statistics
+from dump_activations.storage.reading.inspection import inspect
+from dump_activations.storage.statistics import (
+    STATISTICS,
+    RunningStatistics,
+    compute_statistics,
+    statistics_specs,
+    stored_statistics,
+)
 from reference.statistics import numpy_statistics
 
 N = 300
 LAYERS = (1, 3)
-KEYS = ["attn_q", "attn_pattern", "layer_outputs", "pooled", "head_logits"]
-PER_LAYER = KEYS[:3]
 NAMES = [each.name for each in STATISTICS]
-SCALARS = {each.name for each in STATISTICS if not each.per_feature}
-FORMS = [(".safetensors", "fp32", False), (".pt", "bf16", True), (".npz", "fp16", False)]
+GENERATOR = torch.Generator().manual_seed(0)
+ACTIVATIONS = {
+    "attn_q": torch.randn(N, 2, 16, 24, generator=GENERATOR),
+    "layer_outputs.1": (torch.randn(N, 16, 8, generator=GENERATOR) + 1000).bfloat16(),
+    "layer_outputs.3": torch.randn(N, 16, 8, generator=GENERATOR).bfloat16(),
+    "pooled": 5 * torch.randn(N, 7, generator=GENERATOR).half(),
+}
+OTHERS = {"indices": torch.arange(N), "rmsnorm_gammas/final_ln": torch.ones(8)}
+
+
+def taken() -> dict[str, torch.Tensor]:
+    """Take the statistics of the activations in batches of 64 boards."""
+    specs = [
+        TensorSpec(name, str(of.dtype).removeprefix("torch."), tuple(of.shape))
+        for name, of in ACTIVATIONS.items()
+    ]
+    for spec in [*specs]:
+        layers = len(LAYERS) if spec.name == "attn_q" else None
+        specs += statistics_specs(spec.name, layers=layers, width=spec.shape[-1])
+    running = RunningStatistics(specs)
+    for batch, start in enumerate(range(0, N, 64)):
+        rows = {name: of[start : start + 64] for name, of in ACTIVATIONS.items()}
+        bytes_of = {name: of.reshape(-1).view(torch.uint8).numpy() for name, of in rows.items()}
+        running.add(batch, {name: running.measure(name, of) for name, of in bytes_of.items()})
+    return {name: torch.from_numpy(of) for name, of in running.tensors().items()}
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory, demo_checkpoint, demo_dataset):
-    made: dict[tuple, Path] = {}
-
-    def make(suffix: str, dtype: str, split: bool, *, stats: bool = True) -> Path:
-        form = (suffix, dtype, split, stats)
-        if form not in made:
-            made[form] = tmp_path_factory.mktemp("dumps") / f"x{suffix}"
-            dump(
-                demo_checkpoint,
-                demo_dataset,
-                made[form],
-                outputs=[*KEYS, "rmsnorm_gammas"],
-                layers=LAYERS,
-                split_layers=split,
-                stats=stats,
-                n_samples=N,
-                batch_size=64,
-                dtype=dtype,
-                device="cpu",
-                allow_cpu=True,
-            )
-        return made[form]
-
-    return make
+def without(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("dumps") / "x.safetensors"
+    save_file({**OTHERS, **ACTIVATIONS}, path, {"num_layers": "4", "layers": "1,3"})
+    return path
 
 
-@pytest.fixture(params=FORMS, ids=lambda form: "-".join(map(str, form)))
-def form(request):
-    return request.param
+@pytest.fixture(scope="module")
+def with_them(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("dumps") / "x.safetensors"
+    tensors = {**OTHERS, **ACTIVATIONS, **taken()}
+    save_file(tensors, path, {"num_layers": "4", "layers": "1,3"})
+    return path
 
 
-def vectors(values: torch.Tensor) -> np.ndarray:
-    return values.double().reshape(-1, values.shape[-1]).numpy()
+@pytest.mark.parametrize("key", ["attn_q", "layer_outputs", "pooled"])
+def test_a_key_has_the_statistics_of_its_values(with_them, key):
+    acts = ActivationsFile(with_them)
+    found = acts.stats(key)
+    for number, layer in enumerate([None] if key == "pooled" else LAYERS):
+        of_layer = acts.stats(key, layer)
+        values = acts.read(key, layer=layer).double()
+        assert [*of_layer] == NAMES
+        for name, expected in numpy_statistics(values.flatten(0, -2).numpy()).items():
+            assert of_layer[name].dtype == np.float64
+            assert of_layer[name].shape == np.shape(expected)
+            np.testing.assert_allclose(of_layer[name], expected, rtol=1e-9, atol=1e-12)
+            stacked = found[name] if layer is None else found[name][number]
+            np.testing.assert_array_equal(stacked, of_layer[name])
 
 
-def test_a_dump_has_what_numpy_makes_of_its_stored_values(make, form):
-    acts = ActivationsFile(make(*form))
-    assert acts.keys() == [key for key in acts.keys() if key in KEYS]  # noqa: SIM118
-    for key in KEYS:
-        layers = LAYERS if key in PER_LAYER else [None]
-        found = acts.stats(key)
-        for number, layer in enumerate(layers):
-            of_layer = acts.stats(key, layer)
-            expected = numpy_statistics(vectors(acts.read(key, layer=layer)))
-            assert [*of_layer] == NAMES
-            for name, values in expected.items():
-                assert of_layer[name].dtype == np.float64
-                assert of_layer[name].shape == np.shape(values)
-                np.testing.assert_allclose(of_layer[name], values, rtol=1e-9, atol=1e-300)
-                stacked = found[name][number] if layer is not None else found[name]
-                np.testing.assert_array_equal(stacked, of_layer[name])
-
-
-def test_statistics_are_among_the_tensors_that_are_digested(make, form):
-    path = make(*form)
-    assert find_damage(inspect(path), threads=2) == []
-    plain, found = read_dump(make(*form, stats=False)), read_dump(path)
-    added = found.tensors.keys() - plain.tensors.keys()
-    stored = [f"{key}.{n}" for key in PER_LAYER for n in LAYERS] if form[2] else PER_LAYER
-    tensors = [*stored, "pooled", "head_logits"]
-    assert added == {f"stats/{tensor}/{name}" for tensor in tensors for name in NAMES}
-    assert all(torch.equal(found.tensors[name], plain.tensors[name]) for name in plain.tensors)
-    assert found.metadata["stats"] == "true"
-    assert "stats" not in plain.metadata
-    assert found.metadata["fingerprint"] != plain.metadata["fingerprint"]
-
-
-def test_computed_statistics_are_the_stored_ones_to_the_bit(make, form):
-    stored = stored_statistics(inspect(make(*form)))
-    without = inspect(make(*form, stats=False))
-    assert stored_statistics(without) == {}
+def test_a_file_without_statistics_is_read_for_them(with_them, without, monkeypatch):
+    stored = stored_statistics(inspect(with_them))
+    assert stored.keys() == ACTIVATIONS.keys()
+    assert stored_statistics(inspect(without)) == {}
+    monkeypatch.setattr(statistics, "_CHUNK_NBYTES", 50_000)
     seen: list[tuple[int, int]] = []
-    computed = compute_statistics(without, threads=2, progress=lambda *at: seen.append(at))
+    computed = compute_statistics(inspect(without), threads=3, progress=lambda *at: seen.append(at))
+    again = compute_statistics(inspect(without), threads=1)
     assert computed.keys() == stored.keys()
-    for tensor, statistics in computed.items():
-        assert [*statistics] == NAMES
-        for name, values in statistics.items():
+    for tensor, of_tensor in computed.items():
+        assert [*of_tensor] == NAMES
+        for name, values in of_tensor.items():
+            assert values.tobytes() == again[tensor][name].tobytes()
             assert values.shape == stored[tensor][name].shape
-            assert values.tobytes() == stored[tensor][name].tobytes(), (tensor, name)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+            np.testing.assert_allclose(values, stored[tensor][name], rtol=1e-12, atol=1e-12)
+    assert len(seen) > len(ACTIVATIONS)
+    assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
 
 
-def test_what_has_no_statistics_says_so(make):
-    acts = ActivationsFile(make(*FORMS[0], stats=False))
+def test_a_key_without_statistics_is_an_error(with_them, without):
     with pytest.raises(InvalidArgumentError, match=r"pooled has no statistics .* stats=True"):
-        acts.stats("pooled")
-    acts = ActivationsFile(make(*FORMS[0]))
+        ActivationsFile(without).stats("pooled")
+    acts = ActivationsFile(with_them)
     with pytest.raises(InvalidArgumentError, match="has layers 1, 3"):
         acts.stats("attn_q", 2)
     with pytest.raises(InvalidArgumentError, match="no 'attn_k' in it"):
         acts.stats("attn_k")
     with pytest.raises(InvalidArgumentError, match="final_ln has no statistics"):
         acts.stats("rmsnorm_gammas/final_ln")
-    with pytest.raises(InvalidArgumentError, match="of one file"):
-        ActivationsFile(make(*FORMS[0]), make(*FORMS[0])).stats("pooled")
 
 
 def test_a_foreign_file_has_statistics_of_its_floats(tmp_path):
     path = tmp_path / "x.safetensors"
-    values = torch.randn(50, 4, 7)
+    hidden = torch.randn(50, 4, 7)
     others = {"n": torch.arange(50), "one": torch.rand(50), "of_layers": torch.rand(50, 3)}
-    save_file({"hidden": values, **others}, path, {"num_layers": "3"})
+    save_file({"hidden": hidden, **others}, path, {"num_layers": "3"})
     computed = compute_statistics(inspect(path), threads=1)
     assert [*computed] == ["hidden"]
-    for name, expected in numpy_statistics(vectors(values)).items():
-        np.testing.assert_allclose(
-            computed["hidden"][name],
-            np.broadcast_to(expected, computed["hidden"][name].shape),
-            1e-9,
-        )
+    for name, expected in numpy_statistics(hidden.double().reshape(-1, 7).numpy()).items():
+        found = computed["hidden"][name]
+        np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), 1e-9, 1e-12)
 
 
-def test_what_cannot_be_read_where_it_lies(tmp_path):
+def test_compressed_tensors_have_no_statistics(tmp_path):
     path = tmp_path / "x.npz"
     np.savez_compressed(
         path, hidden=np.ones((3, 2), np.float32), **{"stats/hidden/mean": np.ones(3)}
@@ -151,7 +140,7 @@ def test_what_cannot_be_read_where_it_lies(tmp_path):
 @pytest.mark.parametrize(
     "count", [torch.tensor(3.0), torch.zeros(0), torch.zeros(2), torch.zeros(1)]
 )
-def test_tensors_that_are_only_called_statistics(tmp_path, count):
+def test_tensors_that_only_have_the_name_of_statistics_are_ignored(tmp_path, count):
     dtype = torch.float32 if count.shape == (1,) else torch.float64
     tensors = {"indices": torch.arange(5), "pooled": torch.rand(5, 4)}
     path = tmp_path / "x.safetensors"
@@ -160,16 +149,20 @@ def test_tensors_that_are_only_called_statistics(tmp_path, count):
         ActivationsFile(path).stats("pooled")
 
 
-def test_a_file_cut_short_meanwhile_is_an_error(make, tmp_path):
+def test_a_file_that_changes_meanwhile_is_an_error(without, tmp_path):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(make(*FORMS[0], stats=False).read_bytes())
+    path.write_bytes(without.read_bytes())
     inspection = inspect(path)
     os.truncate(path, inspection.size - 1000)
     with pytest.raises(OutputError, match="is another file than it was"):
         compute_statistics(inspection, threads=1)
+    with pytest.raises(OutputError, match="cut short"):
+        compute_statistics(replace(inspection, size=inspection.size - 1000), threads=1)
 
-    def interrupt(_done: int, _whole: int) -> None:
+
+def test_an_interrupted_computation_ends(without):
+    def interrupt(_done: int, _in_all: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compute_statistics(inspect(make(*FORMS[0])), threads=2, progress=interrupt)
+        compute_statistics(inspect(without), threads=2, progress=interrupt)

@@ -14,7 +14,6 @@ import click
 
 from dump_activations.commands.tables import Table
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
-from dump_activations.place import Place
 from dump_activations.progress import live_console
 from dump_activations.text import filled, printable
 
@@ -45,7 +44,7 @@ def print_note(text: str) -> None:
 
 def _is_silent() -> bool:
     """Whether another process of the same run prints all but errors."""
-    return Place.here().rank > 0
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _print_line(label: str, colour: str, text: str) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dump_activations.commands.tables import Table
+from dump_activations.dtypes import STATISTICS_PREFIX
 from dump_activations.model.activations import ACTIVATIONS, WeightActivation
-from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.text import shape_text, size_text
 

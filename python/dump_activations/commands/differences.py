@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dump_activations.commands.contents import shortened
 from dump_activations.commands.tables import Table
-from dump_activations.statistics import STATISTICS_PREFIX
+from dump_activations.dtypes import STATISTICS_PREFIX
 from dump_activations.text import shape_text
 
 if TYPE_CHECKING:

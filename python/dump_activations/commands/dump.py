@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,14 +17,15 @@ from click.core import ParameterSource
 from dump_activations import demo
 from dump_activations.commands.console import print_note
 from dump_activations.commands.grouped import GroupedCommand, GroupedOption
-from dump_activations.commands.launcher import end_with_launcher, is_launched, launch
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
+from dump_activations.commands.processes import launch, variable
 from dump_activations.commands.runner import be_process, run_command
 from dump_activations.commands.summary import print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
-from dump_activations.errors import InvalidArgumentError, option, with_flags
+from dump_activations.errors import InvalidArgumentError, muted_notes, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
+from dump_activations.paths import locate
 from dump_activations.progress import Phase, begin, counted, shown_progress
 
 if TYPE_CHECKING:
@@ -63,7 +65,9 @@ def _flag(described: Described) -> Callable[[Any], Any] | None:
         return _option("--no-write", "write", group=described.group, **attributes)
     elif isinstance(default, bool):
         attributes["is_flag"] = True
-    elif name in ("layers", "steps", "where") or isinstance(default, int | str):
+    elif name in ("layers", "steps", "where", "shard_size", "shards") or isinstance(
+        default, int | str
+    ):
         attributes["type"] = str if default is None else type(default)
     else:
         return None
@@ -80,14 +84,13 @@ def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
 
 _option = partial(click.option, cls=GroupedOption)
 
-_PROCESSES = "Many processes"
 _LOOK = "Look before you run"
 
 
 @click.command(
     cls=GroupedCommand,
     context_settings={"show_default": True, "max_content_width": 100},
-    groups=(Group.RUN, Group.KEEP, Group.COMPUTE, _PROCESSES, Group.AGAIN, _LOOK),
+    groups=(Group.RUN, Group.KEEP, Group.COMPUTE, Group.SHARE, Group.AGAIN, _LOOK),
     examples=(
         ("The embedded demo, to see what a dump is", "dump-activations --demo -o demo.safetensors"),
         (
@@ -130,21 +133,8 @@ _LOOK = "Look before you run"
 )
 @_option(
     "--nproc-per-node",
-    group=_PROCESSES,
-    help="Run in so many processes on this machine, or one for each GPU: gpu.",
-)
-@_option(
-    "--max-restarts",
-    group=_PROCESSES,
-    type=click.IntRange(min=0),
-    default=0,
-    help="How often to start the processes again when one fails.",
-)
-@_option(
-    "--numa-binding",
-    group=_PROCESSES,
-    type=click.Choice(["node", "socket", "exclusive", "core-complex"]),
-    help="Keep each process near its GPU, as torchrun does.",
+    group=Group.SHARE,
+    help="Start this many processes on this machine; gpu starts one per GPU.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what is shown at the end as JSON.")
 @click.version_option(package_name="dump-activations")
@@ -159,11 +149,9 @@ def dump_activations(
     as_json: bool,
     output: str,
     nproc_per_node: str | None,
-    max_restarts: int,
-    numa_binding: str | None,
     **flags: Any,
 ) -> None:
-    """Dump selected transformer activations to one file for offline analysis."""
+    """Dump selected transformer activations to disk for offline analysis."""
     init, dataset_path = flags.pop("init"), flags.pop("dataset")
     flags["allow_cpu"] |= use_demo
     if list_outputs:
@@ -171,45 +159,49 @@ def dump_activations(
         return
     init, dataset_path = _sources(init, dataset_path, use_demo=use_demo)
     options = DumpOptions(**flags)
-    if not output or flags["indices"] == "":
-        raise InvalidArgumentError(f"{option('output' if not output else 'indices')}: no name")
+    path = locate(output)
+    indices_path = None if flags["indices"] is None else locate(flags["indices"])
     if options.write:
-        from dump_activations.storage.writing.targets import check_output
+        from dump_activations.storage.writing.paths import check_output
 
-        indices = [Path(flags["indices"])] if flags["indices"] else []
-        check_output(output, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
-    if nproc_per_node is not None and not dry_run:
-        if not is_launched():
-            launch(
-                context.obj,
-                processes=nproc_per_node,
-                max_restarts=max_restarts,
-                numa_binding=numa_binding,
-            )
-            return
-        end_with_launcher()
+        inputs = [] if indices_path is None else [indices_path]
+        check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=inputs)
+    rank, local_rank = variable("RANK", 0), variable("LOCAL_RANK", 0)
+    local_processes = variable("LOCAL_WORLD_SIZE", 1)
+    if nproc_per_node is not None and not dry_run and "RANK" not in os.environ:
+        context.exit(launch(context.obj, nproc_per_node))
 
     keep_freed_memory()
     has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT
-    with shown_progress():
+    # The first process speaks for all. The others write only warnings and errors.
+    with nullcontext() if rank else shown_progress(), muted_notes() if rank else nullcontext():
         begin("loading torch")
         with uncollected_imports():
-            from dump_activations.api.dumping import dump_to_file, preview
+            from dump_activations.api.dump import dump_to_file, preview
             from dump_activations.commands.step_indices import read_step_indices
             from dump_activations.dataset.dataset import StepsDataset
+            from dump_activations.pipeline.device import share_cores
+            from dump_activations.storage.writing.shards import Place
         if options.allow_cpu and not has_device:
             options = replace(options, device=_device_there_is(options.device))
         begin("opening the dataset")
         dataset = StepsDataset(dataset_path)
-        if flags["indices"] is not None:
+        if indices_path is not None:
             looked_up = counted(Phase("looking up the indices", "rows"))
-            steps = read_step_indices(Path(flags["indices"]), dataset, looked_up)
-            options = replace(options, indices=steps)
+            options = replace(options, indices=read_step_indices(indices_path, dataset, looked_up))
+        place = Place(rank, variable("WORLD_SIZE", 1))
+        share_cores(local_processes)
+        if options.device == "cuda" and place.size > 1:
+            options = replace(options, device=f"cuda:{local_rank}")
         if dry_run:
-            show = partial(print_preview, preview(init, dataset, Path(output), options))
+            show = partial(print_preview, preview(init, dataset, path, options, place))
         else:
-            show = partial(print_summary, dump_to_file(init, dataset, Path(output), options))
-    show(as_json=as_json)
+            summary = dump_to_file(
+                init, dataset, path, options, place=place, local_processes=local_processes
+            )
+            show = partial(print_summary, summary)
+    if not rank:
+        show(as_json=as_json)
 
 
 def _sources(init: str | None, dataset: str | None, *, use_demo: bool) -> tuple[str, str]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from dump_activations.storage.reading.inspection import Inspection
     from dump_activations.storage.statistics import TensorStatistics
-    from dump_activations.storage.writing.unfinished import Unfinished
+    from dump_activations.storage.writing.existing import Unfinished
 
 
 def run() -> NoReturn:
@@ -98,8 +98,8 @@ def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     from dump_activations.commands import statistics
     from dump_activations.commands.contents import FileContents
     from dump_activations.storage.reading.inspection import inspect
-    from dump_activations.storage.writing.targets import partial_path, target_of
-    from dump_activations.storage.writing.unfinished import find_unfinished
+    from dump_activations.storage.writing.paths import partial_path, target_of
+    from dump_activations.storage.writing.existing import find_unfinished
 
     unfinished = find_unfinished(file)
     if unfinished is not None and stats:
@@ -133,7 +133,7 @@ def _damage(inspection: Inspection) -> list[str]:
 
 def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
     """Return the statistics of a file: its own, or else, if it is to be read for them, these."""
-    from dump_activations.storage.reading.statistics import compute_statistics, stored_statistics
+    from dump_activations.storage.statistics import compute_statistics, stored_statistics
 
     found = stored_statistics(inspection)
     if found or not compute:
@@ -143,8 +143,8 @@ def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, Tensor
 
 
 def _write_report(file: Path, report: Path) -> None:
-    from dump_activations.report.writing import write_report
-    from dump_activations.storage.writing.unfinished import find_unfinished
+    from dump_activations.report.render import write_report
+    from dump_activations.storage.writing.existing import find_unfinished
 
     if (found := find_unfinished(file)) is not None:
         raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
@@ -168,7 +168,7 @@ def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:
     from dump_activations.commands import differences
     from dump_activations.storage.reading.comparison import compare
     from dump_activations.storage.reading.inspection import inspect
-    from dump_activations.storage.writing.unfinished import find_unfinished
+    from dump_activations.storage.writing.existing import find_unfinished
 
     for path in (file, other):
         if (found := find_unfinished(path)) is not None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from dump_activations.commands.console import UnreadError, print_error, shown_warnings
-from dump_activations.commands.failures import Failure, is_to_say
 from dump_activations.commands.process import leave
 from dump_activations.errors import DumpActivationsError
 from dump_activations.pipeline.interrupts import UNREAD, signal_of, terminated_like_interrupted
@@ -68,6 +67,5 @@ def _failed(code: int, text: str, error: BaseException | None = None) -> int:
     """Say why a command failed, or leave it to who says it; return the exit code."""
     notes = getattr(error, "__notes__", [])
     line = "; ".join([text, *(getattr(note, "flags_text", note) for note in notes)])
-    if is_to_say(Failure(code, text, line)):
-        print_error(line)
+    print_error(line)
     return code

@@ -40,7 +40,7 @@ def _rows(tensor: str, found: TensorStatistics, layers: Sequence[int]) -> Iterat
     is_stacked = found["mean"].ndim == 2
     for at in range(len(found["count"])):
         of = {name: values[at] if is_stacked else values for name, values in found.items()}
-        mean_square = of["norm_square_mean"].item() / of["mean"].size
+        mean_square = of["mean_squared_norm"].item() / of["mean"].size
         yield [
             tensor,
             str(layers[at]) if is_stacked and at < len(layers) else "",
@@ -49,7 +49,7 @@ def _rows(tensor: str, found: TensorStatistics, layers: Sequence[int]) -> Iterat
             f"{math.sqrt(mean_square):.5g}",
             f"{of['min'].min():.5g}",
             f"{of['max'].max():.5g}",
-            f"{of['outliers'].sum():,.0f}",
+            f"{of['count_abs_gt_6'].sum():,.0f}",
         ]
 
 

@@ -40,12 +40,6 @@ def _parts(summary: Summary) -> Iterator[str | Table]:
             f"{size_text(summary.bytes_written)} written; {summary.setup_seconds:.2f} s to start, "
             f"{summary.commit_seconds:.2f} s to commit"
         )
-    if summary.processes > 1:
-        fewest = summary.boards_by_rank[summary.slowest_rank]
-        yield (
-            f"{summary.processes} processes; the slowest is rank {summary.slowest_rank}: "
-            f"{fewest:,} boards"
-        )
 
 
 def _title(summary: Summary) -> str:

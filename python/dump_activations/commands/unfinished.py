@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dump_activations.commands.tables import Table
-    from dump_activations.storage.writing.unfinished import Unfinished
+    from dump_activations.storage.writing.existing import Unfinished
 
 # What else determines a file's bytes; no one can read it, or it is shown as tensors.
 _HIDDEN = frozenset({"config", "indices", "tensors", "threads", "format"})

@@ -1,5 +1,6 @@
 """Reads consecutive rows of a dataset on all cores: to filter them, or to locate steps of runs."""
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -13,7 +14,6 @@ from dump_activations.dataset.expressions import Expression
 from dump_activations.dataset.filters import evaluate
 from dump_activations.dataset.sampling import Matches, Steps
 from dump_activations.errors import IndicesError, InvalidArgumentError, option
-from dump_activations.place import Place
 from dump_activations.progress import Count
 
 # A few megabytes: the columns of a chunk stay in a core's cache, and the interpreter's share of
@@ -58,7 +58,7 @@ def scan_rows(reader: ColumnReader, rows: range, look: Look, progress: Count | N
             with lock:
                 done += count
 
-    threads = min(Place.here().cores, -(-len(rows) // CHUNK_ROWS))
+    threads = min(len(os.sched_getaffinity(0)), -(-len(rows) // CHUNK_ROWS))
     with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="scan") as executor:
         try:
             running = {executor.submit(work) for _ in range(threads)}

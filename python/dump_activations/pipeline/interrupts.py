@@ -1,15 +1,17 @@
-"""All that is done with signals: Ctrl-C and SIGTERM end a run at a chosen point, in order."""
+"""Signals: Ctrl-C and SIGTERM end a run in order, at a chosen point."""
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
 UNREAD = -signal.SIGPIPE
-"""Exit code of a process that ended because nobody read what it wrote."""
+"""Exit code of a process whose reader left."""
 
 TERMINATED = -signal.SIGTERM
 """Exit code of a process that SIGTERM ended."""
@@ -18,53 +20,54 @@ TERMINATED = -signal.SIGTERM
 _PR_SET_PDEATHSIG = 1
 
 
+_REPEATED_WITHIN = 1.0  # seconds
+
+
+def _python_handlers() -> dict[int, Any]:
+    """Return the handlers of SIGINT and SIGTERM in Python, which run in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    return {number: handler for number, handler in handlers.items() if callable(handler)}
+
+
 @contextmanager
 def ignored_interrupts() -> Iterator[None]:
     """Ignore SIGINT and SIGTERM inside the context, which leaves a state to resume.
 
     Only signals that have a handler in Python are ignored, and only in the main thread.
     """
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if callable(signal.getsignal(number)):
-                before[number] = signal.signal(number, signal.SIG_IGN)
+    handlers = _python_handlers()
+    for number in handlers:
+        signal.signal(number, signal.SIG_IGN)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 class HeldInterrupts:
-    """Holds back the first SIGINT or SIGTERM inside the context; use in any thread.
+    """Holds back a SIGINT or SIGTERM inside the context; use in any thread.
 
     Python raises KeyboardInterrupt between any two steps of the main thread. In the bookkeeping of
     a queue, a condition or a future that leaves a lock taken, or a waiting thread never woken, and
-    the run would hang. What is held back goes to its own handler at the next `check`, or when the
-    context is left without an error. A second signal is not held back.
+    the run would hang. The signal goes to its own handler at the next `check`, or when the context
+    is left without an error. A second one is not held back, unless it follows within a second:
+    launchers pass on a signal that the terminal has sent already.
 
     Only signals that have a handler in Python are held.
-
-    Args:
-        all_of_them: hold back the ones after the first too, as where a launcher passes on what
-            a terminal or a scheduler has sent already.
     """
 
-    def __init__(self, *, all_of_them: bool = False) -> None:
-        self._all = all_of_them
+    def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._held: int | None = None
-        self._holds = True
+        self._first_at = math.inf
 
     def __enter__(self) -> Self:
-        # Python runs handlers in the main thread only.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handler = signal.getsignal(number)
-                if callable(handler):
-                    self._handlers[number] = handler
-                    signal.signal(number, self._hold)
+        self._handlers = _python_handlers()
+        for number in self._handlers:
+            signal.signal(number, self._hold)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -74,29 +77,31 @@ class HeldInterrupts:
             self.check()
 
     def check(self) -> None:
-        """Hand over the signal that was held back, if any.
+        """Pass on the signal that was held back, if any.
 
         Raises:
-            KeyboardInterrupt: what the handlers of Python and of this package's commands raise.
+            KeyboardInterrupt: the handlers of Python and of this package's commands raise it.
         """
         number, self._held = self._held, None
         if number is not None:
             self._handlers[number](number, None)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
-        if self._holds:
-            self._holds, self._held = self._all, number
-        else:
+        now = time.monotonic()
+        self._first_at = min(self._first_at, now)
+        if now - self._first_at > _REPEATED_WITHIN:
             self._handlers[number](number, frame)
+        elif now == self._first_at:
+            self._held = number
 
 
 class Terminated(KeyboardInterrupt):
-    """What SIGTERM raises inside `terminated_like_interrupted`."""
+    """Raised by SIGTERM inside `terminated_like_interrupted`."""
 
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """End on SIGTERM as on Ctrl-C inside the context: in order, with what is done kept."""
+    """End on SIGTERM as on Ctrl-C inside the context: in order, with finished work kept."""
 
     def interrupt(_signal: int, _frame: object) -> None:
         raise Terminated
@@ -123,7 +128,7 @@ def signal_of(interrupt: KeyboardInterrupt) -> int:
 
 
 def interruption_by(number: int) -> KeyboardInterrupt:
-    """Return what a signal raises in a command; any but SIGINT stands for SIGTERM."""
+    """Return the exception for a signal of a command; any but SIGINT stands for SIGTERM."""
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
 
 

@@ -1,96 +1,115 @@
-"""The arithmetic of the forward pass: `--precision`."""
+"""The arithmetic of the forward pass: `--precision`, and the kernels of the attention."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dump_activations.model.encoder import Encoder
 from dump_activations.model.replica import replicate
 
+# cuDNN's attention plans each shape for 0.4 s and has no fallback. The others never refuse.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-class _Fp32Matmuls:
-    """Has matrix products of fp32 done in this precision while any thread is inside.
-
-    The setting is the process's, so the first thread in makes it and the last one out undoes it.
-    """
-
-    def __init__(self, precision: str) -> None:
-        self._precision = precision
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._restore: Callable[[], None] = lambda: None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._restore = _restoring()
-                torch.set_float32_matmul_precision(self._precision)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._restore()
-
-
-def _restoring() -> Callable[[], None]:
-    """Return what puts the process's setting back to what it is now."""
-    try:
-        return partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    except RuntimeError:
-        # The process has set its backends one by one, which the one setting cannot tell.
-        matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        before = [(matmul, matmul.fp32_precision) for matmul in matmuls]
-
-    def restore() -> None:
-        for matmul, precision in before:
-            matmul.fp32_precision = precision
-
-    return restore
-
-
-_HIGHEST, _HIGH = _Fp32Matmuls("highest"), _Fp32Matmuls("high")
+# Settings of torch that `torch.set_float32_matmul_precision` changes, and those they inherit from.
+_MATMULS = (("cuda", "matmul"), ("mkldnn", "matmul"))
 
 
 def in_precision(model: Encoder, precision: str, device: torch.device) -> Encoder:
-    """Return the model as it is run in a precision: its weights are cast here, once a run.
+    """Return the model with its weights cast as a precision needs them, once per run.
 
     `bf16` rounds the factors of matrix products to bf16 and keeps norms, embeddings and the
-    residual stream in fp32; `bf16-true` has everything in bf16, as a model that is served. The
-    others run the model as it is.
+    residual stream in fp32. `bf16-true` has everything in bf16, as a served model has. The others
+    run the model as it is.
 
     Args:
-        model: on `device`; it is left as it is.
+        model: on `device`; it stays as it is.
         precision: one of `options.PRECISIONS`.
-        device: where the model runs.
+        device: runs the model.
     """
     if precision == "bf16-true":
         return replicate(model, device, lambda _: torch.bfloat16)
     if precision == "bf16":
-        return replicate(model, device, _narrow_products)
+        return replicate(model, device, _product_dtype)
     return model
 
 
-def _narrow_products(module: nn.Module) -> torch.dtype | None:
+def _product_dtype(module: nn.Module) -> torch.dtype | None:
     return torch.bfloat16 if isinstance(module, nn.Linear) else None
 
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Run a forward pass inside the context in a precision, whatever the caller's settings are.
+    """Run a forward pass inside the context with its own settings, whatever the caller's are.
 
-    fp32 values are computed with in IEEE single precision, but that `tf32` lets CUDA round the
+    fp32 values are computed with in IEEE single precision, but for `tf32`, where CUDA rounds the
     factors of matrix products to 10 bits of mantissa.
 
     Args:
         precision: one of `options.PRECISIONS`.
-        device: where the model runs.
+        device: runs the model.
     """
+    fp32 = "high" if precision == "tf32" else "highest"
     not_cast = torch.autocast(device.type, enabled=False)
-    with not_cast, _HIGH if precision == "tf32" else _HIGHEST:
+    with not_cast, _settings.held(fp32, on_cuda=device.type == "cuda"):
         yield
+
+
+class _Settings:
+    """Changes settings of the whole process while any thread is inside, and undoes it.
+
+    Threads with the same settings share them. Others wait until these have left. A CUDA thread
+    only queues its work, so it is inside alone, for a few milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._now: tuple[str, int | None] | None = None
+        self._exits = ExitStack()
+
+    @contextmanager
+    def held(self, fp32: str, *, on_cuda: bool) -> Iterator[None]:
+        wanted = (fp32, threading.get_ident() if on_cuda else None)
+        with self._changed:
+            self._changed.wait_for(lambda: self._inside == 0 or self._now == wanted)
+            if self._inside == 0:
+                self._now = wanted
+                self._exits.enter_context(_fp32_products(fp32))
+                if on_cuda:
+                    self._exits.enter_context(sdpa_kernel(_ATTENTION, set_priority=True))
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._exits.close()
+                    self._changed.notify_all()
+
+
+_settings = _Settings()
+
+
+@contextmanager
+def _fp32_products(precision: str) -> Iterator[None]:
+    """Set the precision of fp32 matrix products, and put every setting back as it was."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # The process set its backends one by one.
+        before = "highest"
+    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    found = {each: get(*each) for each in _MATMULS}
+    # A setting that equals its backend's is read as inherited, so that it follows the backend on.
+    inherited = {each for each in _MATMULS if found[each] == get(each[0], "all")}
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for each in _MATMULS:
+            put(*each, "none" if each in inherited else found[each])

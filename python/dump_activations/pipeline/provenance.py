@@ -1,6 +1,6 @@
-"""What a run was made of: the metadata of its file, and what determines every byte of it.
+"""The metadata of a run's file, and the fingerprint of the work.
 
-docs/file-format.md says what each entry means and how each digest is computed.
+docs/file-format.md explains each entry and how each digest is computed.
 """
 
 import hashlib
@@ -15,41 +15,15 @@ from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import device_name
 from dump_activations.pipeline.plan import Plan
 
-# Indices that are digested at once.
-_PIECE = 1 << 20
-
 _FORMAT_VERSION = "1"
+_DIGESTED_AT_ONCE = 1 << 20
 
 
 def metadata(plan: Plan) -> dict[str, str]:
-    """Describe a run for its output file, string to string; what does not apply is left out."""
-    options = plan.options
-    return {
-        **_model_metadata(plan.model),
-        "n_samples": str(len(plan.indices)),
-        "seed": str(options.seed),
-        "dtype": options.dtype,
-        "outputs": ",".join(sorted(each.key for each in plan.activations)),
-        "layers": ",".join(map(str, plan.layers)),
-        "precision": options.precision,
-        "compile": str(options.compile).lower(),
-        "format_version": _FORMAT_VERSION,
-        "dump_activations_version": version("dump-activations"),
-        "torch_version": torch.__version__,
-        "device": device_name(plan.device),
-        "batch_size": str(options.batch_size),
-        "dataset": str(plan.dataset.path),
-        "dataset_rows": str(len(plan.dataset)),
-        "dataset_layout_sha256": plan.dataset.layout_sha256,
-        "indices_from": plan.indices_from,
-        **_selection_metadata(plan),
-        **({"stats": "true"} if plan.has_statistics else {}),
-    }
-
-
-def _model_metadata(model: Encoder) -> dict[str, str]:
-    config = model.config
-    said = {
+    """Describe a run for its output file, but for `computed_by`. Entries of no use are left out."""
+    options, model, config = plan.options, plan.model, plan.model.config
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
+    entries = {
         "checkpoint": model.checkpoint,
         "hub_commit": model.hub_commit,
         "hidden_size": str(config.hidden_size),
@@ -58,50 +32,64 @@ def _model_metadata(model: Encoder) -> dict[str, str]:
         "n_bins": None if config.head_type == "none" else str(config.logits_shape[-1]),
         "random_init": str(model.random_init).lower(),
         "tokenizer": model.tokenizer,
-        "weights_dtype": _other_dtypes(model),
-        "weights_sha256": _weights_sha256(model),
+        "weights_dtype": None if dtypes == {"float32"} else ",".join(sorted(dtypes)),
+        **_asked(plan),
+        "seed": str(options.seed),
+        "dataset": str(plan.dataset.path),
+        "dataset_rows": str(len(plan.dataset)),
+        "sampling": plan.sampling,
+        "where": options.where.text if isinstance(options.where, Expression) else None,
+        "steps": plan.sampling.removeprefix("steps ") if options.steps is not None else None,
     }
-    return _that_apply(said)
-
-
-def _other_dtypes(model: Encoder) -> str | None:
-    """Name the dtypes of a model's parameters where they are not all fp32."""
-    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
-    return None if dtypes == {"float32"} else ",".join(sorted(dtypes))
+    return {name: text for name, text in entries.items() if text is not None}
 
 
 def fingerprint(plan: Plan) -> dict[str, str]:
-    """Name everything that determines the bytes of a run's tensors, beside what its metadata says.
+    """Name everything that determines the values of a run's tensors, and nothing else.
 
-    Of the dataset it takes the shards' names, sizes and rows' layout, not their rows.
+    It is the same in all processes and on all machines: without paths, devices or threads. The
+    dataset counts by the names, sizes and layouts of its shards, not by their rows.
     """
-    threads = str(torch.get_num_threads()) if plan.device.type == "cpu" else "any"
+    split = {"split_layers": "true"} if plan.options.split_layers else {}
+    asked = {name: text for name, text in _asked(plan).items() if text is not None}
     return {
+        **asked,
+        **split,
         "config": repr(plan.model.config),
         "indices": _indices_sha256(plan.indices),
-        "threads": threads,
     }
 
 
-def _selection_metadata(plan: Plan) -> dict[str, str]:
-    """Say which steps and labels were asked for, where they were."""
-    where, steps = plan.options.where, plan.options.steps
-    said = {
+def computed_by(plan: Plan) -> dict[str, str]:
+    """Name what may change the last bits of a result: the device, and threads on a CPU."""
+    threads = {} if plan.device.type == "cuda" else {"threads": str(torch.get_num_threads())}
+    return {"device": device_name(plan.device), **threads}
+
+
+def _asked(plan: Plan) -> dict[str, str | None]:
+    """Return the entries that are part of both the metadata and the fingerprint."""
+    options = plan.options
+    return {
+        "weights_sha256": _weights_sha256(plan.model),
+        "dataset_layout_sha256": plan.dataset.layout_sha256,
+        "n_samples": str(len(plan.indices)),
+        "outputs": ",".join(sorted(each.key for each in plan.activations)),
+        "layers": ",".join(map(str, plan.layers)),
         "labels": None if plan.labels is None else ",".join(plan.labels.dtypes),
-        "where": where.text if isinstance(where, Expression) else None,
-        "steps": None if steps is None else plan.indices_from.removeprefix("steps "),
+        "dtype": options.dtype,
+        "precision": options.precision,
+        "compile": str(options.compile).lower(),
+        "batch_size": str(options.batch_size),
+        "format_version": _FORMAT_VERSION,
+        "dump_activations_version": version("dump-activations"),
+        "torch_version": torch.__version__,
     }
-    return _that_apply(said)
-
-
-def _that_apply(said: dict[str, str | None]) -> dict[str, str]:
-    return {key: text for key, text in said.items() if text is not None}
 
 
 def _indices_sha256(indices: StepIndices) -> str:
     digest = hashlib.sha256()
-    for start in range(0, len(indices), _PIECE):
-        digest.update(indices[start : start + _PIECE].data)
+    for start in range(0, len(indices), _DIGESTED_AT_ONCE):
+        digest.update(indices[start : start + _DIGESTED_AT_ONCE].data)
     return digest.hexdigest()
 
 

@@ -1,196 +1,419 @@
-"""Takes the statistics of a file's tensors, exactly: see the registry in `statistics`.
+"""Statistics of activations in float64: taken per batch, merged in order, stored and read back.
 
-Shape letters: L layers, F features.
+A vector lies along the last axis of a tensor, and each place in it is a feature. A new statistic is
+one new entry in `STATISTICS`.
+
+Shape letters: L layers (1 for a tensor without their axis), F features.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import reduce
+from itertools import accumulate
+from math import prod
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations import _rust
-from dump_activations.dtypes import DTYPES, TensorSpec
-from dump_activations.statistics import STATISTICS_PREFIX, Totals, values_of
-from dump_activations.storage.digests import Digest
+from dump_activations.dtypes import DTYPES, STATISTICS_PREFIX, TensorSpec
+from dump_activations.errors import InvalidArgumentError, OutputError, switch
+from dump_activations.storage.formats.contents import read_exactly
+from dump_activations.storage.reading.catalog import Catalog, Key
+from dump_activations.storage.reading.inspection import Inspection, open_again
 
-TensorStatistics = dict[str, NDArray[np.float64]]
+Array = NDArray[np.float64]
+
+TensorStatistics = dict[str, Array]
 """Statistics of a tensor by name: (L, F) and (L,), or (F,) and (1,) of one without layers."""
 
-_SUM = 88
-"""Bytes of an exact sum, a little-endian number."""
+_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+# Bytes that a thread reads and measures at a time. The bits of computed statistics depend on it.
+_CHUNK_NBYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """A tensor (N, ..., F) whose statistics are taken.
+class Moments:
+    """Mergeable state of some vectors of one tensor, all float64.
 
     Attributes:
-        name: in the file.
-        dtype: float32, float16 or bfloat16.
-        layers: length of its second axis where layers are stacked in it; else None.
-        per_board: vectors of a board.
-        width: F.
+        count: vectors per layer, (L,).
+        mean: (L, F).
+        m2: sum of squared deviations from the mean, (L, F).
+        min: (L, F); NaN where there is a NaN.
+        max: (L, F); NaN where there is a NaN.
+        count_abs_gt_6: elements beyond 6 in magnitude, (L, F).
+        norm_mean: mean of the vectors' norms, (L,).
+        mean_squared_norm: mean of their squares, (L,).
     """
+
+    count: Array
+    mean: Array
+    m2: Array
+    min: Array
+    max: Array
+    count_abs_gt_6: Array
+    norm_mean: Array
+    mean_squared_norm: Array
+
+    def merge(self, following: "Moments") -> "Moments":
+        """Return the moments of these vectors and the following ones, by Chan's rule."""
+        count = self.count + following.count
+        weight = following.count / count
+
+        def mean_of(mean: Array, other: Array) -> Array:
+            # The difference of two infinite means is NaN. Their sum is NumPy's mean.
+            # Transposed, (L,) and (L, F) are weighted alike.
+            delta = other - mean
+            return mean + np.where(np.isfinite(delta), (delta.T * weight).T, other)
+
+        with np.errstate(invalid="ignore"):
+            delta = following.mean - self.mean
+            return Moments(
+                count=count,
+                mean=mean_of(self.mean, following.mean),
+                m2=self.m2 + following.m2 + delta * delta * (weight * self.count)[:, None],
+                min=np.minimum(self.min, following.min),
+                max=np.maximum(self.max, following.max),
+                count_abs_gt_6=self.count_abs_gt_6 + following.count_abs_gt_6,
+                norm_mean=mean_of(self.norm_mean, following.norm_mean),
+                mean_squared_norm=mean_of(self.mean_squared_norm, following.mean_squared_norm),
+            )
+
+    @property
+    def variance(self) -> Array:
+        """Population variance, (L, F); NaN where an element is not finite."""
+        return np.where(np.isfinite(self.mean), self.m2 / self.count[:, None], np.nan)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Entry of the registry.
+
+    Attributes:
+        name: last part of the tensor's name.
+        description: for people.
+        value: Moments -> (L, F) if `per_feature`, else (L,).
+        per_feature: one value per feature, or else one per layer.
+    """
+
+    name: str
+    description: str
+    value: Callable[[Moments], Array]
+    _: KW_ONLY
+    per_feature: bool = True
+
+    def shape(self, *, layers: int | None, width: int) -> tuple[int, ...]:
+        """Return the shape of the stored tensor."""
+        axes = () if layers is None else (layers,)
+        return (*axes, width) if self.per_feature else axes or (1,)
+
+
+STATISTICS: tuple[Statistic, ...] = (
+    Statistic("count", "number of vectors", lambda m: m.count, per_feature=False),
+    Statistic("mean", "mean", lambda m: m.mean),
+    Statistic("variance", "population variance", lambda m: m.variance),
+    Statistic("min", "minimum", lambda m: m.min),
+    Statistic("max", "maximum", lambda m: m.max),
+    Statistic(
+        "count_abs_gt_6", "number of values beyond 6 in magnitude", lambda m: m.count_abs_gt_6
+    ),
+    Statistic("norm_mean", "mean norm of a vector", lambda m: m.norm_mean, per_feature=False),
+    Statistic(
+        "mean_squared_norm",
+        "mean squared norm of a vector",
+        lambda m: m.mean_squared_norm,
+        per_feature=False,
+    ),
+)
+
+
+def statistics_specs(tensor: str, *, layers: int | None, width: int) -> list[TensorSpec]:
+    """Return the tensors that hold the statistics of a tensor.
+
+    Args:
+        tensor: its name.
+        layers: length of its axis of layers; None for a tensor without one.
+        width: features of a vector.
+    """
+    return [
+        TensorSpec(
+            f"{STATISTICS_PREFIX}{tensor}/{each.name}",
+            "float64",
+            each.shape(layers=layers, width=width),
+        )
+        for each in STATISTICS
+    ]
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """A tensor (N, ..., F), or (N, L, ..., F) where `layers` is L, whose vectors are measured."""
 
     name: str
     dtype: str
     layers: int | None
-    per_board: int
-    width: int
+    shape: tuple[int, ...]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of a vector."""
-        return self.width * DTYPES[self.dtype].nbytes
+    def row_nbytes(self) -> int:
+        return prod(self.shape[1:]) * DTYPES[self.dtype].nbytes
 
-    def new(self) -> _rust.Statistics:
-        """Begin statistics of no vectors."""
-        layers = self.layers or 1
-        return _rust.Statistics(self.dtype, layers, self.per_board // layers, self.width)
+    def measure(self, data: NDArray[np.uint8]) -> Moments:
+        layers, width = self.layers or 1, self.shape[-1]
+        run = prod(self.shape[1:-1]) // layers
+        # Each record holds 5 values per feature and 2 more: rust/statistics.rs lists them.
+        records = np.empty((layers, 5 * width + 2))
+        _rust.measure(data, self.dtype, run, records)
+        count = np.full(layers, run * (len(data) // self.row_nbytes), np.float64)
+        per_feature = records[:, :-2].reshape(layers, 5, width)
+        return Moments(count, *per_feature.swapaxes(0, 1), *records[:, -2:].T)
 
-    @property
-    def state_nbytes(self) -> int:
-        """Bytes of a state."""
-        return self._record.itemsize * (self.layers or 1)
-
-    def values(self, state: bytes) -> TensorStatistics:
-        """Return the statistics of all vectors, from their state."""
-        found = values_of(map(_totals, np.frombuffer(state, self._record)))
-        if self.layers is None:
-            return {name: values.reshape(-1) for name, values in found.items()}
-        return found
-
-    @property
-    def _record(self) -> np.dtype[np.void]:
-        """What a state has of each layer."""
-        return np.dtype(
-            [
-                ("count", "<u8"),
-                ("special_norms", "<f8"),
-                ("norms", f"V{_SUM}"),
-                ("sums", f"V{_SUM}", self.width),
-                ("squares", f"V{_SUM}", self.width),
-                ("special", "<f8", self.width),
-                ("min", "<f4", self.width),
-                ("max", "<f4", self.width),
-                ("outliers", "<u8", self.width),
-            ]
-        )
+    def statistics(self, moments: Moments) -> TensorStatistics:
+        return {
+            each.name: _canonical(each.value(moments)).reshape(
+                each.shape(layers=self.layers, width=self.shape[-1])
+            )
+            for each in STATISTICS
+        }
 
 
-def _totals(layer: np.void) -> Totals:
-    return Totals(
-        count=int(layer["count"]),
-        sums=_numbers(layer["sums"]),
-        squares=_numbers(layer["squares"]),
-        norms=_number(layer["norms"].tobytes()),
-        special=layer["special"],
-        special_norms=float(layer["special_norms"]),
-        min=layer["min"],
-        max=layer["max"],
-        outliers=layer["outliers"],
-    )
-
-
-def _numbers(sums: NDArray[np.void]) -> list[int]:
-    data = sums.tobytes()
-    return [_number(data[at : at + _SUM]) for at in range(0, len(data), _SUM)]
-
-
-def _number(data: bytes) -> int:
-    return int.from_bytes(data, "little", signed=True)
-
-
-def vectors_of(specs: Sequence[TensorSpec]) -> list[Vectors]:
-    """List the tensors that have statistics among a file's tensors."""
-    shapes = {spec.name: spec.shape for spec in specs}
-    found = []
-    for spec in specs:
-        mean = shapes.get(f"{STATISTICS_PREFIX}{spec.name}/mean")
-        if mean is not None:
-            layers = mean[0] if len(mean) > 1 else None
-            per_board = math.prod(spec.shape[1:-1])
-            found.append(Vectors(spec.name, spec.dtype, layers, per_board, spec.shape[-1]))
-    return found
+def _canonical(values: Array) -> Array:
+    """Make zeros positive and NaN one value: which one comes first differs between processors."""
+    return np.where(np.isnan(values), np.nan, values + 0.0)
 
 
 class RunningStatistics:
-    """Statistics of tensors whose vectors come in any order, from any thread.
+    """Statistics of tensors whose batches arrive in any order, from any thread.
 
-    What they are in the end depends on the vectors alone.
+    Batches are merged in their order, so that the bits depend on nothing else.
     """
 
-    def __init__(self, vectors: Sequence[Vectors]) -> None:
-        self._vectors = {each.name: each for each in vectors}
-        self._running = {each.name: each.new() for each in vectors}
-
-    def __len__(self) -> int:
-        return len(self._vectors)
-
-    def new(self) -> "RunningStatistics":
-        """Begin statistics of no vectors of the same tensors."""
-        return RunningStatistics([*self._vectors.values()])
-
-    def whole_vectors(self, name: str, nbytes: int) -> int:
-        """Return so many bytes of a tensor, or what makes them whole vectors of one of these."""
-        if name not in self._vectors:
-            return nbytes
-        vector = self._vectors[name].nbytes
-        return max(nbytes // vector, 1) * vector
-
-    def add(self, name: str, start: int, data: NDArray[np.uint8]) -> None:
-        """Add the vectors that begin `start` bytes into a tensor, if it is one of these."""
-        if name in self._running:
-            self._running[name].add(start // self._vectors[name].nbytes, data)
-
-    def read(
-        self, name: str, dtype: str, fd: int, *, offset: int, nbytes: int, start: int
-    ) -> Digest:
-        """Digest part of a tensor from a file, and add the vectors in it if it is one of these.
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        """Begin with no batch.
 
         Args:
-            name: of the tensor.
-            dtype: of its elements.
-            fd: descriptor of the file.
-            offset: where in the file the part begins.
-            nbytes: bytes of it: whole vectors.
-            start: where in the tensor it begins, in bytes.
-
-        Raises:
-            OSError: it cannot be read.
+            specs: the tensors of a file. Those with statistics among them are measured.
         """
-        if name not in self._running:
-            return Digest(nbytes, *_rust.digest_span(fd, offset, nbytes, dtype))
-        vector = self._vectors[name].nbytes
-        found = self._running[name].read(fd, offset, start // vector, nbytes // vector)
-        return Digest(nbytes, *found)
+        shapes = {spec.name: spec.shape for spec in specs}
+        self._vectors: dict[str, _Vectors] = {}
+        for spec in specs:
+            mean = shapes.get(f"{STATISTICS_PREFIX}{spec.name}/mean")
+            if mean is not None:
+                layers = mean[0] if len(mean) > 1 else None
+                self._vectors[spec.name] = _Vectors(spec.name, spec.dtype, layers, spec.shape)
+        self._lock = Lock()
+        self._merged: dict[str, Moments] = {}
+        self._pending: dict[int, Mapping[str, Moments]] = {}
+        self._next_batch = 0
 
-    def state(self) -> bytes:
-        """Return all that is known, for `merge`."""
-        return b"".join(each.state() for each in self._running.values())
+    @property
+    def names(self) -> list[str]:
+        """Tensors that have statistics."""
+        return list(self._vectors)
 
-    def merge(self, state: bytes) -> None:
-        """Add what others saw of the same tensors.
+    @property
+    def next_batch(self) -> int:
+        """The first batch that is not merged yet."""
+        return self._next_batch
 
-        Raises:
-            ValueError: they were other tensors.
+    def measure(self, name: str, data: NDArray[np.uint8]) -> Moments:
+        """Return the moments of whole rows of a tensor, on any thread, without the interpreter.
+
+        Args:
+            name: one of `names`.
+            data: the rows of a batch, C-contiguous uint8 (nbytes,).
         """
-        if len(state) != sum(each.state_nbytes for each in self._vectors.values()):
-            raise ValueError("statistics of other tensors")
-        for name, each in self._vectors.items():
-            self._running[name].merge(state[: each.state_nbytes])
-            state = state[each.state_nbytes :]
+        return self._vectors[name].measure(data)
 
-    def values(self) -> dict[str, TensorStatistics]:
-        """Return the statistics of each tensor."""
-        return {n: each.values(self._running[n].state()) for n, each in self._vectors.items()}
+    def add(self, batch: int, moments: Mapping[str, Moments]) -> None:
+        """Add a batch once, from any thread. It waits for the batches before it.
 
-    def tensors(self) -> dict[str, NDArray[np.float64]]:
-        """Return the statistics of all tensors by their names in a file."""
-        return {
-            f"{STATISTICS_PREFIX}{tensor}/{name}": values
-            for tensor, statistics in self.values().items()
-            for name, values in statistics.items()
-        }
+        Args:
+            batch: its number; the first is 0.
+            moments: its moments by tensor, of all `names`.
+        """
+        assert moments.keys() == self._vectors.keys(), moments.keys()
+        with self._lock:
+            assert batch >= self._next_batch, f"batch {batch} was added before"
+            assert batch not in self._pending, f"batch {batch} was added before"
+            self._pending[batch] = moments
+            while (following := self._pending.pop(self._next_batch, None)) is not None:
+                for name, more in following.items():
+                    before = self._merged.get(name)
+                    self._merged[name] = before.merge(more) if before else more
+                self._next_batch += 1
+
+    def tensors(self) -> dict[str, Array]:
+        """Return the statistics of all batches by their tensors' names in a file, float64."""
+        with self._lock:
+            assert not self._pending, f"batch {self._next_batch} is missing"
+            return {
+                f"{STATISTICS_PREFIX}{tensor}/{name}": values
+                for tensor, vectors in self._vectors.items()
+                for name, values in vectors.statistics(self._merged[tensor]).items()
+            }
+
+
+def merge_stored(stored: Sequence[Mapping[str, Array]]) -> TensorStatistics:
+    """Merge the stored statistics of one tensor's shards.
+
+    Args:
+        stored: all statistics of each shard by name, in the order of the shards.
+
+    Returns:
+        The statistics of all shards, in the same shapes.
+    """
+    merged = reduce(Moments.merge, map(_stored_moments, stored))
+    return {
+        each.name: _canonical(each.value(merged)).reshape(stored[0][each.name].shape)
+        for each in STATISTICS
+    }
+
+
+def _stored_moments(stored: Mapping[str, Array]) -> Moments:
+    width = stored["mean"].shape[-1]
+    of = {
+        each.name: stored[each.name].reshape((-1, width) if each.per_feature else -1)
+        for each in STATISTICS
+    }
+    of["m2"] = of["variance"] * of["count"][:, None]
+    return Moments(**{field.name: of[field.name] for field in fields(Moments)})
+
+
+def stored_statistics(inspection: Inspection) -> dict[str, TensorStatistics]:
+    """Return the statistics that a file holds by tensor; empty if it holds none.
+
+    Tensors whose statistics are incomplete are left out.
+
+    Raises:
+        OutputError: they cannot be read.
+    """
+    found: dict[str, TensorStatistics] = {}
+    with open_again(inspection) as file:
+        for stored in inspection.contents.tensors:
+            tensor, _, name = stored.name.removeprefix(STATISTICS_PREFIX).rpartition("/")
+            if f"{STATISTICS_PREFIX}{tensor}/{name}" != stored.name or stored.dtype != "float64":
+                continue
+            if stored.offset is None:  # compressed, by another program
+                continue
+            try:
+                data = np.frombuffer(read_exactly(file, stored.offset, stored.nbytes), "<f8")
+            except ValueError as error:
+                raise OutputError(f"{inspection.path}: {stored.name}: {error}") from None
+            found.setdefault(tensor, {})[name] = data.reshape(stored.shape)
+    return {tensor: statistics for tensor, statistics in found.items() if _is_whole(statistics)}
+
+
+def _is_whole(found: TensorStatistics) -> bool:
+    """Say whether these are all statistics of a tensor, in their shapes."""
+    shape = found["mean"].shape if "mean" in found else ()
+    if len(shape) not in (1, 2):
+        return False
+    layers = shape[0] if len(shape) == 2 else None
+    shapes = {each.name: each.shape(layers=layers, width=shape[-1]) for each in STATISTICS}
+    return shapes.items() <= {name: values.shape for name, values in found.items()}.items()
+
+
+def compute_statistics(
+    inspection: Inspection, *, threads: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, TensorStatistics]:
+    """Read a file and return the statistics of its activations by tensor.
+
+    They agree with those of `dump(stats=True)` to rounding, and do not depend on `threads`.
+
+    Args:
+        inspection: of the file.
+        threads: how many read and measure at once.
+        progress: called in this thread with bytes read and bytes in all; may raise.
+
+    Raises:
+        OutputError: the file cannot be read, or its tensors have no axis of boards.
+    """
+    vectors = _vectors_in(inspection)
+    stored = {tensor.name: tensor for tensor in inspection.contents.tensors}
+    chunks = [
+        (each, start, min(chunk_nbytes, stored[each.name].nbytes - start))
+        for each in vectors
+        for chunk_nbytes in [max(_CHUNK_NBYTES // each.row_nbytes, 1) * each.row_nbytes]
+        for start in range(0, stored[each.name].nbytes, chunk_nbytes)
+    ]
+    nbytes_done = accumulate(nbytes for _, _, nbytes in chunks)
+    in_all = sum(nbytes for _, _, nbytes in chunks)
+    merged: dict[str, Moments] = {}
+    with open_again(inspection) as file, ThreadPoolExecutor(threads) as executor:
+
+        def measure(chunk: tuple[_Vectors, int, int]) -> Moments:
+            of, start, nbytes = chunk
+            data = os.pread(file.fileno(), nbytes, (stored[of.name].offset or 0) + start)
+            if len(data) != nbytes:
+                raise OutputError(f"{inspection.path}: {of.name}: it is cut short")
+            return of.measure(np.frombuffer(data, np.uint8))
+
+        try:
+            measured = zip(chunks, nbytes_done, executor.map(measure, chunks), strict=True)
+            for (of, _, _), done, moments in measured:
+                before = merged.get(of.name)
+                merged[of.name] = before.merge(moments) if before else moments
+                if progress is not None:
+                    progress(done, in_all)
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
+    return {each.name: each.statistics(merged[each.name]) for each in vectors}
+
+
+def _vectors_in(inspection: Inspection) -> list[_Vectors]:
+    """List the floating activations of a file. Its metadata names their layers."""
+    catalog = Catalog(inspection.path, inspection.contents)
+    found = []
+    for key in catalog.keys.values():
+        for part in key.parts(None):
+            stored = catalog.tensors[part.tensor]
+            if stored.dtype not in _DTYPES or not key.value or not stored.nbytes:
+                continue
+            if stored.offset is None:
+                raise OutputError(
+                    f"{inspection.path}: {stored.name} is compressed or not in C order; save it "
+                    "uncompressed to compute its statistics"
+                )
+            found.append(_Vectors(stored.name, stored.dtype, key.stacked, stored.shape))
+    return found
+
+
+def key_statistics(key: Key, layer: int | None, stored: Mapping[str, Array]) -> TensorStatistics:
+    """Return the stored statistics of a key, of all its layers or of one.
+
+    Args:
+        key: the key.
+        layer: the layer by its number in the model; None for all.
+        stored: a file's tensors by name.
+
+    Raises:
+        InvalidArgumentError: the file holds none of the key, or has no such layer.
+    """
+    parts = key.parts(layer)
+    found: TensorStatistics = {}
+    for each in STATISTICS:
+        names = [f"{STATISTICS_PREFIX}{part.tensor}/{each.name}" for part in parts]
+        values = [stored[name] for name in names if name in stored]
+        shape = each.shape(layers=key.stacked, width=prod(key.value[-1:]))
+        if [(of.shape, of.dtype) for of in values] != [(shape, np.dtype(np.float64))] * len(parts):
+            continue
+        if key.stacked is not None:
+            [of_layers] = values
+            found[each.name] = of_layers if layer is None else of_layers[parts[0].at]
+            continue
+        if not each.per_feature:
+            values = [of[0] for of in values]
+        found[each.name] = np.stack(values) if key.is_split and layer is None else values[0]
+    if not found:
+        raise InvalidArgumentError(
+            f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "
+            "inspect-activations --stats compute them"
+        )
+    return found

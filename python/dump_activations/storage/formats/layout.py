@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, filterfalse
 
-from dump_activations.dtypes import DTYPES, TensorSpec
-from dump_activations.statistics import STATISTICS_PREFIX
+from dump_activations.dtypes import DTYPES, STATISTICS_PREFIX, TensorSpec
 from dump_activations.storage.formats.contents import Reader
 
 # Bytes: tensor data starts on a multiple of it where the format allows, as direct I/O, memory maps

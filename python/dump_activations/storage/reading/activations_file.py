@@ -280,9 +280,9 @@ class ActivationsFile:
     def stats(self, key: str, layer: int | None = None) -> dict[str, NDArray[np.float64]]:
         """Return the statistics that were stored with the file (`stats=True`), float64, by name.
 
-        Of the vectors along the last axis, F features each: `count`, `norm_mean` and
-        `norm_square_mean` are (L,), or () of one layer or a key without; `mean`, `variance`, `min`,
-        `max` and `outliers` are (L, F) or (F,).
+        Vectors lie along the last axis, F features each. `count`, `norm_mean` and
+        `mean_squared_norm` are (L,), or () of one layer or a key without layers. `mean`,
+        `variance`, `min`, `max` and `count_abs_gt_6` are (L, F) or (F,).
 
         Args:
             key: An activation key.
@@ -291,7 +291,7 @@ class ActivationsFile:
         Raises:
             InvalidArgumentError: There is no such key or layer, or there are no statistics.
         """
-        from dump_activations.storage.reading.statistics import key_statistics
+        from dump_activations.storage.statistics import key_statistics
 
         if len(self.paths) > 1:
             raise InvalidArgumentError(f"{self}: statistics are of one file; open each by itself")

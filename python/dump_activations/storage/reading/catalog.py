@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dump_activations.dtypes import LABEL_PREFIX
+from dump_activations.dtypes import LABEL_PREFIX, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, OutputError, option
-from dump_activations.statistics import STATISTICS_PREFIX
 from dump_activations.storage.formats.contents import Contents, StoredTensor
 
 # Of the tensors with a first axis of boards, those that have no axis of layers.

@@ -1,117 +1,272 @@
-"""The journal that a process writes beside an unfinished file."""
+"""The journal next to a partial file: its batches that are on disk, with their digests.
 
-import errno
+Text, one record per line: JSON, a space, the CRC-32 of the JSON as 8 hex digits. First comes the
+header. Every other record is a batch: [batch, [bytes, crc32, nan, inf], ...], with one digest per
+tensor in the order of the header's `tensors`. A damaged line ends the journal.
+"""
+
+import json
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from dump_activations.errors import OutputError
-from dump_activations.storage.writing.private_files import create, is_at
-from dump_activations.storage.writing.records import (
-    BatchDigests,
-    BatchRecord,
-    Header,
-    batch_line,
-    header_line,
-    token_line,
+from dump_activations.storage.digests import Digest
+from dump_activations.storage.writing.partial import create, is_at, open_own
+from dump_activations.storage.writing.paths import (
+    journal_path,
+    replacement_path,
+    sync_directory,
 )
-from dump_activations.storage.writing.targets import replacement_path
+
+_MAX_HEADER_NBYTES = 1 << 20
+# A batch's number and CRC; per tensor, four numbers of up to 20 digits.
+_MAX_BATCH_NBYTES = 64
+_MAX_DIGEST_NBYTES = 96
+
+BatchDigests = Mapping[str, Digest]
+"""Digest of each batched tensor, by name."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The file that the batches of a journal belong to. Equal headers stand for equal files.
+
+    Attributes:
+        fingerprint: SHA-256 of everything that determines the values of the dump.
+        work: the same by name, for messages.
+        shard: `3/40`; empty for a dump in one file.
+        rows: boards of the file.
+        batch_rows: boards per batch; the last batch may be shorter.
+        tensors: names of the tensors that come in batches.
+        computed_by: devices and threads of all runs that wrote batches.
+        host, pid: the process that writes the file.
+    """
+
+    fingerprint: str
+    work: Mapping[str, str] = field(compare=False)
+    shard: str
+    rows: int
+    batch_rows: int
+    tensors: tuple[str, ...]
+    computed_by: tuple[Mapping[str, str], ...] = field(default=(), compare=False)
+    host: str = field(default="", compare=False)
+    pid: int = field(default=0, compare=False)
+
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        return -(-self.rows // self.batch_rows)
+
+    def count_rows(self, batches: Iterable[int]) -> int:
+        """Count the boards of some batches."""
+        starts = [batch * self.batch_rows for batch in batches]
+        return sum(min(self.batch_rows, self.rows - start) for start in starts)
+
+    @property
+    def max_record_nbytes(self) -> int:
+        """Bytes of a batch's longest record."""
+        return _MAX_BATCH_NBYTES + len(self.tensors) * _MAX_DIGEST_NBYTES
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The content of a journal.
+
+    Attributes:
+        header: the file that it belongs to.
+        batches: digests of each recorded batch.
+        modified: time of the last record, in seconds since the epoch.
+    """
+
+    header: Header
+    batches: Mapping[int, BatchDigests]
+    modified: float
+
+
+class JournalError(ValueError):
+    """A journal from which nothing can be resumed. Its text is the reason."""
 
 
 class Journal:
-    """Records batches; each call returns once the records are on disk.
+    """Records batches. Each call returns once the records are on disk.
 
     Attributes:
-        path: where it is.
-        token: of the processes that share the file; None for a process alone.
-        batches: numbers of those that are recorded.
+        batches: numbers of the recorded batches.
     """
 
-    def __init__(self, path: Path, header: Header, token: int | None) -> None:
-        self.token = token
-        self.batches: set[int] = set()
-        self.path = path
-        self._new_path = replacement_path(path)
-        self._header = header
-        self._fd: int | None = None
-
-    def start(self, batches: Mapping[int, BatchDigests]) -> None:
-        """Put a journal of these batches alone in the place of what is there, in one step.
+    def __init__(self, target: Path, header: Header, batches: Mapping[int, BatchDigests]) -> None:
+        """Replace the journal of a target, in one step, by one with these batches.
 
         Raises:
-            OutputError: the system refused; it names the file.
+            OutputError: the system refused.
         """
+        self.path = journal_path(target)
+        self.batches = set(batches)
+        self._header = header
+        self._new_path = replacement_path(target)
         with OutputError.when(f"cannot write {self._new_path}"):
             self._new_path.unlink(missing_ok=True)
-            self._create(self._new_path, batches)
-        with OutputError.when(f"cannot write {self.path}"):
-            self._new_path.replace(self.path)
-            sync_directory(self.path.parent)
+            self._fd = create(self._new_path, os.O_WRONLY | os.O_APPEND)
+        try:
+            with OutputError.when(f"cannot write {self.path}"):
+                lines = [_line(asdict(header))]
+                self._write([*lines, *(_batch_line(header, *each) for each in batches.items())])
+                self._new_path.replace(self.path)
+                sync_directory(self.path.parent)
+        except BaseException:
+            self.remove()
+            raise
 
-    def join(self) -> None:
-        """Begin a journal of no batches, where there is none.
-
-        Raises:
-            OutputError: there is one, or the system refused; it names the file.
-        """
-        with OutputError.when(f"cannot write {self.path}"):
-            self._create(self.path, {})
-            sync_directory(self.path.parent)
-
-    def append(self, batches: Mapping[int, BatchRecord]) -> None:
-        """Record batches, whose data is on disk already."""
-        self._write(batch_line(self._header, *item) for item in batches.items())
+    def append(self, batches: Mapping[int, BatchDigests]) -> None:
+        """Record batches whose data is on disk already."""
+        self._write(_batch_line(self._header, *each) for each in batches.items())
         self.batches |= batches.keys()
 
     def close(self) -> None:
-        """Leave the journal where it is."""
-        if self._fd is not None:
+        """Close the journal and leave it where it is."""
+        if self._fd >= 0:
             os.close(self._fd)
-            self._fd = None
+            self._fd = -1
 
     def remove(self) -> None:
-        """Close the journal, and remove it if its name still leads to it."""
-        if self._fd is not None:
-            for path in (self._new_path, self.path):
-                if is_at(self._fd, path):
-                    path.unlink()
+        """Remove the journal where its name leads to it, and close it."""
+        for path in (self._new_path, self.path):
+            if self._fd >= 0 and is_at(self._fd, path):
+                path.unlink()
         self.close()
 
-    def _create(self, path: Path, batches: Mapping[int, BatchDigests]) -> None:
-        self._fd = create(path, os.O_WRONLY | os.O_APPEND)
-        lines = [header_line(self._header)]
-        lines += [batch_line(self._header, b, BatchRecord(each)) for b, each in batches.items()]
-        if self.token is not None:
-            lines.append(token_line(self.token))
-        self._write(lines)
-        self.batches |= batches.keys()
-
     def _write(self, lines: Iterable[bytes]) -> None:
-        assert self._fd is not None
         data = b"".join(lines)
         while data:
             data = data[os.write(self._fd, data) :]
         os.fsync(self._fd)
 
 
-def remove_journals(paths: Iterable[Path]) -> None:
-    """Remove journals, whatever they are; those that are not there are no error.
+def read_journal(target: Path) -> Recorded:
+    """Read the journal of an unfinished target.
 
     Raises:
-        OutputError: the system refused; it names the file.
+        JournalError: there is none, or it is damaged.
+        OutputError: it is not this user's own file.
     """
-    for path in paths:
+    with _opened(target) as file:
+        header = _read_header(file)
+        batches = dict(_records(file, header))
+        return Recorded(header, batches, os.fstat(file.fileno()).st_mtime)
+
+
+def read_header(target: Path) -> Header:
+    """Read the header of a target's journal; raises as `read_journal` does."""
+    with _opened(target) as file:
+        return _read_header(file)
+
+
+def remove_journal(target: Path) -> None:
+    """Remove what is left of a target's journal.
+
+    Raises:
+        OutputError: the system refused.
+    """
+    for path in (journal_path(target), replacement_path(target)):
         with OutputError.when(f"cannot remove {path}"):
             path.unlink(missing_ok=True)
 
 
-def sync_directory(path: Path) -> None:
-    """Return once the names in a directory are on disk, where the file system can say."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _opened(target: Path) -> BinaryIO:
     try:
-        os.fsync(fd)
+        return os.fdopen(open_own(journal_path(target), os.O_RDONLY), "rb")
+    except OutputError:
+        raise
+    except FileNotFoundError:
+        raise JournalError("it has no journal") from None
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(fd)
+        raise JournalError(f"its journal cannot be read: {error.strerror}") from None
+
+
+def _read_header(file: BinaryIO) -> Header:
+    try:
+        return _parse_header(_read_line(file, _MAX_HEADER_NBYTES))
+    except ValueError:
+        raise JournalError("its journal is damaged") from None
+
+
+def _records(file: BinaryIO, header: Header) -> Iterator[tuple[int, BatchDigests]]:
+    longest = header.max_record_nbytes
+    nbytes = os.fstat(file.fileno()).st_size - file.tell()
+    if nbytes > (header.batches + 1) * longest:
+        raise JournalError("its journal is damaged")
+    with suppress(ValueError):  # The rest of the journal is not whole.
+        while line := _read_line(file, longest):
+            yield _parse_batch(header, line)
+
+
+def _read_line(file: BinaryIO, longest: int) -> bytes:
+    try:
+        return file.readline(longest)
+    except OSError as error:
+        raise JournalError(f"its journal cannot be read: {error.strerror}") from None
+
+
+def _batch_line(header: Header, batch: int, digests: BatchDigests) -> bytes:
+    return _line([batch, *(astuple(digests[name]) for name in header.tensors)])
+
+
+def _parse_header(line: bytes) -> Header:
+    try:
+        fields = json.loads(_text(line))
+        fields |= {name: tuple(fields[name]) for name in ("tensors", "computed_by")}
+        header = Header(**fields)
+        texts = [*header.work, *header.work.values(), *header.tensors]
+        texts += [header.fingerprint, header.shard, header.host]
+        texts += [text for each in header.computed_by for text in (*each, *each.values())]
+        numbers = (header.rows, header.batch_rows, header.pid)
+    except (TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError("not a header") from None
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("not a header")
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise ValueError("not a header")
+    if header.batch_rows == 0:
+        raise ValueError("not a header")
+    return header
+
+
+def _parse_batch(header: Header, line: bytes) -> tuple[int, BatchDigests]:
+    try:
+        match json.loads(_text(line)):
+            case [int(batch), *digests] if 0 <= batch < header.batches:
+                named = zip(header.tensors, map(_parse_digest, digests), strict=True)
+                return batch, dict(named)
+    except (TypeError, RecursionError):
+        pass
+    raise ValueError("not a batch")
+
+
+def _parse_digest(fields: Sequence[Any]) -> Digest:
+    nbytes, crc32, nan, inf = fields
+    numbers = (nbytes, crc32, nan, inf)
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or crc32 >= 1 << 32:
+        raise ValueError("not a digest")
+    return Digest(nbytes, crc32, nan, inf)
+
+
+def _line(record: Any) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return text + b" " + _crc32(text) + b"\n"
+
+
+def _text(line: bytes) -> bytes:
+    """Return the JSON of a line; ValueError where it is cut short or damaged."""
+    text, _, crc32 = line.removesuffix(b"\n").rpartition(b" ")
+    if crc32 != _crc32(text):
+        raise ValueError("damaged")
+    return text
+
+
+def _crc32(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)

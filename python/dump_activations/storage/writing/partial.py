@@ -1,9 +1,17 @@
-"""The unfinished form of an output file: `NAME.partial` beside the target, locked."""
+"""The unfinished form of an output file: `NAME.partial`, locked by the process that writes it.
+
+The lock is a `flock`: it belongs to the open file, so the system releases it when the process ends,
+however it ends. docs/architecture.md has the rules of the lock and what breaks without each.
+"""
 
 import errno
+import fcntl
 import os
-import re
+import secrets
 import stat
+import time
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -12,87 +20,123 @@ import numpy as np
 import numpy.typing as npt
 
 from dump_activations import _rust
-from dump_activations.errors import OutputError
+from dump_activations.errors import OutputError, switch
 from dump_activations.storage.digests import Digest
-from dump_activations.storage.writing.journal import remove_journals
-from dump_activations.storage.writing.private_files import create, is_at, lock, open_ours
-from dump_activations.storage.writing.targets import all_journals, partial_path
+from dump_activations.storage.writing.paths import partial_path
+
+# Cray's DVS answers with this number, which has no name in user space.
+_ENOTSUPP = 524
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, _ENOTSUPP)
+
+# Seconds before each attempt to lock: inspection holds a shared lock for a moment.
+_PAUSES = (0.0, 0.01, 0.02)
+
+
+class BusyError(OutputError):
+    """Another process has locked the partial file."""
 
 
 class _Descriptor:
-    """An open file, closed when the last to use it lets go of it.
+    """An open file, closed when its last user drops it.
 
     A write that is still under way when the run is given up must not find another file under the
-    number of its own.
+    same number.
     """
 
     def __init__(self, number: int) -> None:
         self.number = number
 
     def __del__(self) -> None:
-        os.close(self.number)
+        self.close()
+
+    def close(self) -> None:
+        if self.number >= 0:
+            number, self.number = self.number, -1
+            os.close(number)
+
+
+# A forked child inherits the lock: without this, the lock outlives its process for as long as the
+# child lives. The child closes its copy. Unlocking it would take the lock from the parent.
+_locked: weakref.WeakSet[_Descriptor] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for descriptor in list(_locked):
+        descriptor.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Partial:
-    """A locked file of this user's alone, until it is published under the target's name.
+    """A locked partial file, until it is published under the target's name.
 
     Attributes:
         path: where it is.
-        is_new: whether there was none before.
+        is_new: True where this process created it.
+        has_lock: False where the file system has no working locks.
     """
 
-    def __init__(self, target: Path, fd: int, *, is_new: bool) -> None:
+    def __init__(self, target: Path, fd: _Descriptor, *, is_new: bool, has_lock: bool) -> None:
         """Private: `Partial.open` makes one."""
         self.path = partial_path(target)
         self.is_new = is_new
+        self.has_lock = has_lock
         self._target = target
-        self._locked: _Descriptor | None = _Descriptor(fd)
-        self._file: _Descriptor | None = self._locked
-        direct_fd = _open_direct(fd)
+        self._process = os.getpid()
+        self._file: _Descriptor | None = fd
+        direct_fd = _open_direct(fd.number)
         self._direct = None if direct_fd is None else _Descriptor(direct_fd)
 
     @classmethod
-    def open(cls, target: Path, *, anew: bool) -> Self:
-        """Open the partial file of a target, which is made if it is not there.
+    def open(cls, target: Path, *, is_finished: Callable[[], bool] = lambda: False) -> Self | None:
+        """Create or open the partial file of a target, and lock it.
 
         Args:
             target: the output, past all links.
-            anew: replace what is there instead of opening it.
+            is_finished: lists the directory for the finished target, after the lock is taken.
+
+        Returns:
+            None where the target is finished: its writer published it before this lock was taken.
 
         Raises:
-            OutputError: another process is writing it, or it is not this user's alone.
+            BusyError: another process has it locked.
+            OutputError: it is a link, not an ordinary file, or belongs to another user.
         """
         path = partial_path(target)
-        with OutputError.when(f"cannot write {path}"):
-            while True:
-                if anew:
-                    _remove_idle(path, target)
-                with suppress(_GoneError):
-                    fd, is_new = _create_or_open(path)
-                    try:
-                        _lock(fd, target)
-                        # Whoever held the lock may have published or removed the file meanwhile.
-                        if is_at(fd, path) and (is_new or not anew):
-                            return cls(target, fd, is_new=is_new)
-                    except BaseException:
-                        os.close(fd)
-                        raise
-                    os.close(fd)
-
-    @classmethod
-    def join(cls, target: Path) -> Self:
-        """Open the partial file of a target, without a lock, while another process has it.
-
-        Raises:
-            OutputError: it is not this user's alone.
-            OSError: there is none, or the system refuses.
-        """
-        return cls(target, open_ours(partial_path(target), os.O_RDWR), is_new=False)
+        while True:
+            with OutputError.when(f"cannot write {path}"):
+                number, is_new = _create_or_open(path)
+                if number is None:
+                    continue
+                fd = _Descriptor(number)
+                _locked.add(fd)
+                has_lock = _lock(number, target)
+                # The previous owner may have published or removed the file before this lock: then
+                # the name leads elsewhere, and writing would damage a finished file.
+                if not is_at(number, path):
+                    continue
+                has_lock = has_lock and not _can_lock_twice(path)
+                partial = cls(target, fd, is_new=is_new, has_lock=has_lock)
+                if is_finished():
+                    partial.remove()
+                    return None
+                return partial
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
         return os.fstat(self.fd).st_size
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a forked child, which must not remove what its parent writes."""
+        return os.getpid() == self._process
+
+    @property
+    def is_closed(self) -> bool:
+        """True once the file was closed or published."""
+        return self._file is None
 
     @property
     def fd(self) -> int:
@@ -101,14 +145,18 @@ class Partial:
         return self._file.number
 
     def reserve(self, size: int) -> None:
-        """Take `size` bytes of disk; OSError if they are not to be had."""
+        """Take `size` bytes of disk; raise OSError where the disk has fewer."""
         if _rust.reserve(self.fd, size):
             return
-        # A file system that cannot reserve space can at least be asked for it.
+        # Without fallocate the file system can still report its free space. Zero means unknown.
         disk = os.fstatvfs(self.fd)
         taken = os.fstat(self.fd).st_blocks * 512
-        if disk.f_bavail * disk.f_frsize + taken < size:
+        if disk.f_blocks and disk.f_bavail * disk.f_frsize + taken < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def clear(self) -> None:
+        """Drop the content. The file stays the same, so the lock does too."""
+        os.ftruncate(self.fd, 0)
 
     def write_span(self, offset: int, data: npt.NDArray[np.uint8], dtype: str) -> Digest:
         """Write elements at an offset, from any thread, and digest them.
@@ -123,133 +171,216 @@ class Partial:
                 direct_fd = None if direct is None else direct.number
                 digest = _rust.write_span(file.number, direct_fd, offset, data, dtype)
         finally:
-            del file, direct  # Which a traceback would keep open.
+            del file, direct  # A traceback would keep them open.
         return Digest(data.nbytes, *digest)
 
     def write_bytes(self, offset: int, data: bytes) -> None:
-        """Write bytes that are no elements at an offset."""
+        """Write bytes that are not elements at an offset."""
         view = memoryview(data)
         while view:
             written = os.pwrite(self.fd, view, offset)
             view, offset = view[written:], offset + written
 
-    def reopen(self) -> None:
-        """Open the file anew, which is when a network file system shows what others wrote.
-
-        Raises:
-            OutputError: the file is no longer there.
-        """
-        self._file = _Descriptor(open_ours(self.path, os.O_RDWR))
-        self.check_place()
-
     def drop_cache(self) -> None:
-        """Let reads come from the disk.
+        """Make the next reads come from the disk.
 
         Pages that could not be written back may still be in the cache, and look right there.
         """
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
-        """Return once all that has been written is on disk.
+        """Return once all written data is on disk.
 
         Raises:
-            OutputError: the file is no longer there.
+            OutputError: the file's name leads elsewhere, so nothing of it can be kept.
         """
         os.fdatasync(self.fd)
         self.check_place()
 
     def check_place(self) -> None:
-        """Raise OutputError where the file's name leads elsewhere, so that it cannot be kept."""
+        """Raise OutputError where the file's name leads elsewhere."""
         if not self.is_in_place():
             raise OutputError(
                 f"{self.path} was removed or replaced while it was being written; nothing is kept"
             )
 
     def is_in_place(self) -> bool:
-        """Whether the file's name still leads to it."""
-        assert self._locked is not None
-        return is_at(self._locked.number, self.path)
+        """Return True where the file's name leads to the open file."""
+        return is_at(self.fd, self.path)
 
-    def publish(self) -> None:
-        """Bring the file to disk and give it the target's name and mode."""
+    def publish(self, replaced: os.stat_result | None) -> None:
+        """Bring the file to disk, then rename it to the target.
+
+        The order matters: a crash must never leave a torn file under the final name.
+
+        Args:
+            replaced: the file that may be replaced, as it was found; None where there was none.
+
+        Raises:
+            OutputError: another file appeared at the target, or this one was removed.
+        """
         os.fsync(self.fd)
-        self._set_mode(_mode_of(self._target))
-        try:
-            self.check_place()
-            self.path.replace(self._target)
-        except BaseException:
-            self._set_mode(0o600)
-            raise
+        with suppress(FileNotFoundError):
+            found = self._target.lstat()
+            if replaced is None or _content(found) != _content(replaced):
+                raise OutputError(
+                    f"{self._target} appeared or changed while it was being written; move it away, "
+                    f"and the same call finishes the dump from {self.path}"
+                )
+            # Mounts without permissions refuse, each with an errno of its own.
+            with suppress(OSError):
+                os.fchmod(self.fd, found.st_mode & 0o777)
+        self.check_place()
+        self.path.replace(self._target)
 
     def remove(self) -> None:
-        """Remove the file, if its name still leads to it."""
+        """Remove the file if its name leads to it, and close it."""
         if self.is_in_place():
             self.path.unlink()
+        self.close()
 
     def close(self) -> None:
-        """Let go of the file and its lock."""
-        self._file = self._locked = self._direct = None
-
-    def _set_mode(self, mode: int) -> None:
-        # The file is ours: only a file system without modes refuses.
-        with suppress(PermissionError):
-            os.fchmod(self.fd, mode)
+        """Close the file, which releases the lock once the last write has ended."""
+        self._file = self._direct = None
 
 
-def tidy(target: Path) -> None:
-    """Remove the journals of a file that was published, and not its journals removed."""
-    left = [path for path in all_journals(target) if os.path.lexists(path)]
-    if not left or os.path.lexists(partial_path(target)):
-        return
-    partial = Partial.open(target, anew=False)
-    if partial.is_new:
-        remove_journals(left)
-        partial.remove()
-    partial.close()
+def is_locked(path: Path) -> bool:
+    """Return True while another process has a partial file locked.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    fd = _Descriptor(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+    try:
+        fcntl.flock(fd.number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # This file system has no locks.
+        pass
+    return False
 
 
-class _GoneError(Exception):
-    """What was there a moment ago is not."""
+def create(path: Path, flags: int) -> int:
+    """Create a file, with the permissions that any new file gets there, and open it.
+
+    Raises:
+        FileExistsError: the name is taken; it may be a link that somebody planted.
+    """
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
 
-def _create_or_open(path: Path) -> tuple[int, bool]:
-    """Return a descriptor, and whether the file was made by this call."""
+def open_own(path: Path, flags: int) -> int:
+    """Open a file that this user created; never follow a link or wait for a pipe.
+
+    Raises:
+        OutputError: it is something else.
+        OSError: nothing is there, or the system refuses.
+    """
+    _check_ordinary(path, path.lstat())
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(fd)
+        _check_ordinary(path, found)  # The name may have been exchanged since the first look.
+        if found.st_uid != os.geteuid() and found.st_uid != _owner_of_new_files(path.parent):
+            raise _untrusted(path, "belongs to another user")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_ordinary(path: Path, found: os.stat_result) -> None:
+    if stat.S_ISLNK(found.st_mode):
+        raise _untrusted(path, "is a link")
+    if not stat.S_ISREG(found.st_mode):
+        raise _untrusted(path, "is not an ordinary file")
+    if found.st_nlink > 1:
+        raise _untrusted(path, "has a second name")
+
+
+def _untrusted(path: Path, reason: str) -> OutputError:
+    return OutputError(f"{path} {reason}; remove it, or choose another output")
+
+
+def _owner_of_new_files(directory: Path) -> int:
+    """Create a file to see its owner: some network mounts show one owner for all files."""
+    path = directory / f".{secrets.token_hex(8)}.owner"
+    fd = create(path, os.O_RDWR)
+    try:
+        return os.fstat(fd).st_uid
+    finally:
+        os.close(fd)
+        path.unlink()
+
+
+def _create_or_open(path: Path) -> tuple[int | None, bool]:
+    """Return a descriptor, and True where this call created the file; None where it vanished."""
     try:
         return create(path, os.O_RDWR), True
     except FileExistsError:
+        with suppress(FileNotFoundError):
+            return open_own(path, os.O_RDWR), False
+    return None, False
+
+
+def _lock(fd: int, target: Path) -> bool:
+    """Lock an open file; return False where the file system has no locks."""
+    for pause in _PAUSES:
+        time.sleep(pause)
         try:
-            return open_ours(path, os.O_RDWR), False
-        except FileNotFoundError:
-            raise _GoneError from None
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return False
+        return True
+    raise BusyError(
+        f"another dump to {target} is running; wait for it, choose another output, or let several "
+        f"processes share the work with {switch('shard_size')}"
+    )
 
 
-def _remove_idle(path: Path, target: Path) -> None:
-    """Remove what is at a path, whatever it is, unless another dump is at work on it."""
-    fd = None
-    with suppress(OSError):  # It is somebody else's, or there is nothing.
-        if stat.S_ISREG(path.lstat().st_mode):
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+def _can_lock_twice(path: Path) -> bool:
+    """Return True where a second lock of a locked file is granted: such locks protect nothing."""
+    second = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
-        if fd is not None:
-            _lock(fd, target)
-        path.unlink(missing_ok=True)
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
     finally:
-        if fd is not None:
-            os.close(fd)
+        os.close(second)
+    return True
 
 
-def _lock(fd: int, target: Path) -> None:
-    if not lock(fd):
-        raise OutputError(
-            f"another dump to {target} is running; wait for it or choose another output"
-        )
+def is_at(fd: int, path: Path) -> bool:
+    """Return True where a name leads to an open file."""
+    try:
+        opened, named = os.fstat(fd), path.lstat()
+    except FileNotFoundError:
+        return False
+    if os.path.samestat(opened, named):
+        return True
+    # Some network mounts renew inode numbers while a file is open. A file that was replaced has no
+    # name left, and one that was renamed is not as old and as long as the file at its old name.
+    return opened.st_nlink > 0 and _look(opened) == _look(named)
+
+
+def _content(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
+def _look(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _open_direct(fd: int) -> int | None:
-    """Open the same file past the page cache, where the file system has that.
+    """Open the same file past the page cache, where the file system supports that.
 
     A dump is written once and not read back, so the cache would only cost a copy and memory, and
-    leave a flush for the end. By its number: the name may lead to another file.
+    leave a flush for the end. Opened by number, because the name may lead to another file. Closing
+    this descriptor keeps the lock, which belongs to the first one.
     """
     if not _rust.supports_direct(fd):
         return None
@@ -257,22 +388,3 @@ def _open_direct(fd: int) -> int | None:
         return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT)
     except OSError:
         return None
-
-
-def _mode_of(target: Path) -> int:
-    """Return the permissions of the file that is replaced, or those of any new file."""
-    try:
-        return target.stat().st_mode & 0o777
-    except FileNotFoundError:
-        return 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    # Asking the system means changing it for a moment, under the feet of other threads.
-    with suppress(OSError):
-        found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.M)
-        if found:
-            return int(found[1], 8)
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask

@@ -1,183 +1,297 @@
-"""What a file is to hold and what determines its bytes, by which two runs are told apart."""
+"""The output of a run: its files, their batches, and everything that determines their values.
+
+Row arithmetic lives here: the cut of a run into shards, and the place of each batch in its file.
+"""
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 from dump_activations.dtypes import TensorSpec
-from dump_activations.errors import OutputError, option
+from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest, integrity_text
 from dump_activations.storage.formats.layout import RESERVED_NAMES, Layout
 from dump_activations.storage.formats.registry import format_of
-from dump_activations.storage.reading.inspection import inspect
-from dump_activations.storage.writing.records import Header
-from dump_activations.storage.writing.targets import target_of
+from dump_activations.storage.shards import MAX_SHARDS, Shard
+from dump_activations.storage.writing.journal import BatchDigests, Header
 
 FINGERPRINT_KEY = "fingerprint"
-"""Metadata key: SHA-256 of everything that determines the file's bytes, as 64 hex digits."""
+"""Metadata key: SHA-256 of everything that determines the dump's values, as 64 hex digits."""
 
+COMPUTED_BY_KEY = "computed_by"
+"""Metadata key: JSON list of the distinct devices and threads that computed batches."""
+
+DEFAULT_SHARD_NBYTES = 4_000_000_000
+DEFAULT_SHARDS = 128
+
+# The text is padded to this length, because offsets are fixed before the last batch is computed.
+_COMPUTED_BY_NBYTES = 1024
+
+# Entries of the fingerprint that an option sets. Messages name the option.
 _OPTIONS = frozenset(
     {
-        "batch_size",
-        "compile",
-        "device",
-        "dtype",
-        "labels",
-        "layers",
-        "n_samples",
-        "outputs",
-        "precision",
-        "random_init",
-        "seed",
-        "stats",
-        "steps",
-        "where",
+        *("batch_size", "compile", "dtype", "labels", "layers", "n_samples", "outputs"),
+        *("precision", "random_init", "seed", "stats", "steps", "where"),
     }
 )
-# Names of entries whose values nobody can read.
-_UNREADABLE = {
+# Entries whose values are digests: messages name what was digested.
+_DIGESTED = {
     "config": "the model's config",
-    "dataset_layout_sha256": "the dataset's shards or their rows' layout",
+    "dataset_layout_sha256": "the dataset's shards or the layout of their rows",
     "indices": "the step indices",
-    # All else that shapes the tensors has an entry of its own.
     "tensors": f"the tensors ({option('split_layers')})",
     "weights_sha256": "the weights",
 }
-# What differs only because something else does, unless it is alone.
-_DERIVED = frozenset({"dataset_rows", "indices", "tensors"})
-_LONGEST_VALUE = 200
+# Entries that differ because another one does. Messages name them only where no other differs.
+_DERIVED = frozenset({"indices", "tensors"})
+# Metadata that explains why the indices differ.
+_SAMPLING = ("seed", "sampling", "where", "steps")
+_MAX_SHOWN = 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
-    """A file that is to be made.
+    """The output of a run, in one file or in shards.
 
     Attributes:
-        target: where, past all links.
-        specs: all its tensors.
-        metadata: stored beside them, the fingerprint included.
-        header: what determines its bytes, and its batches.
+        whole: the output's name, past all links; its suffix selects the format.
+        specs: all tensors of the run.
+        batched: names of the tensors that come in batches, all with one row per board.
+        batch_rows: boards per batch; the last batch may be shorter.
+        metadata: stored in each file.
+        computed_by: device and threads of this process, recorded in each file.
+        identity: by name, everything that determines the values of the tensors.
     """
 
-    target: Path
+    whole: Path
     specs: Sequence[TensorSpec]
+    batched: Sequence[str]
+    batch_rows: int
     metadata: Mapping[str, str]
-    header: Header
+    computed_by: Mapping[str, str]
+    identity: Mapping[str, str]
 
-    @classmethod
-    def of(
-        cls,
-        path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
-        metadata: Mapping[str, str],
-        *,
-        batched: Sequence[str],
-        batch_rows: int,
-        fingerprint: Mapping[str, str],
-    ) -> Self:
-        """Describe a file.
-
-        Args:
-            path: the target; its suffix selects the format.
-            specs: all tensors.
-            metadata: stored beside them; the fingerprint and the digests are added.
-            batched: tensors that come in batches of `batch_rows` rows, all of equal length.
-            batch_rows: rows of a batch; the last may be short.
-            fingerprint: by name, all that determines the data beside the metadata.
-        """
-        target = target_of(path)
-        shapes = {spec.name: spec.shape for spec in specs}
-        assert len(shapes) == len(specs), "two tensors of one name"
-        assert not RESERVED_NAMES & shapes.keys(), "a tensor with the name of the metadata"
-        (rows,) = {shapes[name][0] for name in batched}
-        metadata = {key: _plain_text(value) for key, value in metadata.items()}
-        work = {
-            **metadata,
-            **fingerprint,
-            "batch_size": str(batch_rows),
-            "format": format_of(target).name,
-            "tensors": json.dumps([(spec.name, spec.dtype, spec.shape) for spec in specs]),
+    def __post_init__(self) -> None:
+        names = {spec.name for spec in self.specs}
+        assert len(names) == len(self.specs), "two tensors of one name"
+        assert not RESERVED_NAMES & names, "a tensor with the name of the metadata"
+        format_of(self.whole, [spec.dtype for spec in self.specs])
+        metadata = {key: _plain_text(value) for key, value in self.metadata.items()}
+        tensors = json.dumps([(spec.name, spec.dtype, spec.shape) for spec in self.specs])
+        entries = {
+            "batch_size": str(self.batch_rows),
+            "format": format_of(self.whole).name,
+            "tensors": tensors,
         }
-        metadata[FINGERPRINT_KEY] = _sha256(work)
-        return cls(target, specs, metadata, Header(work, rows, batch_rows, tuple(batched)))
+        object.__setattr__(self, "metadata", metadata)
+        object.__setattr__(self, "identity", {**self.identity, **entries})
 
-    def layout(self, digests: Mapping[str, Digest] | None = None) -> Layout:
-        """Lay the file out; without the digests of its tensors, all but some bytes of the skeleton.
+    @cached_property
+    def rows(self) -> int:
+        """Boards of the run."""
+        (rows,) = {spec.shape[0] for spec in self.specs if spec.name in self.batched}
+        return rows
+
+    @property
+    def batches(self) -> int:
+        """Batches of the run."""
+        return -(-self.rows // self.batch_rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the identity, equal in all shards whichever process wrote them."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def described(self) -> dict[str, str]:
+        """The identity, and the metadata that explains its indices."""
+        sampling = {name: self.metadata[name] for name in _SAMPLING if name in self.metadata}
+        return {**sampling, **self.identity}
+
+    def count_shards(self, max_nbytes: int) -> int:
+        """Return the smallest number of shards whose tensors take at most `max_nbytes` each.
+
+        A shard has at least one batch, even where that takes more.
 
         Raises:
-            InvalidArgumentError: the format cannot hold a dtype.
+            InvalidArgumentError: there would be more than 99,999 shards.
         """
-        file_format = format_of(self.target, [spec.dtype for spec in self.specs])
-        crc32s = {name: digest.crc32 for name, digest in digests.items()} if digests else None
-        integrity = integrity_text(self.specs, self.metadata, digests)
-        return file_format.layout(self.specs, {**self.metadata, INTEGRITY_KEY: integrity}, crc32s)
+        batched = [spec for spec in self.specs if spec.name in self.batched]
+        batch_nbytes = self.batch_rows * sum(spec.row_nbytes for spec in batched)
+        other_nbytes = sum(spec.nbytes for spec in self.specs) - sum(s.nbytes for s in batched)
+        batches = max((max_nbytes - other_nbytes) // batch_nbytes, 1)
+        shards = -(-self.batches // batches)
+        if shards > MAX_SHARDS:
+            raise InvalidArgumentError(
+                f"{option('shard_size')}: {max_nbytes:,} bytes make {shards:,} shards; "
+                f"give a size that makes at most {MAX_SHARDS:,}"
+            )
+        return shards
+
+    def default_shards(self) -> int:
+        """Return the number of shards where several processes run and no size is given."""
+        most_nbytes = self.count_shards(DEFAULT_SHARD_NBYTES)
+        return min(max(DEFAULT_SHARDS, most_nbytes), self.batches)
+
+    def files(self, shards: int | None) -> list["FileWork"]:
+        """Cut the run into so many shards; None makes one file."""
+        if shards is None:
+            return [FileWork(self, None, range(self.batches))]
+        starts = [number * self.batches // shards for number in range(shards + 1)]
+        return [
+            FileWork(
+                self, Shard(self.whole, number, shards), range(*starts[number - 1 : number + 1])
+            )
+            for number in range(1, shards + 1)
+        ]
 
     def differences(self, theirs: Mapping[str, str]) -> str:
-        """Name what differs in other work, options as such."""
-        ours = self.header.work
-        differing = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+        """Name the entries in which other work differs, with both values where they are readable.
+
+        Args:
+            theirs: the identity of the other work, or the metadata of its file.
+        """
+        ours = self.described
+        names = [name for name in ours if name in theirs and theirs[name] != ours[name]]
+        if "indices" in theirs and "indices" not in names:
+            names = [name for name in names if name not in _SAMPLING]
+        named = [name for name in names if name not in _DERIVED] or names
         return ", ".join(
-            _UNREADABLE.get(name)
-            or f"{_word(name)} ({_shown(theirs.get(name))} there, {_shown(ours.get(name))} here)"
-            for name in _told(differing)
+            _DIGESTED.get(name)
+            or f"{_label(name)} ({_shown(theirs[name])} there, {_shown(ours[name])} here)"
+            for name in named
         )
 
 
-@dataclass(frozen=True)
-class Existing:
-    """A file that is at a target before it is written.
+@dataclass(frozen=True, eq=False)
+class FileWork:
+    """One file of a work: the whole, or a shard.
 
     Attributes:
-        size: its bytes.
-        metadata: its own; none where it is no dump, or a damaged one.
-        digests: its own, of each tensor.
+        work: the output that it belongs to.
+        shard: its place among the shards; None for the whole.
+        run_batches: its batches, as the run numbers them. The file numbers them from 0.
     """
 
-    size: int
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    digests: Mapping[str, Digest] = field(default_factory=dict)
+    work: Work
+    shard: Shard | None
+    run_batches: range
 
-    def is_of(self, work: Work) -> bool:
-        """Whether it is complete and of this work."""
-        return self.metadata.get(FINGERPRINT_KEY) == work.metadata[FINGERPRINT_KEY]
+    @property
+    def target(self) -> Path:
+        """Name of the finished file."""
+        return self.work.whole if self.shard is None else self.shard.path
+
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        return len(self.run_batches)
+
+    @property
+    def run_rows(self) -> range:
+        """Boards of the file, as the run numbers them."""
+        start, stop = (
+            batch * self.work.batch_rows
+            for batch in (self.run_batches.start, self.run_batches.stop)
+        )
+        return range(start, min(stop, self.work.rows))
+
+    def rows_of(self, batches: range) -> range:
+        """Return the boards of consecutive batches, both as the file numbers them."""
+        size = self.work.batch_rows
+        return range(batches.start * size, min(batches.stop * size, len(self.run_rows)))
+
+    def count_rows(self, batches: Collection[int]) -> int:
+        """Count the boards of some batches of the file."""
+        return self.header.count_rows(batches)
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The file's tensors by name, with the file's number of rows."""
+        rows = len(self.run_rows)
+        return {
+            spec.name: replace(spec, shape=(rows, *spec.shape[1:]))
+            if spec.name in self.work.batched
+            else spec
+            for spec in self.work.specs
+        }
+
+    @cached_property
+    def header(self) -> Header:
+        """The header of the file's journal."""
+        return Header(
+            self.work.fingerprint,
+            self.work.described,
+            "" if self.shard is None else self.shard.text,
+            len(self.run_rows),
+            self.work.batch_rows,
+            tuple(self.work.batched),
+        )
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the finished file, without its digests and what computed it."""
+        metadata = {**self.work.metadata, FINGERPRINT_KEY: self.work.fingerprint}
+        if self.shard is not None:
+            metadata["shard"] = self.shard.text
+            metadata["first_board"] = str(self.run_rows.start)
+        return metadata
+
+    @cached_property
+    def empty_layout(self) -> Layout:
+        """The file's size and offsets, which do not depend on its values."""
+        return self.layout([self.work.computed_by], None)
+
+    def layout(
+        self, computed_by: Sequence[Mapping[str, str]], digests: Mapping[str, Digest] | None
+    ) -> Layout:
+        """Lay the file out.
+
+        Args:
+            computed_by: distinct devices and threads that computed its batches.
+            digests: of each tensor; None while they are unknown.
+        """
+        specs = list(self.specs.values())
+        metadata = {**self.metadata, COMPUTED_BY_KEY: _computed_by_text(computed_by)}
+        crc32s = None if digests is None else {name: each.crc32 for name, each in digests.items()}
+        integrity = integrity_text(specs, metadata, digests)
+        file_format = format_of(self.work.whole)
+        return file_format.layout(specs, {**metadata, INTEGRITY_KEY: integrity}, crc32s)
+
+    def span_of(self, batch: int, name: str) -> tuple[int, int]:
+        """Return (start, stop) of the bytes of a batch of a tensor in the file."""
+        rows, row_nbytes = self.rows_of(range(batch, batch + 1)), self.specs[name].row_nbytes
+        offset = self.empty_layout.offsets[name]
+        return offset + rows.start * row_nbytes, offset + rows.stop * row_nbytes
+
+    def fits(self, batch: int, digests: BatchDigests) -> bool:
+        """Return True where digests are of as many bytes as a batch has."""
+        return 0 <= batch < self.batches and all(
+            digest.nbytes == stop - start
+            for name, digest in digests.items()
+            for start, stop in [self.span_of(batch, name)]
+        )
 
 
-def find_existing(target: Path) -> Existing | None:
-    """Look at the headers of what is at a target; None where nothing is."""
-    try:
-        found = inspect(target)
-    except OutputError:
-        return Existing(target.stat().st_size) if target.exists() else None
-    return Existing(found.size, found.contents.metadata, found.digests)
+def _computed_by_text(computed_by: Sequence[Mapping[str, str]]) -> str:
+    """Write as many entries as fit, padded with spaces to a fixed length."""
+    entries = list(computed_by)
+    while len(text := json.dumps(entries)) > _COMPUTED_BY_NBYTES:
+        entries.pop()
+    return text.ljust(_COMPUTED_BY_NBYTES)
 
 
-def names_of(differing: Sequence[str]) -> str:
-    """Name entries of two works that differ, options as such."""
-    return ", ".join(_UNREADABLE.get(name) or _word(name) for name in _told(differing))
-
-
-def _told(differing: Sequence[str]) -> Sequence[str]:
-    return [name for name in differing if name not in _DERIVED] or differing
-
-
-def _word(name: str) -> str:
+def _label(name: str) -> str:
     return option(name) if name in _OPTIONS else name.replace("_", " ")
 
 
-def _shown(value: str | None) -> str:
-    if value is None:
-        return "none"
-    return value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
-
-
-def _sha256(work: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+def _shown(value: str) -> str:
+    return value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN] + "..."
 
 
 def _plain_text(value: str) -> str:
-    """Return text that every format can hold: bytes of a file name that are no text are escaped."""
+    """Escape bytes of a file name that are not text, which no format can hold."""
     return value.encode("utf-8", "backslashreplace").decode()

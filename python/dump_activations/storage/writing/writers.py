@@ -1,4 +1,4 @@
-"""Threads that write batches into an output file."""
+"""Threads that digest batches and write them into output files."""
 
 import queue
 import threading
@@ -9,38 +9,44 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from dump_activations.chunks import Chunk
 from dump_activations.storage.digests import RunningDigest
-from dump_activations.storage.writing.batch_file import BatchFile
-from dump_activations.timing import SharedStopwatch
+from dump_activations.storage.statistics import Moments
+from dump_activations.storage.writing.output import OutputFile
+from dump_activations.timing import Chunk, SharedStopwatch
 
 # Bytes of a span: few enough for several threads to share a batch.
 SPAN_NBYTES = 4 << 20
 
-# A tensor with less than this in a chunk is written when the whole batch is there.
+# A tensor with fewer bytes than this in a chunk is written when the whole batch is there.
 MIN_CHUNK_NBYTES = 256 << 10
 
-# Batches handed over and not yet written; a caller with fewer buffers waits for these instead.
+# Batches that are submitted and not yet written. A caller with fewer buffers waits for these first.
 BATCHES_AHEAD = 8
 
 
-class WriterPool:
-    """Writes batches with several threads; use as a context manager, inside the file's.
+class Writers:
+    """Writes batches with several threads; use as a context manager, inside the files'.
 
-    After the first error nothing more is written; it is raised by the next `submit`, and on leaving
+    After the first error nothing more is written. The next `submit` raises it, and so does leaving
     the context.
     """
 
-    def __init__(self, file: BatchFile, *, threads: int) -> None:
-        self._file = file
+    def __init__(self, commit: Callable[[OutputFile], object], *, threads: int) -> None:
+        """Start the threads.
+
+        Args:
+            commit: called in a thread with each file whose last batch was written.
+            threads: how many write at once.
+        """
+        self._commit = commit
         self._spans: queue.SimpleQueue[_Span | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(BATCHES_AHEAD)
         self._error: BaseException | None = None
         self._writing = SharedStopwatch()
         self._threads: list[threading.Thread] = []
         try:
-            for i in range(threads):
-                thread = threading.Thread(target=self._work, name=f"writer-{i}", daemon=True)
+            for number in range(threads):
+                thread = threading.Thread(target=self._work, name=f"writer-{number}", daemon=True)
                 thread.start()
                 self._threads.append(thread)
         except BaseException:
@@ -57,36 +63,38 @@ class WriterPool:
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds in which any thread was digesting or writing, or held up by the disk."""
+        """Seconds in which any thread was digesting or writing, or waiting for the disk."""
         return self._writing.seconds
 
     def submit(
         self,
-        first_row: int,
+        file: OutputFile,
+        batch: int,
         tensors: Mapping[str, npt.NDArray[np.uint8]],
         *,
         chunks: Sequence[Chunk] = (),
         done: Callable[[], object],
     ) -> None:
-        """Hand over a batch; blocks while `BATCHES_AHEAD` others are not written.
+        """Submit a batch. Blocks while `BATCHES_AHEAD` others are not written.
 
         Args:
-            first_row: the batch's first row, a multiple of the file's `batch_rows`.
+            file: the file that the batch belongs to.
+            batch: its number in the file.
             tensors: the rows of every batched tensor, as their bytes.
-            chunks: all of the batch, in order; each is waited for before its bytes are read. None
-                where all bytes are there.
-            done: called once, when they are no longer needed: whether or not they were written,
-                and also if this call raises.
+            chunks: the chunks of the batch, in order. Each is waited for before its bytes are read.
+                Empty where all bytes are there.
+            done: called once when the bytes are no longer needed, also where they were not written
+                or this call raises.
 
         Raises:
-            BaseException: the first error of any batch before.
+            BaseException: the first error of an earlier batch.
         """
 
         def leave() -> None:
             self._room.release()
             done()
 
-        submission = _Submission(self._file, first_row, tensors, leave)
+        submission = _Submission(file, batch, tensors, leave, self._commit)
         spans = submission.split(chunks)
         queued = 0
         try:
@@ -108,7 +116,7 @@ class WriterPool:
         try:
             self._wait_for_threads()
         except BaseException as error:
-            # An impatient user: what is queued is dropped, but no write may outlive the file.
+            # A second Ctrl-C drops the queued spans, but no write may outlive the file.
             self._error = self._error or error
             self._wait_for_threads()
             raise
@@ -122,29 +130,107 @@ class WriterPool:
         while (span := self._spans.get()) is not None:
             try:
                 if self._error is None:
-                    span.submission.write(span, self._writing)
+                    span.submission.work_on(span, self._writing)
                 else:
                     span.submission.drop(1)
             except BaseException as error:
-                # Two threads may fail at once; either error is as good.
+                # Where two threads fail at once, either error will do.
                 self._error = self._error or error
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Bytes of one tensor of a batch; `start` counts from the batch's first byte."""
+    """Bytes of one tensor of a batch, to be written; without `data`, a tensor to be measured.
+
+    `start` counts from the first byte of the batch.
+    """
 
     submission: "_Submission"
     name: str
     start: int
-    data: npt.NDArray[np.uint8]
+    data: npt.NDArray[np.uint8] | None
     chunks: Sequence[Chunk]
 
 
-def _stretches(
+class _Submission:
+    """A batch on its way into its file, in spans that different threads write."""
+
+    def __init__(
+        self,
+        file: OutputFile,
+        batch: int,
+        tensors: Mapping[str, npt.NDArray[np.uint8]],
+        done: Callable[[], object],
+        commit: Callable[[OutputFile], object],
+    ) -> None:
+        self._file = file
+        self._batch = batch
+        self._tensors = tensors
+        self._done = done
+        self._commit = commit
+        self._lock = threading.Lock()
+        self._left = 0
+        self._complete = True
+        self._digests = {name: RunningDigest() for name in tensors}
+        self._moments: dict[str, Moments] = {}
+
+    def split(self, chunks: Sequence[Chunk]) -> list[_Span]:
+        """Cut the batch into spans. Each goes to `work_on`, or is counted in `drop`."""
+        nbytes = {name: data.nbytes for name, data in self._tensors.items()}
+        spans = [
+            _Span(self, name, at, self._tensors[name][at : min(at + SPAN_NBYTES, stop)], awaited)
+            for name, start, stop, awaited in _ordered(nbytes, chunks)
+            for at in range(start, stop, SPAN_NBYTES)
+        ]
+        spans += [_Span(self, name, 0, None, chunks) for name in self._file.measured]
+        self._left = len(spans)
+        return spans
+
+    def work_on(self, span: _Span, writing: SharedStopwatch) -> None:
+        """Write or measure a span, and count the time without the wait for the data."""
+        complete = False
+        try:
+            for chunk in span.chunks:
+                chunk.wait()
+            with writing:
+                if span.data is None:
+                    measured = self._file.measure(span.name, self._tensors[span.name])
+                    self._moments[span.name] = measured
+                else:
+                    data, start = span.data, span.start
+                    digest = self._file.write_span(self._batch, span.name, start, data)
+                    with self._lock:
+                        self._digests[span.name].add(start, digest)
+            complete = True
+        finally:
+            self._leave(1, complete=complete)
+
+    def drop(self, spans: int) -> None:
+        """Give up spans that will not be written."""
+        if spans:
+            self._leave(spans, complete=False)
+
+    def _leave(self, spans: int, *, complete: bool) -> None:
+        with self._lock:
+            self._left -= spans
+            self._complete &= complete
+            if self._left:
+                return
+        is_last = False
+        try:
+            if self._complete:
+                digests = {name: running.whole for name, running in self._digests.items()}
+                is_last = self._file.finish_batch(self._batch, digests, self._moments)
+        finally:
+            self._done()
+        if is_last:  # After the buffers are free, so that the next batch need not wait.
+            self._commit(self._file)
+
+
+def _ordered(
     nbytes: Mapping[str, int], chunks: Sequence[Chunk]
 ) -> Iterator[tuple[str, int, int, Sequence[Chunk]]]:
-    """Order the bytes of a batch's tensors, as (name, start, stop, what to wait for).
+    """Order the bytes of a batch's tensors, as (name, start, stop, chunks to wait for).
 
     A chunk is written as soon as it is there, while the cache of the core that computed it may
     still hold it.
@@ -161,67 +247,3 @@ def _stretches(
     for name, of_all in nbytes.items():
         if name not in split:
             yield name, 0, of_all, chunks
-
-
-class _Submission:
-    """A batch on its way into the file, in spans that different threads write."""
-
-    def __init__(
-        self,
-        file: BatchFile,
-        first_row: int,
-        tensors: Mapping[str, npt.NDArray[np.uint8]],
-        done: Callable[[], object],
-    ) -> None:
-        self._file = file
-        self._first_row = first_row
-        self._tensors = tensors
-        self._done = done
-        self._lock = threading.Lock()
-        self._left = 0
-        self._complete = True
-        self._digests = {name: RunningDigest() for name in tensors}
-
-    def split(self, chunks: Sequence[Chunk]) -> list[_Span]:
-        """Cut the batch into spans, each to be given to `write` or counted in `drop`."""
-        nbytes = {name: data.nbytes for name, data in self._tensors.items()}
-        spans = [
-            _Span(self, name, at, self._tensors[name][at : min(at + at_once, stop)], awaited)
-            for name, start, stop, awaited in _stretches(nbytes, chunks)
-            for at_once in [self._file.span_nbytes(name, SPAN_NBYTES)]
-            for at in range(start, stop, at_once)
-        ]
-        self._left = len(spans)
-        return spans
-
-    def write(self, span: _Span, writing: SharedStopwatch) -> None:
-        """Write a span; count the time it takes, without the wait for the data."""
-        written = False
-        try:
-            for chunk in span.chunks:
-                chunk.wait()
-            with writing:
-                digest = self._file.write_span(self._first_row, span.name, span.start, span.data)
-            with self._lock:
-                self._digests[span.name].add(span.start, digest)
-            written = True
-        finally:
-            self._leave(1, complete=written)
-
-    def drop(self, spans: int) -> None:
-        """Give up spans that will not be written."""
-        if spans:
-            self._leave(spans, complete=False)
-
-    def _leave(self, spans: int, *, complete: bool) -> None:
-        with self._lock:
-            self._left -= spans
-            self._complete &= complete
-            if self._left:
-                return
-        try:
-            if self._complete:
-                digests = {name: running.whole for name, running in self._digests.items()}
-                self._file.finish_batch(self._first_row, digests)
-        finally:
-            self._done()

@@ -1,0 +1,516 @@
+"""`dump`: run boards through a model and write the asked-for activations to disk."""
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dataset.expressions import Expression
+from dump_activations.dtypes import LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
+from dump_activations.errors import (
+    InvalidArgumentError,
+    Note,
+    OutputError,
+    VocabularyError,
+    note,
+    option,
+    warn,
+)
+from dump_activations.model.encoder import Encoder
+from dump_activations.model.layers import Layers
+from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
+from dump_activations.paths import locate
+from dump_activations.pipeline.device import current
+from dump_activations.pipeline.feed import read_batch
+from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
+from dump_activations.pipeline.oom import batch_oom_named
+from dump_activations.pipeline.plan import Plan, Preview, make_plan, warn_of_large_tensors
+from dump_activations.pipeline.provenance import computed_by, fingerprint, metadata
+from dump_activations.pipeline.run import Run
+from dump_activations.pipeline.summary import STAGES, Summary
+from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
+from dump_activations.progress import Count, Phase, begin, counted, shown_progress
+from dump_activations.storage.statistics import statistics_specs
+from dump_activations.storage.writing.existing import choose_shards
+from dump_activations.storage.writing.output import OutputFile
+from dump_activations.storage.writing.paths import check_output, check_space, free_space
+from dump_activations.storage.writing.shards import Output, Place
+from dump_activations.storage.writing.work import FileWork, Work
+from dump_activations.storage.writing.writers import Writers
+from dump_activations.text import size_text
+
+_ALONE = Place()
+
+
+def dump(
+    init: str | os.PathLike[str] | Encoder,
+    dataset: str | os.PathLike[str] | StepsDataset,
+    output: str | os.PathLike[str] = DEFAULT_OUTPUT,
+    *,
+    outputs: str | Sequence[str] = ("final_hidden",),
+    layers: Layers | None = None,
+    split_layers: bool = False,
+    n_samples: int = 1024,
+    indices: ArrayLike | None = None,
+    steps: slice | str | None = None,
+    where: str | Expression | None = None,
+    labels: str | Sequence[str] = (),
+    scan_progress: Count | None = None,
+    seed: int = 0,
+    batch_size: int = 1024,
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    device: str | torch.device = "cuda",
+    allow_cpu: bool = False,
+    random_init: bool = False,
+    precision: Literal["fp32", "tf32", "bf16", "bf16-true"] = "fp32",
+    compile: bool = False,  # noqa: A002 -- the command's flag
+    write: bool = True,
+    stats: bool = False,
+    shard_size: int | str | None = None,
+    shards: int | str | range | None = None,
+    overwrite: bool = False,
+    progress: Count | bool | None = None,
+) -> Summary:
+    """Run boards through a model and write the asked-for activations to one file, or to shards.
+
+    The output appears under its name when it is whole. After an interruption the same call resumes,
+    and on a finished output it returns at once. Several processes that make the same call with
+    `shard_size` share the work.
+
+    Args:
+        init: a checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`; or a
+            loaded Encoder.
+        dataset: a dataset of steps, or its directory.
+        output: the output's path; its suffix, `.safetensors`, `.pt` or `.npz`, selects the format.
+        outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
+        layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
+        split_layers: write one tensor per layer, KEY.LAYER, in place of a stacked one.
+        n_samples: steps to sample, unless `indices` or `steps` are given.
+        indices: global step indices to use instead of a sample, whole numbers of any shape.
+        steps: steps to take in their order instead of a sample, START:STOP or START:STOP:STEP.
+        where: take only steps that match this expression, such as "max_rank >= 11".
+        labels: labels to store with the boards, globs of them, or "all" for every field.
+        scan_progress: called with the rows scanned and the rows in all while `where` is evaluated.
+        seed: seed of the sample, of numpy.random.default_rng.
+        batch_size: boards per forward pass.
+        dtype: storage dtype of floating-point tensors.
+        device: compute device: cuda, cuda:N, or cpu with `allow_cpu`.
+        allow_cpu: accept a device that is not CUDA.
+        random_init: give the checkpoint's architecture untrained weights, as a control.
+        precision: arithmetic of the forward pass; tf32 on CUDA only.
+        compile: run the model through torch.compile.
+        write: False runs the model and keeps nothing.
+        stats: store statistics of each activation, stats/KEY/mean and others.
+        shard_size: largest size of a shard, such as "4GB" or a number of bytes; None writes one
+            file.
+        shards: numbers of the shards to write, 3 or "1-20", counted from 1; None writes all.
+        overwrite: replace output of other work. Output of the same work is never discarded.
+        progress: True shows a bar. A function is called per batch with the boards done and the
+            boards in all.
+
+    Returns:
+        The work that was done, and how long each stage was busy.
+
+    Raises:
+        DumpActivationsError: one line that names what is wrong and the way out. No file appears
+            under the output's name then, and an existing one is left as it was.
+    """
+    options = DumpOptions(
+        outputs=outputs,
+        layers=layers,
+        split_layers=split_layers,
+        n_samples=n_samples,
+        indices=indices,
+        steps=steps,
+        where=where,
+        labels=labels,
+        scan_progress=scan_progress,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=str(device),
+        allow_cpu=allow_cpu,
+        random_init=random_init,
+        precision=precision,
+        compile=compile,
+        write=write,
+        stats=stats,
+        shard_size=shard_size,
+        shards=shards,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return dump_to_file(init, dataset, locate(output), options)
+
+
+def preview(
+    init: str | os.PathLike[str] | Encoder,
+    dataset: str | os.PathLike[str] | StepsDataset,
+    path: Path,
+    options: DumpOptions,
+    place: Place = _ALONE,
+) -> Preview:
+    """Check everything that `dump` checks before its first forward pass, and describe its output.
+
+    Raises:
+        DumpActivationsError: what `dump` would raise.
+    """
+    if options.write:
+        check_output(path, [STORAGE_DTYPES[options.dtype].name])
+    plan = make_plan(init, dataset, options)
+    if not options.write:
+        return Preview.of(plan, plan.tensor_specs())
+    work, files = _files(plan, path, options, place)
+    output = Output(files, place=place, overwrite=options.overwrite)
+    check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
+    _check_space(output)
+    for text in _already_there(output):
+        note(text)
+    free = free_space([each.target for each in files])
+    return Preview.of(plan, work.specs, path, free, shards=_shards(files))
+
+
+def dump_to_file(
+    init: str | os.PathLike[str] | Encoder,
+    dataset: str | os.PathLike[str] | StepsDataset,
+    path: Path,
+    options: DumpOptions,
+    *,
+    place: Place = _ALONE,
+    local_processes: int = 1,
+) -> Summary:
+    """Run `dump`, as one of several processes where a launcher started them.
+
+    Args:
+        init: checkpoint or model.
+        dataset: dataset, or its directory.
+        path: output, absolute.
+        options: checked options.
+        place: rank of this process.
+        local_processes: processes on this machine, which share its cores and pinned memory.
+    """
+    started = time.perf_counter()
+    with (
+        shown_progress() if options.progress is True else nullcontext(),
+        batch_oom_named(options.batch_size),
+    ):
+        if options.write:
+            check_output(path, [STORAGE_DTYPES[options.dtype].name])
+        slots = HOST_SLOTS if options.write else 0
+        plan = make_plan(init, dataset, options, host_slots=slots, local_processes=local_processes)
+        with current(plan.device), HeldInterrupts() as interrupts:
+            writer_threads = _writer_threads(local_processes)
+            call = _Call(plan, path, options, place, writer_threads, started, interrupts)
+            return call.write() if options.write else call.discard()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `dump` whose plan is made."""
+
+    plan: Plan
+    path: Path
+    options: DumpOptions
+    place: Place
+    writer_threads: int
+    started: float
+    interrupts: HeldInterrupts
+
+    def write(self) -> Summary:
+        """Run the boards of every file that is missing, and write it."""
+        work, files = _files(self.plan, self.path, self.options, self.place)
+        check = self.interrupts.check
+        output = Output(files, place=self.place, overwrite=self.options.overwrite, check=check)
+        if not output.missing:
+            return self._already_complete(output)
+        warn_of_large_tensors(work.specs)
+        with output, Run(self.plan) as run, self._kept_or_discarded(output):
+            self._prepare(output, work.specs)
+            resumed, write_seconds = self._fill(run, output)
+        is_sharded = files[0].shard is not None
+        return run.summary(
+            self.started,
+            output=self.path,
+            resumed_boards=output.found + resumed,
+            bytes_written=_nbytes(files),
+            nonfinite=_nonfinite(output, warn_of_them=True),
+            write_seconds=write_seconds,
+            shards_written=output.written if is_sharded else 0,
+            shards_found=len(files) - output.written if is_sharded else 0,
+        )
+
+    def discard(self) -> Summary:
+        """Run this process's share of the batches, and keep nothing."""
+        n, size = len(self.plan.indices), self.options.batch_size
+        batches, (rank, world) = -(-n // size), (self.place.rank, self.place.size)
+        start, stop = (batches * each // world * size for each in (rank, rank + 1))
+        rows = range(start, min(stop, n))
+        with Run(self.plan) as run:
+            for batch in run.batches([rows], done=self._count(0, 0)):
+                batch.release()
+                self.interrupts.check()
+        return run.summary(self.started)
+
+    def _already_complete(self, output: Output) -> Summary:
+        output.tidy()
+        note(f"{self.path} is already complete")
+        return Summary(
+            output=self.path,
+            boards=0,
+            resumed_boards=output.found,
+            bytes_written=_nbytes(output.files),
+            shards_written=0,
+            shards_found=0 if output.files[0].shard is None else len(output.files),
+            seconds=0.0,
+            setup_seconds=time.perf_counter() - self.started,
+            commit_seconds=0.0,
+            stage_seconds=dict.fromkeys(STAGES, 0.0),
+            waiting_seconds=0.0,
+            nonfinite=_nonfinite(output),
+        )
+
+    def _prepare(self, output: Output, specs: Sequence[TensorSpec]) -> None:
+        """Check the output again, now that everything is loaded, and describe it in notes."""
+        begin("preparing the output")
+        dtypes = [STORAGE_DTYPES[self.options.dtype].name]
+        check_output(self.path, dtypes, inputs=self.plan.input_files)
+        _check_space(output)
+        targets = [each.target for each in output.missing]
+        directory = targets[0].parent
+        if not directory.exists():
+            with OutputError.when(f"cannot make {directory}"):
+                directory.mkdir(parents=True, exist_ok=True)
+            note(f"made the directory {directory}")
+        free = free_space(targets)
+        note(Preview.of(self.plan, specs, self.path, free, shards=_shards(output.files)).text)
+        for text in _already_there(output):
+            note(text)
+
+    def _fill(self, run: Run, output: Output) -> tuple[int, float]:
+        """Write file after file until all are finished.
+
+        Returns:
+            The boards that were resumed, and the seconds in which writers were busy.
+        """
+        resumed: list[int] = []
+        write_seconds = 0.0
+
+        def ranges(file: OutputFile | None) -> Iterator[range]:
+            while file is not None:
+                resumed.append(self._begin_file(file))
+                start = file.work.run_rows.start
+                for batches in file.missing:
+                    rows = file.work.rows_of(batches)
+                    yield range(start + rows.start, start + rows.stop)
+                if not file.missing:
+                    output.commit(file)
+                file = output.take()
+
+        while (first := output.next()) is not None:
+            done = sum(len(each.run_rows) for each in output.files) - sum(
+                len(each.run_rows) for each in output.missing
+            )
+            count = self._count(done + first.resumed_rows, first.size)
+            with (
+                Writers(output.commit, threads=self.writer_threads) as writers,
+                closing(run.batches(ranges(first), done=count)) as batches,
+            ):
+                for batch in batches:
+                    self._submit(writers, output, batch)
+                    self.interrupts.check()
+                begin("completing the output")
+            write_seconds += writers.busy_seconds
+        # Shards are committed while others are computed, a whole file after the last batch.
+        if output.files[0].shard is None:
+            run.committing.add(output.commit_seconds)
+        return sum(resumed), write_seconds
+
+    def _begin_file(self, file: OutputFile) -> int:
+        """Write the tensors that do not come in batches; return the boards that are kept."""
+        path = file.partial
+        if file.restarted_because:
+            note(f"{path} is started over: {file.restarted_because}")
+        if file.resumed_rows:
+            n = len(file.work.run_rows)
+            note(f"resuming {path}, which has {file.resumed_rows:,} of {n:,} boards")
+            self._check_resumed_boards(file)
+        for name, tensor in self.plan.whole_tensors().items():
+            file.write(name, bytes_of(tensor))
+        return file.resumed_rows
+
+    def _check_resumed_boards(self, file: OutputFile) -> None:
+        """Refuse to resume where the dataset's rows changed since the last batch was written."""
+        if (last := file.last_resumed) is None:
+            return
+        batch, digests = last
+        start = file.work.run_rows.start
+        rows = file.work.rows_of(range(batch, batch + 1))
+        first_row = start + rows.start
+        indices = self.plan.indices[first_row : start + rows.stop]
+        boards = read_batch(self.plan.dataset, self.plan.labels, indices, first_row=first_row)
+        if any(
+            zlib.crc32(bytes_of(tensor).data) != digests[name].crc32
+            for name, tensor in boards.tensors.items()
+        ):
+            raise OutputError(
+                f"{file.partial} holds other boards than {self.plan.dataset.path} has now; restore "
+                f"the dataset, or remove the file"
+            )
+
+    def _submit(self, writers: Writers, output: Output, batch: ActivationBatch) -> None:
+        first_row = batch.boards.first_row
+        file = next(each for each in output.open_files if first_row in each.work.run_rows)
+        tensors = {**batch.boards.tensors, **batch.tensors}
+        writers.submit(
+            file,
+            (first_row - file.work.run_rows.start) // self.options.batch_size,
+            {name: bytes_of(tensor) for name, tensor in tensors.items()},
+            chunks=batch.chunks,
+            done=batch.release,
+        )
+
+    def _count(self, done: int, nbytes: int) -> Callable[[int], None]:
+        """Begin to count boards; return the function that takes the boards of each batch."""
+        n, progress = len(self.plan.indices), self.options.progress
+        phase = Phase("", "boards", start=done, of=n, nbytes=nbytes)
+        count = counted(phase, also=progress if callable(progress) else None)
+        if done:
+            count(done, n)
+
+        def add(boards: int) -> None:
+            nonlocal done
+            done += boards
+            count(done, n)
+
+        return add
+
+    @contextmanager
+    def _kept_or_discarded(self, output: Output) -> Iterator[None]:
+        """Keep what a later call can resume, and nothing of a run that can never finish."""
+        try:
+            yield
+        except BaseException as error:
+            with ignored_interrupts():
+                kept = output.suspend(discard=isinstance(error, VocabularyError))
+            if not output.missing:
+                error.add_note(f"{self.path} is complete")
+            elif kept:
+                again = f"without {option('overwrite')}" if self.options.overwrite else "again"
+                n = sum(len(each.run_rows) for each in output.files)
+                error.add_note(
+                    Note(f"{kept:,} of {n:,} boards are kept; the same call {again} does the rest")
+                )
+            raise
+
+
+def _files(
+    plan: Plan, path: Path, options: DumpOptions, place: Place
+) -> tuple[Work, list[FileWork]]:
+    """Describe the output, and return the files that this call may write."""
+    statistics = _statistics_specs(plan) if options.stats else []
+    stats = {"stats": "true"} if options.stats else {}
+    specs = [*plan.tensor_specs(), *statistics]
+    separate = {*plan.weights, *(spec.name for spec in statistics)}
+    work = Work(
+        whole=Path(os.path.realpath(path)),
+        specs=specs,
+        batched=[spec.name for spec in specs if spec.name not in separate],
+        batch_rows=options.batch_size,
+        metadata={**metadata(plan), **stats},
+        computed_by=computed_by(plan),
+        identity={**fingerprint(plan), "stats": str(options.stats).lower()},
+    )
+    share = place.size > 1 or options.shards is not None
+    assert not isinstance(options.shard_size, str)
+    shards = choose_shards(work, options.shard_size, share=share)
+    files = work.files(shards)
+    if options.shard_size is not None and _nbytes(files[:1]) > options.shard_size + (1 << 20):
+        note(f"{option('shard_size')}: raised to one batch, {size_text(_nbytes(files[:1]))}")
+    if isinstance(options.shards, range) and shards is not None:
+        if options.shards.stop > len(files) + 1:
+            raise InvalidArgumentError(
+                f"{option('shards')}: must be between 1 and {len(files)}, the last shard; got "
+                f"{options.shards.stop - 1}"
+            )
+        files = files[options.shards.start - 1 : options.shards.stop - 1]
+    return work, files
+
+
+def _statistics_specs(plan: Plan) -> list[TensorSpec]:
+    stacked = None if plan.options.split_layers else len(plan.layers)
+    return [
+        spec
+        for each in plan.board_tensors
+        for spec in statistics_specs(
+            each.name,
+            layers=stacked if each.activation.per_layer else None,
+            width=each.shape[-1],
+        )
+    ]
+
+
+def _already_there(output: Output) -> Iterator[str]:
+    """Say what becomes of the files that are there."""
+    if not output.missing:
+        yield f"{output.files[0].work.whole} is already complete"
+        return
+    for existing in output.replaced:
+        boards = existing.metadata.get("n_samples", "")
+        holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
+        size = size_text(existing.found.st_size)
+        yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
+    finished = len(output.files) - len(output.missing)
+    if finished:
+        yield f"{finished:,} of {len(output.files):,} shards are already complete"
+
+
+def _check_space(output: Output) -> None:
+    """Raise OutputError where the disk has less space than all missing files need."""
+    check_space([each.target for each in output.missing], _nbytes(output.missing))
+
+
+def _shards(files: Sequence[FileWork]) -> list[Path]:
+    return [each.target for each in files if each.shard is not None]
+
+
+def _nbytes(files: Sequence[FileWork]) -> int:
+    return sum(each.empty_layout.size for each in files)
+
+
+def _nonfinite(output: Output, *, warn_of_them: bool = False) -> dict[str, dict[str, int]]:
+    """Count the values that are not finite in each tensor of all finished files that has any."""
+    counts: dict[str, dict[str, int]] = {}
+    for digests in output.finished.values():
+        for name, digest in digests.items():
+            # Labels are as the dataset has them.
+            if (digest.nan or digest.inf) and not name.startswith(LABEL_PREFIX):
+                count = counts.setdefault(name, {"nan": 0, "inf": 0})
+                count["nan"] += digest.nan
+                count["inf"] += digest.inf
+    for name, count in counts.items() if warn_of_them else ():
+        warn(
+            f"{name}: {count['nan']:,} NaN and {count['inf']:,} infinite values were stored; "
+            f"infinite ones come from an overflow where {option('dtype')} is fp16"
+        )
+    return counts
+
+
+def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """View a contiguous host tensor as its bytes, uint8 (nbytes,)."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _writer_threads(local_processes: int) -> int:
+    """Return enough threads that some wait for the disk while others take checksums."""
+    cores = len(os.sched_getaffinity(0)) // local_processes
+    return min(8, max(2, cores // 2))

@@ -1,0 +1,195 @@
+"""Boards for the forward pass, read ahead on a background thread.
+
+Shape letters: W boards in a window, N boards that are counted, S cells (16).
+"""
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dump_activations import _rust
+from dump_activations.dataset.columns import LabelReader, Values
+from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dataset.sampling import StepIndices
+from dump_activations.dtypes import CELLS, LABEL_PREFIX
+from dump_activations.errors import VocabularyError, option
+from dump_activations.timing import Stopwatch
+
+# Indices are read a window at a time: the more of them one read sees, the nearer its rows lie
+# together. The first windows are small, so that the first batch does not wait for a large read.
+_LARGEST_WINDOW = 1 << 20
+_GROWTH = 4
+
+
+@dataclass(frozen=True)
+class BoardBatch:
+    """Consecutive boards of a run.
+
+    Attributes:
+        first_row: row of the first board in the run.
+        indices: global step indices, int64 (B,).
+        boards_BS: exponents, uint8 (B, 16).
+        labels: name -> tensor (B, *shape) in its storage dtype.
+    """
+
+    first_row: int
+    indices: NDArray[np.int64]
+    boards_BS: Tensor
+    labels: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that a file stores next to the activations: name -> tensor (B, *shape)."""
+        labels = {LABEL_PREFIX + name: values for name, values in self.labels.items()}
+        return {"indices": torch.from_numpy(self.indices), "boards": self.boards_BS, **labels}
+
+    def cut(self, start: int, stop: int) -> "BoardBatch":
+        """Return boards `start` to `stop` as views of the same memory."""
+        return BoardBatch(
+            self.first_row + start,
+            self.indices[start:stop],
+            self.boards_BS[start:stop],
+            {name: values[start:stop] for name, values in self.labels.items()},
+        )
+
+
+def read_batch(
+    dataset: StepsDataset,
+    labels: LabelReader | None,
+    indices: NDArray[np.int64],
+    *,
+    first_row: int,
+    cancel: _rust.Cancel | None = None,
+) -> BoardBatch:
+    """Read boards, and their labels from the same bytes of the shards.
+
+    Args:
+        dataset: source of the steps.
+        labels: reads the labels; None reads boards alone.
+        indices: global step indices, int64 (B,).
+        first_row: row of the first board in the run.
+        cancel: lets another thread end the read.
+    """
+    boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
+    values: Values = {}
+    if labels is None:
+        dataset.read_boards(indices, out=boards_BS.numpy(), cancel=cancel)
+    else:
+        values = labels.read(indices, boards_BS.numpy(), cancel)
+    tensors = {name: torch.from_numpy(each) for name, each in values.items()}
+    return BoardBatch(first_row, indices, boards_BS, tensors)
+
+
+def feed_boards(
+    dataset: StepsDataset,
+    indices: StepIndices,
+    labels: LabelReader | None = None,
+    *,
+    batch_size: int,
+    vocabulary: int,
+    ranges: Iterable[range] | None = None,
+    reading: Stopwatch,
+    waiting: Stopwatch,
+) -> Generator[BoardBatch, None, None]:
+    """Yield the boards of the given steps in batches; the last batch of a range may be short.
+
+    Args:
+        dataset: source of the steps.
+        indices: global step indices.
+        labels: reads the labels; None reads boards alone.
+        batch_size: boards per batch.
+        vocabulary: exponents must be below this.
+        ranges: rows of the run, each range starting at a multiple of `batch_size`. The next one is
+            pulled when its boards are to be read ahead, at most one beyond the range whose batches
+            are yielded. None yields all rows.
+        reading: counts the time spent reading.
+        waiting: counts the time the consumer waited for boards.
+
+    Raises:
+        VocabularyError: a board has an exponent without an embedding in the model.
+        DatasetError: a shard cannot be read.
+    """
+    cancel = _rust.Cancel()
+
+    def read(first: int, stop: int) -> BoardBatch:
+        with reading:
+            window = read_batch(
+                dataset, labels, indices[first:stop], first_row=first, cancel=cancel
+            )
+            if window.boards_BS.numpy().max(initial=0) >= vocabulary:
+                # Read on, so that the error tells a stray board from a wrong model.
+                counted_N = indices[first : first + _LARGEST_WINDOW]
+                boards_NS = dataset.read_boards(counted_N, cancel=cancel)
+                raise _vocabulary_error(boards_NS, counted_N, vocabulary, first_row=first)
+            return window
+
+    windows = _windows([range(len(indices))] if ranges is None else ranges, batch_size)
+    held: deque[tuple[_Window, Future[BoardBatch]]] = deque()
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="boards")
+    try:
+        while True:
+            # At most two of the largest windows; at first a whole run that is no longer than one.
+            while _may_read_on(held) and (window := next(windows, None)):
+                held.append((window, reader.submit(read, window.first, window.stop)))
+            if not held:
+                return
+            with waiting:
+                boards = held[0][1].result()
+            held.popleft()
+            for i in range(0, len(boards.indices), batch_size):
+                for _, ahead in held:
+                    if ahead.done():
+                        ahead.result()  # Raise at once, before the batches that are still to come.
+                yield boards.cut(i, i + batch_size)
+    finally:
+        cancel.ask()
+        reader.shutdown(wait=True, cancel_futures=True)
+        held.clear()
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Rows that are read in one call; `is_last` of their range."""
+
+    first: int
+    stop: int
+    is_last: bool
+
+
+def _windows(ranges: Iterable[range], batch_size: int) -> Iterator[_Window]:
+    """Cut ranges of rows into windows of whole batches, but for the last of a range."""
+    largest = max(_LARGEST_WINDOW // batch_size, 1) * batch_size
+    size = batch_size
+    for rows in ranges:
+        first = rows.start
+        while first < rows.stop:
+            stop = min(first + size, rows.stop)
+            yield _Window(first, stop, is_last=stop == rows.stop)
+            first, size = stop, min(size * _GROWTH, largest)
+
+
+def _may_read_on(held: Iterable[tuple[_Window, object]]) -> bool:
+    """Return whether another window may be read while these are held."""
+    rows = sum(window.stop - window.first for window, _ in held)
+    return rows <= _LARGEST_WINDOW and sum(window.is_last for window, _ in held) <= 1
+
+
+def _vocabulary_error(
+    boards_NS: NDArray[np.uint8], indices_N: NDArray[np.int64], vocabulary: int, *, first_row: int
+) -> VocabularyError:
+    highest_N = boards_NS.max(axis=1)
+    outside_N = highest_N >= vocabulary
+    at = int(np.argmax(outside_N))
+    return VocabularyError(
+        f"step {indices_N[at]}: exponent {highest_N[at]} is outside the model's vocabulary of "
+        f"{vocabulary} (as in {np.count_nonzero(outside_N):,} of the {len(boards_NS):,} boards "
+        f"from row {first_row:,} on); leave such boards out with "
+        f"{option('where', f'max_exponent < {vocabulary}')} or choose other {option('indices')}, "
+        "or use a model with a larger input_vocab_size"
+    )

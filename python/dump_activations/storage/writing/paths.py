@@ -1,0 +1,146 @@
+"""Names next to an output, and the checks of an output before any work is done."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dump_activations.errors import InvalidArgumentError, OutputError, option
+from dump_activations.paths import locate
+from dump_activations.storage.formats.registry import format_of
+from dump_activations.storage.shards import MAX_SHARDS, Shard
+
+PARTIAL = ".partial"
+JOURNAL = ".partial.journal"
+
+
+def target_of(path: str | os.PathLike[str]) -> Path:
+    """Return the file that an output path leads to, past all links."""
+    return Path(os.path.realpath(locate(path)))
+
+
+def partial_path(target: Path) -> Path:
+    """Return the name of a target while it is being written."""
+    return target.with_name(target.name + PARTIAL)
+
+
+def journal_path(target: Path) -> Path:
+    """Return the name of the journal of an unfinished target."""
+    return target.with_name(target.name + JOURNAL)
+
+
+def replacement_path(target: Path) -> Path:
+    """Return the name under which a journal is written before it replaces the current one."""
+    return target.with_name(target.name + JOURNAL + ".new")
+
+
+def check_output(
+    path: str | os.PathLike[str], dtypes: Iterable[str], *, inputs: Iterable[Path] = ()
+) -> None:
+    """Raise where a dump to `path` is impossible. Nothing is created.
+
+    Args:
+        path: the output.
+        dtypes: names of the dtypes that the file has to hold.
+        inputs: files that the output must not replace or create.
+
+    Raises:
+        InvalidArgumentError: the suffix names no format, or one that cannot hold one of `dtypes`,
+            or the output is one of `inputs`.
+        OutputError: no file can be made or replaced there.
+    """
+    with OutputError.when(f"cannot write {os.fspath(path)}"):
+        target = target_of(path)
+        format_of(target, dtypes)
+        directory = nearest_directory(target)
+        _check_directory(directory, target)
+        with suppress(FileNotFoundError):
+            _check_replaceable(target, target.lstat(), directory.stat())
+        if any(_is_same(target, each) for each in inputs):
+            raise InvalidArgumentError(
+                f"{option('output')}: this run reads {target}, or would read it next time; choose "
+                "another output"
+            )
+
+
+def nearest_directory(target: Path) -> Path:
+    """Return the target's directory, or the nearest existing directory above it."""
+    for directory in target.parents:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISDIR(directory.stat().st_mode):
+                raise OutputError(f"{directory} is not a directory; choose another output")
+            return directory
+    raise AssertionError(target)
+
+
+def free_space(targets: Sequence[Path]) -> int | None:
+    """Count the bytes that unfinished targets of one directory may take.
+
+    These are the free bytes of the disk, and the bytes that their partial files have already. None
+    where the file system does not tell: some network mounts report a size of zero, or nothing.
+    """
+    with OutputError.when(f"cannot write {targets[0]}"):
+        try:
+            disk = os.statvfs(nearest_directory(targets[0]))
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+                return None
+            raise
+        taken = 0
+        for target in targets:
+            with suppress(FileNotFoundError):
+                taken += partial_path(target).stat().st_blocks * 512
+    return disk.f_bavail * disk.f_frsize + taken if disk.f_blocks else None
+
+
+def check_space(targets: Sequence[Path], nbytes: int) -> None:
+    """Raise OutputError where the disk has less than `nbytes` for unfinished targets."""
+    free = free_space(targets) if targets else None
+    if free is not None and free < nbytes:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OutputError.of_system(f"cannot reserve {nbytes:,} bytes for {targets[0]}", full)
+
+
+def sync_directory(path: Path) -> None:
+    """Return once the names in a directory are on disk, where the file system supports it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _check_directory(directory: Path, target: Path) -> None:
+    longest = replacement_path(Shard(target, MAX_SHARDS, MAX_SHARDS).path).name
+    if len(os.fsencode(longest)) > os.pathconf(directory, "PC_NAME_MAX"):
+        raise OutputError(f"{target} has too long a name for the files next to it; shorten it")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise OutputError(f"{directory} is not writable; choose another output")
+
+
+def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise OutputError(f"{target} is a directory; name a file in it")
+    if not stat.S_ISREG(found.st_mode):
+        raise OutputError(f"{target} is not an ordinary file; choose another output")
+    # Root may write any file, but whoever took the permission away meant root too.
+    if not found.st_mode & 0o222 or not os.access(target, os.W_OK):
+        raise OutputError(f"{target} is write-protected; permit writing, or choose another output")
+    is_sticky = directory.st_mode & stat.S_ISVTX
+    if is_sticky and os.geteuid() not in (0, found.st_uid, directory.st_uid):
+        raise OutputError(
+            f"{target} belongs to another user, in a directory where only its owner may replace "
+            "it; choose another output"
+        )
+
+
+def _is_same(target: Path, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return target.samefile(path)
+    # Neither exists: two spellings of one name lead to the same place.
+    return target.name == path.name and target == Path(os.path.realpath(path))
