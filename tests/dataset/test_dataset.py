@@ -76,12 +76,6 @@ def test_every_row_layout(layout):
     np.testing.assert_array_equal(ds.read_rows(indices), rows[indices])
 
 
-def test_demo_dataset(demo_dataset):
-    rows = read_dataset(demo_dataset)
-    ds = StepsDataset(str(demo_dataset))
-    np.testing.assert_array_equal(ds.read_boards(np.arange(len(ds))), naive_boards(rows))
-
-
 scalars = st.sampled_from(
     ["<u1", "<i2", ">i4", "<f4", "<f8", "<c8", "?", "S3", "<U2", "V5", "<M8[s]"]
 )

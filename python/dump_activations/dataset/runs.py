@@ -1,5 +1,6 @@
 """Labels of self-play runs, from the table `runs` of the `metadata.db` next to the shards."""
 
+import shlex
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -91,7 +92,7 @@ def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np
         for log in logs:
             reason = (
                 f"{reason}; {log.name} holds an unfinished transaction: close the program that "
-                f"writes it, or finish it with: sqlite3 {path} 'PRAGMA journal_mode = DELETE'"
+                f"writes it, or finish it with: sqlite3 {shlex.quote(str(path))} 'PRAGMA journal_mode = DELETE'"
             )
         raise DatasetError(f"{path}: cannot read its runs: {reason}") from error
     ids, values = np.ascontiguousarray(rows["id"]), np.ascontiguousarray(rows["value"])
