@@ -148,5 +148,4 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "selection": make_selection_target(_DIRECTORY / "selection"),
     "runs": make_runs_target(_DIRECTORY / "runs"),
     "runs_schema": make_runs_schema_target(_DIRECTORY / "runs_schema"),
-    "checkpoint_pickle": _in_archive("archive/data.pkl", _checkpoint("bundle.pt")),
 }

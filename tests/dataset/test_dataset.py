@@ -31,7 +31,7 @@ from dump_activations.errors import (
     InvalidArgumentError,
     StepIndexError,
 )
-from reference.datasets import make_dataset, naive_boards, read_dataset, write_shards
+from reference.datasets import make_dataset, naive_boards, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in the order of their names")
 

@@ -197,8 +197,6 @@ def test_statistics_in_the_file_are_of_all_boards(page, make_dump, monkeypatch, 
     page.open(path.with_name("report.html"))
     page.evaluate(HELPERS)
     dump = read_dump(path)
-    if "stats/pooled/count_abs_gt_6" not in dump.tensors:
-        pytest.skip("dumps store statistics by older names")
     for row, layer in zip(ask(page, "numbers('resid_mid in numbers')")[1:], (1, 3), strict=True):
         assert row[0] == str(layer)
         name, index = (f"resid_mid.{layer}", ()) if split else ("resid_mid", (layer // 2,))

@@ -98,8 +98,8 @@ def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     from dump_activations.commands import statistics
     from dump_activations.commands.contents import FileContents
     from dump_activations.storage.reading.inspection import inspect
-    from dump_activations.storage.writing.paths import partial_path, target_of
     from dump_activations.storage.writing.existing import find_unfinished
+    from dump_activations.storage.writing.paths import partial_path, target_of
 
     unfinished = find_unfinished(file)
     if unfinished is not None and stats:

@@ -52,11 +52,20 @@ _GROUPS = {
         *("random_init", "weights_dtype", "weights_sha256"),
     ),
     "Boards": (
-        *("dataset", "dataset_rows", "dataset_layout_sha256", "n_samples", "indices_from", "seed"),
+        *("dataset", "dataset_rows", "dataset_layout_sha256", "n_samples", "sampling", "seed"),
         *("where", "steps", "labels", "shard", "first_board"),
     ),
     "Run": (
-        *("outputs", "layers", "dtype", "precision", "compile", "device", "batch_size", "stats"),
+        *(
+            "outputs",
+            "layers",
+            "dtype",
+            "precision",
+            "compile",
+            "computed_by",
+            "batch_size",
+            "stats",
+        ),
         *("dump_activations_version", "torch_version", "format_version", "fingerprint"),
     ),
 }
