@@ -31,7 +31,7 @@ from dump_activations.errors import (
     InvalidArgumentError,
     StepIndexError,
 )
-from reference.datasets import make_dataset, naive_boards, read_dataset, write_shards
+from reference.datasets import make_dataset, naive_boards, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in the order of their names")
 
@@ -74,12 +74,6 @@ def test_every_row_layout(layout):
     indices = np.random.default_rng(0).integers(0, len(rows), 1000)
     np.testing.assert_array_equal(ds.read_boards(indices), expected[indices])
     np.testing.assert_array_equal(ds.read_rows(indices), rows[indices])
-
-
-def test_demo_dataset(demo_dataset):
-    rows = read_dataset(demo_dataset)
-    ds = StepsDataset(str(demo_dataset))
-    np.testing.assert_array_equal(ds.read_boards(np.arange(len(ds))), naive_boards(rows))
 
 
 scalars = st.sampled_from(
@@ -381,7 +375,7 @@ def test_a_dataset_that_is_cut_short_under_a_stream(tmp_path, demo_checkpoint, m
     from dump_activations import stream
 
     # Else the first window may be read with all the others before the shard is cut.
-    monkeypatch.setattr("dump_activations.pipeline.board_feed._LARGEST_WINDOW", 64)
+    monkeypatch.setattr("dump_activations.pipeline.feed._LARGEST_WINDOW", 64)
     make_dataset(tmp_path / "dataset", "packed_46", n=5000)
     shard = tmp_path / "dataset" / "steps.npy"
     batches = stream(

@@ -62,7 +62,7 @@ class StepsDataset(_Dataset):
     Raises:
         InvalidArgumentError: There is no such label.
         DatasetNotFoundError: There is no such directory, or no shard in it.
-        DatasetError: A shard's header, fields or size are not those of a dataset of steps.
+        DatasetError: A shard's header, fields or size are wrong.
 
     """
 

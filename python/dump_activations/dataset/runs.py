@@ -1,5 +1,6 @@
 """Labels of self-play runs, from the table `runs` of the `metadata.db` next to the shards."""
 
+import shlex
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -89,9 +90,10 @@ def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np
         is_endless = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
         reason: object = "it holds more rows than its size allows" if is_endless else error
         for log in logs:
+            way_out = f"sqlite3 {shlex.quote(str(path))} 'PRAGMA journal_mode = DELETE'"
             reason = (
                 f"{reason}; {log.name} holds an unfinished transaction: close the program that "
-                f"writes it, or finish it with: sqlite3 {path} 'PRAGMA journal_mode = DELETE'"
+                f"writes it, or finish it with: {way_out}"
             )
         raise DatasetError(f"{path}: cannot read its runs: {reason}") from error
     ids, values = np.ascontiguousarray(rows["id"]), np.ascontiguousarray(rows["value"])

@@ -50,7 +50,7 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
 
     Raises:
         DatasetNotFoundError: there is no such directory, or no shard in it.
-        DatasetError: a shard's header, fields or size are not those of a dataset of steps.
+        DatasetError: a shard's header, fields or size are wrong.
     """
     directory = Path(os.path.expanduser(path))  # noqa: PTH111 - `~nobody` is a name, not an error
     names = [each.name for each in directory.glob("steps-*.npy")]
