@@ -40,6 +40,7 @@ class Activation:
 
     Attributes:
         key: the name users ask for and the tensor's name in the file.
+        text: what the key holds, in a few words.
         alias: the TransformerLens hook, without its layer, that holds the same.
         shape: letters of one value's axes.
         per_layer: whether there is a value a layer, stacked before the axes of `shape`.
@@ -47,6 +48,7 @@ class Activation:
     """
 
     key: str
+    text: str
     alias: str = ""
     shape: str
     per_layer: bool = False
@@ -97,6 +99,7 @@ class WeightActivation(Activation):
 
 def _in_block(
     key: str,
+    text: str,
     at: Literal["input", "output"],
     module: str,
     shape: str = "SH",
@@ -107,6 +110,7 @@ def _in_block(
     """Describe what enters or leaves one module of every block; "" is the block itself."""
     return BoardActivation(
         key=key,
+        text=text,
         alias=alias,
         shape=shape,
         per_layer=True,
@@ -116,10 +120,13 @@ def _in_block(
     )
 
 
-def _head(key: str, transform: Callable[[Tensor], Tensor] = _unchanged) -> BoardActivation:
+def _head(
+    key: str, text: str, transform: Callable[[Tensor], Tensor] = _unchanged
+) -> BoardActivation:
     """Describe head outputs: a linear a move for binned_ev, one for all for action_policy."""
     return BoardActivation(
         key=key,
+        text=text,
         shape="O",
         modules=lambda config: (
             [f"ev_heads.{move}" for move in range(MOVES)]
@@ -164,19 +171,26 @@ def _attention_sinks(model: Encoder, layers: Sequence[int]) -> dict[str, Tensor]
 
 
 ACTIVATIONS: tuple[Activation, ...] = (
-    BoardActivation(key="final_hidden", shape="SH", modules=lambda _: ["final_ln"]),
+    BoardActivation(
+        key="final_hidden",
+        text="output of the final RMSNorm",
+        shape="SH",
+        modules=lambda _: ["final_ln"],
+    ),
     BoardActivation(
         key="pooled",
+        text="mean of final_hidden over the cells",
         shape="H",
         modules=lambda _: ["final_ln"],
         transform=lambda hidden_BSH: hidden_BSH.mean(dim=1),
     ),
-    _head("head_logits"),
-    _head("head_probs", lambda logits: logits.float().softmax(dim=-1)),
-    _in_block("resid_pre", "input", "", alias="hook_resid_pre"),
-    _in_block("attn_norm", "output", "attn_norm"),
+    _head("head_logits", "logits of the head, per move"),
+    _head("head_probs", "softmax of head_logits", lambda logits: logits.float().softmax(dim=-1)),
+    _in_block("resid_pre", "residual stream into the block", "input", "", alias="hook_resid_pre"),
+    _in_block("attn_norm", "output of the attention norm", "output", "attn_norm"),
     _in_block(
         "attn_q",
+        "queries, after the qk-norm",
         "input",
         "attn.dot_product",
         "SQD",
@@ -185,6 +199,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
     ),
     _in_block(
         "attn_k",
+        "keys, after the qk-norm",
         "input",
         "attn.dot_product",
         "SKD",
@@ -193,6 +208,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
     ),
     _in_block(
         "attn_v",
+        "values",
         "input",
         "attn.dot_product",
         "SKD",
@@ -201,6 +217,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
     ),
     _in_block(
         "attn_scores",
+        "scaled dot products, before the softmax",
         "input",
         "attn.dot_product",
         "QSS",
@@ -209,24 +226,64 @@ ACTIVATIONS: tuple[Activation, ...] = (
     ),
     _in_block(
         "attn_pattern",
+        "attention weights, after the softmax",
         "input",
         "attn.dot_product",
         "QSS",
         alias="attn.hook_pattern",
         transform=_attention_pattern,
     ),
-    _in_block("attn_z", "output", "attn.dot_product", "SQD", alias="attn.hook_z"),
-    _in_block("attn_out", "output", "attn", alias="hook_attn_out"),
-    _in_block("resid_mid", "input", "mlp_norm", alias="hook_resid_mid"),
-    _in_block("mlp_input", "output", "mlp_norm"),
-    _in_block("mlp_pre", "output", "mlp.w_gate", "SI", alias="mlp.hook_pre"),
-    _in_block("mlp_pre_linear", "output", "mlp.w_up", "SI", alias="mlp.hook_pre_linear"),
-    _in_block("mlp_post", "input", "mlp.w_down", "SI", alias="mlp.hook_post"),
-    _in_block("mlp_out", "output", "mlp", alias="hook_mlp_out"),
-    _in_block("layer_outputs", "output", "", alias="hook_resid_post"),
-    WeightActivation(key="rmsnorm_gammas", shape="", tensors=_rmsnorm_gammas),
+    _in_block(
+        "attn_z",
+        "values weighted by the pattern, per head",
+        "output",
+        "attn.dot_product",
+        "SQD",
+        alias="attn.hook_z",
+    ),
+    _in_block("attn_out", "output of the attention", "output", "attn", alias="hook_attn_out"),
+    _in_block(
+        "resid_mid",
+        "residual stream between attention and MLP",
+        "input",
+        "mlp_norm",
+        alias="hook_resid_mid",
+    ),
+    _in_block("mlp_input", "output of the MLP norm", "output", "mlp_norm"),
+    _in_block(
+        "mlp_pre",
+        "gate of the MLP, before the SiLU",
+        "output",
+        "mlp.w_gate",
+        "SI",
+        alias="mlp.hook_pre",
+    ),
+    _in_block(
+        "mlp_pre_linear",
+        "linear branch of the MLP",
+        "output",
+        "mlp.w_up",
+        "SI",
+        alias="mlp.hook_pre_linear",
+    ),
+    _in_block(
+        "mlp_post",
+        "gate times linear branch, into w_down",
+        "input",
+        "mlp.w_down",
+        "SI",
+        alias="mlp.hook_post",
+    ),
+    _in_block("mlp_out", "output of the MLP", "output", "mlp", alias="hook_mlp_out"),
+    _in_block(
+        "layer_outputs", "residual stream out of the block", "output", "", alias="hook_resid_post"
+    ),
+    WeightActivation(
+        key="rmsnorm_gammas", text="weights of every RMSNorm", shape="", tensors=_rmsnorm_gammas
+    ),
     WeightActivation(
         key="attn_sinks",
+        text="logits of the attention sinks",
         shape="Q",
         per_layer=True,
         lacking=lambda config: (
