@@ -162,11 +162,15 @@ def test_the_list_of_keys_gives_the_sizes_of_a_model(dtype, tmp_path, capsys, de
 
 
 def test_the_list_of_keys_without_a_model_or_of_one_without_sinks(capsys):
-    listed = {each["key"]: each["shape"] for each in shown(capsys, "--list-outputs", "--json")}
+    keys = shown(capsys, "--list-outputs", "--json")
+    assert all(each["text"] for each in keys)
+    listed = {each["key"]: each["shape"] for each in keys}
     assert listed["attn_pattern"] == ["N", "L", "Q", 16, 16]
     assert listed["mlp_post"] == ["N", "L", 16, "I"]
     assert main(["--list-outputs"]) == 0
-    assert "(N, L, 16, K, D)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(N, L, 16, K, D)" in out
+    assert "mean of final_hidden" in out
     assert main(["--list-outputs", "--demo"]) == 0
     out = capsys.readouterr().out
     assert "(N, 4, 16, 64)" in out

@@ -14,16 +14,25 @@ import click
 from click.core import ParameterSource
 
 from dump_activations import demo
-from dump_activations.commands.console import print_note
-from dump_activations.commands.grouped import GroupedCommand, GroupedOption
+from dump_activations.commands.cli import (
+    CONTEXT_SETTINGS,
+    GroupedCommand,
+    GroupedOption,
+    common_options,
+)
+from dump_activations.commands.console import print_note, quietly, speak_as
 from dump_activations.commands.launcher import end_with_launcher, is_launched, launch
-from dump_activations.commands.outputs import print_keys, print_preview
-from dump_activations.commands.process import keep_freed_memory, uncollected_imports
-from dump_activations.commands.runner import be_process, run_command
-from dump_activations.commands.summary import print_summary
+from dump_activations.commands.process import (
+    keep_freed_memory,
+    leave,
+    run_command,
+    uncollected_imports,
+)
+from dump_activations.commands.show import print_keys, print_preview, print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
+from dump_activations.place import Place
 from dump_activations.progress import Phase, begin, counted, shown_progress
 
 if TYPE_CHECKING:
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
 
 def run() -> NoReturn:
     """Be the command's process."""
-    be_process(dump_activations)
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +95,7 @@ _LOOK = "Look before you run"
 
 @click.command(
     cls=GroupedCommand,
-    context_settings={"show_default": True, "max_content_width": 100},
+    context_settings=CONTEXT_SETTINGS,
     groups=(Group.RUN, Group.KEEP, Group.COMPUTE, _PROCESSES, Group.AGAIN, _LOOK),
     examples=(
         ("The embedded demo, to see what a dump is", "dump-activations --demo -o demo.safetensors"),
@@ -146,8 +155,7 @@ _LOOK = "Look before you run"
     type=click.Choice(["node", "socket", "exclusive", "core-complex"]),
     help="Keep each process near its GPU, as torchrun does.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what is shown at the end as JSON.")
-@click.version_option(package_name="dump-activations")
+@common_options
 @click.pass_context
 def dump_activations(
     context: click.Context,
@@ -164,6 +172,9 @@ def dump_activations(
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to one file for offline analysis."""
+    if rank := Place.here().rank:
+        speak_as(f"rank {rank}")
+        context.with_resource(quietly())
     init, dataset_path = flags.pop("init"), flags.pop("dataset")
     flags["allow_cpu"] |= use_demo
     if list_outputs:

@@ -1,0 +1,177 @@
+"""The process of a command: memory, imports, signals, exit codes and last output."""
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dump_activations.commands.process import uncollected_imports
+from faults.commands import HANG
+
+
+def run_script(script, *, check=True, **options):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    call = [sys.executable, "-c", script]
+    return subprocess.run(call, check=check, timeout=HANG, **options)
+
+
+FAULTS = """
+import resource
+from dump_activations.commands.process import keep_freed_memory
+PREPARE
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def use_and_free():
+    blocks = [bytearray(b"x") * (8 << 20) for _ in range(6)]
+use_and_free()
+before = faults()
+for _ in range(10):
+    use_and_free()
+print((faults() - before) * resource.getpagesize() // (8 << 20))
+"""
+
+
+def test_freed_memory_is_used_again():
+    assert int(run_script(FAULTS.replace("PREPARE", "keep_freed_memory()")).stdout) <= 2
+    assert int(run_script(FAULTS.replace("PREPARE", "")).stdout) >= 30
+
+
+def test_imports_are_not_collected_and_the_collector_returns_after_an_error():
+    try:
+        with suppress(ImportError), uncollected_imports():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
+EARLY = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "MODULE":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+from dump_activations.__main__ import run_dump
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["dump-activations", "--demo", "--device=cpu", "--no-write"]
+run_dump()
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["dump_activations.commands", "click", "dump_activations.options", "numpy", "torch"]
+)
+def test_ctrl_c_in_the_first_second_is_one_line(module):
+    done = run_script(EARLY.replace("MODULE", module), check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        *(-signal.SIGINT, "", "error: interrupted\n"),
+    )
+
+
+LEAVES = """
+import atexit, sys
+from dump_activations.commands.process import leave
+class Large:
+    def __del__(self):
+        print("freed")
+large = Large()
+atexit.register(print, "at exit", end=" ")
+sys.stdout.write("written ")
+sys.stderr.write("to both")
+leave(3)
+"""
+
+
+def test_leaving_runs_exit_functions_loses_no_output_and_frees_nothing():
+    run = run_script(LEAVES, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (3, "written at exit ", "to both")
+
+
+def test_a_reader_that_closed_stdout_gets_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    call = [sys.executable, "-m", "dump_activations", "--list-outputs"]
+    done = subprocess.run(call, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_is_lost_on_leaving_is_one_line():
+    script = "from dump_activations.commands.process import leave; print('lost'); leave(0)"
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        run = run_script(script, check=False, stdout=full, env=buffered)
+    assert (run.returncode, run.stderr) == (
+        *(1, "error: cannot write to stdout: No space left on device\n"),
+    )
+
+
+WAITS = """
+import signal
+import click
+from dump_activations.commands.process import leave, run_command
+@click.command()
+def wait():
+    print("waiting", flush=True)
+    signal.pause()
+leave(run_command(wait, None))
+"""
+
+
+def in_a_shell(script):
+    """Start a shell of its own process group that waits in the script's `$wait`."""
+    environment = os.environ | {"wait": f"{sys.executable} -c '{WAITS}'"}
+    shell = subprocess.Popen(
+        ["bash", "-c", script], text=True, stdout=-1, stderr=-1, env=environment, process_group=0
+    )
+    assert shell.stdout.readline() == "waiting\n"
+    return shell
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_ctrl_c_ends_a_shells_loop():
+    shell = in_a_shell('for i in 1 2 3; do eval "$wait"; done; echo survived')
+    os.killpg(shell.pid, signal.SIGINT)  # As a terminal does.
+    assert shell.communicate(timeout=60) == ("", "error: interrupted\n")
+    assert shell.returncode == -signal.SIGINT
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_a_scheduler_sees_that_a_command_was_terminated():
+    shell = in_a_shell('eval "exec $wait" & echo $! >&2; wait $!; echo $?')
+    os.kill(int(shell.stderr.readline()), signal.SIGTERM)
+    assert shell.communicate(timeout=60) == ("143\n", "error: interrupted\n")
+
+
+CHILD = """
+import os, time
+from dump_activations.pipeline.interrupts import terminate_with_parent
+terminate_with_parent(PARENT)
+print("ready", flush=True)
+time.sleep(100)
+"""
+PARENT = f"""
+import os, subprocess, sys
+child = {CHILD.replace("PARENT", "os.getppid()")!r}
+started = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+assert started.stdout.readline() == b"ready\\n"
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_process_ends_with_its_parent():
+    # The child inherits stderr, which ends when the child does.
+    run = run_script(PARENT, check=False, stdout=None)
+    assert (run.returncode, run.stderr) == (-signal.SIGKILL, "")
+    run = run_script(CHILD.replace("PARENT", "os.getppid() + 1"), check=False)
+    assert (run.returncode, run.stdout) == (-signal.SIGTERM, "")
