@@ -210,15 +210,12 @@ class _Stderr:
         self._stream = sys.stderr
 
     def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(AttributeError, OSError, ValueError):
             self._stream.write(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(AttributeError, OSError, ValueError):
             self._stream.flush()
-
-    def isatty(self) -> bool:
-        return is_terminal(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -293,20 +290,17 @@ class _Lines(_Display):
     def __init__(self) -> None:
         super().__init__()
         self._stream = _Stderr()
-        self._ended = threading.Event()
+        self.ended = threading.Event()
         self._named: Status | None = None
         self._last = self._status.began + _FIRST_LINE - _LONGEST_PAUSE
 
     def run(self) -> None:
         """Write lines until the end."""
-        while not self._ended.wait(min(1.0, _FIRST_LINE)):
+        while not self.ended.wait(min(1.0, _FIRST_LINE)):
             if (line := self.due_line(time.monotonic())) is not None:
                 stamp = datetime.now().astimezone().isoformat(timespec="seconds")
                 self._stream.write(printable(f"{stamp} progress: {line}", self._stream) + "\n")
                 self._stream.flush()
-
-    def end(self) -> None:
-        self._ended.set()
 
     def due_line(self, now: float) -> str | None:
         """Return a line if one is due: for a new phase, or after a long pause."""
@@ -329,7 +323,7 @@ def _lines() -> Iterator[None]:
         with reported_to(display):
             yield
     finally:
-        display.end()
+        display.ended.set()
         writer.join()
 
 

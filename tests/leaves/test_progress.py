@@ -4,11 +4,15 @@ import io
 import re
 import sys
 import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from dump_activations import dump
 from dump_activations import progress as display
+from dump_activations.commands.console import print_error
 from dump_activations.errors import InvalidArgumentError
 from dump_activations.progress import (
     BYTES,
@@ -136,16 +140,21 @@ class NoTerminal:
         pass
 
 
-@pytest.mark.parametrize("stream", [NoTerminal(), io.StringIO(), open("/dev/full", "w")])  # noqa: PTH123, SIM115
+@pytest.mark.parametrize("make", [NoTerminal, io.StringIO, lambda: Path("/dev/full").open("w")])
 @pytest.mark.parametrize("ends", [False, True])
-def test_no_stderr_ends_a_run(stream, ends, log, soon):
-    stream = log(stream)
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_stderr_ends_a_run(make, ends, log, soon):
+    stream = log(make())
     if ends and hasattr(stream, "close"):
         stream.close()
     with shown_progress():
         begin("loading")
         counted(Phase("", "boards", of=4))(1, 4)
+        print_error("a line")
+        time.sleep(0.01)
     assert reporter() is None
+    with suppress(AttributeError, OSError):
+        stream.close()
 
 
 def test_there_may_be_no_stderr_at_all(monkeypatch):

@@ -87,7 +87,7 @@ def _print_line(label: str, colour: str, text: str) -> None:
         return
     if not os.environ.get("NO_COLOR"):
         label = click.style(label, fg=colour, bold=True)
-    with suppress(OSError, ValueError):  # A closed stderr ends no run.
+    with suppress(AttributeError, OSError, ValueError):  # No stderr ends a run.
         click.echo(label + text, err=True)
 
 

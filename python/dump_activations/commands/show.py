@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
     Tensor = StoredTensor | TensorSpec
 
+_COLUMNS = ("tensor", "dtype", "shape", "size")
+_ALL_STATISTICS = f"{STATISTICS_PREFIX}KEY/NAME"
+
 _ACTIVATIONS = "activations"
 _GROUPS = ("boards", "labels", _ACTIVATIONS, "statistics", "parameters")
 _GROUP_OF = {
@@ -146,23 +149,17 @@ class _Contents:
     def _tensor_table(self, damaged: Sequence[str] | None, *, has_statistics: bool) -> Table:
         """Show tensors in groups; NaN and infinity have columns where a tensor contains any."""
         counts = ["nan", "inf"] * self.has_nonfinite
-        headings = ["tensor", "dtype", "shape", "size", *counts]
-        headings += ["digest"] * (damaged is not None)
         groups: dict[str, list[list[str]]] = {group: [] for group in _GROUPS}
-        others, statistics = _split_statistics(self.tensors)
-        for tensor in others:
-            row = _tensor_row(tensor)
+        for name, *cells in _tensor_rows(self.tensors, has_statistics=has_statistics):
+            digest = self.digests.get(name)
             if counts:
-                digest = self.digests.get(tensor.name)
-                row += [f"{digest.nan:,}", f"{digest.inf:,}"] if digest else ["", ""]
+                cells.extend([f"{digest.nan:,}", f"{digest.inf:,}"] if digest else ["", ""])
             if damaged is not None:
-                row.append(_digest_verdict(tensor.name, damaged))
-            groups[_group_of(tensor.name)].append(row)
-        if statistics and has_statistics:
-            row = _statistics_row(statistics)
-            groups["statistics"].append(row + [""] * (len(headings) - len(row)))
+                cells.append("" if name == _ALL_STATISTICS else _digest_verdict(name, damaged))
+            groups[_group_of(name)].append([name, *cells])
         rows = [row for group, own in groups.items() if own for row in ([group], *own)]
-        return Table(headings, rows, ("size", *counts))
+        verified = ["digest"] * (damaged is not None)
+        return Table((*_COLUMNS, *counts, *verified), rows, ("size", *counts))
 
 
 def print_file(
@@ -224,13 +221,11 @@ def print_unfinished(found: Unfinished, *, as_json: bool) -> None:
         return
     done, of = found.rows, found.header.rows
     idle = duration_text(max(time.time() - found.written_at, 0))
-    if found.is_being_written:
-        writer = f"a process is writing it; the last batch is {idle} old"
-    else:
-        writer = f"no process is writing it; the last batch is {idle} old"
     state = (
         f"unfinished: {done:,} of {of:,} boards ({done / of:.0%}) are on disk, "
-        f"{len(found.batches):,} of {found.header.batches:,} batches; {writer}"
+        f"{len(found.batches):,} of {found.header.batches:,} batches; "
+        f"{'a' if found.is_being_written else 'no'} process is writing it; "
+        f"the last batch is {idle} old"
     )
     title, *tables = contents.parts()
     print_parts(title, state, *tables)
@@ -258,22 +253,19 @@ def _statistics_table(statistics: Mapping[str, TensorStatistics], layers: Sequen
     return Table(("statistics", "layer", *numbers), rows, numbers)
 
 
-def _split_statistics(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Separate the tensors of statistics, which are eight per key, from the others."""
-    others = [tensor for tensor in tensors if not tensor.name.startswith(STATISTICS_PREFIX)]
+def _tensor_rows(tensors: Sequence[Tensor], *, has_statistics: bool = True) -> list[list[str]]:
+    """Return a row per tensor, and one for all statistics, which are eight tensors per key."""
     statistics = [tensor for tensor in tensors if tensor.name.startswith(STATISTICS_PREFIX)]
-    return others, statistics
-
-
-def _tensor_row(tensor: Tensor) -> list[str]:
-    return [tensor.name, tensor.dtype, shape_text(tensor.shape), size_text(tensor.nbytes)]
-
-
-def _statistics_row(statistics: Sequence[Tensor]) -> list[str]:
-    """Show all tensors of statistics in one row of a table of tensors."""
-    dtypes = ", ".join(sorted({tensor.dtype for tensor in statistics}))
-    size = size_text(sum(tensor.nbytes for tensor in statistics))
-    return [f"{STATISTICS_PREFIX}KEY/NAME", dtypes, f"{len(statistics):,} tensors", size]
+    rows = [
+        [tensor.name, tensor.dtype, shape_text(tensor.shape), size_text(tensor.nbytes)]
+        for tensor in tensors
+        if not tensor.name.startswith(STATISTICS_PREFIX)
+    ]
+    if statistics and has_statistics:
+        dtypes = ", ".join(sorted({tensor.dtype for tensor in statistics}))
+        size = size_text(sum(tensor.nbytes for tensor in statistics))
+        rows.append([_ALL_STATISTICS, dtypes, f"{len(statistics):,} tensors", size])
+    return rows
 
 
 def _group_of(name: str) -> str:
@@ -321,26 +313,22 @@ def print_differences(first: Path, second: Path, comparison: Comparison, *, as_j
     if not as_json:
         print_parts(f"a: {first}", f"b: {second}", *_difference_parts(comparison))
         return
-    print_json(
+    metadata = {
+        key: [_json_value(key, text) for text in texts]
+        for key, texts in comparison.metadata.items()
+    }
+    tensors = [
         {
-            "files": [str(first), str(second)],
-            "equal": comparison.is_equal,
-            "metadata": {
-                key: [_json_value(key, text) for text in texts]
-                for key, texts in comparison.metadata.items()
-            },
-            "tensors": [
-                {
-                    "key": pair.name,
-                    "equal": pair.is_equal,
-                    "dtypes": [tensor and tensor.dtype for tensor in (pair.first, pair.second)],
-                    "shapes": [tensor and tensor.shape for tensor in (pair.first, pair.second)],
-                    "difference": pair.difference and asdict(pair.difference),
-                }
-                for pair in comparison.tensors
-            ],
+            "key": pair.name,
+            "equal": pair.is_equal,
+            "dtypes": [tensor and tensor.dtype for tensor in (pair.first, pair.second)],
+            "shapes": [tensor and tensor.shape for tensor in (pair.first, pair.second)],
+            "difference": pair.difference and asdict(pair.difference),
         }
-    )
+        for pair in comparison.tensors
+    ]
+    files, equal = [str(first), str(second)], comparison.is_equal
+    print_json({"files": files, "equal": equal, "metadata": metadata, "tensors": tensors})
 
 
 def _difference_parts(comparison: Comparison) -> Iterator[str | Table]:
@@ -493,9 +481,7 @@ def print_preview(preview: Preview, *, as_json: bool) -> None:
     if as_json:
         print_json(preview.as_dict())
         return
-    tensors, statistics = _split_statistics(preview.tensors)
-    rows = [*map(_tensor_row, tensors), *([_statistics_row(statistics)] if statistics else [])]
-    print_parts(preview.text, Table(("tensor", "dtype", "shape", "size"), rows, ["size"]))
+    print_parts(preview.text, Table(_COLUMNS, _tensor_rows(preview.tensors), ["size"]))
 
 
 def print_summary(summary: Summary, *, as_json: bool) -> None:
