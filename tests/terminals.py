@@ -2,10 +2,13 @@
 
 import os
 import pty
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
+
+import pytest
 
 
 @contextmanager
@@ -31,3 +34,21 @@ def open_terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
         yield file, close
     reader.join()
     os.close(primary)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Callable[[], str]]]:
+    """Return a function that makes a stream a terminal of 80 columns, and returns its `close`.
+
+    pytest replaces the streams before each phase of a test.
+    """
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with open_terminal() as (file, close):
+
+        def replace(stream: str = "stderr") -> Callable[[], str]:
+            monkeypatch.setattr(sys, stream, file)
+            return close
+
+        yield replace

@@ -24,7 +24,6 @@ from dump_activations.progress import (
     shown_progress,
     silent_progress,
 )
-from terminals import open_terminal
 
 CPU = {"device": "cpu", "allow_cpu": True}
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d progress: "
@@ -140,7 +139,11 @@ class NoTerminal:
         pass
 
 
-@pytest.mark.parametrize("make", [NoTerminal, io.StringIO, lambda: Path("/dev/full").open("w")])
+def full_disk():
+    return Path("/dev/full").open("w")  # noqa: SIM115
+
+
+@pytest.mark.parametrize("make", [NoTerminal, io.StringIO, full_disk])
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_no_stderr_ends_a_run(make, ends, log, soon):
@@ -163,24 +166,10 @@ def test_there_may_be_no_stderr_at_all(monkeypatch):
         begin("nothing")
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """Return a function that makes stderr a terminal of 80 columns."""
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "80")
-    with open_terminal() as (file, close):
-
-        def replace():
-            monkeypatch.setattr(sys, "stderr", file)
-            return file, close
-
-        yield replace
-
-
 def test_a_terminal_shows_each_phase(
     terminal, demo_checkpoint, demo_dataset, tmp_path, monkeypatch
 ):
-    (_, close), begun = terminal(), []
+    close, begun = terminal(), []
     begin_of = display._Bar.begin
 
     def note_and_begin(bar, phase):
@@ -205,16 +194,15 @@ def test_a_terminal_shows_each_phase(
 
 
 def test_a_terminal_may_close_under_a_bar(terminal):
-    file, _ = terminal()
+    terminal()
     with shown_progress():
         begin("loading")
-        file.close()
+        display.live_console().file._stream.close()
         begin("running")
 
 
 def test_a_piped_stdout_gets_what_is_printed_under_a_bar(terminal, monkeypatch):
-    out = io.StringIO()
-    _, close = terminal()
+    out, close = io.StringIO(), terminal()
     monkeypatch.setattr(sys, "stdout", out)
     with shown_progress():
         print("result")
