@@ -140,7 +140,7 @@ class NoTerminal:
 
 
 def full_disk():
-    return Path("/dev/full").open("w")  # noqa: SIM115
+    return Path("/dev/full").open("w")
 
 
 @pytest.mark.parametrize("make", [NoTerminal, io.StringIO, full_disk])

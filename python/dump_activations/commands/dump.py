@@ -220,7 +220,8 @@ def dump_activations(
             show = partial(print_preview, preview(init, dataset, Path(output), options))
         else:
             show = partial(print_summary, dump_to_file(init, dataset, Path(output), options))
-    show(as_json=as_json)
+    if not rank:
+        show(as_json=as_json)
 
 
 def _sources(init: str | None, dataset: str | None, *, use_demo: bool) -> tuple[str, str]:
