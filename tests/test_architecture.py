@@ -63,11 +63,11 @@ ARROWS = {
 # Rooms or modules -> what they alone may touch.
 OWNED = {
     "commands": (
-        *("click", "print", "sys.argv", "sys.stdin", "sys.stdout", "sys.exit", "os._exit"),
+        *("click", "print", "sys.argv", "sys.stdin", "sys.exit", "os._exit"),
         "SystemExit",
     ),
     "commands progress text": ("rich",),
-    "commands progress": ("sys.stderr",),
+    "commands progress": ("sys.stderr", "sys.stdout"),
     "pipeline.interrupts": ("signal",),
 }
 

@@ -146,7 +146,7 @@ def test_json_has_all_that_differs(unlike, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["files"] == [str(path) for path in unlike]
     assert said["equal"] is False
-    assert said["metadata"] == {"seed": ["0", "1"], "steps": [None, "1:2:1"]}
+    assert said["metadata"] == {"seed": [0, 1], "steps": [None, "1:2:1"]}
     tensors = {tensor.pop("key"): tensor for tensor in said["tensors"]}
     assert {name for name, tensor in tensors.items() if tensor["equal"]} == {"same"}
     assert tensors["dtype"]["dtypes"] == ["float32", "float16"]

@@ -53,16 +53,15 @@ class TensorPair:
     first: StoredTensor | None
     second: StoredTensor | None
     difference: Difference | None
+    has_tolerance: bool = False
 
     @property
     def is_equal(self) -> bool:
-        """Whether both files have the same dtype, shape and values."""
-        return (
-            self.first is not None
-            and self.second is not None
-            and self.first.dtype == self.second.dtype
-            and self.difference == Difference()
-        )
+        """Whether both files have the same dtype, shape and values, within the tolerance."""
+        if self.first is None or self.second is None or self.difference != Difference():
+            return False
+        dtypes = {self.first.dtype, self.second.dtype}
+        return len(dtypes) == 1 or (self.has_tolerance and all("float" in name for name in dtypes))
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,21 @@ def compare(
     second: Inspection,
     *,
     threads: int,
+    rtol: float = 0.0,
+    atol: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Read two files and compare them.
+
+    With a tolerance, floating values are equal if |a - b| <= atol + rtol * max(|a|, |b|), and so
+    are tensors of different floating dtypes.
 
     Args:
         first: one file.
         second: the other.
         threads: how many compare values at once.
+        rtol: tolerance relative to the larger value.
+        atol: absolute tolerance.
         progress: called in this thread with the elements done and the elements in all.
 
     Raises:
@@ -110,11 +116,13 @@ def compare(
             name: (_Values(first, files[0], ours[name]), _Values(second, files[1], theirs[name]))
             for name in both
         }
-        differences = _compare_values(pairs, threads, progress)
+        differences = _compare_values(pairs, (rtol, atol), threads, progress)
     return Comparison(
         _differing(first.contents.metadata, second.contents.metadata),
         [
-            TensorPair(name, ours.get(name), theirs.get(name), differences.get(name))
+            TensorPair(
+                name, ours.get(name), theirs.get(name), differences.get(name), rtol + atol > 0
+            )
             for name in {**ours, **theirs}
         ],
     )
@@ -172,7 +180,10 @@ _Pairs = Mapping[str, tuple[_Values, _Values]]
 
 
 def _compare_values(
-    pairs: _Pairs, threads: int, progress: Callable[[int, int], None] | None
+    pairs: _Pairs,
+    tolerance: tuple[float, float],
+    threads: int,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, Difference]:
     found = dict.fromkeys(pairs, Difference())
     pieces = list(_pieces(pairs))
@@ -181,7 +192,7 @@ def _compare_values(
     def compare_piece(piece: tuple[str, int, int]) -> Difference:
         name, start, stop = piece
         first, second = (values.read(start, stop) for values in pairs[name])
-        return _difference(first, second, start, pairs[name][0].tensor.shape)
+        return _difference(first, second, start, pairs[name][0].tensor.shape, tolerance)
 
     executor = ThreadPoolExecutor(threads, thread_name_prefix="compare")
     try:
@@ -204,7 +215,11 @@ def _pieces(pairs: _Pairs) -> Iterator[tuple[str, int, int]]:
 
 
 def _difference(
-    first: NDArray[Any], second: NDArray[Any], start: int, shape: tuple[int, ...]
+    first: NDArray[Any],
+    second: NDArray[Any],
+    start: int,
+    shape: tuple[int, ...],
+    tolerance: tuple[float, float],
 ) -> Difference:
     """Compare elements (n,), the first of which is element `start` of a tensor."""
     places = np.flatnonzero(first != second)
@@ -220,6 +235,12 @@ def _difference(
         return Difference(nonfinite, nonfinite)
     distances = _distances(first, second)
     larger = np.maximum(np.abs(first.astype(np.float64)), np.abs(second.astype(np.float64)))
+    if any(tolerance) and first.dtype.kind == second.dtype.kind == "f":
+        rtol, atol = tolerance
+        beyond = distances > atol + rtol * larger
+        places, distances, larger = places[beyond], distances[beyond], larger[beyond]
+        if not len(places):
+            return Difference(nonfinite, nonfinite)
     np.divide(distances, larger, out=larger)
     i = int(np.argmax(distances))
     return Difference(
