@@ -221,7 +221,7 @@ def test_pinned_memory_is_not_the_devices(monkeypatch):
 
 def test_a_model_that_does_not_fit(model, monkeypatch):
     short = failing("CUDA out of memory. Tried to allocate 2.00 GiB.", torch.OutOfMemoryError)
-    monkeypatch.setattr("dump_activations.pipeline.plan.replicate", short)
+    monkeypatch.setattr("dump_activations.model.prepared.replicate", short)
     for run in uses(model, "a.pt"):
         with pytest.raises(DeviceError, match=r"^out of device memory: the model does not fit on"):
             run()
