@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from dump_activations.storage.reading.statistics import stored_statistics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -14,7 +15,6 @@ from dump_activations.commands.console import Table, print_parts
 from dump_activations.commands.dump import main as dump_main
 from dump_activations.commands.inspect import main
 from dump_activations.storage.reading.inspection import inspect
-from dump_activations.storage.reading.statistics import stored_statistics
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")
 WORDS = st.text(st.sampled_from("abc/._0盤\x1b"), min_size=1, max_size=40)
