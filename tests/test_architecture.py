@@ -45,8 +45,11 @@ ARROWS = {
         "storage.statistics",
     ),
     "storage.reading": (
-        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.statistics"),
+        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
+        *("storage.shards", "storage.statistics"),
     ),
+    "storage.parallel": (),
+    "storage.shards": LEAVES,
     "storage.statistics": (*LEAVES, "_rust", "storage.digests"),
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),

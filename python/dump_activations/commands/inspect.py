@@ -6,7 +6,8 @@ It needs no torch to read.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,11 @@ from dump_activations.errors import (
 from dump_activations.progress import BYTES, Phase, counted, shown_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import NoReturn
 
     from dump_activations.storage.reading.inspection import Inspection
+    from dump_activations.storage.reading.whole import DumpShards
     from dump_activations.storage.statistics import TensorStatistics
     from dump_activations.storage.writing.unfinished import Unfinished
 
@@ -97,20 +99,25 @@ def inspect_activations(
 def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     from dump_activations.commands import statistics
     from dump_activations.commands.contents import FileContents
-    from dump_activations.storage.reading.inspection import inspect
+    from dump_activations.storage.reading.whole import find_shards, inspect_dump
     from dump_activations.storage.writing.targets import partial_path, target_of
     from dump_activations.storage.writing.unfinished import find_unfinished
 
-    unfinished = find_unfinished(file)
+    shards = None if os.path.lexists(file) else find_shards(file)
+    if shards is not None and shards.missing:
+        _show_shards(shards, verify=verify or stats, as_json=as_json)
+        return
+    unfinished = None if shards is not None else find_unfinished(file)
     if unfinished is not None and stats:
         raise OutputError(f"{unfinished.path} is not finished: it has no statistics yet")
     if unfinished is not None:
         _show_unfinished(unfinished, verify=verify, as_json=as_json)
         return
-    inspection = inspect(file)
+    inspection = inspect_dump(file)
     with shown_progress() if verify or stats else nullcontext():
-        damaged = _damage(inspection) if verify else None
+        damage = _damage(inspection) if verify else {}
         found = _statistics(inspection, compute=stats)
+    damaged = sorted({name for names in damage.values() for name in names}) if verify else None
     contents = FileContents.of(inspection, damaged)
     if as_json:
         of_tensors = {"stats": statistics.as_dict(found)} if stats else {}
@@ -121,32 +128,72 @@ def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     if (left := partial_path(target_of(file))).exists():
         print_note(f"{left} is beside it: another dump to its name, not finished")
     if damaged:
-        raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
+        texts = [
+            f"{path} is damaged: {', '.join(names)}" for path, names in damage.items() if names
+        ]
+        raise OutputError("; ".join(texts))
 
 
-def _damage(inspection: Inspection) -> list[str]:
+def _damage(inspection: Inspection) -> dict[Path, list[str]]:
+    """Return the damaged tensors of each file of a dump."""
     from dump_activations.storage.reading.inspection import find_damage
 
     count = counted(Phase("verifying", BYTES))
-    return find_damage(inspection, threads=_threads(), progress=count)
+    return {
+        each.path: find_damage(each, threads=_threads(), progress=progress)
+        for each, progress in _counts(inspection, count)
+    }
+
+
+def _counts(
+    inspection: Inspection, count: Callable[[int, int], None]
+) -> Iterator[tuple[Inspection, Callable[[int, int], None]]]:
+    """Yield each file of a dump, with a function that counts its bytes among all files' bytes."""
+    before, in_all = 0, sum(tensor.nbytes for tensor in inspection.contents.tensors)
+    for file in inspection.files:
+        nbytes = sum(tensor.nbytes for tensor in file.contents.tensors)
+        yield file, partial(_count_from, count, before, in_all)
+        before += nbytes
+
+
+def _count_from(
+    count: Callable[[int, int], None], before: int, in_all: int, done: int, _of_file: int
+) -> None:
+    count(before + done, max(in_all, before + done))
 
 
 def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
     """Return the statistics of a file: its own, or else, if it is to be read for them, these."""
     from dump_activations.storage.reading.statistics import compute_statistics, stored_statistics
 
-    found = stored_statistics(inspection)
+    found = _merged([stored_statistics(each) for each in inspection.files])
     if found or not compute:
         return found
     count = counted(Phase("computing statistics", BYTES))
-    return compute_statistics(inspection, threads=_threads(), progress=count)
+    return _merged(
+        [
+            compute_statistics(each, threads=_threads(), progress=progress)
+            for each, progress in _counts(inspection, count)
+        ]
+    )
+
+
+def _merged(found: Sequence[Mapping[str, TensorStatistics]]) -> Mapping[str, TensorStatistics]:
+    """Merge the statistics of the files of a dump, by tensor."""
+    from dump_activations.storage.reading.merged_statistics import merge_stored
+
+    if len(found) == 1:
+        return found[0]
+    names = [name for name in found[0] if all(name in of_file for of_file in found)]
+    return {name: merge_stored([of_file[name] for of_file in found]) for name in names}
 
 
 def _write_report(file: Path, report: Path) -> None:
     from dump_activations.report.writing import write_report
+    from dump_activations.storage.reading.whole import find_shards
     from dump_activations.storage.writing.unfinished import find_unfinished
 
-    if (found := find_unfinished(file)) is not None:
+    if find_shards(file) is None and (found := find_unfinished(file)) is not None:
         raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
     write_report(file, report, progress=True)
     print_note(f"{report} shows {file}; open it in a browser")
@@ -163,17 +210,43 @@ def _show_unfinished(found: Unfinished, *, verify: bool, as_json: bool) -> None:
         print_parts(*unfinished.parts(found))
 
 
+def _show_shards(shards: DumpShards, *, verify: bool, as_json: bool) -> None:
+    """Show how far a dump in shards is."""
+    from dump_activations.storage.reading.inspection import inspect
+    from dump_activations.storage.writing.unfinished import find_unfinished
+
+    if verify:
+        raise OutputError(f"{shards.missing[0].path} is not finished: the dump is not whole yet")
+    finished = [inspect(path).contents for path in shards.finished.values()]
+    done = sum(t.shape[0] for each in finished for t in each.tensors if t.name == "indices")
+    for path in shards.partial.values():
+        with suppress(OutputError):  # Its journal may be missing as yet.
+            unfinished = find_unfinished(path)
+            done += 0 if unfinished is None else unfinished.rows
+    in_all = int(finished[0].metadata["n_samples"]) if finished else None
+    progress = {"shards": shards.count, "shards_done": len(finished), "boards_done": done}
+    if as_json:
+        print_json({"file": str(shards.whole), "boards": in_all, "unfinished": progress})
+        return
+    boards = f"{done:,} boards" if in_all is None else f"{done:,} of {in_all:,} boards"
+    print_parts(
+        f"{shards.whole}: unfinished: {len(finished):,} of {shards.count:,} shards are finished, "
+        f"{boards} are on disk",
+        *(f"{path.name} is being written" for path in shards.partial.values()),
+    )
+
+
 def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:
     """Show what differs in two files, and return whether their tensors are equal."""
     from dump_activations.commands import differences
     from dump_activations.storage.reading.comparison import compare
-    from dump_activations.storage.reading.inspection import inspect
+    from dump_activations.storage.reading.whole import find_shards, inspect_dump
     from dump_activations.storage.writing.unfinished import find_unfinished
 
     for path in (file, other):
-        if (found := find_unfinished(path)) is not None:
+        if find_shards(path) is None and (found := find_unfinished(path)) is not None:
             raise OutputError(f"{found.path} is not finished: there is nothing to compare yet")
-    inspections = inspect(file), inspect(other)
+    inspections = inspect_dump(file), inspect_dump(other)
     with shown_progress():
         count = counted(Phase("comparing", "values"))
         comparison = compare(*inspections, threads=_threads(), progress=count)

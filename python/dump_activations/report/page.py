@@ -20,7 +20,8 @@ from dump_activations.report import (
 from dump_activations.report.markup import Markup, tag
 from dump_activations.report.source import Source
 from dump_activations.storage.reading.activations_file import ActivationsFile
-from dump_activations.storage.reading.inspection import Inspection, inspect
+from dump_activations.storage.reading.inspection import Inspection
+from dump_activations.storage.reading.whole import inspect_dump
 
 DOCTYPE = "<!doctype html>"
 
@@ -39,7 +40,7 @@ def render(path: Path, *, progress: Count | None = None) -> str:
         InvalidArgumentError: the suffix names no format.
         OutputError: the file cannot be read, or is no dump.
     """
-    inspection = inspect(path)
+    inspection = inspect_dump(path)
     source = Source(ActivationsFile(path))
     with np.errstate(all="ignore"):  # A dump may hold NaN and infinite values; the page shows so.
         return _render(inspection, source, progress)

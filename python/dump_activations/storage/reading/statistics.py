@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from dump_activations.errors import InvalidArgumentError, OutputError, switch
 from dump_activations.statistics import STATISTICS, STATISTICS_PREFIX
 from dump_activations.storage.formats.contents import read_exactly
-from dump_activations.storage.reading.catalog import Catalog, Key
 from dump_activations.storage.reading.inspection import READ_NBYTES, Inspection, open_again
+from dump_activations.storage.reading.keys import Catalog, Key
 from dump_activations.storage.statistics import RunningStatistics, TensorStatistics, Vectors
 
 _DTYPES = frozenset({"float32", "float16", "bfloat16"})
