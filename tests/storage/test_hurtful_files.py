@@ -105,7 +105,7 @@ def a_pickle_of_empty_lists(path: Path) -> None:
 
 
 def a_pickle_of_the_largest_size(path: Path) -> None:
-    write_pt(path, b"\x80\x02" + b"]" * ((512 << 10) - 10) + b".")
+    write_pt(path, b"\x80\x02" + b"}" * ((512 << 10) - 10) + b"K\0.")
 
 
 def a_tensor_of_a_million_axes(path: Path) -> None:

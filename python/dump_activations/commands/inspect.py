@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from dump_activations.errors import (
 from dump_activations.progress import BYTES, Phase, counted, shown_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import NoReturn
 
     from dump_activations.storage.reading.inspection import Inspection
@@ -136,34 +135,18 @@ def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
 
 def _damage(inspection: Inspection) -> dict[Path, list[str]]:
     """Return the damaged tensors of each file of a dump."""
-    from dump_activations.storage.reading.inspection import find_damage
+    from dump_activations.storage.reading.inspection import each_file, find_damage
 
     count = counted(Phase("verifying", BYTES))
     return {
         each.path: find_damage(each, threads=_threads(), progress=progress)
-        for each, progress in _counts(inspection, count)
+        for each, progress in each_file(inspection, count)
     }
-
-
-def _counts(
-    inspection: Inspection, count: Callable[[int, int], None]
-) -> Iterator[tuple[Inspection, Callable[[int, int], None]]]:
-    """Yield each file of a dump, with a function that counts its bytes among all files' bytes."""
-    before, in_all = 0, sum(tensor.nbytes for tensor in inspection.contents.tensors)
-    for file in inspection.files:
-        nbytes = sum(tensor.nbytes for tensor in file.contents.tensors)
-        yield file, partial(_count_from, count, before, in_all)
-        before += nbytes
-
-
-def _count_from(
-    count: Callable[[int, int], None], before: int, in_all: int, done: int, _of_file: int
-) -> None:
-    count(before + done, max(in_all, before + done))
 
 
 def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
     """Return the statistics of a file: its own, or else, if it is to be read for them, these."""
+    from dump_activations.storage.reading.inspection import each_file
     from dump_activations.storage.reading.statistics import compute_statistics, stored_statistics
 
     found = _merged([stored_statistics(each) for each in inspection.files])
@@ -173,7 +156,7 @@ def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, Tensor
     return _merged(
         [
             compute_statistics(each, threads=_threads(), progress=progress)
-            for each, progress in _counts(inspection, count)
+            for each, progress in each_file(inspection, count)
         ]
     )
 
@@ -212,25 +195,23 @@ def _show_unfinished(found: Unfinished, *, verify: bool, as_json: bool) -> None:
 
 def _show_shards(shards: DumpShards, *, verify: bool, as_json: bool) -> None:
     """Show how far a dump in shards is."""
-    from dump_activations.storage.reading.inspection import inspect
     from dump_activations.storage.writing.unfinished import find_unfinished
 
     if verify:
         raise OutputError(f"{shards.missing[0].path} is not finished: the dump is not whole yet")
-    finished = [inspect(path).contents for path in shards.finished.values()]
-    done = sum(t.shape[0] for each in finished for t in each.tensors if t.name == "indices")
+    done, in_all = shards.boards
     for path in shards.partial.values():
         with suppress(OutputError):  # Its journal may be missing as yet.
             unfinished = find_unfinished(path)
             done += 0 if unfinished is None else unfinished.rows
-    in_all = int(finished[0].metadata["n_samples"]) if finished else None
-    progress = {"shards": shards.count, "shards_done": len(finished), "boards_done": done}
+    finished = len(shards.finished)
+    progress = {"shards": shards.count, "shards_done": finished, "boards_done": done}
     if as_json:
         print_json({"file": str(shards.whole), "boards": in_all, "unfinished": progress})
         return
     boards = f"{done:,} boards" if in_all is None else f"{done:,} of {in_all:,} boards"
     print_parts(
-        f"{shards.whole}: unfinished: {len(finished):,} of {shards.count:,} shards are finished, "
+        f"{shards.whole}: unfinished: {finished:,} of {shards.count:,} shards are finished, "
         f"{boards} are on disk",
         *(f"{path.name} is being written" for path in shards.partial.values()),
     )

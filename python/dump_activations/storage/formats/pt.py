@@ -185,9 +185,7 @@ def _load(data: bytes) -> Any:  # noqa: PLR0912 -- one branch per opcode
     memo: dict[Any, Any] = {}
     for opcode, argument, _position in pickletools.genops(data):
         match opcode.name:
-            case "BINUNICODE" | "SHORT_BINSTRING" | "BININT" | "BININT1" | "BININT2" | "LONG1":
-                stack.append(argument)
-            case "BINFLOAT":
+            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(argument)
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
@@ -218,7 +216,7 @@ def _load(data: bytes) -> Any:  # noqa: PLR0912 -- one branch per opcode
             case "REDUCE":
                 arguments = stack.pop()
                 stack.append(_call(stack.pop(), arguments))
-            case "BUILD":  # the attributes of a module's state dict
+            case "BUILD" if type(stack[-2]) is dict:  # attributes of a module's state dict
                 stack.pop()
             case "PROTO":
                 pass

@@ -165,7 +165,7 @@ class Cells(IterableDataset[CellBatch]):
         """Return the numbers of every `step`-th batch of an epoch, for one reader."""
         cells = self._files.boards * CELLS
         stop = -(-cells // self._batch_size)
-        if self._drop_last:  # equally many whole batches for each rank, whatever its workers
+        if self._drop_last:  # equally many whole batches for each rank
             whole = cells // self._batch_size
             stop = start + (whole - start) // self._world_size * self._world_size
         return range(start + rank, stop, step)

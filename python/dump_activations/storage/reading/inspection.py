@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,12 +82,12 @@ class Inspection:
     def _joined_digests(self) -> dict[str, Digest]:
         found: dict[str, Digest] = {}
         for tensor in self.contents.tensors:
-            pieces = [each.tensor(tensor.name) for each in self.shards]
-            if tensor.nbytes == pieces[0].nbytes:  # without an axis of boards: in each shard
-                pieces = pieces[:1]
-            for shard, piece in zip(self.shards, pieces, strict=False):
+            # Each shard has a tensor without an axis of boards whole.
+            is_whole = tensor.nbytes == self.shards[0].tensor(tensor.name).nbytes
+            for shard in self.shards[:1] if is_whole else self.shards:
                 if tensor.name in shard.digests:
-                    digest = replace(shard.digests[tensor.name], nbytes=piece.nbytes)
+                    nbytes = shard.tensor(tensor.name).nbytes
+                    digest = replace(shard.digests[tensor.name], nbytes=nbytes)
                     found[tensor.name] = found.get(tensor.name, Digest()) + digest
         return {name: replace(digest, nbytes=0) for name, digest in found.items()}
 
@@ -154,6 +155,19 @@ def read_bytes(inspection: Inspection, tensor: str, start: int, out: NDArray[np.
             view = view[len(inside) :]
             start += len(inside)
         start -= stored.nbytes
+
+
+def each_file(
+    inspection: Inspection, progress: Callable[[int, int], object]
+) -> Iterator[tuple[Inspection, Callable[[int, int], None]]]:
+    """Yield each file of a dump, with a progress function that adds the files before it."""
+    sizes = [sum(tensor.nbytes for tensor in file.contents.tensors) for file in inspection.files]
+    for file, before in zip(inspection.files, accumulate(sizes, initial=0), strict=False):
+
+        def count(done: int, _of_file: int, before: int = before) -> None:
+            progress(before + done, sum(sizes))
+
+        yield file, count
 
 
 def find_damage(

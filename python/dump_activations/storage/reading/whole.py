@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from dump_activations.errors import OutputError, warn
@@ -36,6 +37,13 @@ class DumpShards:
     count: int
     finished: Mapping[Shard, Path]
     partial: Mapping[Shard, Path]
+
+    @cached_property
+    def boards(self) -> tuple[int, int | None]:
+        """Boards in the finished shards, and in the dump; None before a shard is finished."""
+        found = [inspect(path) for path in self.finished.values()]
+        done = sum(each.tensor("indices").shape[0] for each in found)
+        return done, int(found[0].contents.metadata["n_samples"]) if found else None
 
     @property
     def missing(self) -> list[Shard]:
