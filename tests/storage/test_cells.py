@@ -208,6 +208,12 @@ def test_another_world_size_goes_on(acts):
     assert places(alone) == places(whole[6:])
 
 
+def test_a_rank_without_a_batch_has_empty_epochs(acts):
+    cells = acts.cells("final_hidden", batch_size=16 * N, rank=1, world_size=2)
+    assert [len(cells), len(list(cells))] == [0, 0]
+    assert (cells.state_dict()["epoch"], cells.state_dict()["batch"]) == (1, 0)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_drop_last_leaves_as_many_whole_batches_to_each_rank(acts, world_size):
     options = {"batch_size": 50, "world_size": world_size, "drop_last": True}
@@ -417,6 +423,7 @@ def test_a_layer_of_pairs_has_no_cells_by_its_own_name_either(paths):
     [
         ({"batch": -3}, "state must have seed, epoch, batch, .*, numbers from 0 on; got"),
         ({"epoch": "1"}, "state must have seed"),
+        ({"window": 0}, "state must have seed"),
         ({"more": 1}, "state must have seed"),
         ({"batch_size": 17}, "state must be of the same batch_size, 16; got 17"),
         ({"cells": 160}, "state must be of the same cells, 592; got 160"),

@@ -293,22 +293,13 @@ def test_a_hostile_pickle_is_refused_within_little_memory(data):
         load_pickle(data)
 
 
-def test_a_header_larger_than_its_file_is_refused(tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
-    assert isinstance(damage(path), OutputError)
-    deep = b"[" * 100_000
-    path.write_bytes(len(deep).to_bytes(8, "little") + deep)
-    assert isinstance(damage(path), OutputError)
-
-
 def test_an_object_array_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, hidden=np.array([{}], dtype=object))
     assert "holds objects" in str(damage(path))
 
 
-def test_an_encrypted_or_overlapping_archive_is_refused(tmp_path):
+def test_a_member_that_is_not_an_array_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hidden.npy", b"no array at all")

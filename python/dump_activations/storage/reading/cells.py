@@ -117,9 +117,11 @@ class Cells(IterableDataset[CellBatch]):
             InvalidArgumentError: It is not a state of cells, or of another file or batch size.
         """
         ours = self._state(0, 0)
-        numbers = [value for name, value in state.items() if name != "file"]
+        least = {**dict.fromkeys(ours, 0), "window": 1}
         if state.keys() != ours.keys() or not all(
-            isinstance(number, int) and number >= 0 for number in numbers
+            isinstance(value, int) and value >= least[name]
+            for name, value in state.items()
+            if name != "file"
         ):
             raise InvalidArgumentError(
                 f"{option('state')} must have {', '.join(ours)}, numbers from 0 on; got "
@@ -147,6 +149,8 @@ class Cells(IterableDataset[CellBatch]):
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         step = self._world_size * workers
         batches = self._batches(start, self._rank + self._world_size * number, step)
+        if not batches:
+            self._epochs.move(epoch + 1, 0)
         feed = self._feed.read(self._order(epoch), batches)
         try:
             for taken, (values, rows, cells) in enumerate(feed, start=1):
