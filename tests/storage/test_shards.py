@@ -217,13 +217,15 @@ def test_damage_names_the_shard(whole, capsys):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_unfinished_shards_show_progress(whole, capsys, as_json):
-    shard_path(whole, 2).unlink()
+    partial = shard_path(whole, 2).with_name(f"{shard_path(whole, 2).name}.partial")
+    shard_path(whole, 2).rename(partial)  # without a journal as yet
     assert main([str(whole), *["--json"] * as_json]) == 0
     out = capsys.readouterr().out
     if as_json:
         assert json.loads(out)["unfinished"] == {"shards": 3, "shards_done": 2, "boards_done": 27}
     else:
         assert "2 of 3 shards are finished, 27 of 41 boards are on disk" in out
+        assert f"{partial.name} is unfinished" in out
     assert main([str(whole), "--verify"]) == 1
     assert "a-00002-of-00003" in capsys.readouterr().err
 

@@ -213,7 +213,7 @@ def _show_shards(shards: DumpShards, *, verify: bool, as_json: bool) -> None:
     print_parts(
         f"{shards.whole}: unfinished: {finished:,} of {shards.count:,} shards are finished, "
         f"{boards} are on disk",
-        *(f"{path.name} is being written" for path in shards.partial.values()),
+        *(f"{path.name} is unfinished" for path in shards.partial.values()),
     )
 
 

@@ -4,7 +4,7 @@ Shape letters: R rows asked for.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class TensorFiles:
         self._stamps = [each.stamp for each in self.inspections]
         self._catalogs = [Catalog(each.path, each.contents) for each in self.inspections]
         self.catalog = self._catalogs[0]
-        self.boards = sum(catalog.boards for catalog in self._catalogs)
+        self._ends = np.cumsum([catalog.boards for catalog in self._catalogs])
+        self.boards = int(self._ends[-1])
         self._open: dict[tuple[str, int], _rust.StoredTensor] = {}
         for other, catalog in zip(self.inspections, self._catalogs, strict=True):
             differs = self._differs(other, catalog)
@@ -83,13 +84,16 @@ class TensorFiles:
             InvalidArgumentError: not all files have the tensor.
             OutputError: a row cannot be read, or a file was changed.
         """
-        self.check_unchanged()
+        touched: Iterable[int] = range(len(self.paths))
+        if len(numbers) < len(self.paths):
+            touched = np.unique(np.searchsorted(self._ends, numbers // parts, "right")).tolist()
+        self._check_unchanged(touched)
         if out.size:
             stored = self._open.get((tensor, parts))
             if stored is None:
                 stored = self._open[tensor, parts] = self._stored(tensor, parts)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
-            self.check_unchanged()
+            self._check_unchanged(touched)
 
     def check_digest(self, tensor: str, data: NDArray[np.uint8]) -> None:
         """Compare a whole tensor's bytes, of all files, with the files' digests.
@@ -106,13 +110,13 @@ class TensorFiles:
                 raise OutputError(f"{inspection.path}: {tensor} is damaged; make the file again")
             start += stored.nbytes
 
-    def check_unchanged(self) -> None:
+    def _check_unchanged(self, files: Iterable[int]) -> None:
         """Raise OutputError if a file is not the one that was opened.
 
         Another time or inode number alone is no change: `touch` and network mounts renew them.
         """
-        for i, path in enumerate(self.paths):
-            stamp = _stamp(path)
+        for i in files:
+            path, stamp = self.paths[i], _stamp(self.paths[i])
             if stamp != self._stamps[i]:
                 if not self._is_same(self.inspections[i], self._stamps[i], stamp):
                     raise OutputError(f"{path} was replaced or changed since it was opened")
