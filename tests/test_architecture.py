@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
 LEAVES = (
-    *("dtypes", "errors", "paths", "pickles", "progress"),
+    *("dtypes", "errors", "paths", "progress"),
     *("text", "timing"),
 )
 
@@ -45,12 +45,15 @@ ARROWS = {
         "storage.statistics",
     ),
     "storage.reading": (
-        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.statistics"),
+        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
+        *("storage.shards", "storage.statistics"),
     ),
     "storage.statistics": (
-        *(*LEAVES, "_rust", "storage.formats.contents", "storage.reading.catalog"),
-        "storage.reading.inspection",
+        *(*LEAVES, "_rust", "storage.formats", "storage.parallel", "storage.reading.inspection"),
+        "storage.reading.keys",
     ),
+    "storage.parallel": (),
+    "storage.shards": LEAVES,
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
     "report": (

@@ -107,51 +107,84 @@ def inspect_activations(
 
 
 def _show_file(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
-    from dump_activations.commands.show import print_file, print_unfinished
-    from dump_activations.storage.reading.inspection import inspect
+    from dump_activations.commands.show import print_file, print_shards, print_unfinished
+    from dump_activations.storage.reading.whole import find_shards, inspect_dump
     from dump_activations.storage.writing.existing import find_unfinished
     from dump_activations.storage.writing.paths import partial_path, target_of
 
-    if (unfinished := find_unfinished(file)) is not None:
+    shards = None if os.path.lexists(file) else find_shards(file)
+    if shards is not None and shards.missing:
+        if verify or stats:
+            raise OutputError(
+                f"{shards.missing[0].path} is not finished: the dump is not whole yet"
+            )
+        print_shards(shards, as_json=as_json)
+        return
+    if shards is None and (unfinished := find_unfinished(file)) is not None:
         if verify or stats:
             missing = "there is nothing to verify it by" if verify else "it has no statistics yet"
             raise OutputError(f"{unfinished.path} is not finished: {missing}")
         print_unfinished(unfinished, as_json=as_json)
         return
-    inspection = inspect(file)
+    inspection = inspect_dump(file)
     with shown_progress() if verify or stats else nullcontext():
-        damaged = _damage(inspection) if verify else None
+        damage = _damage(inspection) if verify else {}
         statistics = _statistics(inspection, compute=stats)
+    damaged = sorted({name for names in damage.values() for name in names}) if verify else None
     print_file(inspection, damaged=damaged, statistics=statistics, stats=stats, as_json=as_json)
     if (left := partial_path(target_of(file))).exists():
         print_note(f"{left} is next to it: another dump to its name, not finished")
     if damaged:
-        raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
+        texts = [
+            f"{path} is damaged: {', '.join(names)}" for path, names in damage.items() if names
+        ]
+        raise OutputError("; ".join(texts))
 
 
-def _damage(inspection: Inspection) -> list[str]:
-    from dump_activations.storage.reading.inspection import find_damage
+def _damage(inspection: Inspection) -> dict[Path, list[str]]:
+    """Return the damaged tensors of each file of a dump."""
+    from dump_activations.storage.reading.inspection import each_file, find_damage
 
     count = counted(Phase("verifying", BYTES))
-    return find_damage(inspection, threads=_threads(), progress=count)
+    return {
+        each.path: find_damage(each, threads=_threads(), progress=progress)
+        for each, progress in each_file(inspection, count)
+    }
 
 
 def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
-    """Return the statistics that a file stores, or computed ones if it stores none."""
+    """Return the statistics that a dump stores, or computed ones if it stores none."""
+    from dump_activations.storage.reading.inspection import each_file
     from dump_activations.storage.statistics import compute_statistics, stored_statistics
 
-    found = stored_statistics(inspection)
+    found = _merged([stored_statistics(each) for each in inspection.files])
     if found or not compute:
         return found
     count = counted(Phase("computing statistics", BYTES))
-    return compute_statistics(inspection, threads=_threads(), progress=count)
+    return _merged(
+        [
+            compute_statistics(each, threads=_threads(), progress=progress)
+            for each, progress in each_file(inspection, count)
+        ]
+    )
+
+
+def _merged(found: Sequence[Mapping[str, TensorStatistics]]) -> Mapping[str, TensorStatistics]:
+    """Merge the statistics of the files of a dump, by tensor."""
+    from dump_activations.storage.statistics import merge_stored
+
+    if len(found) == 1:
+        return found[0]
+    names = [name for name in found[0] if all(name in of_file for of_file in found)]
+    return {name: merge_stored([of_file[name] for of_file in found]) for name in names}
 
 
 def _write_report(file: Path, report: Path) -> None:
     from dump_activations.report.render import write_report
+    from dump_activations.storage.reading.whole import find_shards
     from dump_activations.storage.writing.existing import find_unfinished
 
-    if (found := find_unfinished(file)) is not None:
+    if find_shards(file) is None and (found := find_unfinished(file)) is not None:
         raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
     write_report(file, report, progress=True)
     print_note(f"{report} shows {file}; open it in a browser")
@@ -161,13 +194,13 @@ def _show_differences(file: Path, other: Path, *, rtol: float, atol: float, as_j
     """Show what differs in two files, and return whether their tensors are equal."""
     from dump_activations.commands.show import print_differences
     from dump_activations.storage.reading.comparison import compare
-    from dump_activations.storage.reading.inspection import inspect
+    from dump_activations.storage.reading.whole import find_shards, inspect_dump
     from dump_activations.storage.writing.existing import find_unfinished
 
     for path in (file, other):
-        if (found := find_unfinished(path)) is not None:
+        if find_shards(path) is None and (found := find_unfinished(path)) is not None:
             raise OutputError(f"{found.path} is not finished: there is nothing to compare yet")
-    inspections = inspect(file), inspect(other)
+    inspections = inspect_dump(file), inspect_dump(other)
     with shown_progress():
         count = counted(Phase("comparing", "values"))
         comparison = compare(*inspections, threads=_threads(), rtol=rtol, atol=atol, progress=count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from dump_activations.storage.formats.contents import StoredTensor
     from dump_activations.storage.reading.comparison import Comparison, Difference, TensorPair
     from dump_activations.storage.reading.inspection import Inspection
+    from dump_activations.storage.reading.whole import DumpShards
     from dump_activations.storage.statistics import TensorStatistics
     from dump_activations.storage.writing.existing import Unfinished
 
@@ -203,6 +205,28 @@ def print_file(
             for tensor, found in statistics.items()
         }
     print_json(content)
+
+
+def print_shards(shards: DumpShards, *, as_json: bool) -> None:
+    """Print how much of a dump in shards is written."""
+    from dump_activations.storage.writing.existing import find_unfinished
+
+    done, in_all = shards.boards
+    for path in shards.partial.values():
+        with suppress(OutputError):  # A partial file has no journal in its first moment.
+            unfinished = find_unfinished(path)
+            done += 0 if unfinished is None else unfinished.rows
+    finished = len(shards.finished)
+    if as_json:
+        progress = {"shards": shards.count, "shards_done": finished, "boards_done": done}
+        print_json({"file": str(shards.whole), "boards": in_all, "unfinished": progress})
+        return
+    boards = f"{done:,} boards" if in_all is None else f"{done:,} of {in_all:,} boards"
+    print_parts(
+        f"{shards.whole}: unfinished: {finished:,} of {shards.count:,} shards are finished, "
+        f"{boards} are on disk",
+        *(f"{path.name} is unfinished" for path in shards.partial.values()),
+    )
 
 
 def print_unfinished(found: Unfinished, *, as_json: bool) -> None:
