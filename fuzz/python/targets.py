@@ -23,11 +23,11 @@ from dataset_targets import (
     make_runs_target,
     make_selection_target,
 )
+from dump_activations.storage.writing.recorded import JournalError, read_journal
+from dump_activations.storage.writing.records import BatchRecord, Header
 
 from dump_activations.errors import DumpActivationsError, OutputError
 from dump_activations.storage.reading.inspection import find_damage, inspect
-from dump_activations.storage.writing.recorded import JournalError, read_journal
-from dump_activations.storage.writing.records import BatchRecord, Header
 
 SECONDS = 1.0
 NBYTES = 200 << 20

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from dump_activations.dataset.expressions import Expression, parse
-from dump_activations.dataset.label_names import split_names
+from dump_activations.dataset.expressions import Expression, parse, split_names
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
 from dump_activations.model.activations import (

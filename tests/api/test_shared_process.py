@@ -3,7 +3,6 @@
 import errno
 import gc
 import os
-import signal
 import threading
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -192,7 +191,7 @@ def test_what_a_batch_is_short_of(error, text, model):
 
 def test_a_model_that_does_not_fit(model, monkeypatch):
     short = failing("CUDA out of memory. Tried to allocate 2.00 GiB.", torch.OutOfMemoryError)
-    monkeypatch.setattr("dump_activations.pipeline.plan.replicate", short)
+    monkeypatch.setattr("dump_activations.model.prepared.replicate", short)
     for run in uses(model, "a.pt"):
         with pytest.raises(DeviceError, match=r"^out of device memory: the model does not fit on"):
             run()

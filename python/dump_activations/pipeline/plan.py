@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dump_activations import progress as phases
+from dump_activations.dataset.columns import LabelReader
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.label_reader import LabelReader
-from dump_activations.dataset.matches import StepIndices
+from dump_activations.dataset.sampling import StepIndices
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
 from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
 from dump_activations.model.activations import (
@@ -199,7 +199,7 @@ def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices,
     steps = dataset.matches(options.where, options.steps, progress=progress)
     if options.steps is None:
         replaced = options.n_samples > len(steps)
-        sample = dataset.draw_from(steps, options.n_samples, options.seed)
+        sample = dataset.sample_from(steps, options.n_samples, options.seed)
         return sample, "with replacement" if replaced else "without replacement"
     if len(steps) == 0:
         raise IndicesError(f"{option('where')}: no row of {dataset.path} matches")

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import torch
 
 from dump_activations.dataset.expressions import Expression
-from dump_activations.dataset.matches import StepIndices
+from dump_activations.dataset.sampling import StepIndices
 from dump_activations.pipeline.device import device_name
 from dump_activations.pipeline.plan import Plan
 
@@ -69,7 +69,7 @@ def _asked(plan: Plan) -> dict[str, str | None]:
     options = plan.options
     return {
         "weights_sha256": plan.model.weights_sha256,
-        "dataset_layout_sha256": plan.dataset.sha256,
+        "dataset_layout_sha256": plan.dataset.layout_sha256,
         "n_samples": str(len(plan.indices)),
         "outputs": ",".join(sorted(each.key for each in plan.activations)),
         "layers": ",".join(map(str, plan.layers)),
