@@ -466,7 +466,8 @@ cells = ActivationsFile(sys.argv[1]).cells("hidden", batch_size=500, window=500 
     command = [sys.executable, "-c", program, tmp_path / "a.safetensors"]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
     assert ended.stderr == ""
-    assert ended.stdout == "128\n" if ending == "thread" else ""
+    printed = "128\n" if ending == "thread" else ""
+    assert ended.stdout == printed
 
 
 @pytest.mark.parametrize(
