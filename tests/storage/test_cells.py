@@ -449,7 +449,6 @@ def test_a_state_of_another_file_of_the_same_shapes(acts, tmp_path):
 
 ENDINGS = {
     "held": "batches = iter(cells); next(batches)",
-    "daemon": "threading.Thread(target=lambda: [0 for _ in cells], daemon=True).start()",
     "thread": "threading.Thread(target=lambda: print(len(list(cells)))).start()",
 }
 
