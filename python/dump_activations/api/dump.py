@@ -3,7 +3,7 @@
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,9 +256,12 @@ class _Call:
         batches, (rank, world) = -(-n // size), (self.place.rank, self.place.size)
         start, stop = (batches * each // world * size for each in (rank, rank + 1))
         rows = range(start, min(stop, n))
+        count, done = self._counter(0, len(rows), 0), 0
         with Run(self.plan) as run:
-            for batch in run.batches([rows], done=self._count(0, 0)):
+            for batch in run.batches([rows]):
                 batch.release()
+                done += len(batch.boards.indices)
+                count(done, len(rows))
                 self.interrupts.check()
         return run.summary(self.started)
 
@@ -303,28 +306,30 @@ class _Call:
         Returns:
             The boards that were resumed, and the seconds in which writers were busy.
         """
-        resumed: list[int] = []
+        resumed = done = 0
         write_seconds = 0.0
+        n = sum(file.rows for file in output.files)
 
         def ranges(file: OutputFile | None) -> Iterator[range]:
+            nonlocal resumed
             while file is not None:
-                resumed.append(self._begin_file(file))
-                start = file.work.run_rows.start
-                for batches in file.missing:
-                    rows = file.work.rows_of(batches)
-                    yield range(start + rows.start, start + rows.stop)
+                self._begin_file(file)
+                resumed += file.resumed_rows
+                yield from map(file.work.run_rows_of, file.missing)
                 if not file.missing:
                     output.commit(file)
                 file = output.take()
 
+        def advance(boards: int) -> None:
+            nonlocal done
+            done += boards
+            count(output.boards_of_others + resumed + done, n)
+
         while (first := output.next()) is not None:
-            done = sum(len(each.run_rows) for each in output.files) - sum(
-                len(each.run_rows) for each in output.missing
-            )
-            count = self._count(done + first.resumed_rows, first.size)
+            count = self._counter(output.boards_of_others + resumed + done, n, first.size)
             with (
                 Writers(output.commit, threads=self.writer_threads) as writers,
-                closing(run.batches(ranges(first), done=count)) as batches,
+                closing(run.batches(ranges(first), done=advance)) as batches,
             ):
                 for batch in batches:
                     self._submit(writers, output, batch)
@@ -334,31 +339,27 @@ class _Call:
         # Shards are committed while others are computed, a whole file after the last batch.
         if output.files[0].shard is None:
             run.committing.add(output.commit_seconds)
-        return sum(resumed), write_seconds
+        return resumed, write_seconds
 
-    def _begin_file(self, file: OutputFile) -> int:
-        """Write the tensors that do not come in batches; return the boards that are kept."""
+    def _begin_file(self, file: OutputFile) -> None:
+        """Write the tensors that do not come in batches, and say what is resumed."""
         path = file.partial
         if file.restarted_because:
             note(f"{path} is started over: {file.restarted_because}")
         if file.resumed_rows:
-            n = len(file.work.run_rows)
-            note(f"resuming {path}, which has {file.resumed_rows:,} of {n:,} boards")
+            note(f"resuming {path}, which has {file.resumed_rows:,} of {file.work.rows:,} boards")
             self._check_resumed_boards(file)
         for name, tensor in self.plan.whole_tensors().items():
             file.write(name, bytes_of(tensor))
-        return file.resumed_rows
 
     def _check_resumed_boards(self, file: OutputFile) -> None:
         """Refuse to resume where the dataset's rows changed since the last batch was written."""
         if (last := file.last_resumed) is None:
             return
         batch, digests = last
-        start = file.work.run_rows.start
-        rows = file.work.rows_of(range(batch, batch + 1))
-        first_row = start + rows.start
-        indices = self.plan.indices[first_row : start + rows.stop]
-        boards = read_batch(self.plan.dataset, self.plan.labels, indices, first_row=first_row)
+        rows = file.work.run_rows_of(range(batch, batch + 1))
+        indices = self.plan.indices[rows.start : rows.stop]
+        boards = read_batch(self.plan.dataset, self.plan.labels, indices, first_row=rows.start)
         if any(
             zlib.crc32(bytes_of(tensor).data) != digests[name].crc32
             for name, tensor in boards.tensors.items()
@@ -369,31 +370,25 @@ class _Call:
             )
 
     def _submit(self, writers: Writers, output: Output, batch: ActivationBatch) -> None:
-        first_row = batch.boards.first_row
-        file = next(each for each in output.open_files if first_row in each.work.run_rows)
+        row = batch.boards.first_row
+        file = next(each for each in output.open_files if row in each.work.run_rows)
         tensors = {**batch.boards.tensors, **batch.tensors}
         writers.submit(
             file,
-            (first_row - file.work.run_rows.start) // self.options.batch_size,
+            file.work.batch_at(row),
             {name: bytes_of(tensor) for name, tensor in tensors.items()},
             chunks=batch.chunks,
             done=batch.release,
         )
 
-    def _count(self, done: int, nbytes: int) -> Callable[[int], None]:
-        """Begin to count boards; return the function that takes the boards of each batch."""
-        n, progress = len(self.plan.indices), self.options.progress
+    def _counter(self, done: int, n: int, nbytes: int) -> Count:
+        """Begin to count boards; return the function that takes boards done and boards in all."""
+        progress = self.options.progress
         phase = Phase("", "boards", start=done, of=n, nbytes=nbytes)
         count = counted(phase, also=progress if callable(progress) else None)
         if done:
             count(done, n)
-
-        def add(boards: int) -> None:
-            nonlocal done
-            done += boards
-            count(done, n)
-
-        return add
+        return count
 
     @contextmanager
     def _kept_or_discarded(self, output: Output) -> Iterator[None]:
@@ -407,7 +402,7 @@ class _Call:
                 error.add_note(f"{self.path} is complete")
             elif kept:
                 again = f"without {option('overwrite')}" if self.options.overwrite else "again"
-                n = sum(len(each.run_rows) for each in output.files)
+                n = sum(file.rows for file in output.files)
                 error.add_note(
                     Note(f"{kept:,} of {n:,} boards are kept; the same call {again} does the rest")
                 )
