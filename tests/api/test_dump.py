@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dump_activations import DumpActivationsNote, StepsDataset, dump, load_encoder, stream
+from dump_activations.errors import OutputError
 from reference.checkpoints import (
     BASE,
     VARIANTS,
@@ -460,11 +461,15 @@ def test_without_write_nothing_is_written(model, packed, tmp_path, monkeypatch):
     assert len(forwards) == 3
 
 
-def test_an_existing_file_is_replaced(model, packed, tmp_path):
+def test_an_existing_file_is_replaced_only_where_asked(model, packed, tmp_path):
     path = tmp_path / "twice.safetensors"
     cpu_dump(model, packed.path, path, outputs=["final_hidden"], n_samples=N)
+    other = partial(cpu_dump, model, packed.path, path, outputs=["pooled"], n_samples=5)
+    with pytest.raises(OutputError, match=r"of other work, .*n_samples \(37 there, 5 here\).*overw"):
+        other()
+    assert "final_hidden" in read_dump(path).tensors
     with pytest.warns(DumpActivationsNote, match=rf"twice\.safetensors \(.* kB, {N} boards\)"):
-        cpu_dump(model, packed.path, path, outputs=["pooled"], n_samples=5)
+        other(overwrite=True)
     assert set(read_dump(path).tensors) == {"pooled", "indices", "boards"}
     assert read_dump(path).tensors["pooled"].shape == (5, BASE.hidden)
 

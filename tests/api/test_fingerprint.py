@@ -1,5 +1,6 @@
-"""Each thing that may change a byte of a file makes it other work, and is named alone."""
+"""Each thing that may change a value of a dump makes it other work, and is named alone."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dump_activations.options import Options
+from dump_activations.options import DumpOptions
 from dump_activations.pipeline import provenance
 from dump_activations.pipeline.plan import make_plan
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
@@ -18,8 +19,8 @@ BOARDS = random_boards(60, seed=1)
 
 
 def work(directory: Path, **options) -> dict[str, str]:
-    plan = make_plan(directory / "checkpoint", directory / "dataset", Options(**(CPU | options)))
-    return provenance.metadata(plan) | provenance.fingerprint(plan)
+    plan = make_plan(directory / "checkpoint", directory / "dataset", DumpOptions(**(CPU | options)))
+    return provenance.fingerprint(plan)
 
 
 def write_dataset(directory: Path, *, layout: str = "packed_46", sizes=(30, 30)) -> None:
@@ -49,13 +50,14 @@ def test_the_same_call_is_the_same_work(inputs):
     [
         ({"precision": "bf16"}, {"precision"}),
         ({"compile": True}, {"compile"}),
-        ({"random_init": True}, {"random_init", "weights_sha256"}),
+        ({"random_init": True}, {"weights_sha256"}),
         ({"batch_size": 8}, {"batch_size"}),
         ({"dtype": "fp16"}, {"dtype"}),
         ({"outputs": ["final_hidden"]}, {"outputs"}),
-        ({"seed": 1}, {"seed", "indices"}),
+        ({"split_layers": True}, {"split_layers"}),
+        ({"seed": 1}, {"indices"}),
         ({"n_samples": 8}, {"n_samples", "indices"}),
-        ({"indices": np.arange(7)}, {"indices", "indices_from"}),
+        ({"indices": np.arange(7)}, {"indices"}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -88,22 +90,28 @@ def test_a_config_of_the_same_weights(change, inputs):
 def test_shards_of_as_many_rows(change, inputs):
     before = work(inputs)
     write_dataset(inputs / "dataset", **change)
-    assert differing(before, work(inputs)) == {"dataset_sha256"}
+    assert differing(before, work(inputs)) == {"dataset_layout_sha256"}
 
 
-def test_the_machine_and_what_is_installed(inputs, monkeypatch):
+@pytest.mark.parametrize("package", ["torch", "dump_activations"])
+def test_another_version(package, inputs, monkeypatch):
     before = work(inputs)
+    if package == "torch":
+        monkeypatch.setattr(torch, "__version__", "1.0")
+    else:
+        monkeypatch.setattr(provenance, "version", lambda _package: "0.0")
+    assert differing(before, work(inputs)) == {f"{package}_version"}
+
+
+def test_paths_devices_and_threads_are_no_part_of_the_work(inputs, tmp_path_factory, monkeypatch):
+    """Any machine finishes what another began."""
+    before = work(inputs)
+    moved = tmp_path_factory.mktemp("moved")
+    shutil.copytree(inputs, moved, dirs_exist_ok=True)
     monkeypatch.setattr(provenance, "device_name", lambda _device: "another")
-    assert differing(before, work(inputs)) == {"device"}
-    monkeypatch.undo()
-    monkeypatch.setattr(torch, "__version__", "1.0")
-    assert differing(before, work(inputs)) == {"torch_version"}
-    monkeypatch.undo()
-    monkeypatch.setattr(provenance, "version", lambda _package: "0.0")
-    assert differing(before, work(inputs)) == {"dump_activations_version"}
-    monkeypatch.undo()
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
-    after = work(inputs)
-    torch.set_num_threads(threads)
-    assert differing(before, after) == {"threads"}
+    try:
+        assert work(moved) == before
+    finally:
+        torch.set_num_threads(threads)

@@ -716,6 +716,7 @@ def test_an_existing_target_survives_a_failure(suffix, place, capsys):
         dataset=dataset,
         indices=place.root / "all.npy",
         output=target,
+        overwrite=True,
     )
     assert target.read_bytes() == b"precious"
     assert not list(place.root.glob(f"kept{suffix}?*"))

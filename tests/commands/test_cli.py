@@ -209,7 +209,7 @@ def test_more_samples_than_rows_warn(demo_checkpoint, tmp_path, capsys):
     assert "replacement" in capsys.readouterr().err
     expected = np.random.default_rng(0).integers(0, 101, size=102, dtype=np.int64)
     np.testing.assert_array_equal(read_dump(path).numpy("indices"), expected)
-    assert main([*arguments, "--n-samples", "101"]) == 0
+    assert main([*arguments, "--n-samples", "101", "--overwrite"]) == 0
     assert "replacement" not in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from dump_activations.commands.inspect import main
 from dump_activations.errors import OutputError
-from dump_activations.storage.writing.private_files import lock
+from dump_activations.storage.writing.partial import BusyError, _lock
 from dump_activations.storage.writing.existing import find_unfinished
 from output_support import SUFFIXES, open_file, small_dump, write_batches, write_dump
 
@@ -86,9 +86,10 @@ def test_a_dump_starts_while_someone_looks(target):
         fcntl.flock(looking, fcntl.LOCK_SH)
         fd = os.open(f"{target}.partial", os.O_RDWR)
         try:
-            assert not lock(fd)
+            with pytest.raises(BusyError):
+                _lock(fd, target)
             threading.Timer(0.005, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
-            assert lock(fd)
+            assert _lock(fd, target)
         finally:
             os.close(fd)
 

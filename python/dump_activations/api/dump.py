@@ -150,7 +150,7 @@ def dump(
         overwrite=overwrite,
         progress=progress,
     )
-    return dump_to_file(init, dataset, locate(output), options)
+    return dump_to_file(init, dataset, locate(output, "output"), options)
 
 
 def preview(
@@ -434,8 +434,9 @@ def _files(
     assert not isinstance(options.shard_size, str)
     shards = choose_shards(work, options.shard_size, share=share)
     files = work.files(shards)
-    if options.shard_size is not None and _nbytes(files[:1]) > options.shard_size + (1 << 20):
-        note(f"{option('shard_size')}: raised to one batch, {size_text(_nbytes(files[:1]))}")
+    smallest = sum(spec.nbytes for spec in files[0].specs.values())
+    if options.shard_size is not None and smallest > options.shard_size:
+        note(f"{option('shard_size')}: raised to one batch, {size_text(smallest)}")
     if isinstance(options.shards, range) and shards is not None:
         if options.shards.stop > len(files) + 1:
             raise InvalidArgumentError(

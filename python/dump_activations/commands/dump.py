@@ -159,8 +159,8 @@ def dump_activations(
         return
     init, dataset_path = _sources(init, dataset_path, use_demo=use_demo)
     options = DumpOptions(**flags)
-    path = locate(output)
-    indices_path = None if flags["indices"] is None else locate(flags["indices"])
+    path = locate(output, "output")
+    indices_path = None if flags["indices"] is None else locate(flags["indices"], "indices")
     if options.write:
         from dump_activations.storage.writing.paths import check_output
 
