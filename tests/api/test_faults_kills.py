@@ -98,12 +98,12 @@ def test_killed(suffix, moment, runs, tmp_path):
     command.signal(signal.SIGKILL)
     assert command.wait() in {-signal.SIGKILL, 0}
     if draw.random() < 1 / 3:
-        command = runs.start([*arguments, "--resume"], tmp_path / "log")
+        command = runs.start(arguments, tmp_path / "log")
         time.sleep(draw.uniform(0, 1 - moment) * expected.seconds)
         command.signal(signal.SIGKILL)
         command.wait()
     assert not target.exists() or sha256(target) == expected.sha256
-    command = runs.start([*arguments, "--resume"], tmp_path / "log")
+    command = runs.start(arguments, tmp_path / "log")
     assert command.wait() == 0, command.lines
     is_whole(tmp_path, target, expected.sha256)
 
@@ -114,7 +114,7 @@ def test_interrupted(suffix, number, moment, runs, tmp_path):
     expected = runs.unbroken(LONG, suffix)
     target = tmp_path / f"a{suffix}"
     target.write_bytes(b"old")
-    arguments = [*LONG, f"-o{target}"]
+    arguments = [*LONG, "--overwrite", f"-o{target}"]
     command = runs.start(arguments, tmp_path / "log")
     command.wait_until(command.log.exists)
     time.sleep(0.02 + moment * expected.seconds)
@@ -125,7 +125,7 @@ def test_interrupted(suffix, number, moment, runs, tmp_path):
     if target.read_bytes() == b"old":
         assert code == -number
         is_resumable(command, target)
-        command = runs.start([*arguments, "--resume"], tmp_path / "log")
+        command = runs.start(arguments, tmp_path / "log")
         assert command.wait() == 0, command.lines
     is_whole(tmp_path, target, expected.sha256)
 
@@ -202,7 +202,7 @@ def test_killed_in_a_system_call(suffix, server, runs, tmp_path, request):
             break
         assert code == -signal.SIGKILL, lines
         assert not target.exists() or sha256(target) == expected.sha256
-        code, lines = server.run([*arguments, "--resume"], directory / "log")
+        code, lines = server.run(arguments, directory / "log")
         assert code == 0, lines
         is_whole(directory, target, expected.sha256)
         call += step

@@ -14,15 +14,14 @@ import torch
 
 from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
-from dump_activations.api import streaming
+from dump_activations.api import stream as streaming
 from dump_activations.errors import DatasetError, DeviceError, DumpActivationsNote, OutputError
 from dump_activations.model import capture
 from dump_activations.pipeline.device import find_device
 from dump_activations.pipeline.interrupts import HeldInterrupts
-from dump_activations.pipeline.loop import Loop
-from dump_activations.pipeline.shortage import batch_shortage_named, empty_pinned
-from dump_activations.storage.writing import journal
-from dump_activations.storage.writing import output_file as file_module
+from dump_activations.pipeline.run import Run
+from dump_activations.storage.writing import output as file_module
+from dump_activations.storage.writing import paths
 from dump_activations.timing import SharedStopwatch
 from output_support import open_file, small_dump, write_batches, write_dump, write_whole_tensors
 from reference.dumps import read_dump
@@ -99,10 +98,10 @@ def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, mo
         yield
         inside.pop()
 
-    close = Loop.__exit__
+    close = Run.__exit__
     monkeypatch.setattr(streaming, "current", current)
     monkeypatch.setattr(
-        Loop, "__exit__", lambda *each: (seen.append(("close", *inside)), close(*each))[1]
+        Run, "__exit__", lambda *each: (seen.append(("close", *inside)), close(*each))[1]
     )
     model.blocks[0].register_forward_hook(lambda *_: seen.append(("forward", *inside)))
     batches = stream(model, DEMO_DATASET, **OPTIONS)
@@ -203,22 +202,6 @@ def test_what_a_batch_is_short_of(error, text, model):
         list(stream(model, DEMO_DATASET, **OPTIONS))
 
 
-def test_pinned_memory_is_not_the_devices(monkeypatch):
-    def refuse(*_, **options):
-        assert options["pin_memory"]
-        raise RuntimeError("CUDA error: out of memory\nmore")
-
-    monkeypatch.setattr(torch, "empty", refuse)
-    with (
-        pytest.raises(
-            DeviceError,
-            match=r"^out of pinned host memory \(CUDA error: out of memory\) at batch_size=8; free",
-        ),
-        batch_shortage_named(8),
-    ):
-        empty_pinned((2, 16), torch.uint8)
-
-
 def test_a_model_that_does_not_fit(model, monkeypatch):
     short = failing("CUDA out of memory. Tried to allocate 2.00 GiB.", torch.OutOfMemoryError)
     monkeypatch.setattr("dump_activations.pipeline.plan.replicate", short)
@@ -289,25 +272,23 @@ def test_want_of_memory_names_the_batch_size(model, tmp_path):
 def test_want_of_memory_in_the_middle_says_what_is_kept_and_the_way_out(
     model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
+    monkeypatch.setattr("dump_activations.storage.writing.output.SYNC_INTERVAL", 0)
     handle = short_of_memory(model, 4)
     target = tmp_path / "a.pt"
     with pytest.raises(DeviceError, match="try batch_size=4 and overwrite=True") as caught:
         dump(model, DEMO_DATASET, target, overwrite=True, **OPTIONS)
-    assert any(
-        "the same call without overwrite does the rest" in note for note in caught.value.__notes__
-    )
+    assert any("the same call again does the rest" in note for note in caught.value.__notes__)
     handle.remove()
     dump(model, DEMO_DATASET, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
 
 
 def test_boards_that_were_resumed_are_not_counted_as_done(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
+    monkeypatch.setattr("dump_activations.storage.writing.output.SYNC_INTERVAL", 0)
     handle = short_of_memory(model, 4)
     with pytest.raises(DeviceError):
         dump(model, DEMO_DATASET, tmp_path / "a.pt", **OPTIONS)
     handle.remove()
-    with pytest.warns(DumpActivationsNote, match="going on"):
+    with pytest.warns(DumpActivationsNote, match="resuming"):
         summary = dump(model, DEMO_DATASET, tmp_path / "a.pt", **OPTIONS)
     assert summary.resumed_boards in {8, 16, 24, 32}
     assert summary.boards == 50 - summary.resumed_boards
@@ -381,7 +362,7 @@ def refuse_directories(monkeypatch, number):
             fail_with(number)
         fsync(descriptor)
 
-    monkeypatch.setattr(journal.os, "fsync", refuse)
+    monkeypatch.setattr(paths.os, "fsync", refuse)
 
 
 def test_a_read_is_cancelled_from_another_thread():

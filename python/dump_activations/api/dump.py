@@ -405,10 +405,9 @@ class _Call:
             if not output.missing:
                 error.add_note(f"{self.path} is complete")
             elif kept:
-                again = f"without {option('overwrite')}" if self.options.overwrite else "again"
                 n = sum(len(each.run_rows) for each in output.files)
                 error.add_note(
-                    Note(f"{kept:,} of {n:,} boards are kept; the same call {again} does the rest")
+                    Note(f"{kept:,} of {n:,} boards are kept; the same call again does the rest")
                 )
             raise
 
