@@ -465,7 +465,9 @@ def test_an_existing_file_is_replaced_only_where_asked(model, packed, tmp_path):
     path = tmp_path / "twice.safetensors"
     cpu_dump(model, packed.path, path, outputs=["final_hidden"], n_samples=N)
     other = partial(cpu_dump, model, packed.path, path, outputs=["pooled"], n_samples=5)
-    with pytest.raises(OutputError, match=r"of other work, .*n_samples \(37 there, 5 here\).*overw"):
+    with pytest.raises(
+        OutputError, match=r"of other work, .*n_samples \(37 there, 5 here\).*overw"
+    ):
         other()
     assert "final_hidden" in read_dump(path).tensors
     with pytest.warns(DumpActivationsNote, match=rf"twice\.safetensors \(.* kB, {N} boards\)"):

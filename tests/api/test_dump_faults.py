@@ -1,6 +1,7 @@
 """Broken runs of the whole tool: what is left, what resumes it, and how failing stages end."""
 
 import gc
+import json
 import re
 import resource
 import signal
@@ -348,7 +349,7 @@ def is_refused(command, output, **inputs):
     flags = [f"--{name}={path}" for name, path in inputs.items()]
     code, (line,) = command(*flags, f"--output={output}")
     assert code == 2
-    assert f"{output.resolve()} is read by this run, or would be taken for what is" in line
+    assert f"this run reads {output.resolve()}, or would read it next time" in line
     assert contents(output.parent) == before
 
 
@@ -373,7 +374,7 @@ def test_a_checkpoints_directory_would_not_take_the_dump_for_its_weights(own, co
     for name in names[: rank + 1]:
         code, (line,) = command(*flags, f"--init={init}", f"--output={init / name}")
         assert code == 2, name
-        assert f"{init / name} is read by this run" in line
+        assert f"this run reads {init / name}, or would" in line
     code, lines = command(*flags, f"--init={init}", f"--output={init / 'model-step-1.pt'}")
     assert code == 0, lines
     for name in names[rank + 1 :][:1]:
@@ -392,6 +393,23 @@ def test_a_shard_and_the_indices_are_not_written_over(command, inputs, tmp_path)
     with (tmp_path / "indices.npz").open("wb") as file:
         np.save(file, np.arange(5))
     is_refused(command, tmp_path / "indices.npz", indices=tmp_path / "indices.npz")
+
+
+def test_shards_do_not_replace_the_weights_they_come_from(command, inputs, tmp_path):
+    """A checkpoint's own shards may have the names of a dump's."""
+    init = tmp_path / "checkpoint"
+    save_checkpoint(init, random_state_dict(BASE), config_json(BASE))
+    weights = init / "model-00001-of-00001.safetensors"
+    (init / "model.safetensors").rename(weights)
+    names = dict.fromkeys(random_state_dict(BASE), weights.name)
+    (init / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    before = contents(init)
+    for more in ([], ["--overwrite"]):
+        output = init / "model.safetensors"
+        code, (line,) = command(f"--init={init}", f"--output={output}", "--shard-size=1GB", *more)
+        assert code in {1, 2}
+        assert "model" in line
+        assert contents(init) == before
 
 
 # --- Failures of one stage end the others.
@@ -431,7 +449,7 @@ def test_an_error_in_the_forward(use, model, inputs, tmp_path):
 @pytest.mark.parametrize("layout", ["packed_46", "aligned_48", "selfplay_v1"])
 def test_a_shard_cut_short_in_the_middle_of_a_run(layout, fault, model, tmp_path, monkeypatch):
     """An error that names the file, and no signal."""
-    monkeypatch.setattr("dump_activations.pipeline.board_feed._LARGEST_WINDOW", 1000)
+    monkeypatch.setattr("dump_activations.pipeline.feed._LARGEST_WINDOW", 1000)
     dataset = make_dataset(tmp_path / "dataset", layout, n=20_000)
     for shard in (tmp_path / "dataset").iterdir():
         shard.unlink()

@@ -7,7 +7,13 @@ import pytest
 
 from reference.dumps import FORMATS
 
-SHORT = ["--demo", "--overwrite", "--n-samples=10", "--batch-size=3", "--outputs=pooled,rmsnorm_gammas"]
+SHORT = [
+    "--demo",
+    "--overwrite",
+    "--n-samples=10",
+    "--batch-size=3",
+    "--outputs=pooled,rmsnorm_gammas",
+]
 
 # 10 MB: more than the small disk and the quota hold. With direct writes where the disk has them.
 LARGE = ["--demo", "--overwrite", "--n-samples=600", "--batch-size=100", "--outputs=layer_outputs"]

@@ -19,7 +19,9 @@ BOARDS = random_boards(60, seed=1)
 
 
 def work(directory: Path, **options) -> dict[str, str]:
-    plan = make_plan(directory / "checkpoint", directory / "dataset", DumpOptions(**(CPU | options)))
+    plan = make_plan(
+        directory / "checkpoint", directory / "dataset", DumpOptions(**(CPU | options))
+    )
     return provenance.fingerprint(plan)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from dump_activations.commands.inspect import main
 from dump_activations.errors import OutputError
-from dump_activations.storage.writing.partial import BusyError, _lock
 from dump_activations.storage.writing.existing import find_unfinished
+from dump_activations.storage.writing.partial import BusyError, _lock
 from output_support import SUFFIXES, open_file, small_dump, write_batches, write_dump
 
 DUMP = small_dump()  # 23 boards in batches of 4
