@@ -53,14 +53,14 @@ def model(demo_model):
 def buffers(monkeypatch):
     """Return weak references to all tensors that runs have captured activations in."""
     known = []
-    allocate = transfer._allocate
+    allocate = transfer._empty_on_pages
 
     def remember(*arguments, **options):
         tensors = allocate(*arguments, **options)
         known.extend(weakref.ref(tensor) for tensor in tensors.values())
         return tensors
 
-    monkeypatch.setattr(transfer, "_allocate", remember)
+    monkeypatch.setattr(transfer, "_empty_on_pages", remember)
     return known
 
 

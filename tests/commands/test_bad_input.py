@@ -401,6 +401,26 @@ def test_bad_indices_file(case, place, capsys):
     place.run(capsys, code=1, names=["indices.npy"], indices=path)
 
 
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        ({"RANK": "one"}, ["RANK", "'one'"]),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, ["WORLD_SIZE", "'-2'"]),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK", "WORLD_SIZE", "2"]),
+    ],
+)
+def test_a_launchers_wrong_variables(variables, names, place, capsys, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    place.run(capsys, code=2, names=names)
+
+
+@pytest.mark.parametrize("processes", ["0", "-1", "two", ""])
+def test_processes_that_cannot_be_started(processes, place, capsys):
+    names = ["--nproc-per-node", repr(processes)]
+    place.run(capsys, code=2, names=names, nproc_per_node=processes)
+
+
 def test_a_filter_that_no_row_passes(place, capsys):
     place.run(capsys, code=1, names=["--where", "no row of"], where="max_rank > 255")
 

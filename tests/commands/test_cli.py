@@ -186,16 +186,13 @@ def test_indices_file(inputs, demo_dataset, tmp_path):
     assert dump.metadata["n_samples"] == "4"
 
 
-def test_outputs_may_have_blanks_between_them(inputs, tmp_path):
+@pytest.mark.parametrize(
+    "outputs",
+    [["--outputs", " pooled, head_logits "], ["--outputs", "pooled", "--outputs", "head_logits"]],
+    ids=["with blanks", "given twice"],
+)
+def test_outputs(outputs, inputs, tmp_path):
     path = tmp_path / "out.pt"
-    outputs = " pooled, head_logits "
-    assert main([*inputs, *CPU, "--n-samples", "3", "-o", str(path), "--outputs", outputs]) == 0
-    assert set(read_dump(path).tensors) == {"pooled", "head_logits", "indices", "boards"}
-
-
-def test_outputs_may_be_given_more_than_once(inputs, tmp_path):
-    path = tmp_path / "out.pt"
-    outputs = ["--outputs", "pooled", "--outputs", "head_logits"]
     assert main([*inputs, *CPU, "--n-samples", "3", "-o", str(path), *outputs]) == 0
     assert set(read_dump(path).tensors) == {"pooled", "head_logits", "indices", "boards"}
 

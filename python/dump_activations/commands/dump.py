@@ -167,6 +167,9 @@ def dump_activations(
         inputs = [] if indices_path is None else [indices_path]
         check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=inputs)
     rank, local_rank = variable("RANK", 0), variable("LOCAL_RANK", 0)
+    processes = variable("WORLD_SIZE", 1)
+    if rank >= processes:
+        raise InvalidArgumentError(f"RANK must be below WORLD_SIZE, {processes}; got {rank}")
     local_processes = variable("LOCAL_WORLD_SIZE", 1)
     if nproc_per_node is not None and not dry_run and "RANK" not in os.environ:
         context.exit(launch(context.obj, nproc_per_node))
@@ -189,7 +192,7 @@ def dump_activations(
         if indices_path is not None:
             looked_up = counted(Phase("looking up the indices", "rows"))
             options = replace(options, indices=read_step_indices(indices_path, dataset, looked_up))
-        place = Place(rank, variable("WORLD_SIZE", 1))
+        place = Place(rank, processes)
         share_cores(local_processes)
         if options.device == "cuda" and place.size > 1:
             options = replace(options, device=f"cuda:{local_rank}")

@@ -53,6 +53,7 @@ class Output:
         files: the files that this process may write.
         found: boards of files that were finished when the process came.
         written: number of files that this process finished.
+        written_nbytes: their bytes.
         commit_seconds: time that it took to complete and rename them.
     """
 
@@ -78,6 +79,7 @@ class Output:
         self.files = list(files)
         self.open_files: list[OutputFile] = []
         self.written = 0
+        self.written_nbytes = 0
         self.commit_seconds = 0.0
         self._place = place
         self._overwrite = overwrite
@@ -156,6 +158,7 @@ class Output:
         self._digests[file.work.target] = file.commit()
         self.commit_seconds += time.perf_counter() - started
         self.written += 1
+        self.written_nbytes += file.size
         self.open_files.remove(file)
 
     def suspend(self, *, discard: bool = False) -> int:
