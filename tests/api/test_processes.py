@@ -242,6 +242,7 @@ def test_one_fails_and_the_others_finish(reason, runs):
     group = run.start(3, of_rank={2: fault}, sync_interval=0)
     assert group.wait() == [0, 0, 1], group.lines
     _, line = group.lines
+    assert line.startswith("error: rank 2: ")
     assert os.strerror(reason) in line
     assert str(run.target.with_suffix("")) in line
     run.is_whole()

@@ -153,6 +153,7 @@ def test_from_python(tmp_path):
     options = {"n_samples": N, "batch_size": BATCH, "device": "cpu", "allow_cpu": True}
     call = partial(dump, DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "a.pt", **options)
     first = call(shard_size=50_000, shards=range(2, 4))
+    assert first.bytes_written == sum(path.stat().st_size for path in tmp_path.iterdir())
     rest = call(shard_size="50kB")
     found = math.ceil(BATCHES / 3)
     assert (first.shards_written, first.shards_found) == (2, 0)
@@ -162,6 +163,7 @@ def test_from_python(tmp_path):
     with pytest.warns(DumpActivationsNote, match="already complete"):
         again = call()  # without a size: the shards that are there
     assert (again.boards, again.resumed_boards, again.shards_written) == (0, N, 0)
+    assert again.bytes_written == 0
 
 
 # --- What is already there.

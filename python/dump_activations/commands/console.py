@@ -32,23 +32,18 @@ def print_error(text: str) -> None:
 
 def print_warning(text: str) -> None:
     """Print one yellow line on stderr."""
-    if not _is_silent():
-        _print_line("warning", "yellow", text)
+    _print_line("warning", "yellow", text)
 
 
 def print_note(text: str) -> None:
     """Print one blue line on stderr."""
-    if not _is_silent():
-        _print_line("note", "blue", text)
-
-
-def _is_silent() -> bool:
-    """Whether another process of the same run prints all but errors."""
-    return os.environ.get("RANK", "0") != "0"
+    _print_line("note", "blue", text)
 
 
 def _print_line(label: str, colour: str, text: str) -> None:
     text = printable(" ".join(text.splitlines()))
+    if (rank := os.environ.get("RANK", "0")) != "0":  # one of several processes on one terminal
+        text = printable(f"rank {rank}: {text}")
     if (live := live_console()) is not None:
         from rich.text import Text
 
@@ -84,8 +79,6 @@ def print_json(value: object) -> None:
         OutputError: stdout cannot take it.
         UnreadError: nobody reads it any more.
     """
-    if _is_silent():
-        return
     with _named_stdout():
         click.echo(json.dumps(value))
 
@@ -97,7 +90,7 @@ def print_parts(*parts: str | Table) -> None:
         OutputError: stdout cannot take it.
         UnreadError: nobody reads it any more.
     """
-    if sys.stdout is None or _is_silent():
+    if sys.stdout is None:
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     with _named_stdout():

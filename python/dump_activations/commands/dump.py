@@ -15,7 +15,6 @@ import click
 from click.core import ParameterSource
 
 from dump_activations import demo
-from dump_activations.commands.console import print_note
 from dump_activations.commands.grouped import GroupedCommand, GroupedOption
 from dump_activations.commands.outputs import print_keys, print_preview
 from dump_activations.commands.process import keep_freed_memory, uncollected_imports
@@ -23,7 +22,7 @@ from dump_activations.commands.processes import launch, variable
 from dump_activations.commands.runner import be_process, run_command
 from dump_activations.commands.summary import print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
-from dump_activations.errors import InvalidArgumentError, muted_notes, option, with_flags
+from dump_activations.errors import InvalidArgumentError, muted_notes, note, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
 from dump_activations.paths import locate
 from dump_activations.progress import Phase, begin, counted, shown_progress
@@ -224,5 +223,5 @@ def _device_there_is(device: str) -> str:
 
     if torch.cuda.is_available():
         return device
-    print_note("no CUDA device: running on the CPU")
+    note("no CUDA device: running on the CPU")
     return "cpu"
