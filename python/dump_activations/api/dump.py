@@ -408,7 +408,10 @@ class _Call:
             elif kept:
                 n = sum(len(each.run_rows) for each in output.files)
                 error.add_note(
-                    Note(f"{kept:,} of {n:,} boards are kept; the same call again does the rest")
+                    Note(
+                        f"{kept:,} of {n:,} boards of {self.path} are kept; the same call again "
+                        "does the rest"
+                    )
                 )
             raise
 
