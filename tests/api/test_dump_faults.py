@@ -32,7 +32,7 @@ cpu_dump = partial(dump, device="cpu", allow_cpu=True)
 
 
 class BrokenError(Exception):
-    """Stands for whatever may happen in the middle of a run."""
+    """Stands for an error of any kind in the middle of a run."""
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def assert_labelled(result, ds, indices):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_labels_lie_beside_the_boards(suffix, model, demo_dataset, rows, tmp_path):
+def test_labels_lie_next_to_the_boards(suffix, model, demo_dataset, rows, tmp_path):
     path = tmp_path / f"a{suffix}"
     where = "max_rank >= 10 and run_id % 3 != 0"
     cpu_dump(model, demo_dataset, path, n_samples=300, seed=5, labels=",".join(NAMES), where=where)
@@ -184,11 +184,11 @@ def test_scans_report_rows_apart_from_boards(model, demo_dataset):
     [
         ({"indices": [1], "steps": ":"}, InvalidArgumentError, "indices: contradicts steps"),
         ({"indices": [1], "where": "run_id > 1"}, InvalidArgumentError, "contradicts where"),
-        ({"steps": "5"}, InvalidArgumentError, "steps: '5' is no START:STOP"),
-        ({"steps": "1:2:3:4"}, InvalidArgumentError, "no START:STOP"),
-        ({"steps": "a:b"}, InvalidArgumentError, "no START:STOP"),
-        ({"steps": "::0"}, InvalidArgumentError, "no START:STOP"),
-        ({"steps": 5}, InvalidArgumentError, "no START:STOP"),
+        ({"steps": "5"}, InvalidArgumentError, "steps: .*'5'.* START:STOP"),
+        ({"steps": "1:2:3:4"}, InvalidArgumentError, "START:STOP"),
+        ({"steps": "a:b"}, InvalidArgumentError, "START:STOP"),
+        ({"steps": "::0"}, InvalidArgumentError, "START:STOP"),
+        ({"steps": 5}, InvalidArgumentError, "START:STOP"),
         ({"steps": "::-1"}, InvalidArgumentError, "not backwards"),
         ({"steps": "20000:"}, InvalidArgumentError, "is empty; .* 14138 rows"),
         ({"steps": ":", "where": "max_rank > 99"}, IndicesError, "no row of"),

@@ -29,7 +29,7 @@ def target(tmp_path):
 
 
 def run(server, target, arguments, **options):
-    """Run a dump; return its exit code and what it printed beside notes."""
+    """Run a dump; return its exit code and what it printed but notes."""
     log = target.parent.parent / f"{target.name}.log"
     code, lines = server.run([*arguments, f"-o{target}"], log, **options)
     return code, [line for line in lines if not line.startswith("note: ")]

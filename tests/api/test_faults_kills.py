@@ -73,11 +73,11 @@ def runs(server, tmp_path_factory):
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Spread the moments evenly over a run, each drawn from its own part of it."""
+    """Spread the moments evenly over a run, each sampled from its own range of it."""
     if "moment" in metafunc.fixturenames:
         count = metafunc.config.getoption("--faults")
-        draw = random.Random(metafunc.function.__name__)
-        moments = [(i + draw.random()) / count for i in range(count)]
+        chance = random.Random(metafunc.function.__name__)
+        moments = [(i + chance.random()) / count for i in range(count)]
         metafunc.parametrize("moment", moments, ids="{:.3f}".format)
 
 
@@ -90,16 +90,16 @@ def is_whole(directory: Path, target: Path, expected: str) -> None:
 def test_killed(suffix, moment, runs, tmp_path):
     """Killed anywhere from before the first batch to the commit; some are killed once more."""
     expected = runs.unbroken(LONG, suffix)
-    draw = random.Random(f"{suffix} {moment}")
+    chance = random.Random(f"{suffix} {moment}")
     target = tmp_path / f"a{suffix}"
     arguments = [*LONG, f"-o{target}"]
     command = runs.start(arguments, tmp_path / "log")
     time.sleep(moment * expected.seconds)
     command.signal(signal.SIGKILL)
     assert command.wait() in {-signal.SIGKILL, 0}
-    if draw.random() < 1 / 3:
+    if chance.random() < 1 / 3:
         command = runs.start(arguments, tmp_path / "log")
-        time.sleep(draw.uniform(0, 1 - moment) * expected.seconds)
+        time.sleep(chance.uniform(0, 1 - moment) * expected.seconds)
         command.signal(signal.SIGKILL)
         command.wait()
     assert not target.exists() or sha256(target) == expected.sha256
@@ -131,7 +131,7 @@ def test_interrupted(suffix, number, moment, runs, tmp_path):
 
 
 def error_line(lines: list[str]) -> str:
-    """Return the one line that a command printed beside notes."""
+    """Return the one line that a command printed but notes."""
     told = [line for line in lines if not line.startswith("note: ")]
     assert len(told) == 1, "\n".join(lines)
     return told[0]
@@ -149,7 +149,7 @@ def is_resumable(command: Command, target: Path) -> None:
 
 
 def catches(process: int, number: signal.Signals) -> bool:
-    """Whether a process has come as far as to handle a signal itself."""
+    """Return True where a process handles a signal itself."""
     status = Path(f"/proc/{process}/status").read_text()
     caught = re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)
     return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
@@ -157,7 +157,7 @@ def catches(process: int, number: signal.Signals) -> bool:
 
 def test_interrupted_while_it_starts(moment, tmp_path):
     """A command that is still importing ends as promptly, and as quietly."""
-    draw = random.Random(moment)
+    chance = random.Random(moment)
     with (tmp_path / "log").open("w") as log:
         command = subprocess.Popen(
             [sys.executable, "-m", "dump_activations", *LONG, "-oa.pt"],
@@ -168,7 +168,7 @@ def test_interrupted_while_it_starts(moment, tmp_path):
         while not catches(command.pid, signal.SIGTERM):
             time.sleep(0.01)
         time.sleep(2 * moment)
-        number = draw.choice([signal.SIGINT, signal.SIGTERM])
+        number = chance.choice([signal.SIGINT, signal.SIGTERM])
         command.send_signal(number)
         code = command.wait(PROMPTLY)
     lines = (tmp_path / "log").read_text().splitlines()

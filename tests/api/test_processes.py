@@ -1,4 +1,4 @@
-"""Several processes that write the shards of one dump: the bytes of one process, whatever happens.
+"""Several processes that write the shards of one dump, through kills, failures and signals.
 
 With 20 moments per format, 60 kills and as many interruptions:
 

@@ -269,7 +269,7 @@ def test_nothing_of_a_run_that_lacked_memory_is_alive(cores, model, tmp_path):
         torch.set_num_threads(1)
 
 
-def test_want_of_memory_names_the_batch_size(model, tmp_path):
+def test_too_little_memory_names_the_batch_size(model, tmp_path):
     short_of_memory(model, 0)
     for run in uses(model, tmp_path / "a.pt"):
         with pytest.raises(DeviceError, match=r"out of device memory at batch_size=8.*=4$"):
@@ -277,7 +277,7 @@ def test_want_of_memory_names_the_batch_size(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_want_of_memory_in_the_middle_says_what_is_kept_and_the_way_out(
+def test_too_little_memory_in_the_middle_names_the_boards_kept_and_the_way_out(
     model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("dump_activations.storage.writing.output.SYNC_INTERVAL", 0)

@@ -63,7 +63,7 @@ class CommandServer:
             arguments: those after its name.
             log: where all that it prints goes; made when the command itself begins.
             command: its name.
-            environment: variables set beside those of this process.
+            environment: variables set in addition to this process's.
             limits: resource limits by their names in `resource`; RLIMIT_DATA beyond what the server
                 holds already.
             sync_interval: seconds between flushes of the output, in place of the command's own.

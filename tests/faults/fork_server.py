@@ -86,7 +86,7 @@ def run(request: dict[str, Any]) -> None:
     # Last: from here on the preloaded library may break a system call.
     os.environ.update(request["environment"])
     code = COMMANDS[request["command"]](request["arguments"])
-    # Threads that were left behind hold up the end, as they would that of any process; but tearing
+    # Threads that were left behind hold up the end, as in any process. Tearing
     # down torch's modules would take longer than the command.
     threading._shutdown()
     sys.stdout.flush()

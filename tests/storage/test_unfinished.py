@@ -94,7 +94,7 @@ def test_a_dump_starts_while_someone_looks(target):
             os.close(fd)
 
 
-def test_a_partial_file_beside_a_finished_one_is_noted(target, capsys):
+def test_a_partial_file_next_to_a_finished_one_is_noted(target, capsys):
     target.write_bytes(write_dump(target.with_name(f"other{target.suffix}"), DUMP).read_bytes())
     assert main([str(target), "--verify"]) == 0
     shown = capsys.readouterr()
