@@ -115,7 +115,7 @@ def test_digests_are_what_the_page_says(written, demo_checkpoint, demo_dataset):
         header = path.read_bytes()[10:].partition(b"\n")[0].decode()
         descr = re.search(r"'descr': (.*), 'fortran_order'", header)[1]
         shards.append([path.name, len(np.load(path)), descr])
-    assert metadata["dataset_sha256"] == sha256(json.dumps(shards).encode()).hexdigest()
+    assert metadata["dataset_layout_sha256"] == sha256(json.dumps(shards).encode()).hexdigest()
 
     weights = sha256()
     for name, weight in sorted(load_file(demo_checkpoint / "model.safetensors").items()):

@@ -3,7 +3,6 @@
 import errno
 import gc
 import os
-import signal
 import threading
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,12 +13,8 @@ import torch
 
 from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
-from dump_activations.api import stream as streaming
 from dump_activations.errors import DatasetError, DeviceError, DumpActivationsNote, OutputError
 from dump_activations.model import capture
-from dump_activations.pipeline import interrupts as interrupts_module
-from dump_activations.pipeline.device import find_device
-from dump_activations.pipeline.interrupts import HeldInterrupts
 from dump_activations.pipeline.run import Run
 from dump_activations.storage.writing import output as file_module
 from dump_activations.storage.writing import paths
@@ -107,7 +102,7 @@ def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, mo
         inside.pop()
 
     close = Run.__exit__
-    monkeypatch.setattr(streaming, "current", current)
+    monkeypatch.setattr("dump_activations.api.stream.current", current)
     monkeypatch.setattr(
         Run, "__exit__", lambda *each: (seen.append(("close", *inside)), close(*each))[1]
     )
@@ -118,15 +113,6 @@ def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, mo
         assert not inside
     batches.close()
     assert seen == [("forward", 1), ("forward", 1), ("close", 1)]
-
-
-@pytest.mark.parametrize("name", ["cuda:2", "cuda:256", "cuda:300"])
-def test_a_device_number_past_the_last(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DeviceError, match=rf"no {name}; the last one is cuda:1"):
-        find_device(name)
-    assert find_device("cuda:01") == torch.device("cuda", 1)
 
 
 def short_of_memory(model, batches):
@@ -212,7 +198,7 @@ def test_what_a_batch_is_short_of(error, text, model):
 
 def test_a_model_that_does_not_fit(model, monkeypatch):
     short = failing("CUDA out of memory. Tried to allocate 2.00 GiB.", torch.OutOfMemoryError)
-    monkeypatch.setattr("dump_activations.pipeline.plan.replicate", short)
+    monkeypatch.setattr("dump_activations.model.prepared.replicate", short)
     for run in uses(model, "a.pt"):
         with pytest.raises(DeviceError, match=r"^out of device memory: the model does not fit on"):
             run()
@@ -300,16 +286,6 @@ def test_boards_that_were_resumed_are_not_counted_as_done(model, tmp_path, monke
         summary = dump(model, DEMO_DATASET, tmp_path / "a.pt", **OPTIONS)
     assert summary.resumed_boards in {8, 16, 24, 32}
     assert summary.boards == 50 - summary.resumed_boards
-
-
-def test_a_signal_after_the_one_handed_over_is_not_held(monkeypatch):
-    monkeypatch.setattr(interrupts_module, "_REPEATED_WITHIN", 0)
-    with HeldInterrupts() as interrupts:
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_write_under_way_keeps_its_descriptor(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The extension's own interface, which trusts no caller: wrong arguments are exceptions."""
 
-import errno
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from dump_activations import _rust
-from dump_activations._rust import Dataset
+from dump_activations.dataset.shards import read_layout
 from dump_activations.errors import InvalidArgumentError
 from reference.datasets import make_dataset
 
@@ -23,7 +22,7 @@ EVERY_OTHER = np.s_[::2]
 @pytest.fixture
 def dataset(tmp_path):
     make_dataset(tmp_path, "packed_46", n=ROWS)
-    return Dataset(tmp_path)
+    return _rust.Dataset(tmp_path, read_layout)
 
 
 @pytest.fixture
@@ -38,14 +37,32 @@ def read_only(array):
     return array
 
 
-def test_every_shard_says_what_its_rows_are(tmp_path):
+def test_each_shard_has_the_text_of_its_dtype(tmp_path):
     packed = make_dataset(tmp_path / "packed", "packed_46", n=10).rows
     aligned = make_dataset(tmp_path / "aligned", "aligned_48", n=10).rows
     for name, rows in [("steps-0", packed), ("steps-1", aligned), ("steps-2", packed)]:
         np.save(tmp_path / f"{name}.npy", rows)
-    dataset = Dataset(tmp_path)
+    dataset = _rust.Dataset(tmp_path, read_layout)
     assert dataset.descrs == [str(rows.dtype.descr) for rows in (packed, aligned, packed)]
     assert dataset.descrs[0] == dataset.descr
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (46, 8, 20),
+        (46, None, None, None),
+        (46, 39, None, None),
+        (46, None, None, 31),
+        (46, 8, 45, None),
+        (-1, 8, 20, None),
+        (46, 2**32, None, None),
+    ],
+)
+def test_wrong_layouts(layout, tmp_path):
+    make_dataset(tmp_path, "packed_46", n=ROWS)
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        _rust.Dataset(tmp_path, lambda _path, _descr: layout)
 
 
 STEPS = np.array([0, 1, 2])
@@ -55,8 +72,6 @@ WRONG_READS = [
     (STEPS.astype(">i8"), np.empty(BOARDS, np.uint8)),
     (STEPS[:, None], np.empty(BOARDS, np.uint8)),
     (np.arange(6)[EVERY_OTHER], np.empty(BOARDS, np.uint8)),
-    ([0, 1, 2], np.empty(BOARDS, np.uint8)),
-    (None, np.empty(BOARDS, np.uint8)),
     (STEPS, np.empty(BOARDS, np.int8)),
     (STEPS, np.empty((4, 16), np.uint8)),
     (STEPS, np.empty((3, 15), np.uint8)),
@@ -67,8 +82,6 @@ WRONG_READS = [
     (STEPS, read_only(np.empty(BOARDS, np.uint8))),
     (SHARED[:24].view(np.int64), SHARED.reshape(BOARDS)),
     (np.frombuffer(bytearray(25), np.int64, 3, 1), np.empty(BOARDS, np.uint8)),
-    (STEPS, bytearray(48)),
-    (STEPS, None),
     (np.array([0, -1, 2]), np.empty(BOARDS, np.uint8)),
     (np.array([0, ROWS, 2]), np.empty(BOARDS, np.uint8)),
     (np.array([0, 2**63 - 1, -(2**63)]), np.empty(BOARDS, np.uint8)),
@@ -85,7 +98,7 @@ def test_wrong_reads(indices, out, dataset):
 
 @pytest.mark.parametrize(
     "fields",
-    [None, [], [[], []], [[(0, 47)]], [[(46, 1)]], [[(-1, 2)]], [[(0, 2**32)]], [[(0,)]], [["ab"]]],
+    [[], [[], []], [[(0, 47)]], [[(46, 1)]], [[(-1, 2)]], [[(0, 2**32)]]],
 )
 def test_wrong_selections(fields, dataset):
     with pytest.raises((TypeError, ValueError, OverflowError)):
@@ -96,7 +109,7 @@ def test_selections_of_rows_of_several_layouts(tmp_path):
     for number, layout in enumerate(["packed_46", "aligned_48"]):
         rows = make_dataset(tmp_path / layout, layout, n=3).rows
         np.save(tmp_path / f"steps-{number}.npy", rows)
-    dataset = Dataset(tmp_path)
+    dataset = _rust.Dataset(tmp_path, read_layout)
     for fields in ([[(0, 4)]], [[(0, 4)], []], [[(0, 4)], [(0, 2)]], [[(0, 4)], [(46, 4)]]):
         with pytest.raises(InvalidArgumentError):
             _rust.Selection(dataset, fields)
@@ -132,7 +145,7 @@ def test_wrong_scans(case, dataset):
         selection.scan(rows, scratch, np.empty(boards, np.uint8), arrays)
 
 
-def test_scans_into_what_does_not_take_them(dataset):
+def test_scans_into_wrong_arrays(dataset):
     selection = _rust.Selection(dataset, [FIELDS])
     one = np.empty((3, 1), np.uint8)
     for out in (np.empty((4, 3), np.uint8).T, np.empty((3, 8), np.uint8)[:, ::2], SHARED[:12]):
@@ -149,45 +162,32 @@ def test_no_rows_are_read_into_no_bytes(dataset):
     dataset.read_rows(np.empty(0, np.int64), np.empty((0, 46), np.uint8))
 
 
-@pytest.mark.parametrize("cancel", [1, "x", object()])
-def test_only_a_cancel_cancels(cancel, dataset):
-    with pytest.raises(TypeError):
-        dataset.read_boards(STEPS, np.empty(BOARDS, np.uint8), cancel)
-
-
-@pytest.mark.parametrize("path", [None, 3, b"bytes", "nul\0byte", "", "\ud800"])
+@pytest.mark.parametrize("path", [None, "nul\0byte", "", "\ud800"])
 def test_wrong_paths(path):
     with pytest.raises((TypeError, ValueError, OSError)):
-        Dataset(path)
+        _rust.Dataset(path, read_layout)
 
 
 @pytest.mark.parametrize(
-    ("rows", "state", "increment", "n"),
+    ("population", "state", "increment", "n"),
     [
         (4, 1, 1, 5),
         (0, 1, 1, 1),
         (2**63, 1, 1, 1),
         (2**64 - 1, 1, 1, 1),
-        (2**64, 1, 1, 1),
-        (-1, 1, 1, 0),
+        (10**12, 1, 1, 5),
         (9, -1, 1, 3),
         (9, 1, 2**128, 3),
-        (9, 2**200, 1, 3),
-        (9, None, 1, 3),
-        (9.0, 1, 1, 3),
-        ("9", 1, 1, 3),
     ],
 )
-def test_wrong_draws(rows, state, increment, n):
+def test_wrong_samples(population, state, increment, n):
     with pytest.raises((TypeError, ValueError, OverflowError)):
-        _rust.sample_without_replacement(rows, state, increment, np.empty(n, np.int64))
+        _rust.shuffle_tail(population, state, increment, np.empty(n, np.int64))
 
 
 @pytest.mark.parametrize(
     "out",
     [
-        None,
-        [0, 0],
         np.empty(2),
         np.empty((2, 1), np.int64),
         np.empty(2, ">i8"),
@@ -196,78 +196,59 @@ def test_wrong_draws(rows, state, increment, n):
         np.frombuffer(bytearray(17), np.int64, 2, 1),
     ],
 )
-def test_draws_into_what_does_not_take_them(out):
+def test_samples_into_wrong_arrays(out):
     with pytest.raises((TypeError, ValueError)):
-        _rust.sample_without_replacement(9, 1, 1, out)
+        _rust.shuffle_tail(9, 1, 1, out)
 
 
-def test_any_state_draws():
+def test_any_state_samples():
     out = np.full(9, -1)
-    _rust.sample_without_replacement(9, 2**128 - 1, 2**128 - 1, out)
+    _rust.shuffle_tail(9, 2**128 - 1, 2**128 - 1, out)
     assert sorted(out) == list(range(9))
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "dtype"),
     [
-        None,
-        b"bytes",
-        np.empty(4, np.int8),
-        np.empty((2, 2), np.uint8),
-        np.empty(4, np.uint8)[EVERY_OTHER],
+        (b"bytes", "uint8"),
+        (np.empty(4, np.int8), "uint8"),
+        (np.empty((2, 2), np.uint8), "uint8"),
+        (np.empty(4, np.uint8)[EVERY_OTHER], "uint8"),
+        (np.zeros(4, np.uint8), "float128"),
+        (np.zeros(4, np.uint8), "<f4"),
     ],
 )
-def test_wrong_data(data, fd):
+def test_wrong_data(data, dtype, fd):
     with pytest.raises((TypeError, ValueError)):
-        _rust.write_span(fd, None, 0, data, "uint8")
-
-
-@pytest.mark.parametrize("dtype", ["", "float128", "<f4", None])
-def test_wrong_dtypes(dtype, fd):
-    with pytest.raises((TypeError, InvalidArgumentError)):
-        _rust.write_span(fd, None, 0, np.zeros(4, np.uint8), dtype)
-    with pytest.raises((TypeError, InvalidArgumentError)):
-        _rust.digest_span(fd, 0, 0, dtype)
+        _rust.write_span(fd, None, 0, data, dtype)
 
 
 @pytest.mark.parametrize("offset", [-1, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 0.0])
 def test_spans_where_no_file_has_bytes(offset, fd):
-    with pytest.raises((TypeError, OverflowError, OSError)):
-        _rust.write_span(fd, None, offset, np.zeros(4, np.uint8), "uint8")
-    with pytest.raises((TypeError, OverflowError, OSError)):
-        _rust.write_span(fd, fd, offset, np.zeros(1 << 20, np.uint8), "uint8")
-    with pytest.raises((TypeError, OverflowError, OSError)):
-        _rust.digest_span(fd, offset, 4, "uint8")
-    with pytest.raises((TypeError, OverflowError, OSError)):
-        _rust.digest_span(fd, 4, offset, "uint8")
-    with pytest.raises((TypeError, OverflowError, OSError)):
-        _rust.reserve(fd, max(offset, 2**63) if offset != -1 else offset)
+    data = np.zeros(1 << 20, np.uint8)
+    for call in (
+        lambda: _rust.write_span(fd, None, offset, data[:4], "uint8"),
+        lambda: _rust.write_span(fd, fd, offset, data, "uint8"),
+        lambda: _rust.digest_span(fd, offset, 4, "uint8"),
+        lambda: _rust.digest_span(fd, 4, offset, "uint8"),
+        lambda: _rust.reserve(fd, max(offset, 2**63) if offset != -1 else offset),
+    ):
+        with pytest.raises((TypeError, OverflowError, OSError)):
+            call()
     assert os.fstat(fd).st_size == 0
 
 
-@pytest.mark.parametrize("wrong", [-1, -2, -(2**31), 2**31 - 1, 2**31, None, "0"])
-def test_wrong_descriptors(wrong):
+@pytest.mark.parametrize("wrong", [-1, -(2**31), 2**31 - 1])
+def test_wrong_descriptors(wrong, fd):
     data = np.zeros(1 << 20, np.uint8)
     for call in (
         lambda: _rust.write_span(wrong, None, 0, data, "uint8"),
+        lambda: _rust.write_span(fd, wrong, 0, data, "uint8"),
         lambda: _rust.digest_span(wrong, 0, 4, "uint8"),
         lambda: _rust.reserve(wrong, 4),
     ):
-        with pytest.raises((TypeError, OverflowError, OSError)) as raised:
+        with pytest.raises(OSError, match="Bad file descriptor"):
             call()
-        assert not isinstance(raised.value, OSError) or raised.value.errno == errno.EBADF
-
-
-@pytest.mark.parametrize("wrong", [-1, 2**31 - 1])
-def test_a_wrong_direct_descriptor(wrong, fd):
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        _rust.write_span(fd, wrong, 0, np.zeros(1 << 20, np.uint8), "uint8")
-
-
-def test_a_descriptor_that_is_none_takes_no_direct_writes():
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        _rust.supports_direct(-1)
-    assert not _rust.supports_direct(2**31 - 1)
 
 
 def test_a_descriptor_of_the_wrong_kind(tmp_path):
@@ -284,17 +265,6 @@ def test_a_descriptor_of_the_wrong_kind(tmp_path):
             os.close(descriptor)
 
 
-def test_a_span_past_the_end_of_the_file(fd):
-    with pytest.raises(OSError, match="whole buffer"):
-        _rust.digest_span(fd, 0, 1, "uint8")
-
-
-def test_checksums_are_of_32_bits():
-    for wrong in [(-1, 0, 0), (2**32, 0, 0), (0, 0, 2**64), (0, 0, -1)]:
-        with pytest.raises(OverflowError):
-            _rust.combine_crc32(*wrong)
-
-
 def test_an_array_cannot_be_resized_while_it_is_filled():
     out = np.full(20_000_001, -1, np.int64)
     refusals = []
@@ -308,7 +278,7 @@ def test_an_array_cannot_be_resized_while_it_is_filled():
     before = signal.signal(signal.SIGALRM, resize)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
-        _rust.sample_without_replacement(10**9, 1, 1, out)
+        _rust.shuffle_tail(10**9, 1, 1, out)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert (out != -1).all()
@@ -322,6 +292,7 @@ LITTLE_MEMORY = """
 
     import numpy as np
     from dump_activations import _rust
+    from dump_activations.dataset.shards import read_layout
     from dump_activations.errors import DatasetError
 
     def leave(megabytes):
@@ -337,30 +308,28 @@ def run_with_little_memory(code, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("rows", [10**9, 10**12])
-def test_a_draw_without_the_memory_for_it(rows):
-    said = run_with_little_memory(
+def test_a_sample_without_enough_memory():
+    printed = run_with_little_memory(
         """
         out = np.empty(30_000_000, np.int64)
         leave(64)
         try:
-            _rust.sample_without_replacement(int(sys.argv[1]), 1, 1, out)
+            _rust.shuffle_tail(10**9, 1, 1, out)
         except MemoryError as error:
             print(error)
-        """,
-        str(rows),
+        """
     )
-    assert said.startswith("a draw: not enough memory: ")
-    assert said.count("\n") == 1
+    assert printed.startswith("cannot sample: not enough memory for ")
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("megabytes", [64, 160])
-def test_a_read_without_the_memory_for_it(megabytes, tmp_path):
+def test_a_read_without_enough_memory(megabytes, tmp_path):
     make_dataset(tmp_path, "packed_46", n=ROWS)
-    said = run_with_little_memory(
+    printed = run_with_little_memory(
         """
         indices, out = np.zeros(1 << 24, np.int64), np.empty((1 << 24, 16), np.uint8)
-        dataset = _rust.Dataset(sys.argv[1])
+        dataset = _rust.Dataset(sys.argv[1], read_layout)
         leave(int(sys.argv[2]))
         try:
             dataset.read_boards(indices, out)
@@ -370,5 +339,5 @@ def test_a_read_without_the_memory_for_it(megabytes, tmp_path):
         os.fspath(tmp_path),
         str(megabytes),
     )
-    assert said.startswith(f"{tmp_path}: its rows cannot be read: not enough memory: ")
-    assert said.count("\n") == 1
+    assert printed.startswith(f"{tmp_path}: its rows cannot be read: not enough memory for ")
+    assert printed.count("\n") == 1
