@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from dump_activations.storage.writing.private_files import lock
 
 from dump_activations.commands.inspect import main
 from dump_activations.errors import OutputError
