@@ -271,7 +271,6 @@ BAD_SHARDS = {
     "shape-empty": npy(header(shape="()"), BOARD_DATA),
     "pickled": saved(np.array([{"a": 1}, None], dtype=object), allow_pickle=True),
     "pickled-field": npy(header("[('board', '<u8'), ('note', '|O')]"), bytes(64)),
-    "fortran-order": npy(header(fortran="True"), BOARD_DATA),
     "two-dimensional": saved(good_rows().reshape(5, 6)),
     "plain-numbers": saved(np.arange(10)),
     "no-board": saved(np.zeros(4, [("run_id", "<u4"), ("boards", "<u8")])),
