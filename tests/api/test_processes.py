@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from api.test_faults_kills import PROMPTLY, SYNC_INTERVAL, sha256
+from api.test_faults_kills import SYNC_INTERVAL, sha256
 from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import dump, load_encoder
 from dump_activations.api.dump import dump_to_file
@@ -255,7 +255,7 @@ def test_a_signal_to_the_launcher_ends_all(number, runs):
     launcher = run.server.start(arguments, run.directory.with_name("log"), cores=2)
     launcher.wait_until(lambda: len([*run.directory.glob("*.journal")]) == 2)
     launcher.signal(number)
-    assert launcher.wait(PROMPTLY) == -number
+    assert launcher.wait() == -number
     assert processes_of(run.directory) == []
     lines = without_notes(launcher.lines)
     assert 1 <= len(lines) <= 2
