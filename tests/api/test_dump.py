@@ -22,12 +22,9 @@ from reference.checkpoints import (
 )
 from reference.datasets import (
     ROW_DTYPES,
-    encode_rows,
     make_dataset,
     numpy_indices,
-    random_boards,
     read_dataset,
-    write_shards,
 )
 from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
 from reference.model import (
@@ -243,22 +240,6 @@ def test_as_many_samples_as_rows_is_a_permutation(model, packed, tmp_path):
     np.testing.assert_array_equal(read_dump(path).numpy("indices"), numpy_indices(n, n, 2))
 
 
-def test_shards_are_taken_in_name_order_and_before_steps_npy(model, tmp_path):
-    boards = random_boards(60, seed=8)
-    rows = encode_rows(boards, "packed_46")
-    dataset = tmp_path / "dataset"
-    # Plain order of names: 10 comes before 2.
-    write_shards(dataset, rows, [10, 20, 30], names=["steps-1.npy", "steps-10.npy", "steps-2.npy"])
-    np.save(dataset / "steps.npy", encode_rows(random_boards(7, seed=1), "packed_46"))
-    np.save(dataset / "annotations-0.npy", np.zeros(3))
-    np.save(dataset / "embeddings-00000.npy", np.zeros((3, 2)))
-    (dataset / "metadata.db").write_bytes(b"SQLite")
-    path = tmp_path / "ordered.npz"
-    with pytest.warns(UserWarning, match="in the order of their names"):
-        cpu_dump(model, dataset, path, outputs=["pooled"], indices=np.arange(60))
-    np.testing.assert_array_equal(read_dump(path).numpy("boards"), boards)
-
-
 def test_model_and_dataset_objects_serve_as_well_as_paths(checkpoints, packed, tmp_path):
     checkpoint = checkpoints["gqa-4-2"]
     by_path, by_object = tmp_path / "path.safetensors", tmp_path / "object.safetensors"
@@ -418,16 +399,6 @@ def test_the_same_call_writes_the_same_bytes(model, packed, tmp_path):
         for path in paths:
             cpu_dump(model, packed.path, path, outputs=PER_BOARD_KEYS, n_samples=N)
         assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
-def test_writing_into_loaded_tensors_is_possible(model, packed, tmp_path):
-    """What `torch.load` gives is ordinary memory of its own."""
-    path = tmp_path / "own.pt"
-    cpu_dump(model, packed.path, path, outputs=["pooled", "final_hidden"], n_samples=N)
-    data = torch.load(path, weights_only=True)
-    data["pooled"].zero_()
-    assert data["final_hidden"].abs().sum() > 0
-    assert data["boards"].is_contiguous()
 
 
 def test_vocabulary_of_16_serves_boards_without_65536(datasets, tmp_path):

@@ -186,15 +186,10 @@ def test_scans_report_rows_apart_from_boards(model, demo_dataset):
         ({"indices": [1], "where": "run_id > 1"}, InvalidArgumentError, "contradicts where"),
         ({"steps": "5"}, InvalidArgumentError, "steps: .*'5'.* START:STOP"),
         ({"steps": "1:2:3:4"}, InvalidArgumentError, "START:STOP"),
-        ({"steps": "a:b"}, InvalidArgumentError, "START:STOP"),
         ({"steps": "::0"}, InvalidArgumentError, "START:STOP"),
         ({"steps": 5}, InvalidArgumentError, "START:STOP"),
-        ({"steps": "::-1"}, InvalidArgumentError, "not backwards"),
-        ({"steps": "20000:"}, InvalidArgumentError, "is empty; .* 14138 rows"),
         ({"steps": ":", "where": "max_rank > 99"}, IndicesError, "no row of .* matches"),
         ({"where": "max_rank > 99"}, IndicesError, "no row of .* matches"),
-        ({"where": "max_rnk > 9"}, InvalidArgumentError, "no 'max_rnk' .*max_rank"),
-        ({"labels": "mve"}, InvalidArgumentError, "no 'mve'.*move_dir"),
     ],
 )
 def test_wrong_selections(case, model, demo_dataset, tmp_path):
