@@ -1,7 +1,6 @@
 """Broken runs of the whole tool: what is left, what resumes it, and how failing stages end."""
 
 import gc
-import json
 import re
 import resource
 import signal
@@ -395,21 +394,20 @@ def test_a_shard_and_the_indices_are_not_written_over(command, inputs, tmp_path)
     is_refused(command, tmp_path / "indices.npz", indices=tmp_path / "indices.npz")
 
 
-def test_shards_do_not_replace_the_weights_they_come_from(command, inputs, tmp_path):
-    """A checkpoint's own shards may have the names of a dump's."""
-    init = tmp_path / "checkpoint"
-    save_checkpoint(init, random_state_dict(BASE), config_json(BASE))
-    weights = init / "model-00001-of-00001.safetensors"
-    (init / "model.safetensors").rename(weights)
-    names = dict.fromkeys(random_state_dict(BASE), weights.name)
-    (init / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    before = contents(init)
-    for more in ([], ["--overwrite"]):
-        output = init / "model.safetensors"
-        code, (line,) = command(f"--init={init}", f"--output={output}", "--shard-size=1GB", *more)
-        assert code in {1, 2}
-        assert "model" in line
-        assert contents(init) == before
+def test_shards_replace_nothing_that_the_run_reads(command, inputs, tmp_path):
+    shard = next((inputs / "dataset").iterdir())
+    moved = shard.rename(tmp_path / "a-00001-of-00001.pt")
+    shard.symlink_to(moved)
+    before = moved.read_bytes()
+    try:
+        arguments = [f"--output={tmp_path / 'a.pt'}", "--shard-size=1GB", "--overwrite"]
+        code, (line,) = command(*arguments)
+        assert code == 2
+        assert f"this run reads {moved}" in line
+        assert moved.read_bytes() == before
+    finally:
+        shard.unlink()
+        moved.rename(shard)
 
 
 # --- Failures of one stage end the others.
