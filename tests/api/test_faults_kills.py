@@ -171,7 +171,10 @@ def test_interrupted_while_it_starts(moment, tmp_path):
         number = chance.choice([signal.SIGINT, signal.SIGTERM])
         command.send_signal(number)
         code = command.wait(HANG)
-    lines = (tmp_path / "log").read_text().splitlines()
+    # A slow machine is told how far the import is.
+    lines = [
+        line for line in (tmp_path / "log").read_text().splitlines() if " progress: " not in line
+    ]
     assert code == -number, lines
     line = error_line(lines)
     assert "interrupted" in line
