@@ -150,7 +150,7 @@ def dump(
         overwrite=overwrite,
         progress=progress,
     )
-    return dump_to_file(init, dataset, locate(output), options)
+    return dump_to_file(init, dataset, locate(output, "output"), options)
 
 
 def preview(
@@ -170,9 +170,10 @@ def preview(
     plan = make_plan(init, dataset, options)
     if not options.write:
         return Preview.of(plan, plan.tensor_specs())
+    _check_inputs([path], plan)
     work, files = _files(plan, path, options, place)
     output = Output(files, place=place, overwrite=options.overwrite)
-    check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
+    _check_inputs([each.path for each in output.replaced], plan)
     _check_space(output)
     for text in _already_there(output):
         note(text)
@@ -228,9 +229,11 @@ class _Call:
 
     def write(self) -> Summary:
         """Run the boards of every file that is missing, and write it."""
+        _check_inputs([self.path], self.plan)
         work, files = _files(self.plan, self.path, self.options, self.place)
         check = self.interrupts.check
         output = Output(files, place=self.place, overwrite=self.options.overwrite, check=check)
+        _check_inputs([each.path for each in output.replaced], self.plan)
         if not output.missing:
             return self._already_complete(output)
         warn_of_large_tensors(work.specs)
@@ -267,7 +270,7 @@ class _Call:
 
     def _already_complete(self, output: Output) -> Summary:
         output.tidy()
-        note(f"{self.path} is already complete")
+        note(f"{_files_are(output)} already complete")
         return Summary(
             output=self.path,
             boards=0,
@@ -284,10 +287,8 @@ class _Call:
         )
 
     def _prepare(self, output: Output, specs: Sequence[TensorSpec]) -> None:
-        """Check the output again, now that everything is loaded, and describe it in notes."""
+        """Make the output's directory, and describe the output in notes."""
         begin("preparing the output")
-        dtypes = [STORAGE_DTYPES[self.options.dtype].name]
-        check_output(self.path, dtypes, inputs=self.plan.input_files)
         _check_space(output)
         targets = [each.target for each in output.missing]
         directory = targets[0].parent
@@ -399,12 +400,14 @@ class _Call:
             with ignored_interrupts():
                 kept = output.suspend(discard=isinstance(error, VocabularyError))
             if not output.missing:
-                error.add_note(f"{self.path} is complete")
+                error.add_note(f"{_files_are(output)} complete")
             elif kept:
-                again = f"without {option('overwrite')}" if self.options.overwrite else "again"
                 n = sum(file.rows for file in output.files)
                 error.add_note(
-                    Note(f"{kept:,} of {n:,} boards are kept; the same call {again} does the rest")
+                    Note(
+                        f"{kept:,} of {n:,} boards of {self.path} are kept; the same call again "
+                        "does the rest"
+                    )
                 )
             raise
 
@@ -459,7 +462,7 @@ def _statistics_specs(plan: Plan) -> list[TensorSpec]:
 def _already_there(output: Output) -> Iterator[str]:
     """Say what becomes of the files that are there."""
     if not output.missing:
-        yield f"{output.files[0].work.whole} is already complete"
+        yield f"{_files_are(output)} already complete"
         return
     for existing in output.replaced:
         boards = existing.metadata.get("n_samples", "")
@@ -469,6 +472,21 @@ def _already_there(output: Output) -> Iterator[str]:
     finished = len(output.files) - len(output.missing)
     if finished:
         yield f"{finished:,} of {len(output.files):,} shards are already complete"
+
+
+def _files_are(output: Output) -> str:
+    """Begin a sentence about the files that this call may write: "activations.pt is"."""
+    shards = [each.shard for each in output.files if each.shard is not None]
+    name = str(output.files[0].work.whole)
+    if shards and len(shards) < shards[0].count:
+        return f"shards {shards[0].number} to {shards[-1].number} of {name} are"
+    return f"{name} is"
+
+
+def _check_inputs(paths: Sequence[Path], plan: Plan) -> None:
+    """Raise InvalidArgumentError where writing these files would replace what the run reads."""
+    for path in paths:
+        check_output(path, [STORAGE_DTYPES[plan.options.dtype].name], inputs=plan.input_files)
 
 
 def _check_space(output: Output) -> None:
