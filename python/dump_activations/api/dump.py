@@ -327,7 +327,8 @@ class _Call:
             count(output.boards_of_others + resumed + done, n)
 
         while (first := output.next()) is not None:
-            count = self._counter(output.boards_of_others + resumed + done, n, first.size)
+            there = output.boards_of_others + resumed + done + first.resumed_rows
+            count = self._counter(there, n, first.size)
             with (
                 Writers(output.commit, threads=self.writer_threads) as writers,
                 closing(run.batches(ranges(first), done=advance)) as batches,
