@@ -1,84 +1,54 @@
-//! What can go wrong with a dataset, each with the path, row or field that it is about.
+//! Errors, each with the path, row or argument at fault. The text is one line for the user.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::header_error::HeaderError;
-use crate::interrupt::Interrupted;
 use crate::memory::OutOfMemory;
 
-/// Everything the crate reports. The text is one line for the user.
+/// The caller asked to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
+/// Long work calls it every few milliseconds, and stops at an error.
+pub type Interrupt<'a> = &'a mut dyn FnMut() -> Result<(), Interrupted>;
+
+/// Everything the crate reports.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{}: no such directory; name the directory that holds the shards", .path.display())]
-    NoDirectory { path: PathBuf },
-
-    #[error("{}: not a directory; name the directory that holds the shards", .path.display())]
-    NotADirectory { path: PathBuf },
-
-    #[error("{}: no shards; a dataset holds steps-*.npy files or one steps.npy", .path.display())]
-    NoShards { path: PathBuf },
-
-    #[error("{}: cannot be opened: {source}", .path.display())]
-    Open { path: PathBuf, source: io::Error },
+    #[error("{}: {problem}", .path.display())]
+    NotFound { path: PathBuf, problem: &'static str },
 
     #[error("{}: {problem}", .path.display())]
-    Header { path: PathBuf, problem: HeaderError },
-
-    #[error(
-        "{}: truncated: the header promises {rows} rows ({expected} bytes) but the file has \
-         {found} bytes; copy the shard again or remove it", .path.display()
-    )]
-    Truncated { path: PathBuf, rows: u64, expected: u64, found: u64 },
-
-    #[error(
-        "{}: its rows have {found}, but those of {} have {wanted}; shards of one dataset must agree",
-        .path.display(), .first.display()
-    )]
-    BoardsDiffer { path: PathBuf, first: PathBuf, found: &'static str, wanted: &'static str },
-
-    #[error(
-        "{}: its rows have other fields than those of {}; only boards can be read from such a dataset",
-        .path.display(), .first.display()
-    )]
-    RowsDiffer { path: PathBuf, first: PathBuf },
-
-    #[error("{}: byte {stop} of a row is wanted, of {itemsize}", .path.display())]
-    OutsideRow { path: PathBuf, stop: usize, itemsize: usize },
-
-    #[error("fields of equal sizes are wanted for each of the {layouts} layouts of rows")]
-    Selection { layouts: usize },
-
-    #[error("{}: its shards hold more rows than a step index can count", .path.display())]
-    TooManyRows { path: PathBuf },
+    Dataset { path: PathBuf, problem: String },
 
     #[error(
         "step index {index} at position {position} is outside the dataset, which has {rows} rows"
     )]
     StepIndex { position: usize, index: i64, rows: u64 },
 
-    #[error(
-        "{}: step {step} cannot be read: {source}; restore the shard and run again",
-        .path.display()
-    )]
-    Row { path: PathBuf, step: u64, source: io::Error },
+    /// A finished output file is at fault.
+    #[error("{0}")]
+    Output(String),
 
-    #[error("{}: its rows cannot be read: {source}; read fewer at once", .path.display())]
-    Read { path: PathBuf, source: OutOfMemory },
+    #[error("{0}")]
+    Argument(String),
 
-    #[error("{}: row {row} of {name} cannot be read: {source}", .path.display())]
-    StoredRow { path: PathBuf, name: String, row: u64, source: io::Error },
-
-    #[error("cannot read {}: {source}", .path.display())]
-    StoredFile { path: PathBuf, source: io::Error },
-
-    /// A draw.
-    #[error("a draw: {0}; draw fewer")]
+    #[error("cannot sample: {0}; sample fewer rows")]
     Memory(#[from] OutOfMemory),
-
-    #[error("{sample} distinct rows cannot be drawn from {rows}, of which i64 must count all")]
-    Sample { sample: u64, rows: u64 },
 
     #[error(transparent)]
     Interrupted(#[from] Interrupted),
+}
+
+impl Error {
+    /// The dataset, or a shard of it, is at fault.
+    pub fn dataset(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Dataset { path: path.to_owned(), problem: problem.into() }
+    }
+
+    /// A shard, or the directory of shards, cannot be opened.
+    pub fn open(path: &Path, source: &io::Error) -> Self {
+        Self::dataset(path, format!("cannot be opened: {source}"))
+    }
 }

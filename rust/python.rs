@@ -23,18 +23,16 @@ mod _rust {
     use pyo3::prelude::*;
     use pyo3::types::{PyList, PyString};
 
-    use crate::boards::CELLS;
-    use crate::checksum::{self, Digester, Element};
-    use crate::dataset;
-    use crate::error::Error;
-    use crate::fields;
-    use crate::interrupt::{Interrupt, Interrupted};
-    use crate::random::Generator;
-    use crate::sampling;
-    use crate::scan::Columns;
-    use crate::spans;
+    use crate::dataset::boards::CELLS;
+    use crate::dataset::headers::Shards;
+    use crate::dataset::layouts::{self, BoardField, Layout};
+    use crate::dataset::{self, scan::Columns};
+    use crate::error::{Error, Interrupt, Interrupted};
+    use crate::output::checksum::{self, Digester, Element};
+    use crate::output::{rows, spans};
+    use crate::rows::files::RowFile;
+    use crate::sampling::{self, random::Generator};
     use crate::statistics::{self, Vectors};
-    use crate::stored::{self, Stored};
 
     pyo3::import_exception!(dump_activations.errors, OutputError);
     pyo3::import_exception!(dump_activations.errors, DatasetError);
@@ -46,22 +44,17 @@ mod _rust {
         fn from(error: Error) -> Self {
             let text = error.to_string();
             match error {
-                Error::NoDirectory { .. }
-                | Error::NotADirectory { .. }
-                | Error::NoShards { .. } => DatasetNotFoundError::new_err(text),
+                Error::NotFound { .. } => DatasetNotFoundError::new_err(text),
+                Error::Dataset { .. } | Error::Interrupted(_) => DatasetError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
-                Error::StoredRow { .. } | Error::StoredFile { .. } => OutputError::new_err(text),
+                Error::Output(_) => OutputError::new_err(text),
+                Error::Argument(_) => InvalidArgumentError::new_err(text),
                 Error::Memory(_) => PyMemoryError::new_err(text),
-                Error::Sample { .. } | Error::Selection { .. } | Error::OutsideRow { .. } => {
-                    InvalidArgumentError::new_err(text)
-                }
-                _ => DatasetError::new_err(text),
             }
         }
     }
 
-    /// How often signals are looked at: attaching to the interpreter may have to wait for its other
-    /// threads.
+    /// Time between checks for signals: attaching to the interpreter may wait for its other threads.
     const SIGNALS_EVERY: Duration = Duration::from_millis(20);
 
     /// Tells a read on another thread to end.
@@ -82,18 +75,17 @@ mod _rust {
         }
     }
 
-    /// Whether signal handlers run in this thread.
+    /// True in the main thread, which runs signal handlers.
     ///
-    /// Only such a thread may attach to the interpreter while it works: the others go on while the
-    /// main thread takes the interpreter apart, and would attach to one that is no more.
+    /// Only it may attach to the interpreter while it works. Other threads still run while the main
+    /// thread finalizes the interpreter, and would attach to freed state.
     fn handles_signals(py: Python<'_>) -> PyResult<bool> {
         let threading = py.import("threading")?;
         let main = threading.call_method0("main_thread")?.getattr("ident")?;
         threading.call_method0("get_ident")?.eq(main)
     }
 
-    /// Runs `work` with the interpreter released, and raises what a signal handler raises
-    /// meanwhile.
+    /// Runs `work` with the interpreter released, and raises the exception of a signal handler.
     fn detached<T: Send>(
         py: Python<'_>,
         cancel: Option<&Cancel>,
@@ -121,7 +113,7 @@ mod _rust {
         outcome.map_err(|error| raised.unwrap_or_else(|| error.into()))
     }
 
-    /// A dataset directory whose shards' headers were read.
+    /// A dataset directory whose shards' headers were read. No file is kept open.
     #[pyclass(frozen, module = "dump_activations._rust")]
     struct Dataset {
         dataset: dataset::Dataset,
@@ -129,10 +121,28 @@ mod _rust {
 
     #[pymethods]
     impl Dataset {
+        /// `read_layout(path, descr)` is called once per distinct dtype of rows. It returns the
+        /// bytes of a row and the offsets of `board`, `tile_65536_mask` and `exps`, or None.
         #[new]
-        fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-            let dataset = detached(py, None, |interrupt| dataset::Dataset::open(&path, interrupt))?;
-            Ok(Self { dataset })
+        fn new(py: Python<'_>, path: PathBuf, read_layout: &Bound<'_, PyAny>) -> PyResult<Self> {
+            let shards = detached(py, None, |interrupt| Shards::read(&path, interrupt))?;
+            let layouts = shards.layouts.iter().map(|layout| {
+                type Offset = Option<u32>;
+                let found = read_layout.call1(layout.clone())?;
+                let (itemsize, board, mask, exps): (usize, Offset, Offset, Offset) =
+                    found.extract()?;
+                let board = match (board, exps) {
+                    (Some(board), _) => BoardField::Packed {
+                        board: board as usize,
+                        mask: mask.map(|mask| mask as usize),
+                    },
+                    (None, Some(exps)) => BoardField::Exponents { exps: exps as usize },
+                    (None, None) => return Err(argument("read_layout must find board or exps")),
+                };
+                Ok(Layout { itemsize, board })
+            });
+            let layouts = layouts.collect::<PyResult<_>>()?;
+            Ok(Self { dataset: dataset::Dataset::new(shards, layouts)? })
         }
 
         #[getter]
@@ -152,16 +162,15 @@ mod _rust {
 
         #[getter]
         fn descr(&self) -> &str {
-            self.dataset.descrs().of(0)
+            &self.dataset.descrs()[0]
         }
 
         /// The `descr` text of each shard's header, equal ones as one object.
         #[getter]
         fn descrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-            let descrs = self.dataset.descrs();
-            let texts: Vec<_> =
-                descrs.distinct().iter().map(|text| PyString::new(py, text)).collect();
-            PyList::new(py, descrs.places().iter().map(|&place| &texts[place]))
+            let descrs = self.dataset.descrs().iter();
+            let texts: Vec<_> = descrs.map(|text| PyString::new(py, text)).collect();
+            PyList::new(py, self.dataset.layout_of().iter().map(|&layout| &texts[layout]))
         }
 
         /// The file names of the shards.
@@ -172,12 +181,11 @@ mod _rust {
 
         #[getter]
         fn shards(&self) -> Vec<(PathBuf, u64, u64)> {
-            let shards = self.dataset.files();
-            let first = |number| shards.first(number);
-            let numbered = shards.files().iter().enumerate();
-            numbered
-                .map(|(number, shard)| (shard.path.clone(), shard.rows, first(number)))
-                .collect()
+            let files = self.dataset.files();
+            let shard = |(shard, file): (usize, &RowFile)| {
+                (file.path.clone(), file.rows, files.first(shard))
+            };
+            files.files().iter().enumerate().map(shard).collect()
         }
 
         #[pyo3(signature = (indices, out, cancel=None))]
@@ -206,12 +214,12 @@ mod _rust {
         }
     }
 
-    /// Fields of the rows of a dataset, wherever its shards have them, and the boards.
+    /// The boards and chosen fields of the rows of a dataset.
     #[pyclass(frozen, module = "dump_activations._rust")]
     struct Selection {
         dataset: Py<Dataset>,
-        /// One for each layout.
-        selections: Vec<fields::Selection>,
+        /// One per layout.
+        selections: Vec<layouts::Selection>,
     }
 
     #[pymethods]
@@ -225,7 +233,7 @@ mod _rust {
             Ok(Self { dataset: dataset.unbind(), selections })
         }
 
-        /// Reads chosen rows: 16 exponents, and after them the fields, each row.
+        /// Reads chosen rows: 16 exponents per row, followed by the fields.
         #[pyo3(signature = (indices, out, cancel=None))]
         fn read(
             &self,
@@ -234,17 +242,17 @@ mod _rust {
             out: &Bound<'_, PyArray2<u8>>,
             cancel: Option<&Bound<'_, Cancel>>,
         ) -> PyResult<()> {
-            let width = CELLS + self.selections[0].width();
+            let width = self.selections[0].width();
             let cancel = cancel.map(Bound::get);
             read(py, indices, out, width, cancel, |indices, out, interrupt| {
                 let dataset = &self.dataset.get().dataset;
-                dataset.read_boards_and_fields(indices, &self.selections, out, interrupt)
+                dataset.read_selected(indices, &self.selections, out, interrupt)
             })
         }
 
-        /// Reads the rows from one up to another: boards, where they are wanted, and each field.
+        /// Reads the rows from one up to another into `boards`, if given, and a buffer per field.
         ///
-        /// As many as `scratch` holds are read at once.
+        /// One read takes as many rows as `scratch` holds.
         #[pyo3(signature = (rows, scratch, boards, out, cancel=None))]
         fn scan(
             &self,
@@ -256,7 +264,7 @@ mod _rust {
             cancel: Option<&Bound<'_, Cancel>>,
         ) -> PyResult<()> {
             let dataset = &self.dataset.get().dataset;
-            let fields = self.selections[0].fields();
+            let fields = &self.selections[0].fields;
             let widths = boards.iter().map(|_| CELLS).chain(fields.iter().map(Range::len));
             let arrays: Vec<_> = boards.into_iter().chain(&out).collect();
             let (first, stop) = rows;
@@ -267,12 +275,17 @@ mod _rust {
             let all_fit =
                 arrays.len() == widths.clone().count() && arrays.iter().zip(widths).all(fits);
             if first > stop || stop > dataset.rows() || !all_fit {
-                return Err(InvalidArgumentError::new_err("out: not the shapes of rows there are"));
+                let text = format!(
+                    "boards and out must be C-contiguous arrays for rows {first} to {stop} of {}, \
+                     one per field",
+                    dataset.rows()
+                );
+                return Err(argument(text));
             }
             let mut scratch = scratch.try_readwrite().map_err(not_usable("scratch"))?;
             let scratch = scratch.as_slice_mut().map_err(not_usable("scratch"))?;
             if dataset.files().files().iter().any(|file| file.itemsize > scratch.len()) {
-                return Err(InvalidArgumentError::new_err("scratch: not enough for one row"));
+                return Err(argument("scratch must hold one row"));
             }
             let borrowed = arrays.into_iter().map(|array| array.try_readwrite());
             let mut borrowed: Vec<PyReadwriteArray2<'_, u8>> =
@@ -289,15 +302,15 @@ mod _rust {
         }
     }
 
-    /// A tensor in finished files, in equal parts of its rows.
+    /// A tensor in finished files, in equal parts of its rows. No file is kept open.
     #[pyclass(frozen, module = "dump_activations._rust")]
     struct StoredTensor {
-        tensor: stored::StoredTensor,
+        tensor: rows::StoredTensor,
     }
 
     #[pymethods]
     impl StoredTensor {
-        /// `places` are (path, offset of the data, rows), a file each; a row is `parts` parts.
+        /// `places` are (path, offset of the data, rows) of each file. A row is `parts` parts.
         #[new]
         fn new(
             name: String,
@@ -305,10 +318,7 @@ mod _rust {
             parts: u64,
             part_nbytes: usize,
         ) -> PyResult<Self> {
-            let place = |(path, offset, rows)| Stored { path, offset, rows };
-            let places = places.into_iter().map(place).collect();
-            let tensor = stored::StoredTensor::open(name, places, parts, part_nbytes)?;
-            Ok(Self { tensor })
+            Ok(Self { tensor: rows::StoredTensor::open(name, places, parts, part_nbytes)? })
         }
 
         /// Reads chosen parts, counted through all rows.
@@ -330,8 +340,7 @@ mod _rust {
 
     /// Checks that `out` has `width` bytes for each index, and lets `work` fill it.
     ///
-    /// The borrows hold references to both arrays, which keep `ndarray.resize` from moving them;
-    /// with `refcheck=False` it moves what any function works on, NumPy's own included.
+    /// The borrows hold references to both arrays, so that `ndarray.resize` refuses to move them.
     fn read(
         py: Python<'_>,
         indices: &Bound<'_, PyArray1<i64>>,
@@ -340,13 +349,13 @@ mod _rust {
         cancel: Option<&Cancel>,
         work: impl FnOnce(&[i64], &mut [u8], Interrupt<'_>) -> Result<(), Error> + Send,
     ) -> PyResult<()> {
-        let wanted = [indices.len(), width];
-        if out.shape() != wanted || !out.is_c_contiguous() {
+        let shape = [indices.len(), width];
+        if out.shape() != shape || !out.is_c_contiguous() {
             let text = format!(
-                "out: a C-contiguous array of the shape {wanted:?} is wanted, not {:?}",
+                "out must be a C-contiguous array of shape {shape:?}; got shape {:?}",
                 out.shape()
             );
-            return Err(InvalidArgumentError::new_err(text));
+            return Err(argument(text));
         }
         let indices: PyReadonlyArray1<'_, i64> =
             indices.try_readonly().map_err(not_usable("indices"))?;
@@ -356,16 +365,20 @@ mod _rust {
         detached(py, cancel, |interrupt| work(indices, out, interrupt))
     }
 
-    fn not_usable<E: std::fmt::Display>(name: &'static str) -> impl Fn(E) -> PyErr {
-        move |error| InvalidArgumentError::new_err(format!("{name}: {error}"))
+    fn argument(text: impl Into<String>) -> PyErr {
+        InvalidArgumentError::new_err(text.into())
     }
 
-    /// `Generator.choice(rows, size=len(out), replace=False)` of a fresh `default_rng`, by the
-    /// `state` and `inc` of its PCG64.
+    fn not_usable<E: std::fmt::Display>(name: &'static str) -> impl Fn(E) -> PyErr {
+        move |error| argument(format!("{name}: {error}"))
+    }
+
+    /// `Generator.choice(population, size=len(out), replace=False)` of a fresh `default_rng`, by the
+    /// `state` and `inc` of its PCG64, for more than a fiftieth of more than 10,000.
     #[pyfunction]
-    fn sample_without_replacement(
+    fn shuffle_tail(
         py: Python<'_>,
-        rows: u64,
+        population: u64,
         state: u128,
         increment: u128,
         out: &Bound<'_, PyArray1<i64>>,
@@ -374,27 +387,13 @@ mod _rust {
         let out = out.as_slice_mut().map_err(not_usable("out"))?;
         let generator = Generator::new(state, increment);
         detached(py, None, |interrupt| {
-            sampling::without_replacement(rows, generator, out, interrupt)
+            sampling::shuffle_tail(population, generator, out, interrupt)
         })
-    }
-
-    /// `Generator.permutation(len(out))` of a fresh `default_rng`, likewise.
-    #[pyfunction]
-    fn permutation(
-        py: Python<'_>,
-        state: u128,
-        increment: u128,
-        out: &Bound<'_, PyArray1<i64>>,
-    ) -> PyResult<()> {
-        let mut out = out.try_readwrite().map_err(not_usable("out"))?;
-        let out = out.as_slice_mut().map_err(not_usable("out"))?;
-        py.detach(|| Generator::new(state, increment).permute(out));
-        Ok(())
     }
 
     fn element(dtype: &str) -> PyResult<Element> {
         Element::from_dtype(dtype)
-            .ok_or_else(|| InvalidArgumentError::new_err(format!("no tensor has dtype {dtype}")))
+            .ok_or_else(|| argument(format!("dtype must be one of a tensor; got {dtype}")))
     }
 
     /// An `OSError` with the system's number and text, as Python itself raises it.
@@ -410,15 +409,15 @@ mod _rust {
         }
     }
 
-    /// The caller's open file, which stays the caller's to close.
+    /// The caller's open file, which only the caller closes.
     #[allow(unsafe_code)]
     fn borrow_file(fd: RawFd) -> PyResult<ManuallyDrop<File>> {
         // Rust's descriptors are never negative.
         if fd < 0 {
             return Err(os_error(io::Error::from_raw_os_error(libc::EBADF)));
         }
-        // SAFETY: never closed here; the caller keeps the descriptor open during the call, and a
-        // stale one gives EBADF.
+        // SAFETY: it is never closed here. The caller keeps the descriptor open during the call, and
+        // a stale one gives EBADF.
         Ok(ManuallyDrop::new(unsafe { File::from_raw_fd(fd) }))
     }
 
@@ -428,8 +427,9 @@ mod _rust {
         checksum::combine(first, second, second_len)
     }
 
-    /// Writes uint8 data at an offset, past the page cache where `direct_fd` is the same file
-    /// opened so; returns its (crc32, nan, inf).
+    /// Writes uint8 data at an offset and returns its (crc32, nan, inf).
+    ///
+    /// `direct_fd` is the same file opened with O_DIRECT, which bypasses the page cache.
     #[pyfunction]
     fn write_span(
         py: Python<'_>,
@@ -447,7 +447,7 @@ mod _rust {
         let digest = py
             .detach(|| spans::write_span(&file, direct.as_deref(), offset, bytes, element))
             .map_err(os_error)?;
-        Ok((digest.crc32, digest.nan, digest.inf))
+        Ok(digest.as_tuple())
     }
 
     /// Returns the (crc32, nan, inf) of uint8 data.
@@ -456,11 +456,10 @@ mod _rust {
         let mut digester = Digester::new(element(dtype)?);
         let data = data.try_readonly().map_err(not_usable("data"))?;
         digester.update(data.as_slice().map_err(not_usable("data"))?);
-        let digest = digester.finish();
-        Ok((digest.crc32, digest.nan, digest.inf))
+        Ok(digester.finish().as_tuple())
     }
 
-    /// Reads bytes at an offset; returns their (crc32, nan, inf).
+    /// Reads bytes at an offset and returns their (crc32, nan, inf).
     #[pyfunction]
     fn digest_span(
         py: Python<'_>,
@@ -473,7 +472,7 @@ mod _rust {
         let file = borrow_file(fd)?;
         let digest =
             py.detach(|| spans::digest_span(&file, offset, nbytes, element)).map_err(os_error)?;
-        Ok((digest.crc32, digest.nan, digest.inf))
+        Ok(digest.as_tuple())
     }
 
     /// Measures whole rows of uint8 data, `run` vectors per layer each, into a record per layer;
@@ -508,13 +507,13 @@ mod _rust {
         Ok(())
     }
 
-    /// Whether the file may be opened past the page cache for `write_span`.
+    /// True if the file may be opened with O_DIRECT for `write_span`.
     #[pyfunction]
     fn supports_direct(fd: RawFd) -> PyResult<bool> {
         Ok(spans::supports_direct(&*borrow_file(fd)?))
     }
 
-    /// Takes disk space for a whole file; says whether the file system could.
+    /// Reserves disk space for a whole file. False if the file system cannot.
     #[pyfunction]
     fn reserve(py: Python<'_>, fd: RawFd, size: u64) -> PyResult<bool> {
         let file = borrow_file(fd)?;

@@ -14,11 +14,13 @@ def main() -> None:
     os.dup2(2, 1)
 
     import torch
+    from huggingface_hub import constants
 
     from dump_activations import load_encoder
 
     for line in sys.stdin:
         request = json.loads(line)
+        constants.HF_HUB_ETAG_TIMEOUT = request["timeout"]
         try:
             model = load_encoder(request["init"])
             with torch.no_grad():

@@ -36,7 +36,7 @@ ARROWS = {
     "pipeline": (*LEAVES, "_rust", "model", "options", "dataset", "storage.statistics"),
     "options": (
         *LEAVES,
-        *("model.activations", "model.layers", "dataset.expressions", "dataset.label_names"),
+        *("model.activations", "dataset.expressions"),
     ),
     "model": LEAVES,
     "dataset": (*LEAVES, "_rust"),

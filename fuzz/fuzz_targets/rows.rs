@@ -1,4 +1,5 @@
-//! Boards and rows of a dataset whose two shards are the hostile bytes.
+//! Boards and rows of a dataset whose two shards are the hostile bytes. The last bytes of them
+//! choose the layout of a row, which NumPy reads from the header elsewhere.
 //!
 //! `cargo +nightly fuzz run rows -- -dict=fuzz/header.dict -max_len=2048`
 
@@ -8,8 +9,10 @@ use std::fs;
 use std::path::Path;
 
 use dump_activations::Error;
-use dump_activations::boards::CELLS;
 use dump_activations::dataset::Dataset;
+use dump_activations::dataset::boards::CELLS;
+use dump_activations::dataset::headers::Shards;
+use dump_activations::dataset::layouts::{BoardField, Layout};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
@@ -25,7 +28,9 @@ fn read(directory: &Path, bytes: &[u8]) {
     for name in ["steps-0.npy", "steps-1.npy"] {
         fs::write(directory.join(name), bytes).expect("a writable directory");
     }
-    let Ok(dataset) = Dataset::open(directory, &mut || Ok(())) else { return };
+    let Ok(shards) = Shards::read(directory, &mut || Ok(())) else { return };
+    let layout = layout_of(bytes);
+    let Ok(dataset) = Dataset::new(shards, vec![layout]) else { return };
     let shard = &dataset.files().files()[0];
     let (itemsize, rows) = (shard.itemsize, dataset.rows() as i64);
     assert_eq!(rows as u64, 2 * shard.rows);
@@ -50,11 +55,23 @@ fn read(directory: &Path, bytes: &[u8]) {
     dataset.read_boards(&inside, boards, &mut || Ok(())).expect("boards");
     let mut read = vec![0; inside.len() * itemsize];
     dataset.read_rows(&inside, &mut read, &mut || Ok(())).expect("rows");
-    let field = dataset.boards()[0];
+    let field = layout.board;
     let rows = read.chunks_exact(itemsize).zip(boards.chunks_exact(CELLS));
     for (&index, (row, board)) in inside.iter().zip(rows) {
         let expected = &data[(index as u64 % shard.rows) as usize * itemsize..][..itemsize];
         assert_eq!(row, expected);
         assert_eq!(board, field.decode(&expected[field.range()]));
     }
+}
+
+fn layout_of(bytes: &[u8]) -> Layout {
+    let mut last = bytes.iter().rev().map(|&byte| usize::from(byte));
+    let mut next = || last.next().unwrap_or(0);
+    let (itemsize, kind, at, mask) = (8 + next() % 64, next(), next() % 64, next() % 64);
+    let board = match kind % 3 {
+        0 => BoardField::Packed { board: at, mask: None },
+        1 => BoardField::Packed { board: at, mask: Some(mask) },
+        _ => BoardField::Exponents { exps: at },
+    };
+    Layout { itemsize, board }
 }

@@ -9,8 +9,8 @@ import numpy as np
 
 from dump_activations import _rust
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.labels import RUN_LABELS
-from dump_activations.dataset.runs import DATABASE, Runs
+from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
+from dump_activations.dataset.shards import read_layout
 from dump_activations.errors import DumpActivationsError
 
 _ROWS = 5
@@ -63,7 +63,7 @@ def make_selection_target(directory: Path):
             return
         (directory / "steps.npy").write_bytes(shard)
         try:
-            dataset = _rust.Dataset(directory)
+            dataset = _rust.Dataset(directory, read_layout)
             selection = _rust.Selection(dataset, fields)
         except (DumpActivationsError, TypeError, OverflowError):
             return

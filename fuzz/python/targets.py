@@ -23,11 +23,11 @@ from dataset_targets import (
     make_runs_target,
     make_selection_target,
 )
+from dump_activations.storage.writing.recorded import JournalError, read_journal
+from dump_activations.storage.writing.records import BatchRecord, Header
 
 from dump_activations.errors import DumpActivationsError, OutputError
 from dump_activations.storage.reading.inspection import find_damage, inspect
-from dump_activations.storage.writing.recorded import JournalError, read_journal
-from dump_activations.storage.writing.records import BatchRecord, Header
 
 SECONDS = 1.0
 NBYTES = 200 << 20
@@ -148,5 +148,4 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "selection": make_selection_target(_DIRECTORY / "selection"),
     "runs": make_runs_target(_DIRECTORY / "runs"),
     "runs_schema": make_runs_schema_target(_DIRECTORY / "runs_schema"),
-    "checkpoint_pickle": _in_archive("archive/data.pkl", _checkpoint("bundle.pt")),
 }

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dump_activations.api.dump import dump
     from dump_activations.api.stream import Batch, stream
-    from dump_activations.dataset.dataset import Shard, StepsDataset
+    from dump_activations.dataset.dataset import StepsDataset
+    from dump_activations.dataset.shards import Shard
     from dump_activations.errors import (
         ActivationNotImplementedError,
         ActivationUnavailableError,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.model.encoder import Encoder
     from dump_activations.pipeline.summary import Summary
-    from dump_activations.report.writing import write_report
+    from dump_activations.report.render import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
     from dump_activations.storage.reading.cell_batch import CellBatch
 
@@ -80,13 +81,13 @@ _HOMES = {
     "CellBatch": "storage.reading.cell_batch",
     "Encoder": "model.encoder",
     "EncoderConfig": "model.config",
-    "Shard": "dataset.dataset",
+    "Shard": "dataset.shards",
     "StepsDataset": "dataset.dataset",
     "Summary": "pipeline.summary",
     "dump": "api.dump",
     "load_encoder": "model.checkpoint",
     "stream": "api.stream",
-    "write_report": "report.writing",
+    "write_report": "report.render",
 }
 
 # Type checkers take a module-level `__getattr__` for any name: they are to refuse a misspelt one.

@@ -1,6 +1,6 @@
 """The Rust extension. Private: the Python modules around it are the interface."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import final
@@ -12,7 +12,11 @@ from numpy.typing import NDArray
 class Dataset:
     """A dataset directory whose shards' headers were read; no file is kept open."""
 
-    def __new__(cls, path: str | PathLike[str]) -> Dataset: ...
+    def __new__(
+        cls,
+        path: str | PathLike[str],
+        read_layout: Callable[[Path, str], tuple[int, int | None, int | None, int | None]],
+    ) -> Dataset: ...
     @property
     def path(self) -> Path: ...
     @property
@@ -34,7 +38,7 @@ class Dataset:
 
 @final
 class Selection:
-    """Fields of the rows of a dataset, wherever its shards have them, and the boards."""
+    """The boards and chosen fields of the rows of a dataset, (offset, bytes) per layout."""
 
     def __new__(
         cls, dataset: Dataset, fields: Sequence[Sequence[tuple[int, int]]]
@@ -73,15 +77,12 @@ class StoredTensor:
 
 @final
 class Cancel:
-    """Tells a read on another thread to end; for good."""
+    """Tells a read on another thread to end. It stays asked."""
 
     def __new__(cls) -> Cancel: ...
     def ask(self) -> None: ...
 
-def sample_without_replacement(
-    rows: int, state: int, increment: int, out: NDArray[np.int64]
-) -> None: ...
-def permutation(state: int, increment: int, out: NDArray[np.int64]) -> None: ...
+def shuffle_tail(population: int, state: int, increment: int, out: NDArray[np.int64]) -> None: ...
 def combine_crc32(first: int, second: int, second_len: int) -> int: ...
 def write_span(
     fd: int, direct_fd: int | None, offset: int, data: NDArray[np.uint8], dtype: str

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from dump_activations.dataset.expressions import Expression, parse
-from dump_activations.dataset.label_names import split_names
+from dump_activations.dataset.expressions import Expression, parse, split_names
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
-from dump_activations.model.activations import find_activations
-from dump_activations.model.layers import Layers, parse_layers
+from dump_activations.model.activations import (
+    Layers,
+    find_activations,
+    parse_layers,
+    split_layer_alias,
+)
 from dump_activations.progress import Count
 
 if TYPE_CHECKING:
@@ -299,6 +302,11 @@ class Options:
                 raise InvalidArgumentError(
                     f"{option('indices')}: contradicts {option(other)}; leave out one of them"
                 )
+        if self.layers is not None and any(map(split_layer_alias, self.outputs)):
+            raise InvalidArgumentError(
+                f"{option('layers')}: contradicts a key of {option('outputs')} that names its "
+                "layer; leave out one of them"
+            )
         if self.device == "cpu" and not self.allow_cpu:
             raise InvalidArgumentError(
                 f"{option('device')}: cpu is not a CUDA device; {switch('allow_cpu')} runs "

@@ -88,7 +88,7 @@ def test_a_config_of_the_same_weights(change, inputs):
 def test_shards_of_as_many_rows(change, inputs):
     before = work(inputs)
     write_dataset(inputs / "dataset", **change)
-    assert differing(before, work(inputs)) == {"dataset_sha256"}
+    assert differing(before, work(inputs)) == {"dataset_layout_sha256"}
 
 
 def test_the_machine_and_what_is_installed(inputs, monkeypatch):

@@ -277,22 +277,18 @@ def measure_sample(_root: Path, options: argparse.Namespace) -> list[Figure]:
 
 
 def sample_alone(rows: int, n: int, *, numpy: bool) -> tuple[float, float]:
-    """Return the seconds of a draw in a process of its own, and the MB it added to the peak."""
-    draw = f"np.random.default_rng(0).choice({rows}, {n}, replace=False)"
+    """Return the seconds of a sample in a process of its own, and the MB it added to the peak."""
+    call = f"np.random.default_rng(0).choice({rows}, {n}, replace=False)"
     if not numpy:
-        draw = f"""
-        indices = np.empty({n}, np.int64)
-        pcg64 = np.random.default_rng(0).bit_generator.state["state"]
-        sample_without_replacement({rows}, pcg64["state"], pcg64["inc"], indices)
-        """.strip()
+        call = f"sample({rows}, {n}, 0)"
     code = f"""
         import time
         import numpy as np
-        from dump_activations._rust import sample_without_replacement
+        from dump_activations.dataset.sampling import sample
         np.random.default_rng(0).choice(100, 10, replace=False)
         before = reset_peak()
         started = time.perf_counter()
-        {draw}
+        {call}
         took = time.perf_counter() - started
         print([took, peak_mb() - before])
     """

@@ -3,62 +3,42 @@
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader
 
 from dump_activations import StepsDataset
-from dump_activations.dataset.labels import BOARD_LABELS
+from dump_activations.dataset.columns import BOARD_LABELS
 from dump_activations.errors import DatasetError, InvalidArgumentError, StepIndexError
 from reference.datasets import ROW_DTYPES, make_dataset, read_dataset, write_shards
 from reference.game import describe
 
-STORED = {"u1": "u1", "i1": "i8", "u2": "i8", "i4": "i8", "u4": "i8", "f4": "f4", "f8": "f8"}
 
-
-def expected_label(values):
-    """Store a field as labels are: its values are Python's own."""
-    code = values.dtype.str[1:]
-    return values.astype(STORED.get(code, "i8"))
-
-
-def assert_labels(labels, rows, names):
-    assert sorted(labels) == sorted(names)
-    for name in names:
-        expected = expected_label(rows[name])
-        assert labels[name].dtype == expected.dtype, name
-        assert labels[name].tobytes() == np.ascontiguousarray(expected).tobytes(), name
-
-
-@pytest.mark.parametrize("layout", ROW_DTYPES)
-@pytest.mark.parametrize("shards", [1, 3])
-def test_all_fields_of_every_layout(layout, shards, tmp_path):
-    rows = make_dataset(tmp_path / "made", layout, n=1000).rows
+@pytest.mark.parametrize("layout", [*ROW_DTYPES, "mixed"])
+def test_all_fields_of_every_layout(layout, tmp_path):
+    rows = make_dataset(
+        tmp_path / "made", "packed_46" if layout == "mixed" else layout, n=1000
+    ).rows
     if "run_id" in rows.dtype.names:
-        rows["run_id"] >>= 1  # what does not fit into int64 is tested below
-    write_shards(tmp_path / "dataset", rows, [1000] if shards == 1 else [3, 0, 997])
-    ds = StepsDataset(tmp_path / "dataset")
+        rows["run_id"] >>= 1  # Larger ones do not fit into int64.
+    write_shards(tmp_path / "dataset", rows, [3, 0, 997])
+    if layout == "mixed":  # The fields lie elsewhere in the rows of the last shard.
+        shard = tmp_path / "dataset" / "steps-00002.npy"
+        np.save(shard, np.load(shard).astype(ROW_DTYPES["aligned_48"]))
     indices = np.random.default_rng(0).integers(0, 1000, 2000)
-    names = [name for name in rows.dtype.names if name != "board"]
-    assert_labels(ds.read_labels(indices, "all"), rows[indices], names)
+    labels = StepsDataset(tmp_path / "dataset").read_labels(indices, "all")
+    assert list(labels) == [name for name in rows.dtype.names if name != "board"]
+    for name, values in labels.items():
+        kept = rows.dtype[name].base in (np.uint8, np.float32, np.float64)
+        assert values.dtype == (rows.dtype[name].base if kept else np.int64), name
+        assert values.tobytes() == rows[name][indices].astype(values.dtype).tobytes(), name
 
 
-def test_shards_that_hold_the_fields_elsewhere(tmp_path):
-    packed = make_dataset(tmp_path / "packed", "packed_46", n=60, seed=1).rows
-    aligned = make_dataset(tmp_path / "aligned", "aligned_48", n=50, seed=2).rows
-    for number, rows in enumerate([packed, aligned, packed[:7]]):
-        np.save(tmp_path / f"steps-{number}.npy", rows)
-    rows = np.concatenate([packed, aligned.astype(packed.dtype), packed[:7]])
-    ds = StepsDataset(tmp_path)
-    indices = np.random.default_rng(0).permutation(117)
-    names = ["branch_evs", "move_dir", "board_eval"]
-    assert_labels(ds.read_labels(indices, names), rows[indices], names)
-
-
-def test_byte_orders_widths_and_what_is_no_number(tmp_path):
+def test_byte_orders_widths_and_fields_that_are_not_numbers(tmp_path):
     fields = [("board", "<u8"), ("a", ">u2", (2, 3)), ("b", "?"), ("c", "<f2"), ("d", ">f8")]
     others = [("s", "S3"), ("z", "<c8"), ("n", [("x", "u1")]), ("t", "<M8[s]"), ("e", "u1", (0,))]
     rows = np.zeros(9, np.dtype([*fields, *others]))
@@ -75,7 +55,7 @@ def test_byte_orders_widths_and_what_is_no_number(tmp_path):
     assert list(ds.read_labels([0], ["a_1_2"])) == ["a_1_2"]
     np.testing.assert_array_equal(ds.read_labels(range(9), "a_1_2")["a_1_2"], rows["a"][:, 1, 2])
     for name, dtype in [("s", "S3"), ("z", "complex64"), ("t", "datetime64"), ("e", "uint8")]:
-        with pytest.raises(InvalidArgumentError, match=rf"labels: '{name}' is .*{dtype}"):
+        with pytest.raises(InvalidArgumentError, match=rf"labels: '{name}' must .*{dtype}"):
             ds.read_labels([0], name)
 
 
@@ -86,7 +66,7 @@ def test_a_value_that_does_not_fit_names_its_row(tmp_path):
     write_shards(tmp_path / "dataset", rows, [20, 20])
     ds = StepsDataset(tmp_path / "dataset")
     assert ds.read_labels([0], "run_id")["run_id"] == [2**63 - 1]
-    with pytest.raises(DatasetError, match=r"step 23: its 'run_id', 9223372036854775813, does not"):
+    with pytest.raises(DatasetError, match=r"'run_id' of step 23 must fit .* 9223372036854775813"):
         ds.read_labels(range(39, -1, -1), "run_id")
 
 
@@ -154,15 +134,15 @@ DATABASES = {
     "virtual": ("CREATE VIRTUAL TABLE runs USING fts5(id, seed);", "it has no table 'runs'"),
     "no-column": ("CREATE TABLE runs (id INT);", "no column 'seed', only id"),
     "no-runs": (RUNS, "is empty"),
-    "text": (f"{RUNS} INSERT INTO runs VALUES (0, 'five', 6, 7, 8);", "run 0 has no whole number"),
+    "text": (f"{RUNS} INSERT INTO runs VALUES (0, 'five', 6, 7, 8);", "run 0 must be integers"),
     "blob": (
         f"{RUNS} INSERT INTO runs VALUES (zeroblob(30000000), 5, 6, 7, 8);",
         "too big",
     ),
-    "null": (f"{RUNS} INSERT INTO runs VALUES (0, NULL, 6, 7, 8);", "no whole number"),
-    "fraction": (f"{RUNS} INSERT INTO runs VALUES (0, 1.5, 6, 7, 8);", "no whole number"),
+    "null": (f"{RUNS} INSERT INTO runs VALUES (0, NULL, 6, 7, 8);", "must be integers"),
+    "fraction": (f"{RUNS} INSERT INTO runs VALUES (0, 1.5, 6, 7, 8);", "must be integers"),
     "twice": (f"{RUNS} {ROW} {ROW}", "run 0 is in it twice"),
-    "another-run": (f"{RUNS} {ROW}", "no run 1, which steps are of; it has 1 runs, 0 to 0"),
+    "another-run": (f"{RUNS} {ROW}", "steps are of run 1, but its 1 runs are numbered 0 to 0"),
 }
 
 
@@ -181,7 +161,7 @@ def test_databases_that_cannot_be_used(case, demo_dataset, tmp_path):
         ds.read_labels(range(700), "run_seed")
 
 
-def test_what_is_no_database(demo_dataset, tmp_path):
+def test_files_that_are_not_databases(demo_dataset, tmp_path):
     shutil.copytree(demo_dataset, tmp_path / "dataset")
     database = tmp_path / "dataset" / "metadata.db"
     content = database.read_bytes()
@@ -203,7 +183,7 @@ def test_what_is_no_database(demo_dataset, tmp_path):
     database.unlink()
     ds = StepsDataset(tmp_path / "dataset")
     assert "run_seed" not in ds.read_labels([0], "run_*")
-    with pytest.raises(InvalidArgumentError, match=r"no 'run_seed' .* metadata\.db .* run_id"):
+    with pytest.raises(InvalidArgumentError, match=r"'run_seed' needs a metadata\.db .* run_id"):
         ds.read_labels([0], "run_seed")
 
 
@@ -237,7 +217,7 @@ def test_pages_that_hold_one_another(demo_dataset, tmp_path):
         ds.read_labels([0], "run_seed")
 
 
-def test_an_index_is_not_believed(demo_dataset, tmp_path):
+def test_a_damaged_index_is_not_used(demo_dataset, tmp_path):
     others = "CREATE TABLE t (a, b); INSERT INTO t VALUES ('x', 'y'); CREATE INDEX j ON t(a, b);"
     script = f"""
         {RUNS} {ROW} {others} CREATE INDEX i ON runs(id, seed); PRAGMA writable_schema = ON;
@@ -246,6 +226,15 @@ def test_an_index_is_not_believed(demo_dataset, tmp_path):
     """
     ds = dataset_with_database(demo_dataset, tmp_path / "dataset", script)
     assert ds.read_labels([0], "run_seed")["run_seed"].tolist() == [5]
+
+
+def test_runs_may_be_in_any_order(demo_dataset, tmp_path):
+    ids = np.random.default_rng(0).permutation(1000)
+    rows = ", ".join(f"({i}, {7 * i}, 6, 7, 8)" for i in ids)
+    script = f"{RUNS} INSERT INTO runs VALUES {rows};"
+    ds = dataset_with_database(demo_dataset, tmp_path / "dataset", script)
+    labels = ds.read_labels(range(len(ds)), "run_id,run_seed")
+    np.testing.assert_array_equal(labels["run_seed"], 7 * labels["run_id"])
 
 
 def test_a_database_without_row_numbers(demo_dataset, tmp_path):
@@ -268,21 +257,71 @@ def test_a_database_is_only_read(demo_dataset, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in name.iterdir()} == before
 
 
-def test_names_that_are_not_there(demo_dataset, tmp_path):
+def killed(database, *statements):
+    """Run statements in a process that ends without closing the database."""
+    code = "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
+    code += "[c.execute(each).fetchall() for each in sys.argv[2:]]; os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, database, *statements], check=True)
+
+
+COMMIT = ("BEGIN", "UPDATE runs SET steps = 777", "COMMIT")
+FILL = "INSERT INTO z SELECT randomblob(3000) FROM runs, runs a, runs b"
+
+
+def test_transactions_that_were_not_finished(demo_dataset, tmp_path):
+    """As SQLite's own readers, which change the file to finish them."""
+    for name, statements in {
+        "wal": ("PRAGMA journal_mode = WAL", *COMMIT),
+        "persist": ("PRAGMA journal_mode = PERSIST", *COMMIT),
+        "hot": ("PRAGMA cache_size = 1", "CREATE TABLE z (a)", *COMMIT[:2], *[FILL] * 9),
+    }.items():
+        script = (
+            f"{RUNS} {''.join(f'INSERT INTO runs VALUES ({i}, 5, 6, 7, 8);' for i in range(9))}"
+        )
+        ds = dataset_with_database(demo_dataset, tmp_path / name, script)
+        database = ds.path / "metadata.db"
+        killed(database, *statements)
+        assert sum(path.stat().st_size > 0 for path in ds.path.glob("metadata.db-[wj]*")) == 1
+        if name == "hot":
+            with pytest.raises(DatasetError, match=r"metadata\.db-journal holds an unf.* sqlite3 "):
+                ds.read_labels([0], "run_steps")
+            with closing(sqlite3.connect(database)) as rolled_back:
+                rolled_back.execute("PRAGMA journal_mode = DELETE")
+        expected = 6 if name == "hot" else 777
+        assert ds.read_labels([0], "run_steps")["run_steps"] == [expected], name
+
+
+def test_a_log_that_is_not_an_ordinary_file(demo_dataset, tmp_path):
+    ds = dataset_with_database(demo_dataset, tmp_path / "dataset", f"{RUNS} {ROW}")
+    os.mkfifo(ds.path / "metadata.db-wal")
+    with pytest.raises(DatasetError, match=r"metadata\.db-wal: not an ordinary file"):
+        ds.read_labels([0], "run_seed")
+
+
+def test_labels_that_are_missing(demo_dataset, tmp_path):
     ds = StepsDataset(demo_dataset)
-    for name, said in [("mve_dir", "no 'mve_dir'"), ("mve*", "matches 'mve*'"), ("a_0", "'a_0'")]:
+    near = {"mve_dir": "(did you mean 'move_dir'?)", "mve*": "move_dir", "a_0": "'a_0'"}
+    for name, hint in near.items():
         with pytest.raises(InvalidArgumentError) as caught:
             ds.read_labels([0], name)
-        for part in ["labels", said, str(demo_dataset), "move_dir", "legal_moves", "run_max_score"]:
-            assert part in str(caught.value)
+        said = [f"labels: {demo_dataset} has no {name!r}", hint, "legal_moves", "run_max_score"]
+        assert [text for text in said if text not in str(caught.value)] == []
     with pytest.raises(StepIndexError):
         ds.read_labels([len(ds)], "move_dir")
-    np.save(tmp_path / "steps-0.npy", np.zeros(2, [("board", "<u8"), ("x", "u1")]))
-    np.save(tmp_path / "steps-1.npy", np.zeros(2, [("board", "<u8")]))
-    with pytest.raises(
-        DatasetError, match=r"steps-1\.npy: its rows have no 'x', which .*steps-0\.npy"
-    ):
-        StepsDataset(tmp_path).read_labels([0], "all")
+
+
+def test_fields_that_only_some_shards_have(tmp_path):
+    np.save(tmp_path / "steps-0.npy", np.zeros(3, [("board", "<u8"), ("move", "u1"), ("y", "u1")]))
+    np.save(tmp_path / "steps-1.npy", np.zeros(3, [("board", "<u8"), ("move", "i1"), ("x", "u1")]))
+    ds = StepsDataset(tmp_path)
+    for name, text in {
+        "x": r"steps-0\.npy: its rows have no 'x', which .*steps-1\.npy",
+        "y": r"steps-1\.npy: its rows have no 'y', which .*steps-0\.npy",
+        "move": r"steps-1\.npy: its rows have 'move' as int8, .* uint8",
+    }.items():
+        for read in (lambda name: ds.read_labels([0], name), lambda name: ds.find(f"{name} > 0")):
+            with pytest.raises(DatasetError, match=text):
+                read(name)
 
 
 def bytes_read(action):
@@ -326,19 +365,3 @@ def test_items_are_boards_and_labels(demo_dataset):
     assert ds[-5:]["indices"].tolist() == [*range(len(ds) - 5, len(ds))]
     with pytest.raises(StepIndexError):
         ds[[0, len(ds)]]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_of_probes(workers, demo_dataset):
-    ds = StepsDataset(demo_dataset, labels=["move_dir", "branch_evs"])
-    rows = read_dataset(demo_dataset)
-    indices = ds.sample_indices(300, where="step_index % 2 == 0")
-    loader = DataLoader(ds, batch_size=128, sampler=indices.tolist(), num_workers=workers)
-    batches = list(loader)
-    assert [len(batch["boards"]) for batch in batches] == [128, 128, 44]
-    seen = np.concatenate([batch["indices"] for batch in batches])
-    np.testing.assert_array_equal(seen, indices)
-    moves = np.concatenate([batch["move_dir"] for batch in batches])
-    np.testing.assert_array_equal(moves, rows["move_dir"][indices])
-    evs = np.concatenate([batch["branch_evs"] for batch in batches])
-    np.testing.assert_array_equal(evs, rows["branch_evs"][indices])

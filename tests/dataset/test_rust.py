@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dump_activations import _rust
-from dump_activations._rust import Dataset
+from dump_activations.dataset.shards import read_layout
 from dump_activations.errors import InvalidArgumentError
 from reference.datasets import make_dataset
 
@@ -23,7 +23,7 @@ EVERY_OTHER = np.s_[::2]
 @pytest.fixture
 def dataset(tmp_path):
     make_dataset(tmp_path, "packed_46", n=ROWS)
-    return Dataset(tmp_path)
+    return _rust.Dataset(tmp_path, read_layout)
 
 
 @pytest.fixture
@@ -38,14 +38,35 @@ def read_only(array):
     return array
 
 
-def test_every_shard_says_what_its_rows_are(tmp_path):
+def test_each_shard_has_the_text_of_its_dtype(tmp_path):
     packed = make_dataset(tmp_path / "packed", "packed_46", n=10).rows
     aligned = make_dataset(tmp_path / "aligned", "aligned_48", n=10).rows
     for name, rows in [("steps-0", packed), ("steps-1", aligned), ("steps-2", packed)]:
         np.save(tmp_path / f"{name}.npy", rows)
-    dataset = Dataset(tmp_path)
+    dataset = _rust.Dataset(tmp_path, read_layout)
     assert dataset.descrs == [str(rows.dtype.descr) for rows in (packed, aligned, packed)]
     assert dataset.descrs[0] == dataset.descr
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        None,
+        (),
+        (46, 8, 20),
+        (46, None, None, None),
+        (46, 39, None, None),
+        (46, None, None, 31),
+        (46, 8, 45, None),
+        (-1, 8, 20, None),
+        (46, 2**32, None, None),
+        (46, "8", None, None),
+    ],
+)
+def test_wrong_layouts(layout, tmp_path):
+    make_dataset(tmp_path, "packed_46", n=ROWS)
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        _rust.Dataset(tmp_path, lambda _path, _descr: layout)
 
 
 STEPS = np.array([0, 1, 2])
@@ -96,7 +117,7 @@ def test_selections_of_rows_of_several_layouts(tmp_path):
     for number, layout in enumerate(["packed_46", "aligned_48"]):
         rows = make_dataset(tmp_path / layout, layout, n=3).rows
         np.save(tmp_path / f"steps-{number}.npy", rows)
-    dataset = Dataset(tmp_path)
+    dataset = _rust.Dataset(tmp_path, read_layout)
     for fields in ([[(0, 4)]], [[(0, 4)], []], [[(0, 4)], [(0, 2)]], [[(0, 4)], [(46, 4)]]):
         with pytest.raises(InvalidArgumentError):
             _rust.Selection(dataset, fields)
@@ -132,7 +153,7 @@ def test_wrong_scans(case, dataset):
         selection.scan(rows, scratch, np.empty(boards, np.uint8), arrays)
 
 
-def test_scans_into_what_does_not_take_them(dataset):
+def test_scans_into_wrong_arrays(dataset):
     selection = _rust.Selection(dataset, [FIELDS])
     one = np.empty((3, 1), np.uint8)
     for out in (np.empty((4, 3), np.uint8).T, np.empty((3, 8), np.uint8)[:, ::2], SHARED[:12]):
@@ -158,11 +179,11 @@ def test_only_a_cancel_cancels(cancel, dataset):
 @pytest.mark.parametrize("path", [None, 3, b"bytes", "nul\0byte", "", "\ud800"])
 def test_wrong_paths(path):
     with pytest.raises((TypeError, ValueError, OSError)):
-        Dataset(path)
+        _rust.Dataset(path, read_layout)
 
 
 @pytest.mark.parametrize(
-    ("rows", "state", "increment", "n"),
+    ("population", "state", "increment", "n"),
     [
         (4, 1, 1, 5),
         (0, 1, 1, 1),
@@ -178,9 +199,9 @@ def test_wrong_paths(path):
         ("9", 1, 1, 3),
     ],
 )
-def test_wrong_draws(rows, state, increment, n):
+def test_wrong_samples(population, state, increment, n):
     with pytest.raises((TypeError, ValueError, OverflowError)):
-        _rust.sample_without_replacement(rows, state, increment, np.empty(n, np.int64))
+        _rust.shuffle_tail(population, state, increment, np.empty(n, np.int64))
 
 
 @pytest.mark.parametrize(
@@ -196,14 +217,14 @@ def test_wrong_draws(rows, state, increment, n):
         np.frombuffer(bytearray(17), np.int64, 2, 1),
     ],
 )
-def test_draws_into_what_does_not_take_them(out):
+def test_samples_into_wrong_arrays(out):
     with pytest.raises((TypeError, ValueError)):
-        _rust.sample_without_replacement(9, 1, 1, out)
+        _rust.shuffle_tail(9, 1, 1, out)
 
 
-def test_any_state_draws():
+def test_any_state_samples():
     out = np.full(9, -1)
-    _rust.sample_without_replacement(9, 2**128 - 1, 2**128 - 1, out)
+    _rust.shuffle_tail(9, 2**128 - 1, 2**128 - 1, out)
     assert sorted(out) == list(range(9))
 
 
@@ -264,7 +285,7 @@ def test_a_wrong_direct_descriptor(wrong, fd):
         _rust.write_span(fd, wrong, 0, np.zeros(1 << 20, np.uint8), "uint8")
 
 
-def test_a_descriptor_that_is_none_takes_no_direct_writes():
+def test_wrong_descriptors_take_no_direct_writes():
     with pytest.raises(OSError, match="Bad file descriptor"):
         _rust.supports_direct(-1)
     assert not _rust.supports_direct(2**31 - 1)
@@ -308,7 +329,7 @@ def test_an_array_cannot_be_resized_while_it_is_filled():
     before = signal.signal(signal.SIGALRM, resize)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
-        _rust.sample_without_replacement(10**9, 1, 1, out)
+        _rust.shuffle_tail(10**9, 1, 1, out)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert (out != -1).all()
@@ -322,6 +343,7 @@ LITTLE_MEMORY = """
 
     import numpy as np
     from dump_activations import _rust
+    from dump_activations.dataset.shards import read_layout
     from dump_activations.errors import DatasetError
 
     def leave(megabytes):
@@ -337,30 +359,28 @@ def run_with_little_memory(code, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("rows", [10**9, 10**12])
-def test_a_draw_without_the_memory_for_it(rows):
-    said = run_with_little_memory(
+def test_a_sample_without_enough_memory():
+    printed = run_with_little_memory(
         """
         out = np.empty(30_000_000, np.int64)
         leave(64)
         try:
-            _rust.sample_without_replacement(int(sys.argv[1]), 1, 1, out)
+            _rust.shuffle_tail(10**9, 1, 1, out)
         except MemoryError as error:
             print(error)
-        """,
-        str(rows),
+        """
     )
-    assert said.startswith("a draw: not enough memory: ")
-    assert said.count("\n") == 1
+    assert printed.startswith("cannot sample: not enough memory for ")
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("megabytes", [64, 160])
-def test_a_read_without_the_memory_for_it(megabytes, tmp_path):
+def test_a_read_without_enough_memory(megabytes, tmp_path):
     make_dataset(tmp_path, "packed_46", n=ROWS)
-    said = run_with_little_memory(
+    printed = run_with_little_memory(
         """
         indices, out = np.zeros(1 << 24, np.int64), np.empty((1 << 24, 16), np.uint8)
-        dataset = _rust.Dataset(sys.argv[1])
+        dataset = _rust.Dataset(sys.argv[1], read_layout)
         leave(int(sys.argv[2]))
         try:
             dataset.read_boards(indices, out)
@@ -370,5 +390,5 @@ def test_a_read_without_the_memory_for_it(megabytes, tmp_path):
         os.fspath(tmp_path),
         str(megabytes),
     )
-    assert said.startswith(f"{tmp_path}: its rows cannot be read: not enough memory: ")
-    assert said.count("\n") == 1
+    assert printed.startswith(f"{tmp_path}: its rows cannot be read: not enough memory for ")
+    assert printed.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Every kind of checkpoint loads as the model it holds; no hostile one does harm."""
+"""Checkpoints of every kind load as the models they hold. Hostile ones do no harm."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import warnings
 import zipfile
 from dataclasses import replace
 
@@ -21,7 +20,6 @@ from dump_activations.errors import DumpActivationsError, DumpActivationsWarning
 from reference.checkpoints import (
     BASE,
     VARIANTS,
-    WEIGHT_FILES,
     bundle,
     config_json,
     load_demo,
@@ -80,21 +78,52 @@ def test_other_files_are_left_alone(tmp_path):
     assert_loads_as(load_encoder(checkpoint.init), checkpoint)
 
 
-def test_random_init_gives_an_untrained_model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config_json(BASE)))
-    model = load_encoder(tmp_path, random_init=True)
+@pytest.fixture
+def config_alone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_json(replace(BASE, sinks=True))))
+    return tmp_path
+
+
+def test_random_init_gives_an_untrained_model(config_alone):
+    model = load_encoder(config_alone, random_init=True)
     hidden, logits = forward(model)
     assert hidden.shape == (23, 16, BASE.hidden)
     assert logits.shape == (23, 4, BASE.n_bins)
     assert np.isfinite(logits).all()
     assert np.unique(logits).size > 23
+    same, other = (load_encoder(config_alone, random_init=True, seed=seed) for seed in (0, 1))
+    assert equal_weights(model, same)
+    assert not equal_weights(model, other)
+    # PyTorch's default initialisation, module after module.
+    torch.manual_seed(0)
+    assert torch.equal(model.tok_emb.weight, torch.nn.Embedding(17, BASE.hidden).weight)
+    assert not model.blocks[1].attn.sinks.any()
 
 
-def test_no_weights_is_an_error_that_names_random_init(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config_json(BASE)))
-    with pytest.raises(FileNotFoundError, match="random_init=True") as caught:
-        load_encoder(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+def equal_weights(model, other):
+    pairs = zip(model.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("random_init", [False, True])
+@pytest.mark.parametrize("weights", ["model.safetensors", "model.pt"])
+def test_the_callers_default_dtype_device_and_generator_change_nothing(
+    weights, random_init, tmp_path
+):
+    save_checkpoint(tmp_path, random_state_dict(BASE), config_json(BASE), weights=weights)
+    expected = load_encoder(tmp_path, random_init=random_init)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        model = load_encoder(tmp_path, random_init=random_init)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert equal_weights(model, expected)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.pt"])
@@ -103,26 +132,24 @@ def test_misfits_are_listed(weights, tmp_path):
     del state_dict["blocks.1.mlp.w_up.weight"]
     state_dict["blocks.0.attn.extra"] = torch.zeros(3)
     state_dict["blocks.0.attn.wo.weight"] = torch.zeros(32, 31)
-    save_checkpoint(tmp_path / "bad", state_dict, config_json(BASE), weights=weights)
-    with pytest.raises(ValueError, match="missing") as caught:
-        load_encoder(tmp_path / "bad")
-    text = str(caught.value)
-    for word in ("blocks.1.mlp.w_up.weight", "unexpected", "blocks.0.attn.extra"):
-        assert word in text
-    assert "blocks.0.attn.wo.weight" in text
-    assert "32" in text
-    assert "31" in text
-    assert "\n" not in text
+    state_dict["tok_emb.weight"] = torch.zeros(16, 32)  # smaller than the vocabulary
+    text = refused(
+        save_checkpoint(tmp_path / "bad", state_dict, config_json(BASE), weights=weights)
+    )
+    assert "missing blocks.1.mlp.w_up.weight;" in text
+    assert (
+        "misshapen tok_emb.weight (16, 32), not (17, 32), blocks.0.attn.wo.weight (32, 31)" in text
+    )
+    assert "unexpected blocks.0.attn.extra" in text
 
 
 def test_only_the_first_few_misfits_are_listed(tmp_path):
     config = replace(BASE, layers=40, hidden=8, heads=2, kv_heads=2, mlp=8)
     small = random_state_dict(replace(config, layers=1))
     save_checkpoint(tmp_path / "bad", small, config_json(config))
-    with pytest.raises(ValueError, match=r"blocks\.1\.") as caught:
-        load_encoder(tmp_path / "bad")
-    assert len(str(caught.value)) < 1500
-    assert "\n" not in str(caught.value)
+    text = refused(tmp_path / "bad")
+    assert "missing blocks.1." in text
+    assert len(text) < 1500
 
 
 def refused(init, **options):
@@ -161,37 +188,6 @@ def test_code_in_a_bundle_does_not_run(form, tmp_path):
             torch.save(content, path, _use_new_zipfile_serialization=False)
     assert "evil.pt" in refused(path)
     assert not canary.exists()
-
-
-def _truncated(content, keep):
-    return content[: int(len(content) * keep)]
-
-
-@pytest.mark.parametrize("weights", WEIGHT_FILES)
-@pytest.mark.parametrize("keep", [0, 0.001, 0.02, 0.5, 0.999])
-def test_truncated_weights(weights, keep, tmp_path):
-    save_checkpoint(tmp_path / "cut", random_state_dict(BASE), config_json(BASE), weights=weights)
-    path = tmp_path / "cut" / weights
-    path.write_bytes(_truncated(path.read_bytes(), keep))
-    assert weights in refused(tmp_path / "cut")
-
-
-@pytest.mark.parametrize("weights", ["model.safetensors", "model.pt"])
-def test_flipped_header_bytes_load_or_are_refused(weights, tmp_path):
-    save_checkpoint(tmp_path / "bits", random_state_dict(BASE), config_json(BASE), weights=weights)
-    path = tmp_path / "bits" / weights
-    good = path.read_bytes()
-    rng = np.random.default_rng(0)
-    for _ in range(150):
-        bad = bytearray(good)
-        end = rng.choice([80, 3000, len(good)])
-        for place in rng.integers(0, end, size=3):
-            bad[place] = rng.integers(256)
-        path.write_bytes(bad)
-        try:
-            load_encoder(tmp_path / "bits")
-        except DumpActivationsError as error:
-            assert "\n" not in str(error)  # noqa: PT017
 
 
 def _safetensors(header, data=b""):
@@ -272,19 +268,12 @@ REQUIRED = (
 )
 
 
-@pytest.mark.parametrize("field", REQUIRED)
-def test_missing_config_field(field, tmp_path):
-    directory = save_checkpoint(
-        tmp_path / "bad", random_state_dict(BASE), config_json(BASE, **{field: None})
-    )
-    assert field in refused(directory)
-
-
 BAD_VALUES = [
+    *[(field, None) for field in REQUIRED],
     *[
         (field, value)
         for field in (*REQUIRED[:-1], "num_key_value_heads")
-        for value in (0, -4, "32", 32.5, True, [4], {}, 10**30)
+        for value in (0, -4, "32", 32.5, True, [4], {}, 10**30, 2**40)
     ],
     *[
         (field, value)
@@ -315,7 +304,7 @@ def test_bad_config_value(field, value, tmp_path):
     )
     text = refused(directory)
     assert str(directory) in text
-    assert "config" in text or field in text
+    assert field in text
 
 
 @pytest.mark.parametrize(
@@ -357,31 +346,10 @@ def test_eps_that_is_no_number(eps, tmp_path):
     assert "layer_norm_eps" in refused(directory)
 
 
-def _folded_key(path):
-    """Write a bundle whose state dict has a key that takes 2**60 steps to hash."""
-    key = ()
-    for _ in range(60):
-        key = (key, key)
-    body = pickle.dumps(key, 2)[2:-1]
-    rewrite(path, lambda name, data: b"\x80\x02}" + body + b"Ns." if "data.pkl" in name else data)
-
-
-def _bytes_of_a_number(path):
-    data = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
-    rewrite(path, lambda name, old: data if "data.pkl" in name else old)
-
-
 def _one_storage_in_every_weight(path):
     row = torch.zeros(1 << 20)
     state_dict = {f"blocks.{i}.attn_norm.weight": row for i in range(300)}
     torch.save(bundle(state_dict, config_json(BASE)), path)
-
-
-def _repeated_member(path):
-    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        archive.writestr(name, b"\x80\x02}.")
 
 
 def _overlapping_members(path):
@@ -398,27 +366,25 @@ def _overlapping_members(path):
     path.write_bytes(data)
 
 
-def rewrite(path, change):
+def _compressed(path):
+    """Compress each member, after zeros were added to it."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
-            archive.writestr(name, change(name, data))
+            archive.writestr(name, data + bytes(50 << 20))
 
 
-# What is done to a bundle, and what its refusal says.
+# How a bundle is changed, and a word of its refusal.
 HURTING_BUNDLES = {
-    _folded_key: "unfolds",
-    _bytes_of_a_number: "memory by a number",
     _one_storage_in_every_weight: "larger than the file",
-    _repeated_member: "one name",
-    _overlapping_members: "overlap",
+    _overlapping_members: "larger than the file",
+    _compressed: "compressed",
 }
 _ENTRY = '{"tok_emb.weight": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}'
 HURTING_SAFETENSORS = {
     "thousands-of-axes": _safetensors((_ENTRY % ", ".join(["1"] * 20_000)).encode(), bytes(4)),
     "a-million-digits": _safetensors((_ENTRY % ("1" + "0" * 10**6)).encode(), bytes(4)),
-    "header-of-99-MB": _safetensors(b'{"__metadata__": {"a": "' + b"a" * 99 * 10**6 + b'"}}'),
 }
 HURTING_CONFIGS = [
     {"num_hidden_layers": 10**6},
@@ -427,7 +393,6 @@ HURTING_CONFIGS = [
     {"intermediate_size": 2**50},
     {"input_vocab_size": 2**50},
     {"max_position_embeddings": 2**50},
-    {"padding": "a" * (50 << 20)},
 ]
 # Some seconds, which a busy machine may need for what takes a tenth of one.
 LOAD_WITH_LITTLE = """
@@ -684,12 +649,6 @@ def test_the_tokenizer_beside_a_checkpoint_is_kept_as_its_text(tmp_path):
         assert load_encoder(directory).tokenizer is None
 
 
-def test_embedding_smaller_than_the_vocabulary_is_refused(tmp_path):
-    state_dict = random_state_dict(replace(BASE, vocab=16))
-    text = refused(save_checkpoint(tmp_path / "short", state_dict, config_json(BASE)))
-    assert "tok_emb" in text or "input_vocab_size" in text
-
-
 def test_two_keys_that_are_one_without_their_prefix(tmp_path):
     """Neither copy may win in silence."""
     state_dict = random_state_dict(BASE)
@@ -737,19 +696,6 @@ def test_a_bundle_of_more_than_plain_values_says_of_what(tmp_path):
         assert word in text
 
 
-@pytest.mark.parametrize("member", ["data.pkl", "data/0"])
-def test_a_bundle_that_inflates_is_refused_unread(member, tmp_path):
-    torch.save(bundle(random_state_dict(BASE), config_json(BASE)), tmp_path / "plain.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
-        zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED) as inflating,
-    ):
-        for info in plain.infolist():
-            more = 200 << 20 if info.filename.endswith(member) else 0
-            inflating.writestr(info.filename, plain.read(info) + bytes(more))
-    assert "compressed" in refused(tmp_path / "model.pt")
-
-
 @pytest.mark.parametrize(
     "name",
     ["9" * 5000 + ".x", "x" * 100_000, "\x1b[31m\nx", "x" * 300 + "\x1b\n"],
@@ -768,20 +714,22 @@ def test_names_from_the_file_are_quoted_in_one_short_line(name, tmp_path):
         assert len(line) < 1000
 
 
-def test_a_path_that_no_file_system_has(tmp_path):
-    assert "name too long" in refused(tmp_path / ("a" * 300))
-
-
-@pytest.mark.parametrize("name", ["nowhere", "nowhere.pt", "nowhere/model.pt"])
-def test_no_such_checkpoint(name, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_encoder(tmp_path / name)
-
-
-def test_an_empty_directory(tmp_path):
-    assert str(tmp_path) in refused(tmp_path)
-
-
-def test_a_file_that_is_not_a_bundle_by_its_name(tmp_path):
-    save_file(random_state_dict(BASE), tmp_path / "model.safetensors")
-    assert "model.safetensors" in refused(tmp_path / "model.safetensors")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere", "no such checkpoint"),
+        ("nowhere.pt", "no such checkpoint"),
+        ("empty", "not a checkpoint"),
+        ("weightless", "random_init=True"),
+        ("a" * 300, "name too long"),
+        ("weightless/model-step-1.safetensors", "give the directory"),
+    ],
+)
+def test_a_path_without_a_checkpoint(name, words, tmp_path):
+    (tmp_path / "empty").mkdir()
+    save_checkpoint(
+        tmp_path / "weightless", {}, config_json(BASE), weights="model-step-1.safetensors"
+    )
+    text = refused(tmp_path / name)
+    assert words in text
+    assert str(tmp_path / name) in text

@@ -127,6 +127,19 @@ def test_scores_and_pattern_are_of_fp32_where_the_forward_is_not(sinks, dataset)
     assert_close(found["attn_pattern"].numpy(), (scores.exp() / total).numpy(), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-true"])
+@pytest.mark.parametrize("variant", ["sinks-gqa-6-2", "qk-norm-sinks-policy"])
+def test_head_probs_are_a_softmax_in_fp32(variant, precision, checkpoints, dataset):
+    options = {"outputs": "head_*", "precision": precision}
+    found = streamed(checkpoints[variant].init, dataset, **options)
+    logits = found["head_logits"].double().numpy()
+    assert torch.equal(found["head_logits"], found["head_logits"].bfloat16().float()) == (
+        precision != "fp32"
+    )
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    assert_close(found["head_probs"].numpy(), exp / exp.sum(axis=-1, keepdims=True), tolerance=1e-6)
+
+
 def test_bf16_is_near_fp32(sinks, dataset):
     near, exact = (
         streamed(sinks, dataset, outputs=KEYS, layers=[0], precision=precision)

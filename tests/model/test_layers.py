@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dump_activations import (
+    ActivationsFile,
     DumpActivationsWarning,
     InvalidArgumentError,
     dump,
     load_encoder,
     stream,
 )
-from dump_activations.model.layers import find_layers
+from dump_activations.model.activations import board_tensors, find_activations, find_layers
+from dump_activations.model.capture import Capture
 from reference.dumps import FORMATS, read_dump
 
 L = 4  # of the demo checkpoint
@@ -111,13 +113,63 @@ def test_a_split_dump_is_resumed(suffix, model, demo_dataset, tmp_path):
         ("layer_outputs", "blocks.1", "blocks.2.attn_norm"),
     ],
 )
-def test_nothing_runs_past_the_last_one_needed(key, last, next_one, model, demo_dataset):
+def test_nothing_runs_past_the_last_one_needed(key, last, next_one, model):
+    """But for the first pass, which runs to the end to look for modules that run again."""
     ran = set()
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.add(name))
-    list(cpu_stream(model, demo_dataset, outputs=key, layers=[0, 1], batch_size=N))
+    (activation,) = find_activations([key])
+    (tensor,) = board_tensors(activation, model.config, layers=[0, 1], split=False)
+    tokens, buffer = torch.zeros((3, 16), dtype=torch.uint8), torch.empty((3, *tensor.shape))
+    with Capture(model, [tensor]) as capture, torch.inference_mode():
+        capture.run(tokens, {key: buffer})
+        assert "final_ln" in ran
+        expected = buffer.clone()
+        ran.clear()
+        capture.run(tokens, {key: buffer.fill_(-1)})
+    assert torch.equal(buffer, expected)
     assert last in ran
     assert next_one not in ran
+
+
+def test_an_alias_with_a_layer_is_stored_as_the_layer(model, demo_dataset, tmp_path):
+    names = "blocks.2.hook_resid_post,hook_embed,blocks.0.hook_resid_pre,blocks.3.attn.hook_q"
+    cpu_dump(model, demo_dataset, tmp_path / "some.safetensors", outputs=names)
+    keys = ["layer_outputs", "resid_pre", "attn_q"]
+    cpu_dump(model, demo_dataset, tmp_path / "all.safetensors", outputs=keys)
+    some, everything = (read_dump(tmp_path / f"{name}.safetensors") for name in ("some", "all"))
+    assert some.metadata["outputs"] == "attn_q.3,layer_outputs.2,resid_pre.0"
+    assert some.tensors.keys() == {
+        "attn_q.3",
+        "layer_outputs.2",
+        "resid_pre.0",
+        "indices",
+        "boards",
+    }
+    for name in ("attn_q.3", "layer_outputs.2", "resid_pre.0"):
+        key, layer = name.split(".")
+        assert torch.equal(some.tensors[name], everything.tensors[key][:, int(layer)]), name
+    acts = ActivationsFile(tmp_path / "some.safetensors")
+    assert torch.equal(acts.read("layer_outputs", layer=2), some.tensors["layer_outputs.2"])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "layers", "words"),
+    [
+        ("blocks.2.hook_resid_post,layer_outputs", None, "blocks.2.hook_resid_post.*layer_outputs"),
+        ("hook_embed,resid_*", None, "hook_embed.*resid_pre"),
+        ("blocks.2.hook_resid_post", "0", "layers.*outputs"),
+        ("blocks.4.hook_resid_post", None, "blocks.4.hook_resid_post.*layers 0 to 3"),
+        ("blocks.2.hook_nothing", None, "unknown key 'blocks.2.hook_nothing'"),
+        ("blocks.-1.hook_resid_post", None, "unknown key"),
+        ("blocks.2.layer_outputs", None, "unknown key"),
+    ],
+)
+def test_a_layer_in_an_alias_contradicts_what_else_chooses_layers(
+    outputs, layers, words, model, demo_dataset
+):
+    with pytest.raises(InvalidArgumentError, match=words):
+        list(cpu_stream(model, demo_dataset, outputs=outputs, layers=layers))
 
 
 def test_layers_of_keys_without_layers(model, demo_dataset):

@@ -83,7 +83,7 @@ def test_every_entry_says_what_was_run(checkpoint, tmp_path, monkeypatch):
         "batch_size": "4",
         "dataset": "shards",
         "dataset_rows": "40",
-        "dataset_sha256": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
+        "dataset_layout_sha256": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
         "indices_from": "steps 5:40:2",
         "where": "step_index >= 0",
         "steps": "5:40:2",

@@ -38,13 +38,10 @@ assert ROW_DTYPES["packed_46"].itemsize == 46
 assert ROW_DTYPES["aligned_48"].itemsize == 48
 assert ROW_DTYPES["selfplay_v1"].itemsize == 28
 
-# Layouts whose rows can hold a tile of 65536.
-WITH_65536 = ("packed_46", "aligned_48", "selfplay_v1")
-
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset directory, the rows in its shards' order and the boards they decode to."""
+    """A dataset directory, its rows in the order of the shards, and their decoded boards."""
 
     path: Path
     rows: np.ndarray
@@ -60,7 +57,7 @@ def random_boards(n: int, *, seed: int, largest: int = 16) -> np.ndarray:
 
 
 def encode_rows(boards: np.ndarray, layout: str, *, seed: int = 0) -> np.ndarray:
-    """Write boards into rows of a layout; what is not the board is random bytes."""
+    """Write boards into rows of a layout. All other fields are random bytes."""
     dtype = ROW_DTYPES[layout]
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, size=(len(boards), dtype.itemsize), dtype=np.uint8)
@@ -101,7 +98,7 @@ def naive_boards(rows: np.ndarray) -> np.ndarray:
 def write_shards(
     directory: Path, rows: np.ndarray, sizes: Sequence[int], *, names: Sequence[str] | None = None
 ) -> None:
-    """Save consecutive runs of rows as shards of these sizes, in the order of `names`."""
+    """Save consecutive rows as shards of these sizes, in the order of `names`."""
     assert sum(sizes) == len(rows)
     directory.mkdir(parents=True, exist_ok=True)
     first = 0
@@ -115,7 +112,7 @@ def make_dataset(
     directory: Path, layout: str, *, n: int = 101, shards: int = 1, seed: int = 0
 ) -> Dataset:
     """Write a dataset of random boards: one `steps.npy`, or several uneven shards."""
-    largest = 16 if layout in WITH_65536 else 15
+    largest = 15 if layout.startswith("legacy") else 16  # No legacy row can hold a tile of 65536.
     boards = random_boards(n, seed=seed, largest=largest)
     rows = encode_rows(boards, layout, seed=seed)
     if shards == 1:

@@ -1,4 +1,4 @@
-"""The game as it is played: lists of tiles, one move of one line at a time."""
+"""A naive game: lists of tiles, one move of one line at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MOVES = ("up", "down", "left", "right")
 
 @cache
 def slide(line: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """Push a line towards its first cell; return it and how many pairs have merged."""
+    """Push a line towards its first cell. Return it and the number of pairs that merged."""
     waiting = [tile for tile in line if tile]
     pushed, merged = [], 0
     while waiting:
@@ -23,7 +23,7 @@ def slide(line: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
 
 
 def lines(board: tuple[int, ...], move: str) -> list[tuple[int, ...]]:
-    """Cut a board into lines whose first cells are those that a move pushes towards."""
+    """Cut a board into lines whose first cell is the one that a move pushes towards."""
     if move in ("left", "right"):
         cut = [board[4 * row : 4 * row + 4] for row in range(4)]
     else:
@@ -32,7 +32,7 @@ def lines(board: tuple[int, ...], move: str) -> list[tuple[int, ...]]:
 
 
 def describe(board: tuple[int, ...]) -> dict[str, int | list[int]]:
-    """Say by every rule what there is to say of a board."""
+    """Compute every label of a board by the rules of the game."""
     legal, merges = [], []
     for move in MOVES:
         pushed = [(line, *slide(line)) for line in lines(board, move)]

@@ -7,12 +7,12 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 
@@ -27,12 +27,24 @@ class _Repo:
 
 
 class Hub:
-    """Repositories, and a record of which of their files were downloaded."""
+    """Repositories, and a record of which of their files were downloaded.
+
+    Attributes:
+        refusal: status, code and message that requests for files get; None answers them.
+        refuses_all: True where all requests get the refusal.
+        after_listing: called once a revision's files were listed.
+        answers: cleared to accept requests without an answer.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, _Repo] = defaultdict(_Repo)
         self.requests: list[str] = []
         self.downloads: list[str] = []
+        self.refusal: tuple[int, str, str] | None = None
+        self.refuses_all = False
+        self.after_listing: Callable[[], object] = lambda: None
+        self.answers = Event()
+        self.answers.set()
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
         self.start()
@@ -40,6 +52,10 @@ class Hub:
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def is_up(self) -> bool:
+        return self._server is not None
 
     def start(self) -> None:
         """Listen, on the same port as before if there was one."""
@@ -50,7 +66,7 @@ class Hub:
         Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}).start()
 
     def stop(self) -> None:
-        """Close the port: connections are refused from here on."""
+        """Close the port: new connections are refused from here on, and open ones are dropped."""
         assert self._server is not None
         self._server.shutdown()
         self._server.server_close()
@@ -87,26 +103,29 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._route()
 
-    def do_POST(self) -> None:
-        self._route()
-
     def _route(self) -> None:
+        if not self.hub.is_up:
+            self.close_connection = True
+            return
         url = urlsplit(self.path)
         parts = url.path.strip("/").split("/")
         self.hub.requests.append(f"{self.command} {self.path}")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.answers.wait()
+        if self.hub.refusal and (self.hub.refuses_all or "resolve" in parts):
+            status, code, message = self.hub.refusal
+            headers = {"X-Error-Code": code} if code else {}
+            self._send(status, b"", {**headers, "X-Error-Message": message})
+            return
         match parts:
             case ["api", "models", org, name]:
                 self._info(f"{org}/{name}", "main")
             case ["api", "models", org, name, "revision", revision]:
                 self._info(f"{org}/{name}", unquote(revision))
+                self.hub.after_listing()
             case ["api", "models", org, name, "tree", revision, *folder]:
                 recursive = parse_qs(url.query).get("recursive", [""])[0].lower() == "true"
                 path = unquote("/".join(folder))
                 self._tree(f"{org}/{name}", unquote(revision), path, recursive=recursive)
-            case ["api", "models", org, name, "paths-info", revision]:
-                wanted = parse_qs(body.decode()).get("paths", [])
-                self._paths_info(f"{org}/{name}", unquote(revision), wanted)
             case [org, name, "resolve", revision, *path]:
                 self._file(f"{org}/{name}", unquote(revision), unquote("/".join(path)))
             case ["lfs", org, name, commit, *path]:
@@ -148,11 +167,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "EntryNotFound")
         else:
             self._json(list(entries.values()))
-
-    def _paths_info(self, repo_id: str, revision: str, wanted: list[str]) -> None:
-        if found := self._find(repo_id, revision):
-            files = found[1]
-            self._json([_describe(name, files[name]) for name in wanted if name in files])
 
     def _file(self, repo_id: str, revision: str, path: str) -> None:
         if not (found := self._find(repo_id, revision)):

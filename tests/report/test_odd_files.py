@@ -1,15 +1,19 @@
-"""Files that no run would write: each is shown, or refused in a line, and never a traceback."""
+"""Files that no run writes: each is shown within bounds or refused in a line, without traceback.
 
+Shape letters: N boards, M moves (4).
+"""
+
+import re
 import warnings
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dump_activations import OutputError, write_report
+from dump_activations import ActivationsFile, OutputError, demo, dump, write_report
 from dump_activations.progress import reported_to
-from dump_activations.report import writing
-from dump_activations.storage.statistics import STATISTICS
+from dump_activations.report import data, render
 
 N = 7
 BOARDS = {
@@ -20,51 +24,229 @@ POOLED = np.ones((N, 3), np.float32)
 PROBS = np.full((N, 4, 5), 0.2, np.float32)
 # No move changes it.
 STUCK = np.tile(np.array([1, 2, 1, 2, 2, 1, 2, 1], np.uint8), (N, 2))
+# Every move but up changes it.
+NO_UP = np.zeros(16, np.uint8)
+NO_UP[1] = 1
 
+
+def stored(**replaced) -> dict[str, np.ndarray]:
+    """Return statistics of `pooled`, plausible where they are not replaced."""
+    names = ("count", "mean", "variance", "min", "max", "count_abs_gt_6", "norm_mean")
+    per_feature = {"mean", "variance", "min", "max", "count_abs_gt_6"}
+    values = {name: np.ones(3 if name in per_feature else 1) for name in names}
+    return {**values, **{name: np.full_like(values[name], v) for name, v in replaced.items()}}
+
+
+def write(tmp_path, tensors, metadata=None) -> str:
+    """Write the page of a file, and return the texts on it, one per line."""
+    save_file({**BOARDS, **tensors}, tmp_path / "odd.safetensors", metadata or {"layers": "0,1"})
+    with warnings.catch_warnings(action="error"):
+        write_report(tmp_path / "odd.safetensors", tmp_path / "report.html")
+    return Text((tmp_path / "report.html").read_text()).text
+
+
+class Text(HTMLParser):
+    """The texts of a page outside styles and scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.text, self.tags = "", []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        if self.lasttag not in ("style", "script") or not data.strip():
+            self.text += f"{data}\n"
+
+
+# Tensors, and a sentence on the page.
 SHOWN = {
-    "nan": {"head_probs": np.full_like(PROBS, np.nan), "final_hidden": np.full((N, 16, 2), np.nan)},
-    "infinite": {"pooled": np.full_like(POOLED, np.inf)},
-    "nan-attention": {"attn_pattern": np.full((N, 2, 3, 16, 16), np.nan, np.float16)},
-    "stuck": {"boards": STUCK, "head_probs": PROBS, "labels/move_dir": np.zeros(N, np.uint8)},
-    "tiles-beyond-any": {"boards": np.full((N, 16), 255, np.uint8), "head_logits": PROBS},
-    "labels-beyond-any": {
-        "head_probs": PROBS,
-        "labels/move_dir": np.array([9, -1, 2**62, 1, 200, 3, 0]),
-        "labels/step_index": np.array([2**62, -(2**62), 0, 1, 2, 3, 4]),
-    },
-    "no-vectors": {"one": np.ones(N, np.float32), "none": np.ones((N, 0), np.float32)},
-}
-
-REFUSED = {
-    "boards-of-floats": ({"boards": np.ones((N, 16), np.float32)}, "no boards"),
-    "three-moves": ({"head_probs": np.ones((N, 3), np.float32)}, "head_probs are 7x3"),
-    "no-layers": ({"attn_pattern": np.ones((N, 2, 16, 16), np.float32)}, "attn_pattern are 7x2x16"),
-    "few-statistics": ({"pooled": POOLED, "stats/pooled/count": np.ones(1)}, "stats/pooled/"),
-    "misshapen-statistics": (
-        {"pooled": POOLED, **{f"stats/pooled/{each.name}": np.ones(5) for each in STATISTICS}},
-        "stats/pooled/",
+    "one-board": ({"boards": BOARDS["boards"][:1], "indices": np.arange(1)}, "all 1 boards"),
+    "nan": ({"head_probs": np.full_like(PROBS, np.nan)}, "model: every score is NaN"),
+    "nan-cells": ({"final_hidden": np.full((N, 16, 2), np.nan)}, "not finite"),
+    "infinite": ({"pooled": np.full_like(POOLED, np.inf)}, "not finite"),
+    "huge": ({"pooled": np.full((N, 3), 3e38, np.float32)}, r"5\.196e\+38"),
+    "huge-float64": ({"pooled": np.full((N, 3), 1e308)}, "not finite"),
+    "tiny": ({"pooled": np.full((N, 2, 3), 5e-324)}, "pooled"),
+    "nan-attention": ({"attn_pattern": np.full((N, 2, 3, 16, 16), np.nan, np.float16)}, "Layer 1"),
+    "stuck": ({"boards": STUCK, "head_probs": PROBS}, "model: no move is legal"),
+    "tiles-beyond-any": (
+        {"boards": np.full((N, 16), 255, np.uint8), "head_logits": PROBS},
+        r"2\^255",
+    ),
+    "huge-policy": ({"head_probs": np.full((N, 4), 1e30, np.float32)}, r"1e\+32%"),
+    "moves-of-another-shape": (
+        {"labels/move_dir": np.zeros((N, 2), np.uint8)},
+        "move_dir must be one int64 or uint8 per board",
+    ),
+    "moves-of-another-dtype": (
+        {"labels/move_dir": np.zeros(N, np.int16)},
+        "move_dir must be one int64 or uint8 per board",
+    ),
+    "negative-labels": (
+        {
+            "head_probs": PROBS,
+            "labels/move_dir": np.full(N, -1),
+            "labels/step_index": np.full(N, -(2**63)),
+        },
+        "label move_dir has no value from 0 to 3(.|\n)*label step_index has no value from 0 to",
+    ),
+    "labels-beyond-any": (
+        {
+            "head_probs": PROBS,
+            "labels/move_dir": np.array([9, -1, 2**62, 1, 200, 3, 0]),
+            "labels/step_index": np.array([2**62, -(2**62), 0, 2**52, 2, 3, 4]),
+        },
+        "step of the game, 375,299,968,947,542 per bar",
+    ),
+    "no-vectors": (
+        {"one": np.ones(N, np.float32), "none": np.ones((N, 0), np.float32)},
+        "one has no vectors",
+    ),
+    "unreadable-dtype": ({"ints": np.ones((N, 2), np.int32)}, "ints has a dtype"),
+    "layers-without-numbers": (
+        {"attn_pattern": np.ones((N, 3, 2, 16, 16), np.float16)},
+        "attn_pattern has layers that the metadata does not number",
+    ),
+    "some-statistics": (
+        {"pooled": POOLED, "stats/pooled/count": np.ones(1)},
+        "stored statistics are incomplete",
     ),
 }
 
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_it_is_shown(tmp_path, name):
-    path = tmp_path / "odd.safetensors"
-    save_file({**BOARDS, **SHOWN[name]}, path, {"layers": "0,1"})
-    with warnings.catch_warnings(action="error"):
-        write_report(path, tmp_path / "report.html")
+    tensors, sentence = SHOWN[name]
+    assert re.search(sentence, write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    "replaced", [{"variance": -1}, {"count": 0}, {"count": -5}, {"count_abs_gt_6": -1}]
+)
+def test_impossible_statistics_are_not_used(tmp_path, monkeypatch, replaced):
+    monkeypatch.setattr(ActivationsFile, "stats", lambda file, key: stored(**replaced))
+    text = write(tmp_path, {"pooled": POOLED})
+    assert "The stored statistics are impossible and not used." in text
+    assert text.count("1.732\n") == 4
+
+
+@pytest.mark.parametrize("value", [1e308, 5e-324, np.nan, np.inf])
+def test_extreme_statistics_are_shown(tmp_path, monkeypatch, value):
+    def stats(file, key):
+        return {name: np.stack([each, each]) for name, each in stored(norm_mean=value).items()}
+
+    monkeypatch.setattr(ActivationsFile, "stats", stats)
+    text = write(tmp_path, {"resid_pre": np.ones((N, 2, 3), np.float32)})
+    assert ("not finite" if value > 1e308 or np.isnan(value) else f"{value:.4g}") in text
+    assert max(map(len, text.split("\n"))) < 500
+
+
+def test_an_enormous_head_is_left_out(tmp_path):
+    text = write(tmp_path, {"head_probs": np.zeros((N, 4, 1_000_000), np.float16)})
+    assert text.count("head_probs has 4,000,000 values per board") >= 2
+    assert "--outputs head_probs" not in text
+    assert (tmp_path / "report.html").stat().st_size < 100_000
+
+
+def test_a_wide_head_has_moves_but_no_chart_of_bins(tmp_path):
+    text = write(tmp_path, {"head_probs": np.full((N, 4, 5000), 1 / 5000, np.float32)})
+    assert "The mean of 5000 bins has no chart." in text
+    assert "Moves that the model makes" in text
+    assert (tmp_path / "report.html").stat().st_size < 100_000
+
+
+def test_twenty_thousand_keys_are_bounded(tmp_path):
+    tensors = {f"key{i}": np.ones((N, 1), np.float16) for i in range(20_000)}
+    text = write(tmp_path, {**tensors, "head_probs": PROBS})
+    assert "more keys are left out" in text
+    assert "Moves that the model makes" in text
+    assert (tmp_path / "report.html").stat().st_size < 1_000_000
+
+
+def test_heads_of_attention_are_bounded(tmp_path):
+    pattern = np.full((N, 2, 100, 16, 16), 1 / 16, np.float16)
+    text = write(tmp_path, {"attn_pattern": pattern})
+    assert "100 more heads are left out." in text
+
+
+REFUSED = {
+    "boards-of-floats": (
+        {"boards": np.ones((N, 16), np.float32)},
+        "boards must be uint8; got float32",
+    ),
+    "three-moves": (
+        {"head_probs": np.ones((N, 3), np.float32)},
+        r"head_probs must have shape \(7, 4\) or \(7, 4, any\); got \(7, 3\)",
+    ),
+    "no-layers": (
+        {"attn_pattern": np.ones((N, 2, 16, 16), np.float32)},
+        r"must have shape \(7, any, any, 16, 16\); got \(7, 2, 16, 16\)",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused(tmp_path, name):
     tensors, reason = REFUSED[name]
-    save_file({**BOARDS, **tensors}, tmp_path / "odd.safetensors")
-    with pytest.raises(OutputError, match=f"is no dump that can be shown: it.*{reason}"):
-        write_report(tmp_path / "odd.safetensors", tmp_path / "report.html")
+    with pytest.raises(OutputError, match=f"cannot show .*: .*{reason}"):
+        write(tmp_path, tensors)
     assert not (tmp_path / "report.html").exists()
 
 
-def test_progress_is_of_keys(tmp_path):
+@pytest.mark.parametrize(
+    ("scores", "move"),
+    [
+        ([np.nan, np.nan, 0.5, 0.4], 2),  # An illegal NaN and a legal one lose.
+        ([9, np.nan, -np.inf, np.nan], 2),  # An illegal move loses to one that scores -inf.
+        ([9, np.inf, 5, 5], 1),
+        ([9, np.nan, np.nan, np.nan], data.UNKNOWN),
+    ],
+)
+def test_neither_nan_nor_an_illegal_move_wins(scores, move):
+    assert data.model_moves(np.array([scores]), NO_UP[None]) == [move]
+
+
+def test_nan_of_one_move_leaves_the_policy_of_the_others(tmp_path):
+    logits = np.tile(np.array([0, np.nan, 3, 1], np.float32), (N, 1))
+    text = write(tmp_path, {"boards": np.tile(NO_UP, (N, 1)), "head_logits": logits})
+    softmax = np.exp(3) / (1 + np.exp(3) + np.exp(1))
+    assert f"model: ← left, {softmax:.0%}" in text
+
+
+def test_boards_without_a_played_move_do_not_count_as_disagreement(tmp_path):
+    probs = np.tile(np.array([0.1, 0.2, 0.3, 0.4], np.float32), (N, 1))
+    played = np.array([3, 3, 3, -1, 255, 2, -1])
+    boards = np.tile(NO_UP, (N, 1))
+    text = write(tmp_path, {"boards": boards, "head_probs": probs, "labels/move_dir": played})
+    assert "75.0%" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["<script>x</script>", "a\"b'c&amp;", "\u202e\0\x1b[31m", "{{ 1 }}"]
+)
+def test_names_from_a_file_are_text(tmp_path, name):
+    tensors = {name: np.ones((N, 16, 4), np.float32), f"labels/{name}": np.ones(N)}
+    text = write(tmp_path, tensors, {"checkpoint": name, name: name})
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    assert text.count(f"{shown}\n") >= 5
+    page = Text((tmp_path / "report.html").read_text())
+    assert page.tags.count("script") == 1
+
+
+def test_each_entry_of_metadata_has_its_group(tmp_path):
+    path = tmp_path / "a.safetensors"
+    options = {"labels": ["move_dir"], "where": "max_rank > 3", "stats": True, "n_samples": 3}
+    dump(demo.CHECKPOINT, demo.DATASET, path, device="cpu", allow_cpu=True, **options)
+    write_report(path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h3>Run</h3>" in page
+    assert "<h3>More</h3>" not in page
+
+
+def test_progress_counts_keys(tmp_path):
     path = tmp_path / "two.safetensors"
     save_file({**BOARDS, "pooled": POOLED, "final_hidden": np.ones((N, 16, 2))}, path)
     calls = []
@@ -72,7 +254,7 @@ def test_progress_is_of_keys(tmp_path):
     assert calls == [(1, 2), (2, 2)]
 
 
-def test_progress_is_shown_where_that_is_asked_for(tmp_path, monkeypatch):
+def test_progress_is_shown_if_asked_for(tmp_path, monkeypatch):
     class Listener:
         def begin(self, phase):
             told.append(phase.name)
@@ -81,7 +263,7 @@ def test_progress_is_shown_where_that_is_asked_for(tmp_path, monkeypatch):
             told.append((done, of))
 
     told = []
-    monkeypatch.setattr(writing, "shown_progress", lambda: reported_to(Listener()))
+    monkeypatch.setattr(render, "shown_progress", lambda: reported_to(Listener()))
     path = tmp_path / "a.safetensors"
     save_file({**BOARDS, "pooled": POOLED}, path)
     write_report(path, tmp_path / "report.html")

@@ -1,4 +1,4 @@
-"""Where a page is written: it replaces an earlier page and nothing else."""
+"""Writing a page replaces an earlier page and nothing else."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def test_an_earlier_page_is_replaced_whole(dump_path, tmp_path):
     assert names(tmp_path) == {"report.html"}
 
 
-def test_the_mode_is_that_of_any_new_file(dump_path, tmp_path):
+def test_the_mode_is_the_default_of_new_files(dump_path, tmp_path):
     write_report(dump_path, tmp_path / "report.html")
     (tmp_path / "other").write_text("")
     modes = {(tmp_path / name).stat().st_mode for name in ("report.html", "other")}
@@ -41,10 +41,10 @@ def test_the_mode_is_that_of_any_new_file(dump_path, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"mine", b"<!doctype html>\n<p>mine", b"x" * 2000 + EARLIER]
 )
-def test_what_is_no_page_of_ours_stays(dump_path, tmp_path, content):
+def test_a_file_that_is_not_a_report_stays(dump_path, tmp_path, content):
     report = tmp_path / "report.html"
     report.write_bytes(content)
-    with pytest.raises(OutputError, match=r"report\.html is there and is no report"):
+    with pytest.raises(OutputError, match=r"report\.html exists and is not a report"):
         write_report(dump_path, report)
     assert report.read_bytes() == content
 
@@ -57,7 +57,7 @@ def test_the_dump_itself_stays(dump_path, tmp_path, link):
     if link is not None:
         report = tmp_path / "report.html"
         link(path, report)
-    with pytest.raises(OutputError, match="is no report"):
+    with pytest.raises(OutputError, match="is not a report"):
         write_report(path, report)
     assert path.read_bytes() == dump_path.read_bytes()
 
@@ -65,7 +65,7 @@ def test_the_dump_itself_stays(dump_path, tmp_path, link):
 def test_directories_and_devices_are_refused(dump_path, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
-        with pytest.raises(OutputError, match="is there and is no report"):
+        with pytest.raises(OutputError, match="exists and is not a report"):
             write_report(dump_path, place)
 
 
@@ -97,7 +97,7 @@ def test_the_command_takes_one_thing_at_a_time(dump_path, tmp_path, more):
     assert names(tmp_path) == set()
 
 
-def test_a_file_without_boards_is_no_dump(tmp_path, capfd):
+def test_a_file_without_boards_is_refused(tmp_path, capfd):
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -107,5 +107,5 @@ def test_a_file_without_boards_is_no_dump(tmp_path, capfd):
     assert "error: " in capfd.readouterr().err
     save_file({"weight": np.ones((3, 4), np.float32), "boards": np.ones((3, 15), np.uint8)}, path)
     assert main([str(path), "--report", str(tmp_path / "report.html")]) == 1
-    assert "its boards are 3x15" in capfd.readouterr().err
+    assert "boards must have shape (3, 16); got (3, 15)" in capfd.readouterr().err
     assert names(tmp_path) == {"weights.safetensors"}

@@ -9,10 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from dump_activations.storage.writing.private_files import lock
 
 from dump_activations.commands.inspect import main
 from dump_activations.errors import OutputError
-from dump_activations.storage.writing.private_files import lock
 from dump_activations.storage.writing.existing import find_unfinished
 from output_support import SUFFIXES, open_file, small_dump, write_batches, write_dump
 

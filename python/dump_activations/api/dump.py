@@ -26,8 +26,8 @@ from dump_activations.errors import (
     option,
     warn,
 )
+from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.model.layers import Layers
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
 from dump_activations.paths import locate
 from dump_activations.pipeline.device import current
@@ -242,7 +242,7 @@ class _Call:
             self.started,
             output=self.path,
             resumed_boards=output.found + resumed,
-            bytes_written=_nbytes(files),
+            bytes_written=sum(each.size for each in output.finished),
             nonfinite=_nonfinite(output, warn_of_them=True),
             write_seconds=write_seconds,
             shards_written=output.written if is_sharded else 0,
@@ -268,7 +268,7 @@ class _Call:
             output=self.path,
             boards=0,
             resumed_boards=output.found,
-            bytes_written=_nbytes(output.files),
+            bytes_written=sum(each.size for each in output.finished),
             shards_written=0,
             shards_found=0 if output.files[0].shard is None else len(output.files),
             seconds=0.0,
@@ -434,8 +434,9 @@ def _files(
     assert not isinstance(options.shard_size, str)
     shards = choose_shards(work, options.shard_size, share=share)
     files = work.files(shards)
-    if options.shard_size is not None and _nbytes(files[:1]) > options.shard_size + (1 << 20):
-        note(f"{option('shard_size')}: raised to one batch, {size_text(_nbytes(files[:1]))}")
+    largest_nbytes = max(files[0].tensor_nbytes, files[-1].tensor_nbytes)
+    if options.shard_size is not None and largest_nbytes > options.shard_size:
+        note(f"{option('shard_size')}: raised to one batch, {size_text(largest_nbytes)}")
     if isinstance(options.shards, range) and shards is not None:
         if options.shards.stop > len(files) + 1:
             raise InvalidArgumentError(
@@ -476,22 +477,19 @@ def _already_there(output: Output) -> Iterator[str]:
 
 def _check_space(output: Output) -> None:
     """Raise OutputError where the disk has less space than all missing files need."""
-    check_space([each.target for each in output.missing], _nbytes(output.missing))
+    missing = output.missing
+    check_space([each.target for each in missing], sum(each.tensor_nbytes for each in missing))
 
 
 def _shards(files: Sequence[FileWork]) -> list[Path]:
     return [each.target for each in files if each.shard is not None]
 
 
-def _nbytes(files: Sequence[FileWork]) -> int:
-    return sum(each.empty_layout.size for each in files)
-
-
 def _nonfinite(output: Output, *, warn_of_them: bool = False) -> dict[str, dict[str, int]]:
     """Count the values that are not finite in each tensor of all finished files that has any."""
     counts: dict[str, dict[str, int]] = {}
-    for digests in output.finished.values():
-        for name, digest in digests.items():
+    for finished in output.finished:
+        for name, digest in finished.digests.items():
             # Labels are as the dataset has them.
             if (digest.nan or digest.inf) and not name.startswith(LABEL_PREFIX):
                 count = counts.setdefault(name, {"nan": 0, "inf": 0})

@@ -2,11 +2,12 @@
 
 import os
 
-from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.model.encoder import Encoder
+from torch import nn
 
-Init = str | os.PathLike[str] | Encoder
-"""A checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`; or a model."""
+from dump_activations.dataset.dataset import StepsDataset
+
+Init = str | os.PathLike[str] | nn.Module
+"""A checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`; or an Encoder."""
 
 Dataset = str | os.PathLike[str] | StepsDataset
 """A steps dataset, or its directory."""

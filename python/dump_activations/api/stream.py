@@ -14,8 +14,8 @@ from torch import Tensor
 from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import LABEL_PREFIX
+from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.model.layers import Layers
 from dump_activations.options import StreamOptions
 from dump_activations.pipeline.device import current
 from dump_activations.pipeline.interrupts import HeldInterrupts

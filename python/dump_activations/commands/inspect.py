@@ -98,8 +98,8 @@ def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     from dump_activations.commands import statistics
     from dump_activations.commands.contents import FileContents
     from dump_activations.storage.reading.inspection import inspect
-    from dump_activations.storage.writing.paths import partial_path, target_of
     from dump_activations.storage.writing.existing import find_unfinished
+    from dump_activations.storage.writing.paths import partial_path, target_of
 
     unfinished = find_unfinished(file)
     if unfinished is not None and stats:
@@ -143,7 +143,7 @@ def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, Tensor
 
 
 def _write_report(file: Path, report: Path) -> None:
-    from dump_activations.report.writing import write_report
+    from dump_activations.report.render import write_report
     from dump_activations.storage.writing.existing import find_unfinished
 
     if (found := find_unfinished(file)) is not None:

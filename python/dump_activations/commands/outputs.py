@@ -9,8 +9,12 @@ from dump_activations.commands.console import print_json, print_parts
 from dump_activations.commands.contents import split_statistics, statistics_row
 from dump_activations.commands.tables import Table
 from dump_activations.dtypes import STORAGE_DTYPES
-from dump_activations.model.activations import ACTIVATIONS, Activation, WeightActivation
-from dump_activations.model.layers import find_layers
+from dump_activations.model.activations import (
+    ACTIVATIONS,
+    Activation,
+    WeightActivation,
+    find_layers,
+)
 from dump_activations.progress import shown_progress
 from dump_activations.text import shape_text, size_text
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dump_activations.dataset.indices import load_indices, step_indices
-from dump_activations.dataset.row_ids import RUN, STEPS
+from dump_activations.dataset.sampling import load_indices, step_indices
+from dump_activations.dataset.scan import RUN, STEPS
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
 from dump_activations.storage.formats.registry import FORMATS
@@ -50,7 +50,8 @@ def read_step_indices(
     tensors = {tensor.name: tensor for tensor in contents.tensors}
     if _NAME not in tensors:
         raise IndicesError(f"{path}: no {_NAME!r} in it, only {', '.join(tensors) or 'nothing'}")
-    if contents.metadata.get("dataset_sha256", dataset.sha256) == dataset.sha256:
+    layout = dataset.layout_sha256
+    if contents.metadata.get("dataset_layout_sha256", layout) == layout:
         return _read(path, tensors[_NAME])
     other = (
         f"{path}: its indices are of another dataset, {contents.metadata.get('dataset')}, or of "

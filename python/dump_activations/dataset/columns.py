@@ -1,31 +1,69 @@
-"""Named values of rows, read together.
-
-They are fields and elements of array fields, what the rules of the game say of the board, and what
-`metadata.db` says of the run.
+"""Named values of rows: fields, labels by the rules of the game, and labels from `metadata.db`.
 
 Shape letters: N rows, S cells (16).
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations import _rust
-from dump_activations.dataset.fields import RowField, RowFields
-from dump_activations.dataset.labels import BOARD_LABELS, RUN_LABELS
-from dump_activations.dataset.runs import DATABASE, Runs
-from dump_activations.dtypes import CELLS
-from dump_activations.errors import InvalidArgumentError, option
+from dump_activations.dataset import game
+from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
+from dump_activations.dataset.shards import row_layouts
+from dump_activations.dtypes import CELLS, MOVES
+from dump_activations.errors import DatasetError, InvalidArgumentError, option
 
 Values = dict[str, NDArray[Any]]
-"""Name -> what rows have of it, first axis N."""
+"""Name -> values of rows, first axis N."""
 
-# Bytes of rows that are read at once: no row is larger, and a core's second-level cache holds them.
+ALL = "all"
+"""Stands for every field of the rows but `board`."""
+
+BOARD_LABELS: dict[str, tuple[tuple[int, ...], Callable[[NDArray[Any]], NDArray[Any]]]] = {
+    "empty_cells": ((), game.empty_cells),
+    "max_exponent": ((), game.max_exponent),
+    "max_in_corner": ((), game.max_in_corner),
+    "legal_moves": ((MOVES,), game.legal_moves),
+    "merges": ((MOVES,), game.merges),
+}
+"""Label -> shape of one row's value, and cells uint8 (16, N) -> uint8 (N, *shape)."""
+
+_INT64_MAX = np.iinfo(np.int64).max
+# Bytes of rows read at once by a scan: no row is larger, and a core's level 2 cache holds them.
 _SCRATCH = 1 << 20
+
+
+@dataclass(frozen=True)
+class RowField:
+    """A field that the rows of all shards have.
+
+    Attributes:
+        name: As in the shards' headers.
+        dtype: Of one element, in the shards' byte order.
+        shape: Of one row's value.
+        offsets: Its first byte in a row, for each layout of rows in the dataset.
+
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one row's value."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -33,40 +71,46 @@ class Column:
     """A named value of every row.
 
     Attributes:
-        dtype: of one element.
-        shape: of one row's value.
-        compute: boards, cell by cell (16, N), and the fields' values -> its values (N, *shape).
-        fields: what it is made of, beside the board.
-        of_board: whether it is made of the board.
+        dtype: Of one element.
+        shape: Of one row's value.
+        source: The field that it is computed from; None for the board.
+        compute: The source's values, (N, ...) or cells uint8 (16, N), -> values (N, *shape).
+
     """
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    compute: Callable[[NDArray[np.uint8], Values], NDArray[Any]]
-    fields: tuple[RowField, ...] = ()
-    of_board: bool = False
+    source: RowField | None
+    compute: Callable[[NDArray[Any]], NDArray[Any]]
 
 
 class Columns:
-    """The columns of a dataset that can be named."""
+    """The columns of a dataset, by name."""
 
     def __init__(self, dataset: _rust.Dataset) -> None:
         self.dataset = dataset
-        self.fields = RowFields(dataset)
         self._runs = Runs(dataset.path)
+
+    @cached_property
+    def layouts(self) -> list[tuple[Path, np.dtype[np.void]]]:
+        """Each distinct layout of rows: the first shard that has it, and the rows' dtype."""
+        return row_layouts(self.dataset)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the first shard's fields."""
+        return self.layouts[0][1].names or ()
 
     @property
     def names(self) -> list[str]:
-        """All names, elements of array fields apart."""
+        """All names, except elements of arrays."""
         of_runs = RUN_LABELS if self._runs.exists and "run_id" in self.fields else ()
         return list(dict.fromkeys([*self.fields, *BOARD_LABELS, *of_runs]))
 
     def find(self, name: str, *, of: str) -> Column:
-        """Return the column of that name, for the option `of`.
+        """Return the column of that name, such as `branch_evs` or its element `branch_evs_0`.
 
-        Raises:
-            InvalidArgumentError: there is none.
-            DatasetError: some shards lack it, or `metadata.db` cannot be read.
+        Errors name `of`, the option that asks for it.
         """
         if (column := self._whole(name, of=of)) is not None:
             return column
@@ -74,47 +118,87 @@ class Columns:
         if element and (array := self._whole(element[1], of=of)) is not None:
             place = tuple(int(number) for number in element[2][1:].split("_"))
             if len(place) == len(array.shape) and all(map(int.__lt__, place, array.shape)):
-                return _element(array, place)
-        raise InvalidArgumentError(
-            f"{option(of)}: no {name!r} in {self.dataset.path}; there are {', '.join(self.names)}"
-        )
+                at: Any = (slice(None), *place)
+                return replace(array, shape=(), compute=lambda values: array.compute(values)[at])
+        raise self._missing(name, of=of)
 
     def _whole(self, name: str, *, of: str) -> Column | None:
-        if (field := self.fields.find(name)) is not None:
-            return Column(field.dtype, field.shape, lambda _, fields: fields[name], (field,))
-        if (label := BOARD_LABELS.get(name)) is not None:
-            dtype, compute = np.dtype(np.uint8), label.compute
-            return Column(dtype, label.shape, lambda cells, _: compute(cells), of_board=True)
-        return self._of_run(name, of=of) if name in RUN_LABELS else None
-
-    def _of_run(self, name: str, *, of: str) -> Column:
-        column = RUN_LABELS[name]
-        run_id = self.fields.find("run_id")
+        if (field := self._field(name)) is not None:
+            return Column(field.dtype, field.shape, field, lambda values: values)
+        if name in BOARD_LABELS:
+            shape, compute = BOARD_LABELS[name]
+            return Column(np.dtype(np.uint8), shape, None, compute)
+        if name not in RUN_LABELS:
+            return None
+        run_id = self._field("run_id")
         if run_id is None or run_id.shape or run_id.dtype.kind not in "iu" or not self._runs.exists:
             raise InvalidArgumentError(
-                f"{option(of)}: no {name!r} in {self.dataset.path}, which takes a {DATABASE} and a "
-                f"run_id in the rows; there are {', '.join(self.names)}"
+                f"{option(of)}: {name!r} needs a {DATABASE} in {self.dataset.path} and an integer "
+                f"run_id in its rows; it has {', '.join(self.names)}"
             )
-        self._runs.load(column)
+        self._runs.load(RUN_LABELS[name])
         join = self._runs.join
-        return Column(
-            np.dtype(np.int64), (), lambda _, fields: join(column, fields["run_id"]), (run_id,)
+        return Column(np.dtype(np.int64), (), run_id, lambda ids: join(RUN_LABELS[name], ids))
+
+    def _field(self, name: str) -> RowField | None:
+        """Return the field of that name; None where no shard has it."""
+        holders = [(path, row[name]) for path, row in self.layouts if name in (row.names or ())]
+        if not holders:
+            return None
+        holder, dtype = holders[0]
+        for path, row in self.layouts:
+            if name not in (row.names or ()):
+                raise DatasetError(f"{path}: its rows have no {name!r}, which {holder} has")
+            if row[name] != dtype:
+                raise DatasetError(
+                    f"{path}: its rows have {name!r} as {row[name]}, but {holder} as {dtype}; "
+                    "shards of one dataset must agree in the fields that are read"
+                )
+        offsets = tuple(row.fields[name][1] for _, row in self.layouts if row.fields)
+        return RowField(name, dtype.base, dtype.shape, offsets)
+
+    def _missing(self, name: str, *, of: str) -> InvalidArgumentError:
+        near = get_close_matches(name, self.names, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return InvalidArgumentError(
+            f"{option(of)}: {self.dataset.path} has no {name!r}{hint}; it has "
+            f"{', '.join(self.names)}"
         )
 
+    def find_labels(self, patterns: Sequence[str]) -> dict[str, Column]:
+        """Return the columns of labels by name: names, globs of them, or `all` for every field.
 
-def _element(array: Column, place: tuple[int, ...]) -> Column:
-    at: Any = (slice(None), *place)
-    return replace(array, shape=(), compute=lambda cells, fields: array.compute(cells, fields)[at])
+        Globs and `all` leave out columns that are not numbers, and `board`: the file's `boards`
+        hold it, and it seldom fits into int64.
+        """
+        found = {}
+        for pattern in patterns:
+            if pattern != ALL and not any(sign in pattern for sign in "*?["):
+                found[pattern] = column = self.find(pattern, of="labels")
+                if not _can_be_stored(pattern, column):
+                    raise InvalidArgumentError(
+                        f"{option('labels')}: {pattern!r} must be a number; it is {column.dtype}"
+                    )
+                continue
+            names = self.fields if pattern == ALL else self.names
+            matching = [name for name in names if pattern == ALL or fnmatchcase(name, pattern)]
+            if not matching:
+                raise self._missing(pattern, of="labels")
+            for name in matching:
+                if name != "board" and _can_be_stored(name, column := self.find(name, of="labels")):
+                    found[name] = column
+        return found
 
 
 class ColumnReader:
     """Reads columns of rows, chosen or consecutive, in one pass over the shards."""
 
     def __init__(self, dataset: _rust.Dataset, columns: Mapping[str, Column]) -> None:
-        self.columns = columns
-        self.of_boards = any(column.of_board for column in columns.values())
-        fields = {field.name: field for column in columns.values() for field in column.fields}
-        self._fields = list(fields.values())
+        self._dataset = dataset
+        self._columns = columns
+        self._needs_boards = any(column.source is None for column in columns.values())
+        sources = {each.source.name: each.source for each in columns.values() if each.source}
+        self._fields = list(sources.values())
         layouts = len(dict.fromkeys(dataset.descrs))
         self._selection = _rust.Selection(
             dataset, [[(f.offsets[i], f.nbytes) for f in self._fields] for i in range(layouts)]
@@ -126,20 +210,16 @@ class ColumnReader:
         boards_NS: NDArray[np.uint8],
         cancel: _rust.Cancel | None = None,
     ) -> Values:
-        """Read rows by their step indices; their boards are put into `boards_NS`."""
-        width = sum(field.nbytes for field in self._fields)
-        rows = np.empty((len(indices), CELLS + width), np.uint8)
+        """Read rows by their step indices, and write their boards to `boards_NS`."""
+        ends = np.cumsum([CELLS, *(field.nbytes for field in self._fields)])
+        rows = np.empty((len(indices), ends[-1]), np.uint8)
         self._selection.read(indices, rows, cancel)
-        boards_NS[:] = rows[:, :CELLS]
-        parts, start = [], CELLS
-        for field in self._fields:
-            parts.append(np.ascontiguousarray(rows[:, start : start + field.nbytes]))
-            start += field.nbytes
-        return self._compute(boards_NS, parts)
+        boards_NS[:], *fields = np.split(rows, ends[:-1], axis=1)
+        return self._compute(boards_NS, [np.ascontiguousarray(field) for field in fields])
 
     def buffers(self, rows: int) -> list[NDArray[np.uint8]]:
-        """Allocate what `scan` works in: as many rows as are read at once, boards and fields."""
-        boards = np.empty((rows if self.of_boards else 0, CELLS), np.uint8)
+        """Allocate what `scan` reads up to `rows` rows into: scratch, boards, fields."""
+        boards = np.empty((rows if self._needs_boards else 0, CELLS), np.uint8)
         fields = (np.empty((rows, field.nbytes), np.uint8) for field in self._fields)
         return [np.empty(_SCRATCH, np.uint8), boards, *fields]
 
@@ -150,17 +230,77 @@ class ColumnReader:
         buffers: Sequence[NDArray[np.uint8]],
         cancel: _rust.Cancel | None = None,
     ) -> Values:
-        """Read consecutive rows; the values may lie in the buffers."""
+        """Read consecutive rows. The values may be views of the buffers."""
         scratch, *outs = buffers
-        boards, *parts = (out[:rows] for out in outs)
-        wanted = boards if self.of_boards else None
-        self._selection.scan((first, first + rows), scratch, wanted, parts, cancel)
-        return self._compute(boards, parts)
+        boards_NS, *fields = (out[:rows] for out in outs)
+        boards = boards_NS if self._needs_boards else None
+        self._selection.scan((first, first + rows), scratch, boards, fields, cancel)
+        return self._compute(boards_NS, fields)
 
-    def _compute(self, boards_NS: NDArray[np.uint8], parts: Sequence[NDArray[np.uint8]]) -> Values:
-        fields = {
-            field.name: part.view(field.dtype).reshape(len(part), *field.shape)
-            for field, part in zip(self._fields, parts, strict=True)
+    def _compute(self, boards_NS: NDArray[np.uint8], fields: Sequence[NDArray[np.uint8]]) -> Values:
+        values = {
+            field.name: raw.view(field.dtype).reshape(len(raw), *field.shape)
+            for field, raw in zip(self._fields, fields, strict=True)
         }
-        cells_SN = np.ascontiguousarray(boards_NS.T) if self.of_boards else boards_NS.T
-        return {name: column.compute(cells_SN, fields) for name, column in self.columns.items()}
+        cells_SN = np.ascontiguousarray(boards_NS.T) if self._needs_boards else boards_NS.T
+        return {
+            name: column.compute(values[column.source.name] if column.source else cells_SN)
+            for name, column in self._columns.items()
+        }
+
+
+class LabelReader(ColumnReader):
+    """Reads boards and labels of the same rows in one pass.
+
+    Attributes:
+        dtypes: Name -> dtype of the label as it is stored: uint8, int64, float32 or float64.
+        shapes: Name -> shape of one row's value.
+
+    """
+
+    def __init__(self, columns: Columns, names: Sequence[str]) -> None:
+        """Find the labels, as `Columns.find_labels` does."""
+        found = columns.find_labels(names)
+        super().__init__(columns.dataset, found)
+        self.dtypes = {name: np.dtype(_stored_dtype(column)) for name, column in found.items()}
+        self.shapes = {name: column.shape for name, column in found.items()}
+
+    def read(
+        self,
+        indices: NDArray[np.int64],
+        boards_NS: NDArray[np.uint8],
+        cancel: _rust.Cancel | None = None,
+    ) -> Values:
+        """Read rows by their step indices, and write their boards to `boards_NS`, uint8 (n, 16).
+
+        Returns name -> the label's values, (n, *shape). Raises DatasetError if a row cannot be
+        read, or a value does not fit into int64.
+        """
+        read = super().read(indices, boards_NS, cancel)
+        for name, values in read.items():
+            if values.dtype.kind == "u" and values.dtype.itemsize == 8:
+                too_large = (values > _INT64_MAX).reshape(len(values), -1).any(axis=1)
+                if too_large.any():
+                    row = int(np.argmax(too_large))
+                    raise DatasetError(
+                        f"{self._dataset.path}: {name!r} of step {indices[row]} must fit into "
+                        f"int64; it is {values[row]}"
+                    )
+        return {
+            name: np.require(values, self.dtypes[name], ["C", "ALIGNED", "WRITEABLE"])
+            for name, values in read.items()
+        }
+
+
+def _stored_dtype(column: Column) -> type[np.generic] | None:
+    """Return the dtype that a label is stored in; None where it is not a number."""
+    kind, nbytes = column.dtype.kind, column.dtype.itemsize
+    if 0 in column.shape or kind not in "biuf" or nbytes > 8:
+        return None
+    if kind == "f":
+        return np.float64 if nbytes == 8 else np.float32
+    return np.uint8 if kind == "b" or (kind == "u" and nbytes == 1) else np.int64
+
+
+def _can_be_stored(name: str, column: Column) -> bool:
+    return name.isprintable() and _stored_dtype(column) is not None

@@ -1,30 +1,52 @@
-"""Filters as they are written: Python's syntax, of which little is allowed, and nothing is run.
+"""Filters and lists of names as text.
 
-Importing this module does not import NumPy, so that a wrong call is found out quickly.
+A filter is a subset of Python's expressions. It is parsed, and never run as code. This module
+imports no NumPy, so that `--help` and usage errors answer quickly.
 """
 
 import ast
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 from dump_activations.errors import InvalidArgumentError, option
 
 _EXAMPLE = "max_rank >= 11 and run_id % 10 != 0"
-_PARTS = (ast.Name, ast.Constant, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare)
+_NODES = (ast.Name, ast.Constant, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare)
 _OPERATORS = (
     ast.And, ast.Or, ast.Not, ast.Invert, ast.USub, ast.UAdd,
     ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr,
-    ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+    ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn,
 )  # fmt: skip
+# Operators of other languages, and Python's.
+_FOREIGN = {
+    r"&&": "and",
+    r"\|\|": "or",
+    r"<>": "!=",
+    r"(?<![=!<>])=(?!=)": "==",
+    r"!(?!=)": "not",
+    r"\bAND\b": "and",
+    r"\bOR\b": "or",
+    r"\bNOT\b": "not",
+}
+
+
+def split_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Split comma-separated names, or a list of such, and drop repeats."""
+    texts = [names] if isinstance(names, str) else names
+    split = (name.strip() for text in texts for name in text.split(","))
+    return tuple(dict.fromkeys(name for name in split if name))
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A filter that can be read.
+    """A parsed filter.
 
     Attributes:
-        text: as it was written.
-        tree: only what the grammar allows.
+        text: the filter on one line.
+        tree: its syntax tree, which holds only nodes that the grammar allows.
     """
 
     text: str
@@ -32,43 +54,64 @@ class Expression:
 
     @cached_property
     def names(self) -> list[str]:
-        """The names in it, each once."""
+        """The fields and labels that it names, each once."""
         nodes = ast.walk(self.tree)
         return list(dict.fromkeys(node.id for node in nodes if isinstance(node, ast.Name)))
 
-    def part(self, node: ast.expr) -> str:
-        """Return a part of it as it was written."""
+    def source(self, node: ast.expr) -> str:
+        """Return the text of one of its nodes."""
         return ast.get_source_segment(self.text, node) or self.text
+
+    def refuse(self, node: ast.expr, reason: str) -> NoReturn:
+        """Raise InvalidArgumentError for one of its nodes."""
+        raise InvalidArgumentError(f"{option('where')}: {self.source(node)!r}: {reason}")
 
 
 def parse(text: str) -> Expression:
-    """Read a filter: comparisons, arithmetic, `and`, `or`, `not`, `&`, `|`, `~` over names.
+    """Parse a filter: comparisons, `in (1, 2)`, arithmetic, `and`, `or`, `not`, `&`, `|`, `~`.
+
+    Line breaks count as spaces, and comments are dropped.
 
     Raises:
-        InvalidArgumentError: it is no such expression.
+        InvalidArgumentError: the text is not such an expression.
     """
-    text = text.strip()
+    text = " ".join(re.sub("#.*", "", text).split())
     try:
-        tree = ast.parse(text, mode="eval")
-        parts = [node for node in ast.walk(tree) if isinstance(node, ast.expr)]
+        expression = Expression(text, ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "too long or not text"
+        for foreign, right in _FOREIGN.items():
+            if wrong := re.search(foreign, text):
+                reason = f"write {right!r} for {wrong[0]!r}"
+                break
         raise InvalidArgumentError(
-            f"{option('where')}: {text!r} is no expression ({reason}); one is {_EXAMPLE!r}"
+            f"{option('where')} must be an expression such as {_EXAMPLE!r}; got {text!r} ({reason})"
         ) from None
-    odd = next((part for part in parts if not _is_allowed(part)), None)
-    if odd is not None:
-        what = "calls nothing" if isinstance(odd, ast.Call) else "takes no"
-        raise InvalidArgumentError(
-            f"{option('where')}: a filter {what}: {ast.get_source_segment(text, odd)!r}; it "
-            f"compares fields and labels, as in {_EXAMPLE!r}"
-        )
-    return Expression(text, tree.body)
+    _check(expression)
+    return expression
 
 
-def _is_allowed(part: ast.expr) -> bool:
-    if isinstance(part, ast.Constant):
-        return type(part.value) in (int, float)
-    operators = [getattr(part, "op", None), *getattr(part, "ops", ())]
-    known = all(each is None or isinstance(each, _OPERATORS) for each in operators)
-    return isinstance(part, _PARTS) and known
+def _check(expression: Expression) -> None:
+    """Refuse what the grammar does not have."""
+    lists: list[ast.expr] = []
+    for node in ast.walk(expression.tree):  # An `in` comes before its list.
+        if not isinstance(node, ast.expr) or node in lists:
+            continue
+        operators = [getattr(node, "op", ast.And()), *getattr(node, "ops", ())]
+        if not isinstance(node, _NODES) or not all(isinstance(op, _OPERATORS) for op in operators):
+            reason = f"a filter only compares fields, labels and numbers, e.g. {_EXAMPLE!r}"
+            expression.refuse(node, reason)
+        if isinstance(node, ast.Compare):
+            for op, right in zip(node.ops, node.comparators, strict=True):
+                if isinstance(op, ast.In | ast.NotIn):
+                    is_list = isinstance(right, ast.Tuple | ast.List | ast.Set)
+                    if not is_list or right is not node.comparators[-1]:
+                        expression.refuse(node, "'in' must be followed by a list, e.g. in (1, 2)")
+                    lists.append(right)
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, bool):
+                expression.refuse(node, "compare with 1 or 0, or leave the comparison out")
+            if not isinstance(node.value, int | float):
+                expression.refuse(node, "values must be integers or floats")
+            if isinstance(node.value, int) and node.value >= 2**64:
+                expression.refuse(node, "integers must be below 2**64")

@@ -1,11 +1,11 @@
-"""Evaluates a filter on columns of rows, as Python would on the numbers of each row.
+"""Evaluates a filter on columns of rows, with NumPy.
 
-Integers are exact, whatever their size, floats are float64, and so are integers beside a float.
-A division by zero is an error, where Python would come to it: not behind an `and` that is false
-already.
+Integers are int64, or uint64 where an operand is uint64 and none can be negative. An operation
+whose result does not fit is an error. Floats are float64, and an integer next to a float becomes
+float64. A division by zero is an error. Neither error is raised for rows that Python would not
+evaluate the operation on, such as those that fail a condition before an `and`.
 
-NumPy's own functions on whole columns: they work on a column's own bytes, let other threads go
-on, and beat a compiler of expressions that widens its operands first.
+Shape letters: N consecutive rows.
 """
 
 import ast
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from dump_activations.dataset.expressions import Expression
 from dump_activations.errors import DatasetError, InvalidArgumentError, option
 
-_INT64 = np.iinfo(np.int64)
-_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+_Operation = Callable[[Any, Any], Any]
+
+_COMPARISONS: dict[type[ast.cmpop], _Operation] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -28,19 +29,18 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+_OPERATIONS: dict[type[ast.operator], _Operation] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-}
-_BITWISE: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.BitAnd: operator.and_,
     ast.BitOr: operator.or_,
 }
-_DIVISIONS = (ast.Div, ast.FloorDiv, ast.Mod)
+_BITWISE = (operator.and_, operator.or_)
+_DIVISIONS = (operator.truediv, operator.floordiv, operator.mod)
 
 
 def evaluate(
@@ -49,232 +49,185 @@ def evaluate(
     *,
     rows: int,
     first: int = 0,
-    wanted: NDArray[np.bool_] | None = None,
+    selected_N: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
-    """Say for which of consecutive rows an expression holds, (N,).
+    """Evaluate a filter on consecutive rows: bool (N,).
 
     Args:
-        expression: the filter.
-        columns: name -> values (N,), booleans, integers or floats of any width.
+        expression: The filter.
+        columns: Name -> values (N,), booleans, integers or floats of any width.
         rows: N.
-        first: step index of the first row, for errors.
-        wanted: rows that are looked at, (N,); None for all.
+        first: Step index of the first row, for errors.
+        selected_N: The rows to look at; None for all. The others do not match.
 
     Raises:
-        InvalidArgumentError: it mixes numbers and comparisons, or is no comparison.
-        DatasetError: it divides by zero.
+        InvalidArgumentError: The filter mixes numbers and conditions, or is not a condition.
+        DatasetError: It divides by zero, or an integer does not fit.
+
     """
+    if selected_N is None:
+        selected_N = np.ones(rows, np.bool_)
     try:
         with np.errstate(all="ignore"):
-            value = _Evaluation(expression, columns, first, wanted).value(expression.tree)
+            value = _Evaluation(expression, columns, first).value(expression.tree, selected_N)
     except RecursionError:
         raise InvalidArgumentError(f"{option('where')}: the expression is too long") from None
-    if not _is_bool(value):
-        raise InvalidArgumentError(
-            f"{option('where')}: {expression.text!r} is a number, not a comparison"
-        )
-    holds = np.broadcast_to(np.asarray(value, np.bool_), rows)
-    return holds if wanted is None else holds & wanted
+    if not _is_condition(value):
+        expression.refuse(expression.tree, "a filter must be a condition; this is a number")
+    matches_N: NDArray[np.bool_] = value & selected_N
+    return matches_N
 
 
 class _Evaluation:
-    """One evaluation; `reached` are the rows where Python would come to the part at hand."""
+    """One evaluation. Each node is given the rows, bool (N,), that Python would evaluate it on.
+
+    A value is a column (N,) or Python's number; conditions are bool.
+    """
 
     def __init__(
-        self,
-        expression: Expression,
-        columns: Mapping[str, NDArray[Any]],
-        first: int,
-        wanted: NDArray[np.bool_] | None,
+        self, expression: Expression, columns: Mapping[str, NDArray[Any]], first: int
     ) -> None:
         self._expression = expression
         self._columns = columns
         self._first = first
-        self._reached: Any = wanted
 
-    def value(self, node: ast.expr) -> Any:
+    def value(self, node: ast.expr, reached_N: NDArray[np.bool_]) -> Any:
         match node:
             case ast.Name():
                 return self._columns[node.id]
             case ast.Constant():
                 return node.value
             case ast.BoolOp():
-                return self._joined(node)
+                return self._joined(node, reached_N)
             case ast.Compare():
-                return self._compared(node)
+                return self._compared(node, reached_N)
             case ast.UnaryOp():
-                return self._signed(node)
+                return self._signed(node, reached_N)
             case ast.BinOp():
-                return self._combined(node)
+                return self._combined(node, reached_N)
         raise AssertionError(node)
 
-    def _joined(self, node: ast.BoolOp) -> Any:
-        reached = self._reached
-        result = self._truth(node.values[0], node)
+    def _condition(self, node: ast.expr, reached_N: NDArray[np.bool_]) -> Any:
+        value = self.value(node, reached_N)
+        if not _is_condition(value):
+            self._expression.refuse(node, "must be a condition; this is a number")
+        return value
+
+    def _joined(self, node: ast.BoolOp, reached_N: NDArray[np.bool_]) -> Any:
+        is_and = isinstance(node.op, ast.And)
+        result = self._condition(node.values[0], reached_N)
         for each in node.values[1:]:
-            if isinstance(node.op, ast.And):
-                self._reached = _both(reached, result)
-                result = result & self._truth(each, node)
-            else:
-                self._reached = _both(reached, np.logical_not(result))
-                result = result | self._truth(each, node)
-        self._reached = reached
+            reached_N = reached_N & (result if is_and else np.logical_not(result))
+            right = self._condition(each, reached_N)
+            result = result & right if is_and else result | right
         return result
 
-    def _truth(self, node: ast.expr, of: ast.expr) -> Any:
-        value = self.value(node)
-        if not _is_bool(value):
-            self._refuse(of, f"{self._expression.part(node)!r} is a number, not a comparison")
-        return np.asarray(value)
-
-    def _compared(self, node: ast.Compare) -> Any:
-        reached, result = self._reached, None
-        left = self.value(node.left)
+    def _compared(self, node: ast.Compare, reached_N: NDArray[np.bool_]) -> Any:
+        result: Any = np.True_
+        left = self.value(node.left, reached_N)
         for op, right_node in zip(node.ops, node.comparators, strict=True):
-            self._reached = _both(reached, result)
-            right = self.value(right_node)
-            if _is_bool(left) != _is_bool(right):
-                self._refuse(node, "it compares a comparison with a number; mind the parentheses")
-            result = _both(result, _compare(_COMPARISONS[type(op)], left, right))
-            left = right
-        self._reached = reached
+            if isinstance(op, ast.In | ast.NotIn):
+                assert isinstance(right_node, ast.Tuple | ast.List | ast.Set)
+                is_in: Any = np.False_
+                for element in right_node.elts:
+                    right = self.value(element, reached_N)
+                    is_in = is_in | self._holds(node, operator.eq, left, right)
+                return result & (is_in if isinstance(op, ast.In) else np.logical_not(is_in))
+            right = self.value(right_node, reached_N)
+            result = result & self._holds(node, _COMPARISONS[type(op)], left, right)
+            left, reached_N = right, reached_N & result
         return result
 
-    def _signed(self, node: ast.UnaryOp) -> Any:
+    def _holds(self, node: ast.Compare, op: _Operation, left: Any, right: Any) -> Any:
+        if _is_condition(left) != _is_condition(right):
+            self._expression.refuse(node, "compares a condition with a number; add parentheses")
+        if _is_float(left) or _is_float(right):
+            left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+        return np.asarray(op(left, right))
+
+    def _signed(self, node: ast.UnaryOp, reached_N: NDArray[np.bool_]) -> Any:
         if isinstance(node.op, ast.Not):
-            return np.logical_not(self._truth(node.operand, node))
-        value = self.value(node.operand)
-        if isinstance(node.op, ast.Invert):
-            if _is_bool(value):
+            return np.logical_not(self._condition(node.operand, reached_N))
+        value = self.value(node.operand, reached_N)
+        if _is_condition(value):
+            if isinstance(node.op, ast.Invert):
                 return np.logical_not(value)
-            if _is_float(value):
-                self._refuse(node, "~ takes no fraction")
-            return _calculate(operator.sub, -1, value)
-        if _is_bool(value):
-            self._refuse(node, "a comparison has no sign")
-        return _calculate(operator.sub, 0, value) if isinstance(node.op, ast.USub) else value
+            self._expression.refuse(node, "a condition has no sign; add parentheses")
+        if isinstance(node.op, ast.UAdd):
+            return value
+        if isinstance(node.op, ast.USub):
+            return self._calculated(node, operator.sub, 0, value, reached_N)
+        if _is_float(value):
+            self._expression.refuse(node, "~ takes conditions and integers")
+        return self._calculated(node, operator.sub, -1, value, reached_N)
 
-    def _combined(self, node: ast.BinOp) -> Any:
-        left, right = self.value(node.left), self.value(node.right)
-        kinds = _is_bool(left) + _is_bool(right)
-        if (bitwise := _BITWISE.get(type(node.op))) is not None:
-            if kinds == 1 or _is_float(left) or _is_float(right):
-                self._refuse(node, "& and | bind tighter than comparisons; mind the parentheses")
-            return bitwise(left, right) if kinds else _calculate(bitwise, left, right)
-        if kinds:
-            self._refuse(node, "it calculates with a comparison; mind the parentheses")
-        if isinstance(node.op, _DIVISIONS):
-            right = self._divisor(node, right)
-        return _calculate(_ARITHMETIC[type(node.op)], left, right)
+    def _combined(self, node: ast.BinOp, reached_N: NDArray[np.bool_]) -> Any:
+        op = _OPERATIONS[type(node.op)]
+        left, right = self.value(node.left, reached_N), self.value(node.right, reached_N)
+        conditions = _is_condition(left) + _is_condition(right)
+        if op in _BITWISE:
+            if conditions == 2:
+                return op(left, right)
+            if conditions or _is_float(left) or _is_float(right):
+                self._expression.refuse(
+                    node, "& and | bind tighter than comparisons; add parentheses"
+                )
+        if conditions:
+            self._expression.refuse(node, "calculates with a condition; add parentheses")
+        if op in _DIVISIONS:
+            is_zero = np.equal(right, 0)
+            self._check(node, is_zero & reached_N, "divides by zero")
+            # 1 stands for the zeros of rows that are not reached.
+            right = np.where(is_zero, 1, right) if is_zero.any() else right
+        return self._calculated(node, op, left, right, reached_N)
 
-    def _divisor(self, node: ast.BinOp, divisor: Any) -> Any:
-        """Return the divisor with 1 for the zeros that Python would not come to."""
-        zero = np.equal(divisor, 0)
-        if not zero.any():
-            return divisor
-        bad = _both(zero, self._reached)
-        if bad.any():
-            at = self._first + int(np.argmax(bad)) if bad.shape else self._first
+    def _calculated(
+        self, node: ast.expr, op: _Operation, left: Any, right: Any, reached_N: NDArray[np.bool_]
+    ) -> Any:
+        if op is operator.truediv or _is_float(left) or _is_float(right):
+            return op(np.asarray(left, np.float64), np.asarray(right, np.float64))
+        unsigned = op is not operator.sub and _is_uint64(left, right)
+        limits = np.iinfo(np.uint64 if unsigned else np.int64)
+        # The least int64 is left out, because // -1 overflows on it.
+        least = 0 if unsigned else limits.min + 1
+        bounds = [*_bounds(left), *_bounds(right)]
+        if op in (operator.add, operator.sub, operator.mul):
+            bounds += [op(a, b) for a in bounds[:2] for b in bounds[2:]]
+        if all(least <= bound <= limits.max for bound in bounds):
+            return op(np.asarray(left, limits.dtype), np.asarray(right, limits.dtype))
+        # Python's own integers: `np.asarray(left, object)` would keep a NumPy scalar, which wraps.
+        exact = np.asarray(op(np.asarray(left).astype(object), np.asarray(right).astype(object)))
+        overflows = np.asarray((exact < limits.min) | (exact > limits.max), np.bool_)
+        self._check(node, overflows & reached_N, f"overflows {limits.dtype}")
+        return np.where(overflows, 0, exact).astype(limits.dtype)
+
+    def _check(self, node: ast.expr, bad_N: NDArray[np.bool_], problem: str) -> None:
+        """Raise DatasetError where an operation fails on a row that Python would reach."""
+        if bad_N.any():
             raise DatasetError(
-                f"{option('where')}: {self._expression.part(node)!r} divides by zero at step {at}; "
-                "let a comparison and an 'and' before it leave such rows out"
+                f"{option('where')}: {self._expression.source(node)!r} {problem} at step "
+                f"{self._first + int(np.argmax(bad_N))}; leave such rows out with a condition and "
+                "'and' before it"
             )
-        return np.where(zero, np.ones((), np.asarray(divisor).dtype), divisor)
-
-    def _refuse(self, node: ast.expr, reason: str) -> None:
-        raise InvalidArgumentError(f"{option('where')}: {self._expression.part(node)!r}: {reason}")
 
 
-def _both(left: Any, right: Any) -> Any:
-    """Join two conditions; None holds everywhere."""
-    if left is None or right is None:
-        return left if right is None else right
-    return left & right
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_
+def _is_condition(value: Any) -> bool:
+    return getattr(value, "dtype", None) == np.bool_
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, float) or getattr(value, "dtype", np.dtype(int)).kind == "f"
 
 
-def _compare(op: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-    if _is_bool(left):
-        return op(left, right)
-    if _is_float(left) or _is_float(right):
-        return op(_float64(left), _float64(right))
-    return op(*_same_integers(left, right))
+def _is_uint64(left: Any, right: Any) -> bool:
+    """Return True if one operand is uint64 and the other one cannot be negative."""
+    is_unsigned = [
+        value.dtype.kind == "u" if np.ndim(value) else value >= 0 for value in (left, right)
+    ]
+    return all(is_unsigned) and np.uint64 in (getattr(each, "dtype", 0) for each in (left, right))
 
 
-def _same_integers(left: Any, right: Any) -> tuple[Any, Any]:
-    """Return integers that compare as they are, without widening them where their types allow."""
-    for array, other in ((left, right), (right, left)):
-        if isinstance(other, int) and isinstance(array, np.ndarray) and array.dtype != object:
-            limits = np.iinfo(array.dtype)
-            # NumPy 1 would compare others as floats.
-            if limits.min <= other <= limits.max:
-                return left, right
-    arrays = isinstance(left, np.ndarray) and isinstance(right, np.ndarray)
-    if arrays and np.result_type(left, right).kind in "iu":
-        return left, right
-    return _int64_or_exact(left, right)
-
-
-def _calculate(op: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-    """Calculate with numbers: whole ones in int64 where they fit, or else in Python's own."""
-    if op is operator.truediv or _is_float(left) or _is_float(right):
-        return op(_float64(left), _float64(right))
-    if isinstance(left, int) and isinstance(right, int):
-        return op(left, right)
-    if _surely_fits(op, _limits(left), _limits(right)) or _surely_fits(
-        op, _extremes(left), _extremes(right)
-    ):
-        return op(_int64(left), _int64(right))
-    return op(_exact(left), _exact(right))
-
-
-def _int64_or_exact(left: Any, right: Any) -> tuple[Any, Any]:
-    if all(_surely_fits(operator.and_, _extremes(each), (0, 0)) for each in (left, right)):
-        return _int64(left), _int64(right)
-    return _exact(left), _exact(right)
-
-
-def _surely_fits(
-    op: Callable[[Any, Any], Any], left: tuple[int, int], right: tuple[int, int]
-) -> bool:
-    """Say whether no result of operands between these bounds, nor they, can leave int64."""
-    bounds = [*left, *right]
-    if op in (operator.add, operator.sub, operator.mul):
-        bounds += [op(a, b) for a in left for b in right]
-    return all(_INT64.min < bound <= _INT64.max for bound in bounds)
-
-
-def _limits(value: Any) -> tuple[int, int]:
-    """Return the bounds of an operand by its type."""
-    if isinstance(value, int):
-        return value, value
-    if value.dtype == object:
-        return _extremes(value)
-    limits = np.iinfo(value.dtype)
-    return int(limits.min), int(limits.max)
-
-
-def _extremes(value: Any) -> tuple[int, int]:
-    """Return the bounds of an operand by its values."""
+def _bounds(value: Any) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
     return (int(value.min()), int(value.max())) if np.size(value) else (0, 0)
-
-
-def _int64(value: Any) -> Any:
-    return value if isinstance(value, int) else value.astype(np.int64)
-
-
-def _exact(value: Any) -> Any:
-    return value if isinstance(value, int) else value.astype(object)
-
-
-def _float64(value: Any) -> Any:
-    return np.asarray(value).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What the rules of the game say of boards, whatever was recorded of them.
+"""Labels of boards by the rules of the game.
 
 Shape letters: N boards, S cells (16), R lines (4 rows or 4 columns) of a board.
 """
@@ -27,14 +27,14 @@ def max_exponent(cells_SN: Cells) -> Values:
 
 
 def max_in_corner(cells_SN: Cells) -> Values:
-    """Say whether a largest tile lies in a corner, uint8 (N,); of a board without tiles, 0."""
+    """Return 1 if a largest tile is in a corner, uint8 (N,), and 0 for a board without tiles."""
     largest = max_exponent(cells_SN)
     in_corner: Values = (max_exponent(cells_SN[_CORNERS]) == largest) & (largest > 0)
     return in_corner.astype(np.uint8)
 
 
 def legal_moves(cells_SN: Cells) -> Values:
-    """Say whether up, down, left and right change the board, uint8 (N, 4)."""
+    """Return 1 for each of up, down, left and right that changes the board, uint8 (N, 4)."""
     columns, rows = _lines(cells_SN)
     moves = [_slides(columns), _slides(columns[::-1]), _slides(rows), _slides(rows[::-1])]
     return np.stack(moves, axis=1).astype(np.uint8)
@@ -54,7 +54,7 @@ def _lines(cells_SN: Cells) -> tuple[Cells, Cells]:
 
 
 def _slides(lines: Cells) -> NDArray[np.bool_]:
-    """Say whether a move towards cell 0 changes any line, (N,)."""
+    """Return True if a move towards cell 0 changes any line, (N,)."""
     changes = np.zeros(lines.shape[2], np.bool_)
     for near, far in pairwise(lines):
         changes |= ((far != 0) & ((near == 0) | (near == far))).any(axis=0)

@@ -1,5 +1,6 @@
-"""What `metadata.db` beside the shards says of the runs that the steps are of."""
+"""Labels of self-play runs, from the table `runs` of the `metadata.db` next to the shards."""
 
+import shlex
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -12,20 +13,25 @@ from dump_activations.errors import DatasetError
 from dump_activations.paths import check_ordinary
 
 DATABASE = "metadata.db"
+RUN_LABELS = {
+    "run_seed": "seed",
+    "run_steps": "steps",
+    "run_max_score": "max_score",
+    "run_highest_tile": "highest_tile",
+}
+"""Label -> column of the table `runs`."""
 
-# Steps of SQLite's machine between two looks at whether it takes too many.
+# Steps of SQLite's virtual machine between two checks of its budget. The pages of a damaged table
+# may form a cycle. A sound one takes fewer steps per byte, and no value in it is longer.
 _STEPS = 1000
-# A sound table takes fewer for each byte, and no value is longer; in a damaged one, pages may hold
-# one another.
 _STEPS_PER_BYTE = 16
 _LONGEST_VALUE = 16 << 20
 
 
 class Runs:
-    """The table `runs` of a database, each column loaded when it is first asked for.
+    """The table `runs`. A column is loaded when it is first needed.
 
-    The file is not trusted: it is opened read-only and as it is, whatever lies beside it, and of
-    its schema only a plain table is read.
+    The file is not trusted: it is opened read-only, and only a plain table of integers is read.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -34,75 +40,83 @@ class Runs:
 
     @property
     def exists(self) -> bool:
-        """Whether there is such a file."""
+        """True if the file exists."""
         return self._path.exists()
 
     def load(self, column: str) -> None:
-        """Read a column.
-
-        Raises:
-            DatasetError: the database is damaged, or has no such table, column or whole numbers.
-        """
+        """Read a column, once, or raise DatasetError."""
         if column not in self._columns:
             self._columns[column] = _read_column(self._path, column)
 
     def join(self, column: str, run_ids: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return the column's value, int64 (n,), of the run of each id.
-
-        Raises:
-            DatasetError: there is no such run.
-        """
+        """Return the column's value, int64 (n,), for each run id (n,)."""
         ids, values = self._columns[column]
         places = np.minimum(np.searchsorted(ids, run_ids.astype(np.int64)), len(ids) - 1)
-        found = ids[places] == run_ids
-        if not found.all():
+        is_found = ids[places] == run_ids
+        if not is_found.all():
             raise DatasetError(
-                f"{self._path}: no run {run_ids[np.argmin(found)]}, which steps are of; it has "
-                f"{len(ids)} runs, {ids[0]} to {ids[-1]}"
+                f"{self._path}: steps are of run {run_ids[np.argmin(is_found)]}, but its "
+                f"{len(ids)} runs are numbered {ids[0]} to {ids[-1]} and have no such run"
             )
         joined: NDArray[np.int64] = values[places]
         return joined
 
 
 def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Read the ids of all runs, ascending, and a column's value for each."""
-    check_ordinary(path, DatasetError)
-    address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
+    """Read the ids of all runs, ascending, and the column's value for each."""
+    # A program that was killed, or still writes, leaves committed rows in the -wal, and those that
+    # an unfinished transaction has overwritten in the -journal.
+    logs = [path.with_name(DATABASE + suffix) for suffix in ("-wal", "-journal")]
+    for each in (path, *logs):
+        check_ordinary(each, DatasetError)
+    logs = [log for log in logs if log.exists() and log.stat().st_size]
+    size = sum(each.stat().st_size for each in (path, *logs))
+    # SQLite ignores the logs of an immutable file, and takes no lock next to it.
+    options = "mode=ro" if logs else "mode=ro&immutable=1"
     try:
+        address = f"file:{quote(str(path.absolute()))}?{options}"
         with closing(sqlite3.connect(address, uri=True)) as database:
             database.execute("PRAGMA trusted_schema = OFF")
             database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
-            looks = iter(range(1000 + path.stat().st_size * _STEPS_PER_BYTE // _STEPS))
-            database.set_progress_handler(lambda: next(looks, None) is None, _STEPS)
+            budget = iter(range(1000 + size * _STEPS_PER_BYTE // _STEPS))
+            database.set_progress_handler(lambda: next(budget, None) is None, _STEPS)
             _check_table(database, path, column)
             rows = np.fromiter(
+                # An index may be damaged where the table is sound.
                 database.execute(f'SELECT id, "{column}" FROM runs NOT INDEXED ORDER BY id'),
                 np.dtype([("id", np.int64), ("value", np.int64)]),
             )
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        endless = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
-        reason = "it holds more rows than its size allows" if endless else error
-        raise DatasetError(f"{path}: its runs cannot be read: {reason}") from error
+        is_endless = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
+        reason: object = "it holds more rows than its size allows" if is_endless else error
+        for log in logs:
+            way_out = f"sqlite3 {shlex.quote(str(path))} 'PRAGMA journal_mode = DELETE'"
+            reason = (
+                f"{reason}; {log.name} holds an unfinished transaction: close the program that "
+                f"writes it, or finish it with: {way_out}"
+            )
+        raise DatasetError(f"{path}: cannot read its runs: {reason}") from error
     ids, values = np.ascontiguousarray(rows["id"]), np.ascontiguousarray(rows["value"])
     if len(ids) == 0:
         raise DatasetError(f"{path}: its table 'runs' is empty")
     if (ids[1:] == ids[:-1]).any():
-        raise DatasetError(f"{path}: run {ids[np.argmax(ids[1:] == ids[:-1])]} is in it twice")
+        repeated = ids[np.argmax(ids[1:] == ids[:-1])]
+        raise DatasetError(f"{path}: 'id' of 'runs' must be unique; run {repeated} is in it twice")
     return ids, values
 
 
 def _check_table(database: sqlite3.Connection, path: Path, column: str) -> None:
-    """Refuse what is no plain table of whole numbers: a view or a virtual table would run code."""
+    """Refuse all but a plain table of integers: a view or a virtual table would run code."""
     kinds = database.execute("SELECT type, sql FROM sqlite_master WHERE name = 'runs'").fetchall()
     if [kind for kind, _ in kinds] != ["table"] or "virtual" in str(kinds[0][1]).lower():
         raise DatasetError(f"{path}: it has no table 'runs'")
     names = [name for _, name, *_ in database.execute("PRAGMA table_info(runs)")]
-    for wanted in ("id", column):
-        if wanted not in names:
-            raise DatasetError(f"{path}: 'runs' has no column {wanted!r}, only {', '.join(names)}")
+    for needed in ("id", column):
+        if needed not in names:
+            raise DatasetError(f"{path}: 'runs' has no column {needed!r}, only {', '.join(names)}")
     odd = database.execute(
         f"SELECT substr(id, 1, 99) FROM runs NOT INDEXED WHERE typeof(id) != 'integer' "
         f"OR typeof(\"{column}\") != 'integer' LIMIT 1"
     ).fetchone()
     if odd:
-        raise DatasetError(f"{path}: run {odd[0]} has no whole number as its 'id' or {column!r}")
+        raise DatasetError(f"{path}: 'id' and {column!r} of run {odd[0]} must be integers")

@@ -1,123 +1,161 @@
-"""Looks at consecutive rows of a dataset, on all cores."""
+"""Reads consecutive rows of a dataset on all cores: to filter them, or to locate steps of runs."""
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dump_activations import _rust
-from dump_activations.dataset.columns import ColumnReader, Values
+from dump_activations.dataset.columns import ColumnReader, Columns, Values
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dataset.filters import evaluate
-from dump_activations.dataset.matches import Matches
+from dump_activations.dataset.sampling import Matches, Steps
+from dump_activations.errors import IndicesError, InvalidArgumentError, option
 from dump_activations.progress import Count
 
-# Some megabytes of rows: few enough for a core's cache to hold their columns, and enough for the
-# interpreter to matter little.
+# A few megabytes: the columns of a chunk stay in a core's cache, and the interpreter's share of
+# the time is small. A multiple of 8, since a chunk's matches are packed into bytes.
 CHUNK_ROWS = 1 << 18
-# Seconds between reports of progress, and questions whether the user wants to end it.
+# Seconds between reports of progress, and between checks for an interrupt.
 _PAUSE = 0.05
 
+RUN = "run_id"
+STEPS = ("step_index", "step_idx")
+"""Names that rows may have for the number of their step in its run."""
+
 Look = Callable[[int, int, Values], None]
-"""Called with the first of consecutive rows, their number, and the columns that were read."""
-
-
-def find_matches(
-    reader: ColumnReader, where: Expression, steps: range, progress: Count | None = None
-) -> Matches:
-    """Find the steps for which a filter holds.
-
-    Args:
-        reader: reads the columns that the filter names.
-        where: the filter.
-        steps: those that are looked at, ascending.
-        progress: called in this thread.
-
-    Raises:
-        InvalidArgumentError: the filter mixes numbers and comparisons.
-        DatasetError: a row cannot be read, or the filter divides by zero.
-    """
-    rows = range(steps.start, steps[-1] + 1) if steps else range(0)
-    matches = Matches(rows.start, len(rows), chunk_rows=CHUNK_ROWS)
-
-    def look(first: int, count: int, columns: Values) -> None:
-        wanted = None
-        if steps.step > 1:
-            wanted = np.zeros(count, np.bool_)
-            wanted[(steps.start - first) % steps.step :: steps.step] = True
-        holds = evaluate(where, columns, rows=count, first=first, wanted=wanted)
-        matches.put((first - rows.start) // CHUNK_ROWS, holds)
-
-    scan_rows(reader, rows, look, progress)
-    return matches
+"""Takes the first of consecutive rows, their count, and their columns."""
 
 
 def scan_rows(reader: ColumnReader, rows: range, look: Look, progress: Count | None = None) -> None:
-    """Read columns of consecutive rows, chunk by chunk, and look at them in any thread and order.
+    """Read consecutive rows chunk by chunk, and call `look` from any thread in any order.
 
-    Raises what `look` raises, and:
-        DatasetError: a row cannot be read.
+    The calling thread reports progress and handles interrupts. Where several chunks fail, the error
+    of the first one is raised.
     """
-    _Scan(reader, look).run(rows, progress)
+    starts = iter(range(rows.start, rows.stop, CHUNK_ROWS))
+    done, errors = 0, dict[int, BaseException]()
+    lock, stop, cancel = threading.Lock(), threading.Event(), _rust.Cancel()
 
+    def work() -> None:
+        nonlocal done
+        buffers = reader.buffers(min(CHUNK_ROWS, len(rows)))
+        while not stop.is_set():
+            with lock:
+                start = next(starts, None)
+            if start is None:
+                return
+            count = min(CHUNK_ROWS, rows.stop - start)
+            try:
+                look(start, count, reader.scan(start, count, buffers, cancel))
+            except BaseException as error:
+                errors[start] = error
+                stop.set()  # The chunks before it were all handed out, and finish.
+                return
+            with lock:
+                done += count
 
-class _Scan:
-    """The threads of a scan. The one that began it only waits, and hears interrupts."""
-
-    def __init__(self, reader: ColumnReader, look: Look) -> None:
-        self._reader = reader
-        self._look = look
-        self._cancel = _rust.Cancel()
-        self._error: BaseException | None = None
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def run(self, rows: range, progress: Count | None) -> None:
-        starts = range(0, len(rows), CHUNK_ROWS)
-        chunks = (rows[start : start + CHUNK_ROWS] for start in starts)
-        threads = [
-            threading.Thread(target=self._work, args=(chunks, len(rows)), name=f"scan-{i}")
-            for i in range(min(len(os.sched_getaffinity(0)), len(starts)))
-        ]
+    threads = min(len(os.sched_getaffinity(0)), -(-len(rows) // CHUNK_ROWS))
+    with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="scan") as executor:
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(_PAUSE)
-                    if progress is not None:
-                        progress(self._done, len(rows))
-        except BaseException as error:
-            self._stop(error)
+            running = {executor.submit(work) for _ in range(threads)}
+            while running:
+                finished, running = wait(running, _PAUSE)
+                for each in finished:
+                    each.result()
+                if progress is not None:
+                    progress(done, len(rows))
+        except BaseException:
+            stop.set()
+            cancel.ask()
             raise
-        finally:
-            # One whose start was interrupted ends by itself: there is an error.
-            for thread in threads:
-                if thread.is_alive():
-                    thread.join()
-        if self._error is not None:
-            raise self._error
-        if progress is not None:
-            progress(len(rows), len(rows))
+    if errors:
+        raise errors[min(errors)]
 
-    def _work(self, chunks: Iterator[range], rows: int) -> None:
-        try:
-            buffers = self._reader.buffers(min(CHUNK_ROWS, rows))
-            while self._error is None:
-                with self._lock:
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                columns = self._reader.scan(chunk.start, len(chunk), buffers, self._cancel)
-                self._look(chunk.start, len(chunk), columns)
-                with self._lock:
-                    self._done += len(chunk)
-        except BaseException as error:
-            self._stop(error)
 
-    def _stop(self, error: BaseException) -> None:
-        """End all threads for the first error."""
-        with self._lock:
-            self._error = self._error or error
-        self._cancel.ask()
+def find_matches(
+    columns: Columns, where: Expression, steps: range, progress: Count | None = None
+) -> Matches:
+    """Find which of `steps`, ascending, match a filter. Raises as `StepsDataset.find` does."""
+    named = {name: columns.find(name, of="where") for name in where.names}
+    for name, column in named.items():
+        if column.shape:
+            elements = ["_".join(map(str, (name, *at))) for at in np.ndindex(column.shape)]
+            raise InvalidArgumentError(
+                f"{option('where')}: {name!r} is an array; name one of its elements, "
+                f"{elements[0]} to {elements[-1]}"
+            )
+        if column.dtype.kind not in "biuf":
+            raise InvalidArgumentError(
+                f"{option('where')}: {name!r} must be a number; it is {column.dtype}"
+            )
+    # Refuse a wrong filter before any row is read.
+    evaluate(where, {name: np.empty(0, c.dtype) for name, c in named.items()}, rows=0)
+    rows = range(steps.start, steps[-1] + 1)
+    matches = Matches(rows.start, len(rows), chunk_rows=CHUNK_ROWS)
+
+    def look(first: int, count: int, values: Values) -> None:
+        selected_N = None
+        if steps.step > 1:
+            selected_N = np.zeros(count, np.bool_)
+            selected_N[(steps.start - first) % steps.step :: steps.step] = True
+        matches_N = evaluate(where, values, rows=count, first=first, selected_N=selected_N)
+        matches.put(first, matches_N)
+
+    scan_rows(ColumnReader(columns.dataset, named), rows, look, progress)
+    return matches
+
+
+def locate_rows(
+    columns: Columns, run_ids: Steps, run_steps: Steps, progress: Count | None = None
+) -> Steps:
+    """Find the rows of these runs and steps, int64 (n,), as `StepsDataset.locate` does."""
+    if len(run_ids) == 0:
+        return np.empty(0, np.int64)
+    step = next((name for name in STEPS if name in columns.fields), STEPS[0])
+    read = {name: columns.find(name, of="indices") for name in (RUN, step)}
+    for name, column in read.items():
+        if column.shape or column.dtype.kind not in "iu":
+            raise InvalidArgumentError(
+                f"{option('indices')}: {name!r} of {columns.dataset.path} must be an integer "
+                f"field; it is {column.dtype}"
+            )
+    runs, run_places = np.unique(run_ids, return_inverse=True)
+    steps, step_places = np.unique(run_steps, return_inverse=True)
+    # One int64 below n**2 per run and step, so that pairs can be sorted.
+    pairs, places = np.unique(run_places * len(steps) + step_places, return_inverse=True)
+    rows, counts = np.zeros((2, len(pairs)), np.int64)
+    lock = threading.Lock()
+
+    def look(first: int, _: int, values: Values) -> None:
+        at, run_places = _find(values[RUN], runs)
+        among, step_places = _find(values[step][at], steps)
+        at, run_places = at[among], run_places[among]
+        among, found = _find(run_places * len(steps) + step_places, pairs)
+        with lock:
+            rows[found] = first + at[among]
+            np.add.at(counts, found, 1)
+
+    scan_rows(ColumnReader(columns.dataset, read), range(columns.dataset.rows), look, progress)
+    wrong = counts[places] != 1
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise IndicesError(
+            f"{option('indices')}: {counts[places[at]] or 'no'} rows of {columns.dataset.path} are "
+            f"step {run_steps[at]} of run {run_ids[at]}"
+        )
+    return rows[places]
+
+
+def _find(values: NDArray[np.integer], among: Steps) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return which values are among sorted ones, and their places there."""
+    numbers = values.astype(np.int64)
+    places = np.minimum(np.searchsorted(among, numbers), len(among) - 1)
+    is_found = among[places] == numbers
+    if values.dtype.kind == "u":
+        is_found &= numbers >= 0  # Values from 2**63 on wrapped around.
+    at = np.flatnonzero(is_found)
+    return at, places[at]

@@ -1,4 +1,4 @@
-"""The checkpoint and the dataset that `--demo` uses; README.md beside this file says what they are."""
+"""The checkpoint and the dataset of `--demo`; README.md in this directory describes them."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""The registry of activation keys: each key's name, shape, and where it comes from.
+"""The registry of activation keys, and the tensors that the requested keys become.
 
-A new key is one new entry in `ACTIVATIONS`. Importing this module does not import torch, so that
-usage errors are quick.
+A new key is one new entry in `ACTIVATIONS`. This module does not import torch, so that a usage
+error is reported quickly.
 
 Shape letters: B boards, L layers, S cells (16), H hidden size, Q query heads, K key/value heads,
 D size of a head, I inner size of the MLP, O the head's logits (one axis or two).
@@ -9,11 +9,16 @@ D size of a head, I inner size of the MLP, O the head's logits (one axis or two)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from reprlib import repr as brief
+from typing import TYPE_CHECKING, Any, Literal
 
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import (
@@ -29,6 +34,9 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.model.encoder import Encoder
 
+Layers = str | Iterable[int | slice]
+"""Text such as `0,3,-1,4:8`, or numbers and slices."""
+
 
 def _unchanged(value: Tensor) -> Tensor:
     return value
@@ -39,21 +47,23 @@ class Activation:
     """A key of the registry.
 
     Attributes:
-        key: the name users ask for and the tensor's name in the file.
-        alias: the TransformerLens hook, without its layer, that holds the same.
+        key: the name that users request, and the tensor's name in the file.
+        text: the content of the key, in a few words.
+        alias: name of the TransformerLens hook for the same value, without its layer.
         shape: letters of one value's axes.
-        per_layer: whether there is a value a layer, stacked before the axes of `shape`.
-        lacking: config -> why a model does not have it; empty if it has.
+        per_layer: True where each layer has a value. They are stacked before the axes of `shape`.
+        lacking: config -> reason why the model does not have the key; "" where it has.
     """
 
     key: str
+    text: str
     alias: str = ""
     shape: str
     per_layer: bool = False
     lacking: Callable[[EncoderConfig], str] = lambda _: ""
 
     def shape_in(self, config: EncoderConfig) -> tuple[int, ...]:
-        """Return one value's shape: of a board, or of a layer of one where there are layers."""
+        """Return the shape of one value: per board, and per layer where the key has layers."""
         if self.shape == "O":
             return config.logits_shape
         sizes = {
@@ -69,44 +79,54 @@ class Activation:
 
 @dataclass(frozen=True, kw_only=True)
 class BoardActivation(Activation):
-    """An activation with one value a board, captured where values enter or leave modules.
+    """An activation with one value per board, captured at the input or the output of modules.
 
     Attributes:
-        modules: config -> names of the modules to hook: in a block where `per_layer`, else as
-            `named_modules()` names them. If there are several, the i-th fills index i of the
-            value's first axis.
-        at: whether the modules' inputs are captured or their output.
-        transform: the inputs or the output -> what is stored of them.
+        modules: config -> names of the modules to hook: inside a block where `per_layer`, else as
+            in `named_modules()`. If there are several, the i-th fills index i of the first axis.
+        at: where the value is captured.
+        transform: the module's inputs, or its output -> the value to store.
     """
 
     modules: Callable[[EncoderConfig], Sequence[str]]
     at: Literal["input", "output"] = "output"
     transform: Callable[..., Tensor] = _unchanged
 
+    def of_layer(self, layer: int) -> BoardActivation:
+        """Return the activation of one layer alone, with the key `KEY.LAYER`."""
+        return replace(
+            self,
+            key=f"{self.key}.{layer}",
+            alias="",
+            per_layer=False,
+            modules=lambda config: [block_module(layer, *self.modules(config))],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightActivation(Activation):
-    """A key that dumps the model's own parameters, whatever the boards.
+    """A key for parameters of the model, which do not depend on the boards.
 
     Attributes:
-        tensors: model, numbers of the wanted layers -> tensors by their names in the file.
+        tensors: model, numbers of the requested layers -> tensors by their names in the file.
     """
 
     tensors: Callable[[Encoder, Sequence[int]], Mapping[str, Tensor]]
 
 
-def _in_block(
-    key: str,
+def _in_block(  # noqa: PLR0917 -- rows of a table
     at: Literal["input", "output"],
+    key: str,
     module: str,
-    shape: str = "SH",
-    *,
+    text: str,
     alias: str = "",
+    shape: str = "SH",
     transform: Callable[..., Tensor] = _unchanged,
 ) -> BoardActivation:
-    """Describe what enters or leaves one module of every block; "" is the block itself."""
+    """Describe the input or output of one module of every block; "" is the block itself."""
     return BoardActivation(
         key=key,
+        text=text,
         alias=alias,
         shape=shape,
         per_layer=True,
@@ -116,10 +136,18 @@ def _in_block(
     )
 
 
-def _head(key: str, transform: Callable[[Tensor], Tensor] = _unchanged) -> BoardActivation:
-    """Describe head outputs: a linear a move for binned_ev, one for all for action_policy."""
+_input = partial(_in_block, "input")
+_output = partial(_in_block, "output")
+_DOT = "attn.dot_product"  # its inputs are q_BSQD, k_BSKD, v_BSKD, sinks_Q
+
+
+def _head(
+    key: str, text: str, transform: Callable[[Tensor], Tensor] = _unchanged
+) -> BoardActivation:
+    """Describe head outputs: one linear per move for binned_ev, one in all for action_policy."""
     return BoardActivation(
         key=key,
+        text=text,
         shape="O",
         modules=lambda config: (
             [f"ev_heads.{move}" for move in range(MOVES)]
@@ -156,7 +184,7 @@ def _rmsnorm_gammas(model: Encoder, _layers: Sequence[int]) -> dict[str, Tensor]
 
 
 def _attention_sinks(model: Encoder, layers: Sequence[int]) -> dict[str, Tensor]:
-    """Return the sink logits (L, Q) as the checkpoint stores them: by key/value head first."""
+    """Return the sink logits (L, Q) in the checkpoint's order: by key/value head first."""
     import torch
 
     sinks_LQ = torch.stack([model.get_parameter(f"blocks.{layer}.attn.sinks") for layer in layers])
@@ -164,69 +192,73 @@ def _attention_sinks(model: Encoder, layers: Sequence[int]) -> dict[str, Tensor]
 
 
 ACTIVATIONS: tuple[Activation, ...] = (
-    BoardActivation(key="final_hidden", shape="SH", modules=lambda _: ["final_ln"]),
+    BoardActivation(
+        key="final_hidden",
+        text="output of the final RMSNorm",
+        shape="SH",
+        modules=lambda _: ["final_ln"],
+    ),
     BoardActivation(
         key="pooled",
+        text="mean of final_hidden over the cells",
         shape="H",
         modules=lambda _: ["final_ln"],
         transform=lambda hidden_BSH: hidden_BSH.mean(dim=1),
     ),
-    _head("head_logits"),
-    _head("head_probs", lambda logits: logits.float().softmax(dim=-1)),
-    _in_block("resid_pre", "input", "", alias="hook_resid_pre"),
-    _in_block("attn_norm", "output", "attn_norm"),
-    _in_block(
+    _head("head_logits", "logits of the head, per move"),
+    _head("head_probs", "softmax of head_logits", lambda logits: logits.float().softmax(dim=-1)),
+    _input("resid_pre", "", "residual stream into the block", "hook_resid_pre"),
+    _output("attn_norm", "attn_norm", "output of the attention norm"),
+    _input(
         "attn_q",
-        "input",
-        "attn.dot_product",
+        _DOT,
+        "queries, after the qk-norm",
+        "attn.hook_q",
         "SQD",
-        alias="attn.hook_q",
-        transform=lambda q_BSQD, _k, _v, _sinks: q_BSQD,
+        lambda q_BSQD, *_: q_BSQD,
     ),
-    _in_block(
+    _input(
         "attn_k",
-        "input",
-        "attn.dot_product",
+        _DOT,
+        "keys, after the qk-norm",
+        "attn.hook_k",
         "SKD",
-        alias="attn.hook_k",
-        transform=lambda _q, k_BSKD, _v, _sinks: k_BSKD,
+        lambda _q, k_BSKD, *_: k_BSKD,
     ),
-    _in_block(
-        "attn_v",
-        "input",
-        "attn.dot_product",
-        "SKD",
-        alias="attn.hook_v",
-        transform=lambda _q, _k, v_BSKD, _sinks: v_BSKD,
-    ),
-    _in_block(
+    _input("attn_v", _DOT, "values", "attn.hook_v", "SKD", lambda _q, _k, v_BSKD, _sinks: v_BSKD),
+    _input(
         "attn_scores",
-        "input",
-        "attn.dot_product",
+        _DOT,
+        "scaled dot products, before the softmax",
+        "attn.hook_attn_scores",
         "QSS",
-        alias="attn.hook_attn_scores",
-        transform=_attention_scores,
+        _attention_scores,
     ),
-    _in_block(
+    _input(
         "attn_pattern",
-        "input",
-        "attn.dot_product",
+        _DOT,
+        "attention weights, after the softmax",
+        "attn.hook_pattern",
         "QSS",
-        alias="attn.hook_pattern",
-        transform=_attention_pattern,
+        _attention_pattern,
     ),
-    _in_block("attn_z", "output", "attn.dot_product", "SQD", alias="attn.hook_z"),
-    _in_block("attn_out", "output", "attn", alias="hook_attn_out"),
-    _in_block("resid_mid", "input", "mlp_norm", alias="hook_resid_mid"),
-    _in_block("mlp_input", "output", "mlp_norm"),
-    _in_block("mlp_pre", "output", "mlp.w_gate", "SI", alias="mlp.hook_pre"),
-    _in_block("mlp_pre_linear", "output", "mlp.w_up", "SI", alias="mlp.hook_pre_linear"),
-    _in_block("mlp_post", "input", "mlp.w_down", "SI", alias="mlp.hook_post"),
-    _in_block("mlp_out", "output", "mlp", alias="hook_mlp_out"),
-    _in_block("layer_outputs", "output", "", alias="hook_resid_post"),
-    WeightActivation(key="rmsnorm_gammas", shape="", tensors=_rmsnorm_gammas),
+    _output("attn_z", _DOT, "values weighted by the pattern, per head", "attn.hook_z", "SQD"),
+    _output("attn_out", "attn", "output of the attention", "hook_attn_out"),
+    _input("resid_mid", "mlp_norm", "residual stream between attention and MLP", "hook_resid_mid"),
+    _output("mlp_input", "mlp_norm", "output of the MLP norm"),
+    _output("mlp_pre", "mlp.w_gate", "gate of the MLP, before the SiLU", "mlp.hook_pre", "SI"),
+    _output("mlp_pre_linear", "mlp.w_up", "linear branch of the MLP", "mlp.hook_pre_linear", "SI"),
+    _input(
+        "mlp_post", "mlp.w_down", "gate times linear branch, into w_down", "mlp.hook_post", "SI"
+    ),
+    _output("mlp_out", "mlp", "output of the MLP", "hook_mlp_out"),
+    _output("layer_outputs", "", "residual stream out of the block", "hook_resid_post"),
+    WeightActivation(
+        key="rmsnorm_gammas", text="weights of every RMSNorm", shape="", tensors=_rmsnorm_gammas
+    ),
     WeightActivation(
         key="attn_sinks",
+        text="logits of the attention sinks",
         shape="Q",
         per_layer=True,
         lacking=lambda config: (
@@ -237,26 +269,80 @@ ACTIVATIONS: tuple[Activation, ...] = (
 )
 _NOT_IMPLEMENTED = {"attn_weights": "attn_pattern"}
 _GLOB_CHARACTERS = "*?["
+_LAYER_ALIAS = re.compile(r"blocks\.(\d{1,4})\.(.+)")
+_EMBEDDING_ALIAS = "hook_embed"
 
 
 def find_activations(
     outputs: Sequence[str], config: EncoderConfig | None = None
 ) -> list[Activation]:
-    """Return the registry's entries for what was asked for, each once, in the registry's order.
+    """Return the requested activations, each once, in the registry's order.
 
     Args:
-        outputs: keys, TransformerLens names, or globs of either.
-        config: of the model that is to give them. A glob leaves out what it does not have.
+        outputs: keys, TransformerLens names with or without their layer, or globs.
+        config: the model's. A glob leaves out keys that the model does not have.
 
     Raises:
-        InvalidArgumentError: nothing asked for, a name that is none, or a glob of nothing.
+        InvalidArgumentError: no keys, an unknown name, a glob without a match, or a key that is
+            requested both whole and for one layer.
         ActivationNotImplementedError: a key that is reserved but not implemented.
-        ActivationUnavailableError: a key asked for by name that the model does not have.
+        ActivationUnavailableError: a key requested by name that the model does not have.
     """
     if not outputs:
         raise InvalidArgumentError(f"{option('outputs')}: no keys; choose from {_all_keys()}")
-    found = {activation.key for name in outputs for activation in _matches(name, config)}
-    return [activation for activation in ACTIVATIONS if activation.key in found]
+    whole: set[str] = set()
+    layered: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in outputs:
+        alias, layer = split_layer_alias(name) or (name, None)
+        for activation in _matches(alias, config):
+            if layer is None:
+                whole.add(activation.key)
+            else:
+                layered[activation.key][layer] = name
+    activations: list[Activation] = []
+    for activation in ACTIVATIONS:
+        names = layered[activation.key]
+        if activation.key not in whole:
+            activations += _single_layers(activation, names, config)
+        elif names:
+            raise InvalidArgumentError(
+                f"{option('outputs')}: {next(iter(names.values()))} is a layer of "
+                f"{activation.key}, which is requested too; leave one of them out"
+            )
+        else:
+            activations.append(activation)
+    return activations
+
+
+def _single_layers(
+    activation: Activation, names: Mapping[int, str], config: EncoderConfig | None
+) -> list[BoardActivation]:
+    """Return the activations of some layers alone, by the names that request them."""
+    for layer, name in names.items():
+        if config is not None and layer >= config.num_hidden_layers:
+            raise InvalidArgumentError(
+                f"{option('outputs')}: {name}: the model has layers 0 to "
+                f"{config.num_hidden_layers - 1}"
+            )
+    return [
+        activation.of_layer(layer)
+        for layer in sorted(names)
+        if isinstance(activation, BoardActivation)  # as all are that have an alias
+    ]
+
+
+def split_layer_alias(name: str) -> tuple[str, int] | None:
+    """Split a TransformerLens name with a layer, `blocks.2.hook_resid_post`, into alias and layer.
+
+    Returns:
+        The alias and the number of the layer; None where the name is something else.
+    """
+    if name == _EMBEDDING_ALIAS:
+        return "hook_resid_pre", 0
+    match = _LAYER_ALIAS.fullmatch(name)
+    if match is None or all(each.alias != match[2] for each in ACTIVATIONS):
+        return None
+    return match[2], int(match[1])
 
 
 def _matches(name: str, config: EncoderConfig | None) -> list[Activation]:
@@ -279,7 +365,10 @@ def _matches(name: str, config: EncoderConfig | None) -> list[Activation]:
             )
         return found
     if not found:
-        raise InvalidArgumentError(f"{option('outputs')}: unknown key {name!r}; {_nearest(name)}")
+        names = [known for each in ACTIVATIONS for known in (each.key, each.alias) if known]
+        near = get_close_matches(name, names)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {_all_keys()}"
+        raise InvalidArgumentError(f"{option('outputs')}: unknown key {name!r}; {hint}")
     for key, reason in lacking.items():
         if reason:
             raise ActivationUnavailableError(
@@ -288,11 +377,118 @@ def _matches(name: str, config: EncoderConfig | None) -> list[Activation]:
     return found
 
 
-def _nearest(name: str) -> str:
-    names = [name for each in ACTIVATIONS for name in (each.key, each.alias) if name]
-    near = get_close_matches(name, names)
-    return f"did you mean {' or '.join(near)}?" if near else f"the keys are {_all_keys()}"
-
-
 def _all_keys() -> str:
     return ", ".join(activation.key for activation in ACTIVATIONS)
+
+
+def parse_layers(name: str, layers: Layers | None) -> tuple[int | slice, ...] | None:
+    """Parse a choice of layers; None stands for all of them.
+
+    Args:
+        name: the option to name in errors.
+        layers: the option's value.
+
+    Raises:
+        InvalidArgumentError: something else than numbers and slices, or nothing.
+    """
+    if layers is None:
+        return None
+    try:
+        items = layers.split(",") if isinstance(layers, str) else layers
+        parsed = tuple(_parse_item(item) for item in items)
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(
+            f"{option(name)} must be numbers and slices such as {option(name, '0,3,-1,4:8')}; "
+            f"got {brief(layers)}"
+        ) from None
+    if any(isinstance(item, slice) and item.step == 0 for item in parsed):
+        raise InvalidArgumentError(f"{option(name)}: a slice's step cannot be 0")
+    if not parsed:
+        raise InvalidArgumentError(f"{option(name)}: no layers")
+    return parsed
+
+
+def _parse_item(item: Any) -> int | slice:
+    """Return a number or a slice; raise TypeError or ValueError for anything else."""
+    if isinstance(item, str):
+        if ":" not in item:
+            return int(item)
+        return slice(*(int(text) if text.strip() else None for text in item.split(":")))
+    if isinstance(item, slice):
+        bounds = [item.start, item.stop, item.step]
+        return slice(*(None if bound is None else operator.index(bound) for bound in bounds))
+    return operator.index(item)
+
+
+def find_layers(name: str, layers: Layers | None, count: int) -> tuple[int, ...]:
+    """Return the numbers of the chosen layers among `count`, each once and ascending.
+
+    Raises:
+        InvalidArgumentError: a layer that the model does not have, or slices that select none.
+    """
+    numbers = range(count)
+    parsed = parse_layers(name, layers)
+    if parsed is None:
+        return tuple(numbers)
+    found: set[int] = set()
+    for item in parsed:
+        if isinstance(item, slice):
+            found.update(numbers[item])
+        elif -count <= item < count:
+            found.add(numbers[item])
+        else:
+            raise InvalidArgumentError(
+                f"{option(name)}: no layer {item}: the model has {count}, 0 to {count - 1}"
+            )
+    if not found:
+        raise InvalidArgumentError(f"{option(name)}: the slices select none of the {count} layers")
+    return tuple(sorted(found))
+
+
+@dataclass(frozen=True)
+class BoardTensor:
+    """A tensor with one value per board.
+
+    Attributes:
+        name: the tensor's name in the file.
+        activation: the activation to capture.
+        shape: shape of one board's value.
+        modules: the modules to hook, as `named_modules()` names them.
+        stacked: True where the i-th module fills index i of the value's first axis. Otherwise
+            there is one module, which fills the whole value.
+    """
+
+    name: str
+    activation: BoardActivation
+    shape: tuple[int, ...]
+    modules: tuple[str, ...]
+    stacked: bool
+
+
+def board_tensors(
+    activation: BoardActivation, config: EncoderConfig, *, layers: Sequence[int], split: bool
+) -> list[BoardTensor]:
+    """Return the tensors of one activation.
+
+    Args:
+        activation: the activation to capture.
+        config: the model's.
+        layers: numbers of the chosen layers.
+        split: True for one tensor per layer, `KEY.LAYER`; False for one with all layers stacked.
+    """
+    key, shape = activation.key, activation.shape_in(config)
+    inner = tuple(activation.modules(config))
+    if not activation.per_layer:
+        return [BoardTensor(key, activation, shape, inner, stacked=len(inner) > 1)]
+    names = [block_module(layer, inner[0]) for layer in layers]
+    if split:
+        return [
+            BoardTensor(f"{key}.{layer}", activation, shape, (name,), stacked=False)
+            for layer, name in zip(layers, names, strict=True)
+        ]
+    return [BoardTensor(key, activation, (len(layers), *shape), tuple(names), stacked=True)]
+
+
+def block_module(layer: int, inner: str) -> str:
+    """Return the full name of a module inside a block; "" is the block itself."""
+    return f"blocks.{layer}.{inner}".rstrip(".")

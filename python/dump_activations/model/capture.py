@@ -11,20 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dump_activations.model.board_tensors import BoardTensor
+from dump_activations.errors import ActivationUnavailableError
+from dump_activations.model.activations import BoardTensor
 from dump_activations.model.encoder import Encoder
 
 
 class _AllCaptured(Exception):  # noqa: N818 -- ends the forward early, it is no error
-    """Raised from the last hook that a forward needs: nothing after it is run."""
+    """Raised by the last hook that a forward needs, so that nothing after it runs."""
 
 
 class _Pass(threading.local):
-    """What the hooks need to know of the forward pass that their thread is running."""
+    """State of the forward pass that the current thread runs.
+
+    Attributes:
+        buffers: targets by tensor name; empty outside of a pass.
+        ran: indices of the hooks that have run.
+        stops_early: True where the pass ends with the last hook.
+    """
 
     def __init__(self) -> None:
         self.buffers: Mapping[str, Tensor] = {}
-        self.hooks_left = 0
+        self.ran: set[int] = set()
+        self.stops_early = True
 
 
 class Capture:
@@ -36,9 +44,9 @@ class Capture:
 
     Args:
         model: the model to hook.
-        tensors: what to capture.
-        compiled_rows: number of boards in the batches to run through `torch.compile`; batches of
-            any other length, which would each compile anew, run as they are. None compiles nothing.
+        tensors: the tensors to capture.
+        compiled_rows: number of boards in the batches that run through `torch.compile`. Batches of
+            another length, which would each compile again, run eagerly. None compiles nothing.
     """
 
     def __init__(
@@ -49,20 +57,18 @@ class Capture:
         compiled_rows: int | None = None,
     ) -> None:
         self._model = model
-        self._tensors = tensors
+        self._hooked = [(each, i) for each in tensors for i in range(len(each.modules))]
         self._compiled_rows = compiled_rows
         if compiled_rows is not None:
             self._compiled = torch.compile(self._forward, fullgraph=True, dynamic=False)
-        self._hook_count = 0
+        self._is_checked = False
         self._now = _Pass()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        for tensor in self._tensors:
-            for i, name in enumerate(tensor.modules):
-                module = self._model.get_submodule(name)
-                self._handles.append(self._hook(module, tensor, i if tensor.stacked else None))
-        self._hook_count = len(self._handles)
+        for number, (tensor, i) in enumerate(self._hooked):
+            module = self._model.get_submodule(tensor.modules[i])
+            self._handles.append(self._hook(module, tensor, i, number))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,38 +85,63 @@ class Capture:
         Args:
             tokens_BS: exponents (B, 16), any integer dtype, on the model's device.
             buffers: for each tensor's name, one (B, *shape) of any floating dtype.
+
+        Raises:
+            ActivationUnavailableError: the forward skips a hooked module, or runs one twice.
         """
-        if self._hook_count == 0:
+        if not self._hooked:
             return
         self._now.buffers = buffers
-        self._now.hooks_left = self._hook_count
         try:
+            if not self._is_checked:
+                # The first pass runs to the end, so that a module that runs again is noticed.
+                self._run_eagerly(tokens_BS, stops_early=False)
+                self._is_checked = True
+            elif len(tokens_BS) != self._compiled_rows:
+                self._run_eagerly(tokens_BS, stops_early=True)
             if len(tokens_BS) == self._compiled_rows:
                 self._compiled(tokens_BS)
-            else:
-                self._forward(tokens_BS)
-        except _AllCaptured:
-            pass
         finally:
             self._now.buffers = {}
+
+    def _run_eagerly(self, tokens_BS: Tensor, *, stops_early: bool) -> None:
+        self._now.ran = set()
+        self._now.stops_early = stops_early
+        try:
+            self._forward(tokens_BS)
+        except _AllCaptured:
+            return
+        for number, (tensor, i) in enumerate(self._hooked):
+            if number not in self._now.ran:
+                raise _misrun(tensor, i, "does not run")
 
     def _forward(self, tokens_BS: Tensor) -> None:
         self._model(tokens_BS)
 
-    def _hook(self, module: nn.Module, tensor: BoardTensor, index: int | None) -> RemovableHandle:
+    def _hook(self, module: nn.Module, tensor: BoardTensor, i: int, number: int) -> RemovableHandle:
         def store(*values: Tensor) -> None:
-            # The model may be run by others meanwhile: by the consumer, or for another run.
+            # The model may run for others at the same time: for the consumer, or for another run.
             if tensor.name not in self._now.buffers:
                 return
             buffer = self._now.buffers[tensor.name]
-            target = buffer if index is None else buffer[:, index]
+            target = buffer[:, i] if tensor.stacked else buffer
             target.copy_(tensor.activation.transform(*values))
             # A compiled forward computes only what the buffers need, and cannot raise.
-            if not torch.compiler.is_compiling():
-                self._now.hooks_left -= 1
-                if self._now.hooks_left == 0:
-                    raise _AllCaptured
+            if torch.compiler.is_compiling():
+                return
+            if number in self._now.ran:
+                raise _misrun(tensor, i, "runs more than once")
+            self._now.ran.add(number)
+            if self._now.stops_early and len(self._now.ran) == len(self._hooked):
+                raise _AllCaptured
 
         if tensor.activation.at == "input":
             return module.register_forward_pre_hook(lambda _module, inputs: store(*inputs))
         return module.register_forward_hook(lambda _module, _inputs, output: store(output))
+
+
+def _misrun(tensor: BoardTensor, i: int, fault: str) -> ActivationUnavailableError:
+    return ActivationUnavailableError(
+        f"{tensor.name}: the model's {tensor.modules[i]} {fault} in a forward pass; leave the key "
+        "out, or give a model that runs it once"
+    )

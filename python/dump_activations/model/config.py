@@ -34,9 +34,12 @@ class EncoderConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build a config from the JSON object of `config.json`; unknown fields are ignored.
+        """Build a config from the JSON object of `config.json`.
 
-        A field whose value is null counts as absent.
+        Unknown fields are ignored, and null counts as absent.
+
+        Raises:
+            CheckpointError: a field is missing, out of range or contradicts another.
         """
         known = {
             field.name: values[field.name]
@@ -54,22 +57,19 @@ class EncoderConfig:
             _check_size(name, getattr(self, name))
         if self.num_key_value_heads is not None:
             _check_size("num_key_value_heads", self.num_key_value_heads)
-        if self.head_type == "binned_ev" and self.output_n_bins is not None:
-            _check_size("output_n_bins", self.output_n_bins)
         for name in ("use_attention_sinks", "use_qk_norm"):
             if not isinstance(getattr(self, name), bool):
-                raise CheckpointError(
-                    f"{name} must be true or false, not {brief(getattr(self, name))}"
-                )
+                raise _must_be(name, "true or false", getattr(self, name))
         eps = self.layer_norm_eps
         is_number = isinstance(eps, int | float) and not isinstance(eps, bool)
         if not (is_number and 0 <= eps <= sys.float_info.max):
-            raise CheckpointError(f"layer_norm_eps must be a number >= 0, not {brief(eps)}")
+            raise _must_be("layer_norm_eps", "a number >= 0", eps)
         if self.head_type not in get_args(HeadType):
-            raise CheckpointError(
-                f"head_type must be one of {', '.join(get_args(HeadType))}, "
-                f"not {brief(self.head_type)}"
-            )
+            raise _must_be("head_type", f"one of {', '.join(get_args(HeadType))}", self.head_type)
+        if self.head_type == "binned_ev":
+            if self.output_n_bins is None:
+                raise CheckpointError("missing output_n_bins, which head_type binned_ev needs")
+            _check_size("output_n_bins", self.output_n_bins)
         self._check_consistency()
 
     def _check_consistency(self) -> None:
@@ -84,16 +84,13 @@ class EncoderConfig:
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if self.max_position_embeddings < CELLS:
-            raise CheckpointError(
-                f"max_position_embeddings must be at least {CELLS}, "
-                f"not {self.max_position_embeddings}"
+            raise _must_be(
+                "max_position_embeddings", f"at least {CELLS}", self.max_position_embeddings
             )
-        if self.head_type == "binned_ev" and self.output_n_bins is None:
-            raise CheckpointError("missing output_n_bins, which head_type binned_ev needs")
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads; the number of query heads where the config has none."""
+        """Number of key/value heads. Without a value in the config, as many as query heads."""
         if self.num_key_value_heads is None:
             return self.num_attention_heads
         return self.num_key_value_heads
@@ -105,10 +102,7 @@ class EncoderConfig:
 
     @property
     def logits_shape(self) -> tuple[int, ...]:
-        """Shape of one board's head logits: (4, bins) for binned_ev, (4,) for action_policy.
-
-        Without a head it is (0,).
-        """
+        """Shape of a board's logits: (4, bins) for binned_ev, (4,) for action_policy, else (0,)."""
         if self.head_type == "none":
             return (0,)
         if self.head_type == "action_policy":
@@ -124,10 +118,6 @@ _REQUIRED = (
     "intermediate_size",
     "layer_norm_eps",
 )
-# Far above any real model, and far below sizes whose products overflow.
-_LARGEST_SIZE = 1 << 20
-# So many take about a second to make.
-_MOST_LAYERS = 1024
 _SIZES = (
     "hidden_size",
     "num_attention_heads",
@@ -135,10 +125,16 @@ _SIZES = (
     "input_vocab_size",
     "max_position_embeddings",
 )
+# Far above any real model, and far below sizes whose products overflow.
+_LARGEST_SIZE = 1 << 20
+# So many take about a second to make.
+_MOST_LAYERS = 1024
 
 
 def _check_size(name: str, value: object, largest: int = _LARGEST_SIZE) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-        raise CheckpointError(
-            f"{name} must be a whole number from 1 to {largest}, not {brief(value)}"
-        )
+        raise _must_be(name, f"a whole number from 1 to {largest}", value)
+
+
+def _must_be(name: str, what: str, value: object) -> CheckpointError:
+    return CheckpointError(f"{name} must be {what}; got {brief(value)}")

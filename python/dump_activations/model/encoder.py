@@ -1,25 +1,29 @@
 """The 2048 transformer: a bidirectional pre-norm encoder over the 16 cells of a board.
 
-The weights of its matrix products may be narrower than those of its norms: the residual stream and
-the norms are then in the wide dtype, and what enters a product is rounded, once, to the narrow one.
+The weights of its matrix products may be narrower than the weights of its norms. The residual
+stream and the norms are then in the wide dtype, and each input of a product is rounded once to the
+narrow one.
 
 Shape letters: B boards in a batch, S cells (16), H hidden size, Q query heads, K key/value heads,
 G query heads that share one key/value head (Q = G K), D size of a head, N bins of a value head.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.model.config import EncoderConfig
 
 
 class PositionEmbedding(nn.Module):
-    """One learned vector a cell."""
+    """One learned vector per cell."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -49,7 +53,7 @@ class DotProduct(nn.Module):
         )
         bias_Q1T = None
         if sinks_Q is not None:
-            # A zero key scores 0 on every query, so the bias alone is the sink's logit; its value
+            # A zero key scores 0 on every query, so the bias alone is the sink's logit. Its value
             # is zero too, so it only takes weight away.
             k_BQSD, v_BQSD = F.pad(k_BQSD, (0, 0, 0, 1)), F.pad(v_BQSD, (0, 0, 0, 1))
             bias_Q1T = F.pad(sinks_Q.to(q_BSQD.dtype).view(-1, 1, 1), (CELLS, 0))
@@ -58,9 +62,9 @@ class DotProduct(nn.Module):
 
     @staticmethod
     def scores(q_BSQD: Tensor, k_BSKD: Tensor) -> Tensor:
-        """Return the scaled dot products (B, Q, S, S) in fp32, whatever the forward's precision."""
-        # CUDA rounds the factors of fp32 products where TF32 is on, and never those of fp64; what
-        # has fewer bits than fp32 loses none in either.
+        """Return the scaled dot products (B, Q, S, S) in fp32, in every precision."""
+        # With TF32 on, CUDA rounds the factors of fp32 products, but never of fp64 products.
+        # Narrower factors lose nothing in either.
         on_cuda = q_BSQD.is_cuda and q_BSQD.dtype == torch.float32
         dtype = torch.float64 if on_cuda else torch.float32
         q_BQSD = q_BSQD.transpose(1, 2).to(dtype)
@@ -131,7 +135,7 @@ class Attention(nn.Module):
 
 
 def _normed(norm: nn.Module, heads: Tensor) -> Tensor:
-    """Apply a norm, which may be the identity, in the dtype of its weights."""
+    """Apply a norm, or the identity, in the dtype of the norm's weights."""
     dtype = norm.weight.dtype if isinstance(norm, nn.RMSNorm) else heads.dtype
     normed: Tensor = norm(heads.to(dtype))
     return normed.to(heads.dtype)
@@ -165,22 +169,23 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        """Map the hidden states (B, S, H) to those after this layer."""
+        """Map the hidden states (B, S, H) before this layer to the states after it."""
         x_BSH = x_BSH + self.attn(self.attn_norm(x_BSH))
         out_BSH: Tensor = x_BSH + self.mlp(self.mlp_norm(x_BSH))
         return out_BSH
 
 
 class Encoder(nn.Module):
-    """The whole model. Module names are those of the checkpoints' state dicts.
+    """The whole model. Its modules have the names of the checkpoints' state dicts.
 
     Attributes:
         config: the sizes.
-        checkpoint: where the weights came from: what `--init` was given.
+        checkpoint: source of the weights, as given to `--init`.
         checkpoint_files: the files that were read for it.
         hub_commit: the commit that `hf://` led to.
         tokenizer: the text of the checkpoint's `tokenizer.json`, if it is small.
-        random_init: that only the architecture came from there.
+        random_init: True where only the architecture came from the checkpoint.
+        weights_sha256: digest of the weights in a run's own model; "" elsewhere.
     """
 
     def __init__(self, config: EncoderConfig, *, checkpoint: str = "") -> None:
@@ -191,6 +196,7 @@ class Encoder(nn.Module):
         self.hub_commit: str | None = None
         self.tokenizer: str | None = None
         self.random_init = False
+        self.weights_sha256 = ""
         self.tok_emb = nn.Embedding(config.input_vocab_size, config.hidden_size)
         self.pos_emb = PositionEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -227,3 +233,41 @@ class Encoder(nn.Module):
             return pooled_BH[:, :0]
         logits_B4: Tensor = self.policy_head(pooled_BH.to(self.policy_head.weight.dtype))
         return logits_B4
+
+
+def empty_encoder(config: EncoderConfig) -> Encoder:
+    """Return an Encoder of fp32 weights on the meta device, which allocates nothing."""
+    with torch.device("meta"), _NoInitialisation():
+        return Encoder(config).float()
+
+
+def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
+    """Return an Encoder with PyTorch's default initialisation, fp32 on the host.
+
+    Equal seeds give equal weights, for any default dtype and device of the caller.
+    """
+    model = empty_encoder(config).to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding | nn.Linear | nn.RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, Attention) and module.sinks is not None:
+                module.sinks.zero_()
+    return model
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves parameters as they are allocated: sampling them on the meta device takes seconds."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        _types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

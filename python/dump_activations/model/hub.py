@@ -2,20 +2,26 @@
 
 import glob
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
 
 from dump_activations.errors import (
     CheckpointError,
@@ -23,43 +29,49 @@ from dump_activations.errors import (
     InvalidArgumentError,
     warn,
 )
-from dump_activations.model.hub_progress import reported_download
+from dump_activations.progress import begin, reporter
 
 _SCHEME = "hf://"
 _FORM = "hf://org/repo[/subdir][@revision]"
+_OTHER_KINDS = ("buckets", "datasets", "kernels", "models", "spaces")
+# By status: what to do where the hub answers and refuses.
+_WAYS_OUT = {
+    401: "check the token: `hf auth login`, or `hf auth logout` for a public repository",
+    403: "check that the token may read the repository: `hf auth whoami`",
+    429: "wait, or log in for a higher rate limit: `hf auth login`",
+}
 
 
-@dataclass(frozen=True)
-class HubLocation:
-    """Where a checkpoint lies on the hub. `subdir` is "" for the top; `revision` None for main."""
+class _Location(NamedTuple):
+    """A checkpoint on the hub. `subdir` is "" for the top of the repository."""
 
     repo_id: str
     subdir: str
-    revision: str | None
+    revision: str
 
     @classmethod
-    def parse(cls, uri: str) -> "HubLocation":
-        """Split `hf://org/repo[/subdir][@revision]`.
-
-        Raises:
-            InvalidArgumentError: another form, or a part that could leave the cache.
-        """
+    def parse(cls, uri: str) -> Self:
         path, at, revision = uri.removeprefix(_SCHEME).partition("@")
         org, _, rest = path.rstrip("/").partition("/")
         repo, _, subdir = rest.partition("/")
-        if not (org and repo):
-            raise InvalidArgumentError(f"{uri}: not of the form {_FORM}")
+        if not uri.startswith(_SCHEME) or not (org and repo):
+            raise InvalidArgumentError(f"{uri}: a checkpoint's address must be {_FORM}")
+        if org in _OTHER_KINDS:
+            raise InvalidArgumentError(
+                f"{uri}: {org}/ does not name a model repository; give {_FORM}"
+            )
+        view, _, rest = subdir.partition("/")
+        if view in ("blob", "resolve", "tree") and rest and not at:
+            branch, slash, below = rest.partition("/")
+            address = f"{_SCHEME}{org}/{repo}{slash}{below}@{branch}"
+            raise InvalidArgumentError(f"{uri}: the address of a web page; give {address}")
         try:
             validate_repo_id(f"{org}/{repo}")
         except HFValidationError as error:
-            raise InvalidArgumentError(f"{uri}: not of the form {_FORM}: {error}") from error
+            raise InvalidArgumentError(f"{uri}: must be {_FORM}: {error}") from error
         if (subdir and not _stays_inside(subdir)) or (at and not _stays_inside(revision)):
             raise InvalidArgumentError(f"{uri}: subdir and revision must be plain relative names")
-        return cls(f"{org}/{repo}", subdir, revision or None)
-
-    def path_of(self, name: str) -> str:
-        """Path of a file of the checkpoint inside the repository."""
-        return f"{self.subdir}/{name}" if self.subdir else name
+        return cls(f"{org}/{repo}", subdir, revision or constants.DEFAULT_REVISION)
 
 
 def _stays_inside(path: str) -> bool:
@@ -71,105 +83,126 @@ def download_checkpoint(
 ) -> tuple[Path, str]:
     """Download the files of a checkpoint into the hub's cache.
 
-    Where the hub cannot be reached, a checkpoint that is already in the cache is used.
+    Where the hub does not answer, a checkpoint that is already in the cache is used.
 
     Args:
         uri: `hf://org/repo[/subdir][@revision]`.
-        choose_files: given the file names in the checkpoint's directory, those to download; raises
-            CheckpointNotFoundError where they make no checkpoint.
+        choose_files: names of the files in the checkpoint's directory -> names to download. Raises
+            CheckpointNotFoundError where they are not a checkpoint.
 
     Returns:
-        The directory that holds them, and the commit that they are of.
+        The directory that holds them, and their commit.
 
     Raises:
         InvalidArgumentError: the form of `uri`.
-        CheckpointError: a failed download.
+        CheckpointError: a failed download, or one that the hub refuses.
         CheckpointNotFoundError: no such repository, revision or checkpoint.
     """
-    location = HubLocation.parse(uri)
+    location = _Location.parse(uri)
+    begin(f"downloading {uri}")
     try:
         with _quiet_client():
-            names = _list_names(uri, location)
-    except _UnreachableError as error:
-        return _take_cached(uri, location, choose_files, str(error))
-    chosen = [glob.escape(location.path_of(name)) for name in choose_files(names)]
-    try:
-        with reported_download(uri) as bar:
-            snapshot = Path(
-                snapshot_download(
-                    location.repo_id,
-                    revision=location.revision,
-                    allow_patterns=chosen,
-                    tqdm_class=bar,
-                )
-            )
+            snapshot = _download(location, choose_files)
+    except CheckpointNotFoundError:
+        raise
     except Exception as error:
-        raise CheckpointError(f"{uri}: download failed: {_first_line(error)}") from error
+        # The client raises errors of many libraries.
+        _raise_refusal(uri, location, error)
+        snapshot = _cached(uri, location, choose_files, _reason(error))
     return snapshot / location.subdir, snapshot.name
 
 
-def _take_cached(
+def _download(location: _Location, choose_files: Callable[[Sequence[str]], Sequence[str]]) -> Path:
+    # The client waits without end unless it is given a timeout.
+    info = HfApi().model_info(
+        location.repo_id, revision=location.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+    )
+    below = f"{location.subdir}/" if location.subdir else ""
+    paths = [file.rfilename for file in info.siblings or []]
+    names = [name for path in paths if below + (name := path.rpartition("/")[2]) == path]
+    chosen = [glob.escape(below + name) for name in choose_files(names)]
+    # Files are those of one commit, also if the branch moves in between.
+    assert info.sha is not None
+    snapshot = Path(snapshot_download(location.repo_id, revision=info.sha, allow_patterns=chosen))
+    if location.revision != info.sha:
+        _keep_ref(snapshot.parents[1] / "refs" / location.revision, info.sha)
+    return snapshot
+
+
+def _keep_ref(ref: Path, commit: str) -> None:
+    """Record the commit of a branch, so that the cache can be asked for it without the hub."""
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    own = ref.with_name(f"{ref.name}.{os.getpid()}")
+    own.write_text(commit)
+    own.replace(ref)
+
+
+def _raise_refusal(uri: str, location: _Location, error: Exception) -> None:
+    """Raise an error with the hub's reason and a way out where the hub answered."""
+    refusal: BaseException | None = error
+    while not isinstance(refusal, HfHubHTTPError):
+        if refusal is None:
+            return
+        refusal = refusal.__cause__
+    status = refusal.response.status_code
+    if isinstance(refusal, RevisionNotFoundError):
+        raise CheckpointNotFoundError(
+            f"{uri}: no revision {location.revision}; the form is {_FORM}"
+        ) from error
+    if isinstance(refusal, GatedRepoError):
+        raise CheckpointError(f"{uri}: gated; ask for access, then `hf auth login`") from error
+    if isinstance(refusal, RepositoryNotFoundError):
+        raise CheckpointNotFoundError(
+            f"{uri}: no such repository, or a private one: check the name or `hf auth login`"
+        ) from error
+    if status in _WAYS_OUT:
+        raise CheckpointError(
+            f"{uri}: the hub refuses ({status}: {_reason(refusal)}); {_WAYS_OUT[status]}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Give the hub's own words where it answered, else the first line of the client's error."""
+    text = getattr(error, "server_message", None) or str(error)
+    return text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _cached(
     uri: str,
-    location: HubLocation,
+    location: _Location,
     choose_files: Callable[[Sequence[str]], Sequence[str]],
     reason: str,
-) -> tuple[Path, str]:
+) -> Path:
     try:
-        snapshot = _cached_snapshot(location)
-        directory = snapshot / location.subdir
-        choose_files([path.name for path in directory.iterdir()])
-    except (OSError, ValueError) as error:  # Not in the cache, or no name that could be.
+        # Without a pattern the client would miss the files that were never asked for.
+        snapshot = Path(
+            snapshot_download(
+                location.repo_id,
+                revision=location.revision,
+                local_files_only=True,
+                allow_patterns=[],
+            )
+        )
+        choose_files([path.name for path in (snapshot / location.subdir).iterdir()])
+    except (OSError, ValueError) as error:
         raise CheckpointNotFoundError(
             f"{uri}: the hub cannot be reached and no checkpoint is cached ({reason})"
         ) from error
-    warn(f"{uri}: the hub cannot be reached ({reason}); taking what is in the cache")
-    return directory, snapshot.name
+    warn(f"{uri}: the hub cannot be reached ({reason}); using the cached checkpoint")
+    return snapshot
 
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Keep the client from warning of every attempt: one line says in the end what is wrong."""
+    """Keep the client from logging its attempts, and from drawing bars where progress is shown."""
     logger = logging.getLogger("huggingface_hub")
-    before = logger.level
+    level, hides_bars = logger.level, reporter() is not None and not are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
+    if hides_bars:
+        disable_progress_bars()
     try:
         yield
     finally:
-        logger.setLevel(before)
-
-
-class _UnreachableError(Exception):
-    """The hub gives no answer; the text says why."""
-
-
-def _list_names(uri: str, location: HubLocation) -> list[str]:
-    """Names in the checkpoint's directory."""
-    try:
-        info = HfApi().model_info(location.repo_id, revision=location.revision)
-    except RevisionNotFoundError as error:
-        raise CheckpointNotFoundError(f"{uri}: no revision {location.revision}") from error
-    except GatedRepoError as error:
-        raise CheckpointError(f"{uri}: gated; ask for access, then `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{uri}: no such repository, or a private one: check the name or `hf auth login`"
-        ) from error
-    except Exception as error:
-        # Whatever keeps the hub from answering, a cached checkpoint is still good.
-        raise _UnreachableError(_first_line(error)) from error
-    paths = [file.rfilename for file in info.siblings or []]
-    return [name for path in paths if location.path_of(name := path.rpartition("/")[2]) == path]
-
-
-def _cached_snapshot(location: HubLocation) -> Path:
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(
-        repo_id=location.repo_id, repo_type="model"
-    )
-    revision = location.revision or constants.DEFAULT_REVISION
-    ref = folder / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    return folder / "snapshots" / commit
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        logger.setLevel(level)
+        if hides_bars:
+            enable_progress_bars()

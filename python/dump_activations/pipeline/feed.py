@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dump_activations import _rust
-from dump_activations.dataset.columns import Values
+from dump_activations.dataset.columns import LabelReader, Values
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.label_reader import LabelReader
-from dump_activations.dataset.matches import StepIndices
+from dump_activations.dataset.sampling import StepIndices
 from dump_activations.dtypes import CELLS, LABEL_PREFIX
 from dump_activations.errors import VocabularyError, option
 from dump_activations.timing import Stopwatch

@@ -8,31 +8,26 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dump_activations import progress as phases
+from dump_activations.dataset.columns import LabelReader
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.label_reader import LabelReader
-from dump_activations.dataset.matches import StepIndices
-from dump_activations.dtypes import (
-    CELLS,
-    LABEL_PREFIX,
-    STORAGE_DTYPES,
-    TensorSpec,
-)
+from dump_activations.dataset.sampling import StepIndices
+from dump_activations.dtypes import CELLS, LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
 from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
 from dump_activations.model.activations import (
     Activation,
     BoardActivation,
+    BoardTensor,
     WeightActivation,
+    board_tensors,
     find_activations,
+    find_layers,
 )
-from dump_activations.model.board_tensors import BoardTensor, board_tensors
-from dump_activations.model.checkpoint import load_encoder
-from dump_activations.model.checkpoint_files import preferred_files
+from dump_activations.model.checkpoint import preferred_files
 from dump_activations.model.encoder import Encoder
-from dump_activations.model.layers import find_layers
-from dump_activations.model.replica import replicate
+from dump_activations.model.prepared import prepare_model
 from dump_activations.options import Options
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.oom import model_oom_named
@@ -128,7 +123,7 @@ class Plan:
 
 
 def make_plan(
-    init: str | os.PathLike[str] | Encoder,
+    init: str | os.PathLike[str] | nn.Module,
     dataset: str | os.PathLike[str] | StepsDataset,
     options: Options,
     *,
@@ -159,7 +154,9 @@ def make_plan(
     if not isinstance(dataset, StepsDataset):
         phases.begin("opening the dataset")
         dataset = StepsDataset(dataset)
-    model = _load_model(init, device, options)
+    phases.begin("loading the checkpoint")
+    with model_oom_named(device), current(device):
+        model = prepare_model(init, device, random_init=options.random_init, seed=options.seed)
     activations = find_activations(options.outputs, model.config)
     layers = find_layers("layers", options.layers, model.config.num_hidden_layers)
     if options.layers is not None and not any(each.per_layer for each in activations):
@@ -193,21 +190,6 @@ def _compile_is_off() -> bool:
     return "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"))
 
 
-def _load_model(
-    init: str | os.PathLike[str] | Encoder, device: torch.device, options: Options
-) -> Encoder:
-    if isinstance(init, Encoder) and options.random_init:
-        raise InvalidArgumentError(
-            f"{option('random_init')}: the model is already loaded; give load_encoder "
-            "random_init=True"
-        )
-    phases.begin("loading the checkpoint")
-    with model_oom_named(device), current(device):
-        if isinstance(init, Encoder):
-            return replicate(init, device)
-        return load_encoder(init, device=device, random_init=options.random_init)
-
-
 def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices, str]:
     """Return the step indices of a run, and how they were chosen."""
     phases.begin("choosing the steps")
@@ -220,7 +202,7 @@ def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices,
     steps = dataset.matches(options.where, options.steps, progress=progress)
     if options.steps is None:
         replaced = options.n_samples > len(steps)
-        sample = dataset.draw_from(steps, options.n_samples, options.seed)
+        sample = dataset.sample_from(steps, options.n_samples, options.seed)
         return sample, "with replacement" if replaced else "without replacement"
     if len(steps) == 0:
         raise IndicesError(f"{option('where')}: no row of {dataset.path} matches")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dump_activations.model.encoder import Encoder
-from dump_activations.model.replica import replicate
+from dump_activations.model.prepared import replicate
 
 # cuDNN's attention plans each shape for 0.4 s and has no fallback. The others never refuse.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -4,14 +4,12 @@ docs/file-format.md explains each entry and how each digest is computed.
 """
 
 import hashlib
-import json
 from importlib.metadata import version
 
 import torch
 
 from dump_activations.dataset.expressions import Expression
-from dump_activations.dataset.matches import StepIndices
-from dump_activations.model.encoder import Encoder
+from dump_activations.dataset.sampling import StepIndices
 from dump_activations.pipeline.device import device_name
 from dump_activations.pipeline.plan import Plan
 
@@ -70,8 +68,8 @@ def _asked(plan: Plan) -> dict[str, str | None]:
     """Return the entries that are part of both the metadata and the fingerprint."""
     options = plan.options
     return {
-        "weights_sha256": _weights_sha256(plan.model),
-        "dataset_layout_sha256": plan.dataset.sha256,
+        "weights_sha256": plan.model.weights_sha256,
+        "dataset_layout_sha256": plan.dataset.layout_sha256,
         "n_samples": str(len(plan.indices)),
         "outputs": ",".join(sorted(each.key for each in plan.activations)),
         "layers": ",".join(map(str, plan.layers)),
@@ -90,12 +88,4 @@ def _indices_sha256(indices: StepIndices) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(indices), _DIGESTED_AT_ONCE):
         digest.update(indices[start : start + _DIGESTED_AT_ONCE].data)
-    return digest.hexdigest()
-
-
-def _weights_sha256(model: Encoder) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

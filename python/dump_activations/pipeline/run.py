@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import DeviceError, option
+from dump_activations.errors import DeviceError, DumpActivationsError, option
 from dump_activations.model.capture import Capture
 from dump_activations.pipeline.device import pinned_share
 from dump_activations.pipeline.feed import BoardBatch, feed_boards
@@ -114,7 +114,7 @@ class Run:
             batch.release()
             self._transfer.close()
         except Exception as error:
-            if out_of(error):
+            if isinstance(error, DumpActivationsError) or out_of(error):
                 raise
             reason = getattr(error, "inner_exception", error)
             line = str(reason).strip().partition("\n")[0]

@@ -1,4 +1,5 @@
-"""A page that shows a dump: what it is made of, its boards, its activations, what the model says.
+"""A page that shows a dump: its metadata, boards, activations, attention and the model's moves.
 
-Each section is a module that first takes its figures from the file, in NumPy, and then draws them.
+`data` takes figures from the file, `sections` and `charts` turn them into what the templates show,
+and `render` writes the page.
 """

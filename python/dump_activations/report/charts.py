@@ -1,99 +1,143 @@
-"""Charts as inline SVG. A mark's tooltip says what it stands for; colours are classes of CSS."""
+"""Charts, heatmaps and short texts for `macros.html.j2`, which draws them.
+
+Shape letters: S cells of queries (16), T cells of keys (16).
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.report.markup import Markup, bar_text, number_text, tag
+Array = NDArray[np.float64]
 
-# In halves of the size at which a figure is drawn, so that coordinates are whole numbers.
-_WIDTH, _HEIGHT = 640, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 16, 48, 68
-
+TOP_EXPONENT = 17
+"""Exponents beyond it share a colour and are written as powers."""
 
 _MOST_TICKS = 4
+_LEVELS = 10
+_SIDE = 4
+_MOST_CHARACTERS = 300
+# Ticks stay in this range, so that no step is 0 or infinite.
+_SMALLEST, _LARGEST = 1e-300, 1e300
 
-# Of lines, as classes of `page.css`.
-_COLOURS = 4
 
-# About how wide a character of a label below the axis is, and a gap between two labels.
-_CHARACTER, _GAP = 10.8, 8.0
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line of a chart: its name, a value a label, and the number of its colour."""
+class Series(NamedTuple):
+    """A line: its name, a value per label, and the number of its colour."""
 
     name: str
-    values: Sequence[float]
+    values: Array
     colour: int = 0
 
 
-def figure(title: str, *content: Markup, note: str = "") -> Markup:
-    """Return a figure under a title that says what it shows."""
-    small = tag("small", note) if note else None
-    return tag("figure", tag("figcaption", tag("b", title), small), *content)
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A bar or a point of each line per label, on an axis from 0.
+
+    Attributes:
+        shares: heights of bars, which are shown in percent; None for a chart of lines.
+        details: ends of the bars' tooltips.
+        pale: whether each bar counts for less.
+        lines: the lines.
+        band: two lines with a band between them.
+    """
+
+    title: str
+    labels: Sequence[str]
+    x_label: str
+    y_label: str = "% of boards"
+    note: str = ""
+    shares: Array | None = None
+    details: Sequence[str] = ()
+    pale: Sequence[bool] = ()
+    lines: Sequence[Series] = ()
+    band: Sequence[Series] = ()
+
+    @property
+    def named(self) -> list[Series]:
+        """Return all lines."""
+        return [*self.lines, *self.band]
+
+    @cached_property
+    def ticks(self) -> list[float]:
+        """Return round numbers from 0 to the first that is not below any value."""
+        bars = () if self.shares is None else (100 * self.shares,)
+        values = np.array([*bars, *(each.values for each in self.named)])
+        top = float(values.max(initial=0.0, where=np.isfinite(values))) or 1.0
+        top = min(max(top, _SMALLEST), _LARGEST)
+        scale = 10.0 ** math.floor(math.log10(top / _MOST_TICKS))
+        step = next(s * scale for s in (1, 2, 5, 10, 20) if s * scale * _MOST_TICKS >= top)
+        return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+    def heights(self, values: Sequence[float] | Array) -> list[float | None]:
+        """Return values as shares of the axis; None for a value that is not finite."""
+        top = self.ticks[-1]
+        return [min(max(v / top, 0.0), 1.0) if math.isfinite(v) else None for v in values]
+
+    @property
+    def band_points(self) -> list[tuple[int, float, float]]:
+        """Return (number of the label, low height, high height) where both are finite."""
+        edges = enumerate(zip(*(self.heights(each.values) for each in self.band), strict=True))
+        return [(i, *edge) for i, edge in edges if None not in edge]
 
 
-def bars(
-    title: str,
-    labels: Sequence[str],
-    shares: NDArray[np.float64],
-    *,
-    tooltips: Sequence[str],
-    x_label: str,
-    y_label: str,
-    note: str = "",
-    is_pale: Sequence[bool] = (),
-) -> Markup:
-    """Return a figure with a bar a label, its percent above it; pale bars count for less."""
-    heights = 100 * shares
-    frame = _Frame(len(labels), heights)
-    width = 0.8 * frame.pitch
-    marks = []
-    for i, height in enumerate(heights):
-        top = frame.y(height)
-        rect = tag(
-            "rect",
-            tag("title", tooltips[i]),
-            class_="f0 pale" if is_pale and is_pale[i] else "f0",
-            x=frame.x(i) - width / 2,
-            y=top,
-            width=width,
-            height=max(frame.y(0) - top, 0.0),
-        )
-        text = tag("text", bar_text(shares[i]), class_="v", x=frame.x(i), y=top - 4)
-        marks.append(Markup.of(rect, text))
-    return figure(title, frame.draw(title, marks, labels, x_label, y_label), note=note)
+def heat_paths(pattern_ST: Array) -> list[tuple[int, str]]:
+    """Return a pattern, 0 to 1, as strokes of SVG: a path per level, clear cells left out.
+
+    A board of keys, 4 x 4, lies at the place of each query's cell, with a clear unit between two.
+    """
+    spaced = np.zeros((_SIDE, _SIDE + 1, _SIDE, _SIDE + 1))
+    by_cell = pattern_ST.reshape(_SIDE, _SIDE, _SIDE, _SIDE)
+    spaced[:, :_SIDE, :, :_SIDE] = by_cell.transpose(0, 2, 1, 3)
+    side = _SIDE * (_SIDE + 1)
+    paths: dict[int, str] = {}
+    for y, row in enumerate(spaced.reshape(side, side)):
+        x = 0
+        for level, run in groupby(map(heat_level, row)):
+            width = len(list(run))
+            if level:
+                paths[level] = paths.get(level, "") + f"M{x} {y}h{width}"
+            x += width
+    return sorted(paths.items())
 
 
-def lines(
-    title: str,
-    labels: Sequence[str],
-    series: Sequence[Series],
-    *,
-    x_label: str,
-    y_label: str,
-    band: tuple[Series, Series] | None = None,
-    note: str = "",
-) -> Markup:
-    """Return a figure with lines over labels, and behind them the band between two others."""
-    named = [*series, *(band or ())]
-    frame = _Frame(len(labels), np.array([each.values for each in named], np.float64))
-    marks = [_band(frame, *band)] if band else []
-    marks += [_line(frame, each) for each in series]
-    columns = []
-    for i, label in enumerate(labels):
-        texts = (f"{each.name} {number_text(each.values[i])}" for each in named)
-        columns.append(frame.column(i, f"{label}: {', '.join(texts)}"))
-    marks.append(tag("g", *columns, class_="t"))
-    chart = frame.draw(title, marks, labels, x_label, y_label)
-    legend = [_legend(series, band)] if len(named) > 1 else []
-    return figure(title, chart, *legend, note=note)
+def heat_level(depth: float) -> int:
+    """Return the level of a colour: 0 is clear, for NaN too, and 9 the deepest."""
+    return min(int(depth * _LEVELS), _LEVELS - 1) if depth > 0 else 0
+
+
+def cut(text: str) -> str:
+    """Cut a long text, such as a tokenizer's or any in a foreign file, and say how long it is."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    return f"{text[:_MOST_CHARACTERS]}… ({len(text):,} characters)"
+
+
+def tile_text(exponent: int) -> str:
+    """Write a tile: 2^e, nothing for an empty cell."""
+    if exponent > TOP_EXPONENT:
+        return f"2^{exponent}"
+    return str(1 << int(exponent)) if exponent else ""
+
+
+def short_tile_text(exponent: int) -> str:
+    """Write a tile for an axis, from 1024 on as `1k`."""
+    if 10 <= exponent <= TOP_EXPONENT:
+        return f"{1 << (exponent - 10)}k"
+    return tile_text(exponent) or "none"
+
+
+def number_text(value: float) -> str:
+    """Write a number with four digits, or with all digits before the point."""
+    if not math.isfinite(value):
+        return "not finite"
+    if abs(value) < 1e15 and (value == int(value) or abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def short_text(value: float) -> str:
@@ -101,116 +145,22 @@ def short_text(value: float) -> str:
     if not math.isfinite(value):
         return "n/a"
     if abs(value) >= 9999.5:
-        return f"{value:.0e}".replace("e+0", "e")
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
     if abs(value) >= 99.5 or value == 0:
         return f"{value:.0f}"
     return f"{value:.3g}" if abs(value) >= 0.095 else f"{value:.2g}"
 
 
-def tick_values(top: float) -> list[float]:
-    """Return round numbers from 0 to the first that is not below `top`."""
-    if not (top > 0 and math.isfinite(top)):
-        top = 1.0
-    scale = 10.0 ** math.floor(math.log10(top / _MOST_TICKS))
-    step = next(s * scale for s in (1, 2, 5, 10, 20) if s * scale * _MOST_TICKS >= top)
-    return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
+def percent_text(share: float) -> str:
+    """Write a share as a percentage, with two digits where it is below ten."""
+    if not math.isfinite(share):
+        return "n/a"
+    return f"{share:.0%}" if 0.0995 <= share < 1e6 else f"{100 * share:.2g}%"
 
 
-def markers() -> Iterator[Markup]:
-    """Yield what draws a dot at each value of a line: once a page, for all its charts."""
-    for colour in range(_COLOURS):
-        yield tag(
-            "marker",
-            tag("path", class_=f"d{colour}", d="M5 5h0"),
-            id=f"m{colour}",
-            markerUnits="userSpaceOnUse",
-            markerWidth=10,
-            markerHeight=10,
-            refX=5,
-            refY=5,
-        )
-
-
-class _Frame:
-    """The axes of a chart: labels along the bottom, numbers from 0 up the side."""
-
-    def __init__(self, count: int, values: NDArray[np.float64]) -> None:
-        finite = values[np.isfinite(values)]
-        self._ticks = tick_values(float(finite.max()) if finite.size else 0.0)
-        self.pitch = (_WIDTH - _LEFT - _RIGHT) / max(count, 1)
-
-    def x(self, index: int) -> float:
-        return _LEFT + (index + 0.5) * self.pitch
-
-    def y(self, value: float) -> float:
-        share = max(value, 0.0) / self._ticks[-1] if math.isfinite(value) else 0.0
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
-
-    def column(self, index: int, tooltip: str) -> Markup:
-        """Return what says something of a label to a pointer anywhere over it."""
-        left, height = self.x(index) - self.pitch / 2, _HEIGHT - _TOP - _BOTTOM
-        outline = f"M{left:.0f} {_TOP}h{self.pitch:.0f}v{height}h{-self.pitch:.0f}z"
-        return tag("path", tag("title", tooltip), d=outline)
-
-    def draw(
-        self, title: str, marks: Sequence[Markup], labels: Sequence[str], x_label: str, y_label: str
-    ) -> Markup:
-        heights = [self.y(tick) for tick in self._ticks]
-        grid = "".join(f"M{_LEFT} {y:.0f}H{_WIDTH - _RIGHT}" for y in heights)
-        numbers = [
-            tag("text", number_text(tick), x=_LEFT - 8, y=y + 6)
-            for tick, y in zip(self._ticks, heights, strict=True)
-        ]
-        widest = max(map(len, labels), default=0) * _CHARACTER + _GAP
-        every = math.ceil(widest / self.pitch)
-        names = [
-            tag("text", label, x=self.x(i), y=_HEIGHT - _BOTTOM + 24)
-            for i, label in enumerate(labels)
-            if i % every == 0
-        ]
-        middle = _LEFT + (_WIDTH - _LEFT - _RIGHT) / 2
-        axes = [
-            tag("text", x_label, x=middle, y=_HEIGHT - 12),
-            tag("text", y_label, class_="s", x=4, y=16),
-        ]
-        return tag(
-            "svg",
-            tag("path", class_="g", d=grid),
-            tag("g", *numbers, class_="e"),
-            *(*names, *axes, *marks),
-            viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-            role="img",
-            aria_label=title,
-        )
-
-
-def _line(frame: _Frame, series: Series) -> Markup:
-    """Draw what is finite of a series."""
-    places = [i for i, value in enumerate(series.values) if math.isfinite(value)]
-    # A line breaks where a value is missing.
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(places), lambda at: at[1] - at[0])]
-    strokes = (_path([(frame.x(i), frame.y(series.values[i])) for i in run]) for run in runs)
-    return tag("path", class_=f"l{series.colour}", d="".join(strokes))
-
-
-def _band(frame: _Frame, low: Series, high: Series) -> Markup:
-    both = np.isfinite(low.values) & np.isfinite(high.values)
-    places = [int(i) for i in np.flatnonzero(both)]
-    above = [(frame.x(i), frame.y(high.values[i])) for i in places]
-    below = [(frame.x(i), frame.y(low.values[i])) for i in reversed(places)]
-    return tag("path", class_="b0", d=_path([*above, *below]) + "z" if places else "")
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.0f} {y:.0f}" for x, y in points)
-
-
-def _legend(series: Sequence[Series], band: tuple[Series, Series] | None) -> Markup:
-    entries = [(each.name, f"k{each.colour}") for each in series]
-    if band is not None:
-        entries.append((f"{band[0].name} to {band[1].name}", "kb"))
-    return tag(
-        "div",
-        *(tag("span", tag("b", "", class_=swatch), name) for name, swatch in entries),
-        class_="legend",
-    )
+def bar_text(share: float) -> str:
+    """Write a share in percent in three characters; nothing for NaN or next to nothing."""
+    percent = 100 * share
+    if not 0.05 <= percent < 999.5:
+        return short_text(percent) if percent >= 999.5 else "0" if percent <= 0 else ""
+    return f"{percent:.0f}" if percent >= 9.95 else f"{percent:.1f}".removeprefix("0")

@@ -16,8 +16,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations import _rust
-
 
 @dataclass(frozen=True)
 class Stretch:
@@ -80,8 +78,4 @@ class CellOrder:
         return np.concatenate([order[place : place + self.batch_size] for place in places])
 
     def _permutation(self, n: int, number: int) -> NDArray[np.int64]:
-        generator = np.random.PCG64([self.seed, self.epoch, number])
-        state = generator.state["state"]
-        out = np.empty(n, np.int64)
-        _rust.permutation(state["state"], state["inc"], out)
-        return out
+        return np.random.default_rng([self.seed, self.epoch, number]).permutation(n)

@@ -7,7 +7,7 @@ docs/architecture.md has the rules of the lock.
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,14 @@ class Place:
     size: int = 1
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A file under its final name: its bytes, and the digest of each tensor."""
+
+    size: int
+    digests: Mapping[str, Digest]
+
+
 class Output:
     """The files of a dump, as a context manager that suspends those that it has open.
 
@@ -82,14 +90,13 @@ class Output:
         self._place = place
         self._overwrite = overwrite
         self._check = check
-        self._shares_by_rank = False
-        self._digests: dict[Path, Mapping[str, Digest]] = {}
+        self._finished: dict[Path, Finished] = {}
         self._replaceable: dict[Path, Existing] = {}
         start = place.rank * len(self.files) // place.size
         self._order = [*self.files[start:], *self.files[:start]]
         for file in self.files:
             self._look(file)
-        self.found = sum(len(file.run_rows) for file in self.files if file.target in self._digests)
+        self.found = self._count_boards()
 
     def __enter__(self) -> "Output":
         return self
@@ -99,9 +106,9 @@ class Output:
             file.suspend()
 
     @property
-    def finished(self) -> Mapping[Path, Mapping[str, Digest]]:
-        """Digests of the tensors of each finished file."""
-        return self._digests
+    def finished(self) -> Collection[Finished]:
+        """The finished files, whichever process wrote them."""
+        return self._finished.values()
 
     @property
     def replaced(self) -> list[Existing]:
@@ -111,7 +118,7 @@ class Output:
     @property
     def missing(self) -> list[FileWork]:
         """Files that were not finished when this process looked last."""
-        return [file for file in self.files if file.target not in self._digests]
+        return [file for file in self.files if file.target not in self._finished]
 
     def take(self) -> OutputFile | None:
         """Lock and open the next file that is free; None where no file is free now.
@@ -119,11 +126,11 @@ class Output:
         Raises:
             OutputError: the file cannot be made, or another process writes other work there.
         """
-        ours = {each.work for each in self.open_files}
-        for file in self._order:
-            if file in ours or (self._shares_by_rank and not self._is_own(file)):
+        under_way = {each.work for each in self.open_files}
+        for file in list(self._order):
+            if file in under_way or file not in self._order or self._is_finished(file):
                 continue
-            if not self._is_finished(file) and (taken := self._take(file)) is not None:
+            if (taken := self._take(file)) is not None:
                 # The next search starts behind it, where no other process is likely to be.
                 start = self._order.index(file) + 1
                 self._order = [*self._order[start:], *self._order[:start]]
@@ -153,7 +160,7 @@ class Output:
     def commit(self, file: OutputFile) -> None:
         """Give a file that is written whole its final name."""
         started = time.perf_counter()
-        self._digests[file.work.target] = file.commit()
+        self._finished[file.work.target] = Finished(file.size, file.commit())
         self.commit_seconds += time.perf_counter() - started
         self.written += 1
         self.open_files.remove(file)
@@ -163,7 +170,7 @@ class Output:
 
         Boards in finished files count.
         """
-        kept = sum(len(file.run_rows) for file in self.files if file.target in self._digests)
+        kept = self._count_boards()
         for file in self.open_files:
             if discard:
                 file.discard()
@@ -204,8 +211,11 @@ class Output:
     def _may_write_without_lock(self, file: FileWork) -> bool:
         """Split the files by rank where locks do not work, or refuse what another may write."""
         if self._place.size > 1:
-            self._shares_by_rank = True
-            return self._is_own(file)
+            # From now on this process has no other files, so it returns after its share.
+            self.files = self.files[self._place.rank :: self._place.size]
+            self._order = [each for each in self._order if each in self.files]
+            self._place = Place()
+            return file in self.files
         with suppress(JournalError):
             if time.time() - read_journal(file.target).modified < _RECENT_SECONDS:
                 raise OutputError(
@@ -215,14 +225,14 @@ class Output:
                 )
         return True
 
-    def _is_own(self, file: FileWork) -> bool:
-        return self.files.index(file) % self._place.size == self._place.rank
+    def _count_boards(self) -> int:
+        return sum(len(file.run_rows) for file in self.files if file.target in self._finished)
 
     def _look(self, file: FileWork) -> None:
         """Look at one file before the run: is it finished, replaceable, or in the way?"""
         existing = find_existing(file.target)
         if existing is not None and existing.is_of(file):
-            self._digests[file.target] = existing.digests
+            self._finished[file.target] = Finished(existing.found.st_size, existing.digests)
             return
         if existing is not None:
             if not self._overwrite:
@@ -247,7 +257,7 @@ class Output:
             by_listing: list the directory. A network file system may answer a look at one name from
                 its cache, and rereads a directory that is opened.
         """
-        if file.target in self._digests and not by_listing:
+        if file.target in self._finished and not by_listing:
             return True
         if by_listing and file.target.name not in os.listdir(file.target.parent):  # noqa: PTH208
             return False
@@ -256,7 +266,7 @@ class Output:
             return False
         if not existing.is_of(file):
             raise existing.refusal(file.work)
-        self._digests[file.target] = existing.digests
+        self._finished[file.target] = Finished(existing.found.st_size, existing.digests)
         return True
 
     def _may_replace(self, existing: Existing) -> bool:
@@ -284,24 +294,22 @@ class Output:
                     if self._overwrite and not is_locked(partial_path(other.target)):
                         continue
                     raise OtherWorkError(partial_path(other.target), "")
-                if not ending and other.target not in self._digests:
+                if not ending and other.target not in self._finished:
                     self._is_finished(other)
 
     def _is_whole(self) -> bool:
         """Return True where one fresh listing shows every file finished."""
-        if self._shares_by_rank:
-            return all(self._is_finished(file) for file in self.files if self._is_own(file))
         with OutputError.when(f"cannot list {self.files[0].target.parent}"):
             names = set(os.listdir(self.files[0].target.parent))  # noqa: PTH208
         for file in self.files:
             if file.target.name not in names:
-                self._digests.pop(file.target, None)  # Somebody deleted it since.
+                self._finished.pop(file.target, None)  # Somebody deleted it since.
         return all(self._is_finished(file) for file in self.files)
 
     def tidy(self) -> None:
         """Remove journals next to finished files, which a kill after the rename leaves there."""
         for file in self.files:
-            if os.path.lexists(journal_path(file.target)) and file.target in self._digests:
+            if os.path.lexists(journal_path(file.target)) and file.target in self._finished:
                 with suppress(BusyError):
                     tidy(file.target)
 

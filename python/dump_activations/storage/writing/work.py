@@ -105,6 +105,13 @@ class Work:
         """SHA-256 of the identity, equal in all shards whichever process wrote them."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def nbytes_per_row(self) -> tuple[int, int]:
+        """Bytes of a row of all batched tensors, and bytes of the other tensors."""
+        batched = [spec for spec in self.specs if spec.name in self.batched]
+        other_nbytes = sum(spec.nbytes for spec in self.specs) - sum(s.nbytes for s in batched)
+        return sum(spec.row_nbytes for spec in batched), other_nbytes
+
     @property
     def described(self) -> dict[str, str]:
         """The identity, and the metadata that explains its indices."""
@@ -119,10 +126,8 @@ class Work:
         Raises:
             InvalidArgumentError: there would be more than 99,999 shards.
         """
-        batched = [spec for spec in self.specs if spec.name in self.batched]
-        batch_nbytes = self.batch_rows * sum(spec.row_nbytes for spec in batched)
-        other_nbytes = sum(spec.nbytes for spec in self.specs) - sum(s.nbytes for s in batched)
-        batches = max((max_nbytes - other_nbytes) // batch_nbytes, 1)
+        row_nbytes, other_nbytes = self.nbytes_per_row
+        batches = max((max_nbytes - other_nbytes) // (self.batch_rows * row_nbytes), 1)
         shards = -(-self.batches // batches)
         if shards > MAX_SHARDS:
             raise InvalidArgumentError(
@@ -260,6 +265,12 @@ class FileWork:
         integrity = integrity_text(specs, metadata, digests)
         file_format = format_of(self.work.whole)
         return file_format.layout(specs, {**metadata, INTEGRITY_KEY: integrity}, crc32s)
+
+    @property
+    def tensor_nbytes(self) -> int:
+        """Bytes of the file's tensors; its header adds a few thousand."""
+        row_nbytes, other_nbytes = self.work.nbytes_per_row
+        return len(self.run_rows) * row_nbytes + other_nbytes
 
     def span_of(self, batch: int, name: str) -> tuple[int, int]:
         """Return (start, stop) of the bytes of a batch of a tensor in the file."""

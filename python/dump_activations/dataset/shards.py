@@ -1,0 +1,161 @@
+"""The shards of a dataset: finds them, opens them, and reads the layouts of their rows.
+
+The extension cuts the text of the dtype out of each header, and NumPy reads each distinct text.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dump_activations import _rust
+from dump_activations.dtypes import CELLS
+from dump_activations.errors import DatasetError, warn
+
+# Marks of copies, in lower case, that `find` of the extension leaves out too: `steps-0 (1).npy`,
+# `steps-0 copy 2.npy`, `steps-0 - Copy.npy`, `steps-0 (conflicted copy ...).npy` and
+# `steps-0.sync-conflict-....npy`.
+_COPY_MARKS = (" (", " copy", ".sync-conflict-")
+# Rows of datasets have some 50 bytes. All bytes between the board and its mask are read with them.
+_MAX_ITEMSIZE = 1 << 20
+# Characters of a hostile text, and field names, that an error shows.
+_SHOWN = 200
+_NAMES_SHOWN = 20
+
+_BOARD_FIELDS = {
+    "board": np.dtype("<u8"),
+    "tile_65536_mask": np.dtype("<u2"),
+    "exps": np.dtype((np.uint8, (CELLS,))),
+}
+
+
+class Shard(NamedTuple):
+    """One file of a dataset: its path, its rows, and the global step index of its first row."""
+
+    path: Path
+    rows: int
+    first: int
+
+
+def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
+    """Open a directory's `steps-*.npy` in lexicographic order, or else its `steps.npy`.
+
+    Warns of copies that synchronisers made, which are left out, and of odd numbers.
+
+    Raises:
+        DatasetNotFoundError: there is no such directory, or no shard in it.
+        DatasetError: a shard's header, fields or size are wrong.
+    """
+    directory = Path(os.path.expanduser(path))  # noqa: PTH111 - `~nobody` is a name, not an error
+    names = [each.name for each in directory.glob("steps-*.npy")]
+    copies = sorted(name for name in names if any(mark in name.lower() for mark in _COPY_MARKS))
+    if copies:
+        others = f" and {len(copies) - 1} more" if copies[1:] else ""
+        warn(
+            f"{directory}: left out {copies[0]}{others}, named like copies of shards; remove or "
+            "rename them"
+        )
+    dataset = _rust.Dataset(directory, read_layout)
+    _warn_of_numbers(dataset.path, dataset.names)
+    return dataset
+
+
+def _warn_of_numbers(path: Path, names: Sequence[str]) -> None:
+    """Warn where numbered shards are not in the order of their numbers, or some are missing."""
+    matches = [re.fullmatch(r"steps-([0-9]+)\.npy", name) for name in names]
+    numbers = [int(match[1]) for match in matches if match]
+    if len(numbers) < len(names):
+        return
+    # Packers count from 0 or from 1.
+    expected = range(min(numbers[0], 1), min(numbers[0], 1) + len(numbers))
+    odd = next((i for i, (n, e) in enumerate(zip(numbers, expected, strict=True)) if n != e), None)
+    if odd is None:
+        return
+    if numbers != sorted(set(numbers)):
+        problem = f"shards are read in the order of their names, not their numbers: {names[odd]}"
+    else:
+        problem = (
+            f"shard number {expected[odd]} before {names[odd]} is missing; step indices count the "
+            "rows of the shards that are there"
+        )
+    warn(f"{path}: {problem}")
+
+
+def row_dtype(path: Path, descr: str) -> np.dtype[np.void]:
+    """Return the dtype of a shard's rows from the text in its header, padding included.
+
+    Raises:
+        DatasetError: NumPy refuses it, or rows are not structured, too large or Python objects.
+    """
+    try:
+        dtype = np.lib.format.descr_to_dtype(ast.literal_eval(descr))
+        "".join(dtype.names or ()).encode()  # Messages can then show the names.
+    except Exception as error:  # NumPy raises almost anything on a damaged text.
+        reason = str(error).partition("\n")[0][:_SHOWN] or type(error).__name__
+        raise DatasetError(
+            f"{path}: NumPy refuses its dtype ({reason}); write the shard with numpy.save"
+        ) from error
+    if dtype.hasobject:
+        raise DatasetError(
+            f"{path}: its rows hold pickled Python objects, which are never loaded; "
+            "save plain numbers"
+        )
+    if dtype.names is None:
+        raise DatasetError(f"{path}: its rows must have named fields; got {str(dtype)[:_SHOWN]}")
+    if dtype.itemsize > _MAX_ITEMSIZE:
+        raise DatasetError(
+            f"{path}: its rows must have at most {_MAX_ITEMSIZE} bytes; got {dtype.itemsize}"
+        )
+    return dtype
+
+
+def read_layout(path: Path, descr: str) -> tuple[int, int | None, int | None, int | None]:
+    """Return the bytes of a row and the offsets of `board`, `tile_65536_mask` and `exps`.
+
+    None stands for a field that rows lack. `board` wins over `exps`.
+
+    Raises:
+        DatasetError: as `row_dtype`, or rows have no board, or have it in another dtype.
+    """
+    row = row_dtype(path, descr)
+    fields = {name: row.fields[name] for name in row.names or () if row.fields}
+    names = ["board", "tile_65536_mask"] if "board" in fields else ["exps"]
+    found = {name: fields[name] for name in names if name in fields}
+    if not found:
+        shown = [repr(name[:_SHOWN]) for name in [*fields][:_NAMES_SHOWN]]
+        raise DatasetError(
+            f"{path}: its rows must have 'board' or 'exps'; got {', '.join(shown) or 'no fields'}"
+        )
+    for name, (dtype, *_) in found.items():
+        if dtype != _BOARD_FIELDS[name]:
+            raise DatasetError(
+                f"{path}: field {name!r} must be little-endian {_BOARD_FIELDS[name]}; "
+                f"got {str(dtype)[:_SHOWN]}; convert it and save the shard again"
+            )
+    board, mask, exps = (found[name][1] if name in found else None for name in _BOARD_FIELDS)
+    return row.itemsize, board, mask, exps
+
+
+def row_layouts(dataset: _rust.Dataset) -> list[tuple[Path, np.dtype[np.void]]]:
+    """Return each distinct layout of rows: the first shard that has it, and the rows' dtype."""
+    first: dict[str, Path] = {}
+    for descr, (path, _, _) in zip(dataset.descrs, dataset.shards, strict=True):
+        first.setdefault(descr, path)
+    return [(path, row_dtype(path, descr)) for descr, path in first.items()]
+
+
+def layout_sha256(dataset: _rust.Dataset) -> str:
+    """Digest the shards' names, row counts and row layouts, but no row."""
+    shards = [
+        [name, rows, descr]
+        for name, (_, rows, _), descr in zip(
+            dataset.names, dataset.shards, dataset.descrs, strict=True
+        )
+    ]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()

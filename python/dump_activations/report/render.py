@@ -1,0 +1,131 @@
+"""Renders the page from its templates, and writes it where nothing else can be lost."""
+
+import base64
+import hashlib
+import os
+import secrets
+import stat
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dump_activations.errors import OutputError, option
+from dump_activations.progress import Count, Phase, counted, shown_progress
+from dump_activations.report import charts, sections
+from dump_activations.report.data import Source, choose_examples
+from dump_activations.storage.reading.activations_file import ActivationsFile
+from dump_activations.storage.reading.inspection import inspect
+from dump_activations.text import printable
+
+# A page of this package begins with the first and has the second among its first bytes.
+_DOCTYPE, _GENERATOR, _HEAD_NBYTES = "<!doctype html>", "dump-activations report", 1024
+
+_EXAMPLES = 12
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    report: str | os.PathLike[str],
+    *,
+    progress: Count | bool | None = None,
+) -> None:
+    """Write a page that shows a dump. An earlier page is replaced.
+
+    Args:
+        path: the dump.
+        report: the page.
+        progress: called with activation keys done and activation keys in all. True shows progress
+            as `dump` does.
+
+    Raises:
+        InvalidArgumentError: the suffix of `path` names no format.
+        OutputError: the dump cannot be read, or the page cannot be written. A file that is no page
+            of this package is left as it is.
+    """
+    target = Path(report)
+    _check_replaceable(target)
+    with shown_progress() if progress is True else nullcontext():
+        also = progress if callable(progress) else None
+        page = render(Path(path), progress=counted(Phase("writing the report", "keys"), also))
+    temporary = target.with_name(f".report-{secrets.token_hex(8)}")
+    with OutputError.when(f"cannot write {target}"):
+        try:
+            with temporary.open("x", encoding="utf-8", newline="") as file:
+                file.write(page)
+            _check_replaceable(target)  # Another file may have appeared while the page was made.
+            temporary.replace(target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise where a file is in the way that is no page of this package."""
+    with OutputError.when(f"cannot write {target}"):
+        try:
+            found = target.lstat()
+        except FileNotFoundError:
+            return
+        if stat.S_ISREG(found.st_mode):
+            with target.open("rb") as file:
+                head = file.read(_HEAD_NBYTES)
+            if head.startswith(_DOCTYPE.encode()) and f'"{_GENERATOR}"'.encode() in head:
+                return
+    raise OutputError(f"{target} exists and is not a report; choose another {option('report')}")
+
+
+def render(path: Path, *, progress: Count | None = None) -> str:
+    """Return the page that shows a dump, as HTML.
+
+    Raises:
+        InvalidArgumentError: the suffix names no format.
+        OutputError: the file cannot be read, or cannot be shown.
+    """
+    inspection = inspect(path)
+    source = Source(ActivationsFile(path))
+    checkpoint = inspection.contents.metadata.get("checkpoint", path.name)
+    # The last two names of a path, or of an address of the hub.
+    name = "/".join(Path(checkpoint).parts[-2:])
+    with np.errstate(all="ignore"):  # The page shows NaN and infinite values as such.
+        examples = choose_examples(source, _EXAMPLES)
+        values = {
+            "facts": sections.facts(inspection),
+            "boards": sections.boards(source),
+            "examples": sections.examples(source, examples),
+            "moves": sections.moves(source),
+            "attention": sections.attention(source, examples),
+            "activations": sections.activations(source, progress),
+        }
+    title = f"{charts.cut(name)} on {len(source.file):,} boards"
+    return _environment().get_template("page.html.j2").render(title=title, **values)
+
+
+def _environment() -> Environment:
+    """Return the templates' environment. It escapes texts, and makes control characters visible."""
+    environment = Environment(
+        loader=PackageLoader(__package__),
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        bar=charts.bar_text,
+        cut=charts.cut,
+        level=charts.heat_level,
+        number=charts.number_text,
+        percent=charts.percent_text,
+        short=charts.short_text,
+        tile=charts.tile_text,
+    )
+    environment.globals.update(generator=_GENERATOR, top_exponent=charts.TOP_EXPONENT)
+    for name, asset in (("style", "page.css"), ("script", "page.js")):
+        text = Path(__file__).with_name("templates").joinpath(asset).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        environment.globals.update({name: Markup(text), f"{name}_source": f"'sha256-{digest}'"})
+    return environment

@@ -1,0 +1,73 @@
+//! NumPy's random stream: `PCG64` and bounded integers.
+//!
+//! `PCG64` is XSL-RR 128/64 of O'Neill's PCG paper. Bounded integers follow Lemire ("Fast Random
+//! Integer Generation in an Interval", 2019), as in `numpy.random.Generator`.
+
+/// NumPy's `Generator(PCG64)`, as far as bounded integers need it.
+#[derive(Debug, Clone)]
+pub struct Generator {
+    state: u128,
+    increment: u128,
+    /// The high half of a 64-bit word, kept for the next 32-bit one.
+    half: Option<u32>,
+}
+
+impl Generator {
+    const MULTIPLIER: u128 = 0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645;
+
+    /// The generator of a fresh `default_rng`, by the `state` and `inc` of its PCG64.
+    pub fn new(state: u128, increment: u128) -> Self {
+        Self { state, increment, half: None }
+    }
+
+    fn advance(&mut self) {
+        self.state = self.state.wrapping_mul(Self::MULTIPLIER).wrapping_add(self.increment);
+    }
+
+    fn next_u64(&mut self) -> u64 {
+        self.advance();
+        let folded = (self.state >> 64) as u64 ^ self.state as u64;
+        folded.rotate_right((self.state >> 122) as u32)
+    }
+
+    /// The low half of a 64-bit word, then its high half, even if 64-bit words come between.
+    fn next_u32(&mut self) -> u32 {
+        self.half.take().unwrap_or_else(|| {
+            let both = self.next_u64();
+            self.half = Some((both >> 32) as u32);
+            both as u32
+        })
+    }
+
+    /// A random integer of the closed range [0, last].
+    pub fn bounded(&mut self, last: u64) -> u64 {
+        match u32::try_from(last) {
+            Ok(0) => 0,
+            Ok(u32::MAX) => u64::from(self.next_u32()),
+            Ok(last) => u64::from(self.bounded_u32(last + 1)),
+            Err(_) => self.bounded_u64(last + 1),
+        }
+    }
+
+    fn bounded_u32(&mut self, count: u32) -> u32 {
+        let mut product = u64::from(self.next_u32()) * u64::from(count);
+        if (product as u32) < count {
+            let threshold = count.wrapping_neg() % count;
+            while (product as u32) < threshold {
+                product = u64::from(self.next_u32()) * u64::from(count);
+            }
+        }
+        (product >> 32) as u32
+    }
+
+    fn bounded_u64(&mut self, count: u64) -> u64 {
+        let mut product = u128::from(self.next_u64()) * u128::from(count);
+        if (product as u64) < count {
+            let threshold = count.wrapping_neg() % count;
+            while (product as u64) < threshold {
+                product = u128::from(self.next_u64()) * u128::from(count);
+            }
+        }
+        (product >> 64) as u64
+    }
+}
