@@ -5,7 +5,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -507,9 +507,11 @@ def _preview(plan: Plan, path: Path, files: Sequence[FileWork], free_nbytes: int
 
 
 def _note_mixture(output: Output) -> None:
-    """Say so where different devices or numbers of threads computed the output."""
-    texts = {each.computed_by for each in output.finished}
-    makers = {json.dumps(entry) for text in texts for entry in json.loads(text or "[]")}
+    """Note where different devices or numbers of threads computed the output."""
+    makers: set[str] = set()
+    for text in {each.computed_by for each in output.finished}:
+        with suppress(ValueError, TypeError):  # A file may carry any text.
+            makers.update(map(json.dumps, json.loads(text)))
     if len(makers) > 1:
         note(f"values agree to rounding only: they were computed by {', '.join(sorted(makers))}")
 
