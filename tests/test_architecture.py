@@ -41,8 +41,8 @@ ARROWS = {
     "model": LEAVES,
     "dataset": (*LEAVES, "_rust"),
     "storage.writing": (
-        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
-        *("storage.shards", "storage.statistics"),
+        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
+        *("storage.reading", "storage.shards", "storage.statistics"),
     ),
     "storage.reading": (
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
