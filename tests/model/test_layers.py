@@ -97,7 +97,7 @@ def test_a_split_dump_is_resumed(suffix, model, demo_dataset, tmp_path):
         cpu_dump(model, demo_dataset, broken, progress=interrupt, **options)
     if not broken.with_name(f"{broken.name}.partial").exists():
         pytest.skip("nothing was on disk yet")
-    summary = cpu_dump(model, demo_dataset, broken, resume=True, **options)
+    summary = cpu_dump(model, demo_dataset, broken, **options)
     assert summary.resumed_boards > 0
     assert broken.read_bytes() == whole.read_bytes()
 
