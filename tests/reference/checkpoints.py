@@ -152,13 +152,10 @@ def _weight_file(name: str) -> Callable[[Path], Checkpoint]:
     """
 
     def make(directory: Path) -> Checkpoint:
-        config = BASE
-        first = WEIGHT_FILES.index(name)
-        for seed, later in enumerate(WEIGHT_FILES[first:]):
-            save_checkpoint(
-                directory, random_state_dict(config, seed=seed), config_json(config), weights=later
-            )
-        return Checkpoint(directory, random_state_dict(config, seed=0), config)
+        for seed, later in enumerate(WEIGHT_FILES[WEIGHT_FILES.index(name) :]):
+            weights = random_state_dict(BASE, seed=seed)
+            save_checkpoint(directory, weights, config_json(BASE), weights=later)
+        return Checkpoint(directory, random_state_dict(BASE), BASE)
 
     return make
 
@@ -214,6 +211,11 @@ def _stored_as(dtype: torch.dtype, weights: str) -> Callable[[Path], Checkpoint]
 
 BASE = ReferenceConfig(kv_heads=2)
 _POLICY = replace(BASE, head_type="action_policy")
+_OPTIONAL_FIELDS = (
+    *("input_vocab_size", "num_key_value_heads", "head_type", "output_n_bins"),
+    *("use_attention_sinks", "use_qk_norm", "max_position_embeddings"),
+    *("dropout_prob", "attention_dropout_prob"),
+)
 
 VARIANTS: dict[str, Callable[[Path], Checkpoint]] = {
     "mha": _plain(replace(BASE, kv_heads=4)),
@@ -225,29 +227,13 @@ VARIANTS: dict[str, Callable[[Path], Checkpoint]] = {
     "sinks-mha": _plain(replace(BASE, sinks=True, kv_heads=4)),
     "sinks-gqa-4-2": _plain(replace(BASE, sinks=True)),
     "sinks-gqa-6-2": _plain(replace(BASE, sinks=True, hidden=48, heads=6, kv_heads=2)),
-    "sinks-gqa-4-1": _plain(replace(BASE, sinks=True, kv_heads=1)),
     "qk-norm": _plain(replace(BASE, qk_norm=True, eps=1e-2)),
     "qk-norm-sinks-policy": _plain(replace(_POLICY, qk_norm=True, sinks=True, layers=3)),
     "policy": _plain(_POLICY),
     "one-layer": _plain(replace(BASE, layers=1)),
     "large-eps": _plain(replace(BASE, eps=0.3)),
     "more-positions": _plain(BASE, max_position_embeddings=24),
-    "minimal-config": _plain(
-        replace(BASE, kv_heads=4),
-        **dict.fromkeys(
-            (
-                "input_vocab_size",
-                "num_key_value_heads",
-                "head_type",
-                "output_n_bins",
-                "use_attention_sinks",
-                "use_qk_norm",
-                "max_position_embeddings",
-                "dropout_prob",
-                "attention_dropout_prob",
-            )
-        ),
-    ),
+    "minimal-config": _plain(replace(BASE, kv_heads=4), **dict.fromkeys(_OPTIONAL_FIELDS)),
     "unknown-fields": _plain(BASE, model_type="2048former", rope_theta=[1.0], dropout_prob=0.9),
     "vocabulary-of-weights-wins": _plain(BASE, input_vocab_size=16),
     "binned-ev-of-weights-wins": _plain(BASE, head_type="action_policy"),
@@ -260,8 +246,6 @@ VARIANTS: dict[str, Callable[[Path], Checkpoint]] = {
     "bundle-old-model": _bundle_file("model"),
     "bundle-directory": _bundle_directory,
     "bundle-beats-config": _bundle_beats_config,
-    "prefix-compile": _prefixed(lambda _: "_orig_mod."),
-    "prefix-ddp": _prefixed(lambda _: "module."),
     "prefix-nested": _prefixed(lambda _: "module._orig_mod.module."),
     "prefix-mixed": _prefixed(lambda i: ("_orig_mod.module.", "module.", "")[i % 3]),
     "fp16": _stored_as(torch.float16, "model.safetensors"),

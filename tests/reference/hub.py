@@ -1,4 +1,4 @@
-"""A hub-shaped HTTP server on the loopback: what the real huggingface-hub client asks of one."""
+"""A hub-shaped HTTP server on the loopback, for the real huggingface-hub client."""
 
 from __future__ import annotations
 
