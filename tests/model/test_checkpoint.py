@@ -188,12 +188,8 @@ def _entry(shape, data=b""):
 HOSTILE_SAFETENSORS = {
     "thousands-of-axes": _entry([1] * 20_000, bytes(4)),
     "a-million-digits": _entry(["N"], bytes(4)).replace(b'"N"', b"1" + b"0" * 10**6),
-    "giant-header": struct.pack("<Q", 2**63) + b"{}",
     "header-past-the-end": struct.pack("<Q", 10**6) + b"{}",
-    "not-json": _safetensors(b"{'a': os}"),
     "empty": _safetensors({}),
-    "offsets-past-the-end": _entry([2], bytes(8))[:-6],
-    "giant-shape": _entry([2**40, 2**40], bytes(8)),
     "overflowing-strides": _entry([0, 2**40, 2**40]),
     "length-past-int64": _entry([0, 2**63]),
     "odd-name": _entry([1], bytes(4)).replace(b"tok_emb.weight", b"\\n\\u001b[31m456"),
@@ -254,7 +250,8 @@ BAD_VALUES = [
     ],
     *[("input_vocab_size", value) for value in ("16", 2.5, [16], 2**50)],
     *[("max_position_embeddings", value) for value in ("16", 2.5, [16], 2**50, 0, -1, 8, 15)],
-    *[("layer_norm_eps", value) for value in ("1e-6", -1.0, [1e-6], True)],
+    *[("layer_norm_eps", value) for value in ("1e-6", -1.0, [1e-6], True, 10**400)],
+    *[("layer_norm_eps", float(value)) for value in ("nan", "inf", "-inf")],
     *[("use_attention_sinks", value) for value in ("yes", 2, [])],
     *[("use_qk_norm", value) for value in ("yes", 2, [])],
     *[("num_key_value_heads", 3), ("num_attention_heads", 5), ("num_attention_heads", 3)],
@@ -299,17 +296,6 @@ def test_null_means_the_default(tmp_path):
     assert_loads_as(load_encoder(save_checkpoint(tmp_path, state_dict, fields)), state_dict, config)
 
 
-@pytest.mark.parametrize("eps", ["NaN", "Infinity", "-Infinity", "1e400", "1" + "0" * 400])
-def test_eps_that_is_no_number(eps, tmp_path):
-    directory = save_checkpoint(tmp_path / "bad", random_state_dict(BASE), config_json(BASE))
-    text = json.dumps(config_json(BASE)).replace(
-        '"layer_norm_eps": 1e-06', f'"layer_norm_eps": {eps}'
-    )
-    assert eps in text
-    (directory / "config.json").write_text(text)
-    assert "layer_norm_eps" in refused(directory)
-
-
 def _one_storage_in_every_weight(path):
     row = torch.zeros(1 << 20)
     state_dict = {f"blocks.{i}.attn_norm.weight": row for i in range(300)}
@@ -336,7 +322,7 @@ def _compressed(path):
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
-            archive.writestr(name, data + bytes(50 << 20))
+            archive.writestr(name, data + bytes(1 << 20))
 
 
 # How a bundle is changed, and a word of its refusal.

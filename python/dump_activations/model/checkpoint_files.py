@@ -86,7 +86,7 @@ def read_checkpoint(path: Path, *, weights_required: bool) -> CheckpointFiles:
         paths = [path]
     files = CheckpointFiles(paths=paths, weights_origin=str(paths[-1]))
     files.tokenizer = _read_tokenizer(paths[0].parent)
-    weights: Mapping[Any, Any] | None = None
+    weights: Mapping[str, Any] | None = None
     origins: list[str] = []
     for file in paths[:]:
         _check_file(file)
@@ -194,11 +194,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], list[Path]]:
     names_of: dict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
         # A path in the place of a name could lead out of the directory.
-        if (
-            not isinstance(file, str)
-            or set("/\\\0") & set(file)
-            or not file.endswith(".safetensors")
-        ):
+        if not (isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file)):
             raise CheckpointError(f"{index}: {one_line(str(file))} is not the name of a file there")
         names_of[file].append(name)
     weights: dict[str, Any] = {}
@@ -215,7 +211,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], list[Path]]:
     return weights, [index.parent / file for file in sorted(names_of)]
 
 
-def _read_bundle(path: Path, *, config_required: bool) -> tuple[dict[str, Any], Mapping[Any, Any]]:
+def _read_bundle(path: Path, *, config_required: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Read the raw config, {} if it may be missing, and the state dict of a `.pt` bundle."""
     try:
         _check_archive(path)
@@ -225,9 +221,10 @@ def _read_bundle(path: Path, *, config_required: bool) -> tuple[dict[str, Any], 
     except Exception as error:
         # For a foreign file torch.load raises errors of any type.
         raise CheckpointError(f"{path}: {_why_not_loaded(path)}") from error
-    if not isinstance(bundle, dict) or not isinstance(bundle.get("model"), Mapping):
+    weights = bundle.get("model") if isinstance(bundle, dict) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{path}: not a checkpoint bundle: no state dict under 'model'")
-    tensors = [value for value in bundle["model"].values() if isinstance(value, Tensor)]
+    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > path.stat().st_size:
         raise CheckpointError(f"{path}: its weights are larger than the file: views of one another")
     training = bundle.get("training_config")
@@ -235,13 +232,12 @@ def _read_bundle(path: Path, *, config_required: bool) -> tuple[dict[str, Any], 
     for config in (bundle.get("encoder_config"), training.get("encoder"), training.get("model")):
         if isinstance(config, Mapping) and config:
             # A null is not a value, so config.json's value stays.
-            fields = {name: value for name, value in config.items() if value is not None}
-            return fields, bundle["model"]
+            return {name: it for name, it in config.items() if it is not None}, weights
     if config_required:
         raise CheckpointError(
             f"{path}: no encoder_config (nor training_config['encoder'] or ['model'])"
         )
-    return {}, bundle["model"]
+    return {}, weights
 
 
 def _check_archive(path: Path) -> None:
@@ -273,12 +269,10 @@ def _why_not_loaded(path: Path) -> str:
     )
 
 
-def _without_wrappers(weights: Mapping[Any, Any], origin: str) -> dict[str, Any]:
+def _without_wrappers(weights: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Strip the names of wrappers from a state dict's keys."""
     clean: dict[str, Any] = {}
     for key, value in weights.items():
-        if not isinstance(key, str):
-            raise CheckpointError(f"{origin}: its weights have names of type {type(key).__name__}")
         name = _WRAPPERS.sub("", key)
         if name in clean:
             raise CheckpointError(

@@ -2,7 +2,6 @@
 
 import glob
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,9 +122,7 @@ def _download(location: _Location, choose_files: _Choice) -> Path:
         # once the hub cannot be reached.
         ref = snapshot.parents[1] / "refs" / location.revision
         ref.parent.mkdir(parents=True, exist_ok=True)
-        own = ref.with_name(f"{ref.name}.{os.getpid()}")
-        own.write_text(info.sha)
-        own.replace(ref)
+        ref.write_text(info.sha)
     return snapshot
 
 
