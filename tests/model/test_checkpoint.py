@@ -17,6 +17,7 @@ from dump_activations.errors import DumpActivationsError, DumpActivationsWarning
 from reference.checkpoints import (
     BASE,
     VARIANTS,
+    WEIGHT_FILES,
     bundle,
     config_json,
     load_demo,
@@ -61,7 +62,7 @@ def test_demo_checkpoint(demo_checkpoint):
 def test_the_model_keeps_a_copy_of_the_weights_and_reads_no_other_file(tmp_path):
     """The model does not map the file, so nobody can change the weights of a run."""
     checkpoint = VARIANTS["gqa-4-2"](tmp_path / "checkpoint")
-    for name in ("optimizer.pt", "model-00001.safetensors", "latest.pt", "model-final.pt"):
+    for name in ("optimizer.pt", "model-00001.safetensors", "latest.pt", *WEIGHT_FILES[2:]):
         (checkpoint.init / name).write_bytes(b"not weights")
     model = load_encoder(checkpoint.init)
     weights = checkpoint.init / "model.safetensors"
@@ -206,7 +207,7 @@ def test_hostile_safetensors(case, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
-def test_weights_of_a_dtype_that_is_none(dtype, tmp_path):
+def test_weights_must_be_floating_point(dtype, tmp_path):
     state_dict = random_state_dict(BASE)
     state_dict["tok_emb.weight"] = state_dict["tok_emb.weight"].to(dtype)
     save_checkpoint(tmp_path / "ints", state_dict, config_json(BASE))
@@ -384,7 +385,7 @@ VALUE = {
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.pt"])
-def test_what_the_model_has_no_part_for_is_left_out_with_one_warning(weights, tmp_path):
+def test_weights_without_a_module_are_left_out_with_one_warning(weights, tmp_path):
     state_dict = random_state_dict(BASE)
     config = config_json(BASE, value_head={"type": "mean"})
     directory = save_checkpoint(
@@ -399,7 +400,7 @@ def test_what_the_model_has_no_part_for_is_left_out_with_one_warning(weights, tm
     assert_loads_as(model, state_dict)
 
 
-def test_of_two_heads_the_configs_is_used(tmp_path):
+def test_the_config_chooses_one_of_two_heads(tmp_path):
     policy = replace(BASE, head_type="action_policy")
     state_dict = random_state_dict(policy)
     both = random_state_dict(BASE, seed=1) | state_dict
@@ -524,7 +525,7 @@ def test_weights_that_are_not_finite_are_named_once(tmp_path):
     assert "blocks.0.attn.wq.weight (0 NaN, 1 infinite)" in str(warning.message)
 
 
-def test_the_tokenizer_beside_a_checkpoint_is_kept_as_its_text(tmp_path):
+def test_the_tokenizer_next_to_a_checkpoint_is_kept_as_text(tmp_path):
     directory = save_checkpoint(tmp_path / "a", random_state_dict(BASE), config_json(BASE))
     assert load_encoder(directory).tokenizer is None
     text = '{"bins": [0.5,\r\n 1],\t"name": "é"}'

@@ -180,14 +180,14 @@ def test_a_subdirectory_of_a_revision(folder, ref, hub, session, tmp_path):
 
 
 def test_revisions_are_found_and_a_moved_branch_is_followed(hub, session, tmp_path):
-    wanted = {}
+    expected = {}
     for seed, ref in enumerate(("main", "v0.1", "refs/pr/1")):
         files, logits = checkpoint_files(tmp_path / str(seed), seed=seed)
         commit = hub.commit("lab/revised", files, ref=ref)
-        wanted |= {ref: logits, commit: logits}
-    for revision, logits in wanted.items():
+        expected |= {ref: logits, commit: logits}
+    for revision, logits in expected.items():
         assert_close(session.logits(f"hf://lab/revised@{revision}"), logits)
-    assert_close(session.logits("hf://lab/revised"), wanted["main"])
+    assert_close(session.logits("hf://lab/revised"), expected["main"])
     files, logits = checkpoint_files(tmp_path / "later", seed=9)
     hub.commit("lab/revised", files)
     assert_close(session.logits("hf://lab/revised"), logits)
@@ -201,7 +201,7 @@ def test_revisions_are_found_and_a_moved_branch_is_followed(hub, session, tmp_pa
         ("hf://lab/flat/nowhere", "not a checkpoint"),
     ],
 )
-def test_what_the_hub_does_not_have(init, words, hub, session, tmp_path):
+def test_a_missing_repository_revision_or_directory_is_named(init, words, hub, session, tmp_path):
     files, _ = checkpoint_files(tmp_path / "a")
     hub.commit("lab/flat", files)
     answer = session.error(init)
@@ -358,11 +358,11 @@ def test_command_dumps_from_the_hub_and_then_offline(hub, demo_checkpoint, demo_
     assert sorted(hub.downloads) == ["v0.1/config.json", "v0.1/model.safetensors"]
 
 
-def test_a_download_is_told_of_and_draws_no_bars(hub, session, tmp_path):
+def test_a_download_is_reported_and_shows_no_bars(hub, session, tmp_path):
     files, _ = checkpoint_files(tmp_path / "a")
-    hub.commit("lab/told", files)
+    hub.commit("lab/reported", files)
     session.ask("hf://lab/nowhere")
     before = session.stderr.read_text()
-    answer = session.ask("hf://lab/told")
-    assert answer["phases"] == ["downloading hf://lab/told", "loading the checkpoint"]
+    answer = session.ask("hf://lab/reported")
+    assert answer["phases"] == ["downloading hf://lab/reported", "loading the checkpoint"]
     assert session.stderr.read_text() == before

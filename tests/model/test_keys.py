@@ -160,7 +160,7 @@ def test_globs_and_the_names_of_hooks(asked, keys, checkpoints):
     assert {each.key for each in find_activations(asked.split(","), config)} == keys
 
 
-def test_what_is_not_there(checkpoints):
+def test_a_key_that_the_model_lacks_is_named(checkpoints):
     config = load_encoder(checkpoints["mha"].init).config
     with pytest.raises(ActivationUnavailableError, match="attn_sinks"):
         find_activations(["*", "attn_sinks"], config)

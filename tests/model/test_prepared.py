@@ -201,7 +201,7 @@ def test_a_module_that_does_not_run_once_is_named(kind, key, words, model, demo_
 
 
 @pytest.mark.parametrize("key", ["attn_out", "head_logits"])
-def test_what_is_left_out_and_not_asked_for_does_no_harm(key, model, demo_dataset, tmp_path):
+def test_a_module_that_does_not_run_may_be_left_out(key, model, demo_dataset, tmp_path):
     model.__class__ = WithoutBlock1
     options = {"n_samples": 40, "device": "cpu", "allow_cpu": True}
     layers = {} if key == "head_logits" else {"layers": [0]}

@@ -46,7 +46,7 @@ _REFERENCE_FIELDS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What to give as `--init`, and what it must load as: a clean fp32 state dict and sizes."""
+    """A value of `--init`, and the fp32 state dict and sizes that it must load as."""
 
     init: Path
     state_dict: StateDict
@@ -57,7 +57,7 @@ def random_state_dict(config: ReferenceConfig, *, seed: int = 0, positions: int 
     """Return fp32 weights: gains around 1, sinks and biases around 0, all of them spread wide."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(name: str, shape: torch.Size) -> torch.Tensor:
+    def sample(name: str, shape: torch.Size) -> torch.Tensor:
         noise = torch.randn(shape, generator=generator)
         if "norm" in name or name == "final_ln.weight":
             return 1 + 0.4 * noise
@@ -66,7 +66,7 @@ def random_state_dict(config: ReferenceConfig, *, seed: int = 0, positions: int 
         return noise * (1.5 / math.sqrt(shape[-1]))
 
     shapes = ReferenceEncoder(config, positions=positions).state_dict()
-    return {name: draw(name, value.shape) for name, value in shapes.items()}
+    return {name: sample(name, value.shape) for name, value in shapes.items()}
 
 
 def config_json(config: ReferenceConfig, **changes: Any) -> dict[str, Any]:
@@ -141,21 +141,6 @@ def _plain(config: ReferenceConfig, **changes: Any) -> Callable[[Path], Checkpoi
         state_dict = random_state_dict(config, positions=positions)
         save_checkpoint(directory, state_dict, config_json(config, **changes))
         return Checkpoint(directory, state_dict, config)
-
-    return make
-
-
-def _weight_file(name: str) -> Callable[[Path], Checkpoint]:
-    """Return the maker of a directory where `name` and every name after it exist.
-
-    Each file holds other weights, so that only the first one gives the right numbers.
-    """
-
-    def make(directory: Path) -> Checkpoint:
-        for seed, later in enumerate(WEIGHT_FILES[WEIGHT_FILES.index(name) :]):
-            weights = random_state_dict(BASE, seed=seed)
-            save_checkpoint(directory, weights, config_json(BASE), weights=later)
-        return Checkpoint(directory, random_state_dict(BASE), BASE)
 
     return make
 
@@ -251,5 +236,4 @@ VARIANTS: dict[str, Callable[[Path], Checkpoint]] = {
     "fp16": _stored_as(torch.float16, "model.safetensors"),
     "bf16": _stored_as(torch.bfloat16, "model.safetensors"),
     "bf16-bundle": _stored_as(torch.bfloat16, "model.pt"),
-    **{f"file-{name}": _weight_file(name) for name in WEIGHT_FILES},
 }

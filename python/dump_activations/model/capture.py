@@ -16,7 +16,7 @@ from dump_activations.model.activations import BoardTensor
 from dump_activations.model.encoder import Encoder
 
 
-class _AllCaptured(Exception):  # noqa: N818 -- ends the forward early, it is no error
+class _AllCaptured(Exception):  # noqa: N818 -- it ends the forward early, without an error
     """Raised by the last hook that a forward needs, so that nothing after it runs."""
 
 

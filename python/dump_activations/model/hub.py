@@ -176,7 +176,7 @@ def _cached(uri: str, location: _Location, choose_files: _Choice, reason: str) -
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Keep the client from logging its attempts, and from drawing bars where progress is shown."""
+    """Keep the client from logging its attempts, and from showing bars where progress is shown."""
     logger = logging.getLogger("huggingface_hub")
     level, hides_bars = logger.level, reporter() is not None and not are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
