@@ -366,8 +366,8 @@ def parse_layers(name: str, layers: Layers | None) -> tuple[int | slice, ...] | 
             raise ValueError("no layers")
     except (TypeError, ValueError):
         raise InvalidArgumentError(
-            f"{option(name)} must be numbers and slices such as {option(name, '0,3,-1,4:8')}; "
-            f"got {brief(layers)}"
+            f"{option(name)} must be numbers and slices (without a step of 0) such as "
+            f"{option(name, '0,3,-1,4:8')}; got {brief(layers)}"
         ) from None
     return parsed
 
