@@ -198,7 +198,7 @@ def test_what_a_batch_is_short_of(error, text, model):
 
 def test_a_model_that_does_not_fit(model, monkeypatch):
     short = failing("CUDA out of memory. Tried to allocate 2.00 GiB.", torch.OutOfMemoryError)
-    monkeypatch.setattr("dump_activations.model.prepared.replicate", short)
+    monkeypatch.setattr("dump_activations.model.checkpoint.replicate", short)
     for run in uses(model, "a.pt"):
         with pytest.raises(DeviceError, match=r"^out of device memory: the model does not fit on"):
             run()

@@ -25,9 +25,9 @@ from dump_activations.model.activations import (
     find_activations,
     find_layers,
 )
-from dump_activations.model.checkpoint import preferred_files
+from dump_activations.model.checkpoint import prepare_model
+from dump_activations.model.checkpoint_files import preferred_files
 from dump_activations.model.encoder import Encoder
-from dump_activations.model.prepared import prepare_model
 from dump_activations.options import Options
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.oom import model_oom_named
@@ -159,7 +159,7 @@ def make_plan(
     with model_oom_named(device), current(device):
         model = prepare_model(init, device, random_init=options.random_init, seed=options.seed)
     activations = find_activations(options.outputs, model.config)
-    layers = find_layers("layers", options.layers, model.config.num_hidden_layers)
+    layers = find_layers(options.layers, model.config.num_hidden_layers)
     if options.layers is not None and not any(each.per_layer for each in activations):
         keys = ", ".join(each.key for each in activations)
         warn(f"{option('layers')}: no layers to choose from in {keys}")
