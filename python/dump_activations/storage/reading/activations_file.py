@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PREFIX
+from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
 from dump_activations.storage.reading.keys import Key, Rows, row_numbers
 from dump_activations.storage.reading.tensor_files import TensorFiles
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
     from dump_activations.storage.reading.boards import BoardValues
     from dump_activations.storage.reading.cells import Cells
+    from dump_activations.storage.statistics import TensorStatistics
 
 
 class ActivationsFile:
     """A finished dump, read by rows: `.safetensors`, `.pt` or `.npz`, one file or shards.
 
     Opening reads headers only, keeps no file open and imports no torch. Instances can be pickled,
-    used from several threads and carried over a fork. A file that was replaced or changed since is
-    an error. `.safetensors` files of other programs can be read too, if all their tensors have a
-    first axis of boards.
+    used from several threads and carried over a fork. A file that was replaced or cut short since
+    is an error. A byte changed in place is not, because `touch` and network mounts renew times too:
+    only `verify` finds it, in files with digests. `.safetensors` files of other programs can be
+    read too, if all their tensors have a first axis of boards.
 
         acts = ActivationsFile("activations.safetensors")
         hidden = acts.read("layer_outputs", range(1000), layer=3)  # (1000, 16, H)
@@ -60,7 +62,7 @@ class ActivationsFile:
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files; of a dump in shards, the shards in order."""
-        return tuple(self._files.paths)
+        return tuple(file.path for file in self._files.files)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -117,7 +119,7 @@ class ActivationsFile:
     @cached_property
     def labels(self) -> Mapping[str, NDArray[Any]]:
         """Labels by name, (N,) or (N, ...); each is read at its first use."""
-        return _Stored(self, self._files.catalog.labels, LABEL_PREFIX)
+        return _Labels(self)
 
     def read(
         self,
@@ -205,12 +207,11 @@ class ActivationsFile:
         if not found.of_boards:
             raise InvalidArgumentError(f"{key} has no axis of boards")
         names = (labels,) if isinstance(labels, str) else labels
-        for name in names:
-            if name not in self.labels:
-                has = ", ".join(self.labels) or "none"
-                raise InvalidArgumentError(
-                    f"{option('labels')} must be labels of the file, {has}; got {name!r}"
-                )
+        for name in (name for name in names if name not in self.labels):
+            has = ", ".join(self.labels) or "none"
+            raise InvalidArgumentError(
+                f"{option('labels')} must be labels of the file, {has}; got {name!r}"
+            )
         return BoardValues(
             len(self),
             partial(self.read, key, layer=layer),
@@ -305,22 +306,13 @@ class ActivationsFile:
         return key_statistics(self._find(key), layer, self._statistics)
 
     @cached_property
-    def _statistics(self) -> Mapping[str, NDArray[np.float64]]:
-        """The stored statistics by the names of their tensors; of several files, merged."""
-        from dump_activations.storage.statistics import merge_stored, stored_statistics
+    def _statistics(self) -> Mapping[str, TensorStatistics]:
+        from dump_activations.storage.statistics import stored_statistics
 
-        if len(self.paths) == 1:
-            return _Stored(self, self.tensor_names())
-        found = [stored_statistics(each) for each in self._files.inspections]
-        return {
-            f"{STATISTICS_PREFIX}{tensor}/{name}": values
-            for tensor in found[0]
-            if all(tensor in of_file for of_file in found)
-            for name, values in merge_stored([of_file[tensor] for of_file in found]).items()
-        }
+        return stored_statistics(*self._files.files)
 
     def _find(self, name: str) -> Key:
-        """Find a key; InvalidArgumentError if there is none, or its dtype cannot be read."""
+        """Find a key whose dtype can be read; InvalidArgumentError for any other."""
         found = self._files.catalog.find(name)
         if found.dtype not in READABLE_DTYPES:
             raise InvalidArgumentError(f"{name} is of {found.dtype}, which cannot be read")
@@ -344,7 +336,6 @@ class ActivationsFile:
         *,
         verify: bool = False,
     ) -> None:
-        """Read into the bytes `out`."""
         parts = key.parts(layer)
         if verify and parts[0].of > 1:
             raise _not_whole("layer")
@@ -365,24 +356,26 @@ def _not_whole(name: str) -> InvalidArgumentError:
     )
 
 
-class _Stored(Mapping[str, NDArray[Any]]):
-    """Tensors of a file, by names without a prefix; each is read at its first use."""
+class _Labels(Mapping[str, NDArray[Any]]):
+    """Labels of a file; each is read at its first use."""
 
-    def __init__(self, acts: ActivationsFile, names: list[str], prefix: str = "") -> None:
+    def __init__(self, acts: ActivationsFile) -> None:
         self._acts = acts
-        self._names = names
-        self._prefix = prefix
-        self._read: dict[str, NDArray[Any]] = {}
+        # None stands for a label that is not read yet.
+        self._read: dict[str, NDArray[Any] | None] = {
+            name.removeprefix(LABEL_PREFIX): None
+            for name in acts.tensor_names()
+            if name.startswith(LABEL_PREFIX)
+        }
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._names:
-            raise KeyError(name)
-        if name not in self._read:
-            self._read[name] = self._acts.read_numpy(self._prefix + name)
-        return self._read[name]
+        values = self._read[name]
+        if values is None:
+            values = self._read[name] = self._acts.read_numpy(LABEL_PREFIX + name)
+        return values
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._read)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._read)

@@ -19,13 +19,7 @@ Item = tuple[Tensor, dict[str, Any]]
 
 
 class BoardValues(Dataset[Item]):
-    """A dataset of `(activation, {label: value})`, one per board, as `ActivationsFile.boards`.
-
-    Args:
-        boards: boards in the dataset.
-        read: rows -> values, (R, ...).
-        read_labels: name of a label -> a function from rows to its values, (R, ...).
-    """
+    """A dataset of `(activation, {label: value})`, one per board, as `ActivationsFile.boards`."""
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ from dump_activations.storage.formats.contents import (
 from dump_activations.storage.formats.layout import Format
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.parallel import in_parallel
+from dump_activations.storage.reading.keys import Catalog
 
 READ_NBYTES = 32 << 20
 """Bytes that a thread reads at a time."""
@@ -70,25 +71,26 @@ class Inspection:
         return self.shards or (self,)
 
     @cached_property
+    def catalog(self) -> Catalog:
+        """Keys of the dump; OutputError if its tensors share no first axis."""
+        return Catalog(self.path, self.contents)
+
+    @cached_property
     def digests(self) -> dict[str, Digest]:
         """Stored digests by tensor name, with `nbytes` 0; empty if there are none or damaged."""
-        if self.shards:
-            return self._joined_digests()
-        try:
-            return parse_integrity(self.contents.metadata.get(INTEGRITY_KEY, "{}"))
-        except ValueError:
-            return {}
-
-    def _joined_digests(self) -> dict[str, Digest]:
+        if not self.shards:
+            try:
+                return parse_integrity(self.contents.metadata.get(INTEGRITY_KEY, "{}"))
+            except ValueError:
+                return {}
         found: dict[str, Digest] = {}
-        for tensor in self.contents.tensors:
+        for name in self._tensors:
             # Each shard has a tensor without an axis of boards whole.
-            is_whole = tensor.nbytes == self.shards[0].tensor(tensor.name).nbytes
-            for shard in self.shards[:1] if is_whole else self.shards:
-                if tensor.name in shard.digests:
-                    nbytes = shard.tensor(tensor.name).nbytes
-                    digest = replace(shard.digests[tensor.name], nbytes=nbytes)
-                    found[tensor.name] = found.get(tensor.name, Digest()) + digest
+            of_boards = self.catalog.find(name).of_boards
+            for shard in self.shards if of_boards else self.shards[:1]:
+                if name in shard.digests:
+                    digest = replace(shard.digests[name], nbytes=shard.tensor(name).nbytes)
+                    found[name] = found.get(name, Digest()) + digest
         return {name: replace(digest, nbytes=0) for name, digest in found.items()}
 
     def tensor(self, name: str) -> StoredTensor:
@@ -176,15 +178,11 @@ def find_damage(
     threads: int,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[str]:
-    """Read a whole file and return the names of tensors that differ from what was written.
+    """Read one file and return the names of tensors that differ from what was written.
 
     `METADATA_NAME` and `STRUCTURE` are among them if other bytes are damaged. `INTEGRITY_KEY` alone
     is returned if the digests are damaged, or of other tensors: nothing can be compared then.
-
-    Args:
-        inspection: one file.
-        threads: threads that read.
-        progress: called in this thread with the bytes read and the bytes in all.
+    `progress` is called in this thread with the bytes read and the bytes in all.
 
     Raises:
         OutputError: the file cannot be read, or carries no digests.
