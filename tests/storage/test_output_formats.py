@@ -88,6 +88,7 @@ def test_the_ordinary_reader_finds_every_tensor(drawn, random, threads):
             assert same_bits(tensors[name], tensor), name
         integrity = json.loads(metadata.pop("integrity"))
         assert len(metadata.pop("fingerprint")) == 64
+        assert metadata.pop("computed_by")
         assert metadata == dump.metadata
         for name, data in dump.data.items():
             assert integrity[name]["crc32"] == f"{zlib.crc32(data):08x}"

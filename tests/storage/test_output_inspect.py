@@ -204,7 +204,7 @@ def test_a_file_replaced_by_a_shorter_one(tmp_path, suffix):
     """Between the two readings of it: what the headers said holds of it no more."""
     path = write_dump(tmp_path / f"x{suffix}", DUMP)
     inspection = inspect(path)
-    write_dump(path, small_dump(rows=5))
+    write_dump(path, small_dump(rows=5), overwrite=True)
     with pytest.raises(OutputError, match="another file than it was"):
         find_damage(inspection, threads=2)
     path.unlink()
