@@ -247,7 +247,7 @@ def test_shards_compare_as_one_file(whole, single, capsys):
 
 def test_indices_of_shards(whole):
     class Dataset:
-        sha256 = "0"
+        layout_sha256 = "0"
 
     np.testing.assert_array_equal(read_step_indices(whole, Dataset()), np.arange(1000, 1000 + N))
 

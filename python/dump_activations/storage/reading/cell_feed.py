@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,8 @@ from dump_activations.dtypes import CELLS
 from dump_activations.storage.reading.cell_order import CellOrder, CellValues
 from dump_activations.storage.reading.tensor_files import TensorFiles
 
-
-class KeyedCells(NamedTuple):
-    """A `CellBatch` whose values are by key."""
-
-    values: dict[str, Tensor]
-    rows: Tensor
-    cells: Tensor
+KeyedCells = tuple[dict[str, Tensor], Tensor, Tensor]
+"""Values by key, rows and cells, as in a `CellBatch`."""
 
 
 class CellFeed:
@@ -104,7 +99,7 @@ class CellFeed:
             cut = memory[name][start : start + nbytes].view(getattr(torch, each.dtype))
             values[name] = cut.view(len(numbers), each.width)
         rows = numbers // CELLS
-        return KeyedCells(values, rows, numbers - rows * CELLS)
+        return values, rows, numbers - rows * CELLS
 
 
 class RecycledMemory:
@@ -156,18 +151,19 @@ def _start_copy(
     batch: KeyedCells, device: torch.device, stream: torch.cuda.Stream
 ) -> tuple[KeyedCells, torch.cuda.Event]:
     """Queue a batch's copy, behind work that the caller's stream still has on that memory."""
+    on_host, rows, cells = batch
     with torch.cuda.device(device):
         values = {
             name: torch.empty(host.shape, dtype=host.dtype, device=device)
-            for name, host in batch.values.items()
+            for name, host in on_host.items()
         }
         stream.wait_stream(torch.cuda.current_stream(device))
         copied = torch.cuda.Event()
         with torch.cuda.stream(stream):
-            for name, host in batch.values.items():
+            for name, host in on_host.items():
                 values[name].copy_(host, non_blocking=True)
             copied.record(stream)
-    return batch._replace(values=values), copied
+    return (values, rows, cells), copied
 
 
 def _finish_copy(batch: KeyedCells, copied: torch.cuda.Event, device: torch.device) -> KeyedCells:
