@@ -1,6 +1,6 @@
 """One way to spread work on threads."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -8,18 +8,33 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_parallel(
-    work: Callable[[T], R], items: Iterable[T], threads: int, take: Callable[[T, R], None]
-) -> None:
-    """Call `work(item)` on threads, and `take(item, result)` in this thread, in order.
+def chunks_of(name: T, length: int, size: int) -> Iterator[tuple[T, int, int]]:
+    """Cut `length` bytes or elements of something into (its name, start, stop)."""
+    return ((name, start, min(start + size, length)) for start in range(0, length, size))
 
-    The first error of either ends all: calls that have not begun are cancelled.
+
+def in_parallel(
+    work: Callable[[T, int, int], R],
+    chunks: Iterable[tuple[T, int, int]],
+    threads: int,
+    take: Callable[[T, R], None],
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Call `work(name, start, stop)` on threads, and `take(name, result)` in this thread, in order.
+
+    `progress` is called in this thread with what is done and with all, and may raise. The first
+    error ends all: calls that have not begun are cancelled.
     """
-    items = list(items)
+    chunks = list(chunks)
+    done, in_all = 0, sum(stop - start for _, start, stop in chunks)
     with ThreadPoolExecutor(threads) as executor:
         try:
-            for item, result in zip(items, executor.map(work, items), strict=True):
-                take(item, result)
+            results = executor.map(lambda chunk: work(*chunk), chunks)
+            for (name, start, stop), result in zip(chunks, results, strict=True):
+                take(name, result)
+                done += stop - start
+                if progress is not None:
+                    progress(done, in_all)
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise

@@ -9,6 +9,7 @@ Shape letters: L layers (1 for a tensor without their axis), F features.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
+from itertools import chain
 from math import prod
 from threading import Lock
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.dtypes import DTYPES, STATISTICS_PREFIX, TensorSpec
 from dump_activations.errors import InvalidArgumentError, OutputError, switch
-from dump_activations.storage.parallel import in_parallel
+from dump_activations.storage.parallel import chunks_of, in_parallel
 from dump_activations.storage.reading.inspection import Inspection, read_bytes
 from dump_activations.storage.reading.keys import Key
 
@@ -114,12 +115,9 @@ STATISTICS: tuple[Statistic, ...] = (
 
 
 def statistics_specs(tensor: str, *, layers: int | None, width: int) -> list[TensorSpec]:
-    """Return the tensors that hold the statistics of a tensor.
+    """Return the tensors that hold the statistics of a tensor (N, layers, ..., width).
 
-    Args:
-        tensor: its name.
-        layers: length of its axis of layers; None for a tensor without one.
-        width: features of a vector.
+    `layers` is None for a tensor without their axis.
     """
     return [
         TensorSpec(
@@ -172,6 +170,10 @@ class RunningStatistics:
 
     Batches are merged in their order, so that the bits depend on nothing else. Of the tensors of a
     file, those with statistics among them are measured.
+
+    Attributes:
+        names: tensors that have statistics.
+        next_batch: the first batch that is not merged yet.
     """
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
@@ -185,44 +187,30 @@ class RunningStatistics:
         self._lock = Lock()
         self._merged: dict[str, Moments] = {}
         self._pending: dict[int, Mapping[str, Moments]] = {}
-        self._next_batch = 0
-
-    @property
-    def names(self) -> list[str]:
-        """Tensors that have statistics."""
-        return list(self._vectors)
-
-    @property
-    def next_batch(self) -> int:
-        """The first batch that is not merged yet."""
-        return self._next_batch
+        self.names = list(self._vectors)
+        self.next_batch = 0
 
     def measure(self, name: str, data: NDArray[np.uint8]) -> Moments:
-        """Return the moments of whole rows of a tensor, on any thread, without the interpreter.
-
-        Args:
-            name: one of `names`.
-            data: the rows of a batch, C-contiguous uint8 (nbytes,).
-        """
+        """Return the moments of a batch's rows, uint8 (nbytes,), without the interpreter."""
         return self._vectors[name].measure(data)
 
     def add(self, batch: int, moments: Mapping[str, Moments]) -> None:
         """Add the moments of all `names` in a batch, once. It waits for the batches before it."""
         assert moments.keys() == self._vectors.keys(), moments.keys()
         with self._lock:
-            assert batch >= self._next_batch, f"batch {batch} was added before"
+            assert batch >= self.next_batch, f"batch {batch} was added before"
             assert batch not in self._pending, f"batch {batch} was added before"
             self._pending[batch] = moments
-            while (following := self._pending.pop(self._next_batch, None)) is not None:
+            while (following := self._pending.pop(self.next_batch, None)) is not None:
                 for name, more in following.items():
                     before = self._merged.get(name)
                     self._merged[name] = before.merge(more) if before else more
-                self._next_batch += 1
+                self.next_batch += 1
 
     def tensors(self) -> dict[str, Array]:
         """Return the statistics of all batches by their tensors' names in a file, float64."""
         with self._lock:
-            assert not self._pending, f"batch {self._next_batch} is missing"
+            assert not self._pending, f"batch {self.next_batch} is missing"
             return {
                 f"{STATISTICS_PREFIX}{tensor}/{name}": values
                 for tensor, vectors in self._vectors.items()
@@ -296,32 +284,22 @@ def compute_statistics(
         OutputError: the dump cannot be read, or its tensors have no axis of boards.
     """
     vectors = _vectors_in(inspection)
-    chunks = [
-        (name, start, min(start + chunk_nbytes, nbytes))
-        for name, of in vectors.items()
-        for nbytes in [inspection.tensor(name).nbytes]
-        for chunk_nbytes in [max(_CHUNK_NBYTES // of.row_nbytes, 1) * of.row_nbytes]
-        for start in range(0, nbytes, chunk_nbytes)
-    ]
-    done, in_all = 0, sum(stop - start for _, start, stop in chunks)
     merged: dict[str, Moments] = {}
 
-    def measure(chunk: tuple[str, int, int]) -> Moments:
-        name, start, stop = chunk
+    def measure(name: str, start: int, stop: int) -> Moments:
         data = np.empty(stop - start, np.uint8)
         read_bytes(inspection, name, start, data)
         return vectors[name].measure(data)
 
-    def merge(chunk: tuple[str, int, int], moments: Moments) -> None:
-        nonlocal done
-        name, start, stop = chunk
-        before = merged.get(name)
-        merged[name] = moments if before is None else before.merge(moments)
-        done += stop - start
-        if progress is not None:
-            progress(done, in_all)
+    def merge(name: str, moments: Moments) -> None:
+        merged[name] = merged[name].merge(moments) if name in merged else moments
 
-    in_parallel(measure, chunks, threads, merge)
+    chunks = [
+        chunks_of(name, inspection.tensor(name).nbytes, max(_CHUNK_NBYTES // row, 1) * row)
+        for name, of in vectors.items()
+        for row in [of.row_nbytes]
+    ]
+    in_parallel(measure, chain(*chunks), threads, merge, progress)
     return {name: of.statistics(merged[name]) for name, of in vectors.items()}
 
 

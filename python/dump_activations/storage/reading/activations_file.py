@@ -41,6 +41,9 @@ class ActivationsFile:
         acts = ActivationsFile("activations.safetensors")
         hidden = acts.read("layer_outputs", range(1000), layer=3)  # (1000, 16, H)
 
+    Every method that takes a key, layer or label raises InvalidArgumentError if the file does not
+    have it.
+
     Args:
         paths: One dump, by the name of its file, of the whole of its shards, or of one shard; or
             several dumps of one model and the same keys. Rows are counted through all files in the
@@ -88,27 +91,15 @@ class ActivationsFile:
         return list(self._files.catalog.tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a key: `(N, L, *value)` where it has layers, stacked or split, or `(N, *value)`.
-
-        Raises:
-            InvalidArgumentError: The file does not have the key.
-        """
+        """Shape of a key: `(N, L, *value)` with layers, stacked or split, or else `(N, *value)`."""
         return self._find(key).shape(len(self))
 
     def dtype(self, key: str) -> str:
-        """Name the dtype of a key as NumPy and torch do: `float16`, `bfloat16`.
-
-        Raises:
-            InvalidArgumentError: The file does not have the key.
-        """
+        """Name the dtype of a key as NumPy and torch do: `float16`, `bfloat16`."""
         return self._find(key).dtype
 
     def layers(self, key: str) -> tuple[int, ...]:
-        """Numbers of the model's layers stored for a key; empty without an axis of layers.
-
-        Raises:
-            InvalidArgumentError: The file does not have the key.
-        """
+        """Numbers of the model's layers stored for a key; empty without an axis of layers."""
         return self._find(key).layers or ()
 
     @cached_property
@@ -145,7 +136,7 @@ class ActivationsFile:
                 rows, and all layers where these are stacked.
 
         Raises:
-            InvalidArgumentError: The file does not have the key or layer, or `out` does not fit.
+            InvalidArgumentError: `rows` are not rows, or `out` does not fit.
             RowIndexError: A row is negative or past the end.
             OutputError: A row cannot be read, a file was changed, or a digest differs.
         """
@@ -196,9 +187,6 @@ class ActivationsFile:
             key: An activation key.
             layer: One layer by its number in the model; None for all of them.
             labels: Names of labels of the file.
-
-        Raises:
-            InvalidArgumentError: The file does not have the key, layer or label.
         """
         from dump_activations.storage.reading.boards import BoardValues
 
@@ -207,10 +195,10 @@ class ActivationsFile:
         if not found.of_boards:
             raise InvalidArgumentError(f"{key} has no axis of boards")
         names = (labels,) if isinstance(labels, str) else labels
-        for name in (name for name in names if name not in self.labels):
+        if others := [name for name in names if name not in self.labels]:
             has = ", ".join(self.labels) or "none"
             raise InvalidArgumentError(
-                f"{option('labels')} must be labels of the file, {has}; got {name!r}"
+                f"{option('labels')} must be labels of the file, {has}; got {others[0]!r}"
             )
         return BoardValues(
             len(self),
@@ -262,8 +250,7 @@ class ActivationsFile:
             drop_last: Leave out a short last batch, and batches that not every rank would have.
 
         Raises:
-            InvalidArgumentError: The file does not have the key or layer, a key has no axis of
-                cells, or a number is out of range.
+            InvalidArgumentError: A key has no axis of cells, or a number is out of range.
             DeviceError: The machine does not have the device.
         """
         from dump_activations.storage.reading.cell_order import CellValues
@@ -299,7 +286,7 @@ class ActivationsFile:
             layer: One layer by its number in the model; None for all of them.
 
         Raises:
-            InvalidArgumentError: The file does not have the key or layer, or no statistics.
+            InvalidArgumentError: The file has no statistics of the key.
         """
         from dump_activations.storage.statistics import key_statistics
 

@@ -94,7 +94,7 @@ class Cells(IterableDataset[CellBatch]):
         """Return the position of the next batch in the process that iterates, and the order's data.
 
         After the last batch of an epoch it is the beginning of the next one. `batch` counts the
-        batches that all ranks had, so that another `world_size` can go on.
+        batches of all ranks, so that another `world_size` can resume.
 
         Raises:
             InvalidArgumentError: Workers of a `DataLoader` iterate: each has a position of its own.

@@ -6,6 +6,7 @@ Chunks of values are read at a time, so memory does not grow with the files.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 from dump_activations.dtypes import READABLE_DTYPES, STATISTICS_PREFIX
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import INTEGRITY_KEY
-from dump_activations.storage.formats.contents import StoredTensor
-from dump_activations.storage.parallel import in_parallel
+from dump_activations.storage.formats.layout import StoredTensor
+from dump_activations.storage.parallel import chunks_of, in_parallel
 from dump_activations.storage.reading.inspection import Inspection, read_bytes
 
 # Elements of each file that a thread compares at a time.
@@ -122,28 +123,16 @@ def compare(
     for file in (*first.files, *second.files):
         _check_comparable(file, both)
     found = dict.fromkeys(both, Difference())
-    chunks = [
-        (name, start, min(start + _CHUNK, elements))
-        for name in both
-        for elements in [math.prod(ours[name].shape)]
-        for start in range(0, elements, _CHUNK)
-    ]
-    done, in_all = 0, sum(stop - start for _, start, stop in chunks)
 
-    def compare_chunk(chunk: tuple[str, int, int]) -> Difference:
-        name, start, stop = chunk
+    def compare_chunk(name: str, start: int, stop: int) -> Difference:
         a, b = (_read(each, name, start, stop) for each in dumps)
         return _difference(a, b, start, ours[name].shape, (rtol, atol))
 
-    def take(chunk: tuple[str, int, int], difference: Difference) -> None:
-        nonlocal done
-        name, start, stop = chunk
+    def take(name: str, difference: Difference) -> None:
         found[name] += difference
-        done += stop - start
-        if progress is not None:
-            progress(done, in_all)
 
-    in_parallel(compare_chunk, chunks, threads, take)
+    chunks = [chunks_of(name, math.prod(ours[name].shape), _CHUNK) for name in both]
+    in_parallel(compare_chunk, chain(*chunks), threads, take, progress)
     a, b = (each.contents.metadata for each in dumps)
     return Comparison(
         {

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dump_activations.dtypes import LABEL_PREFIX, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, OutputError, RowIndexError, option
-from dump_activations.storage.formats.contents import Contents, StoredTensor
+from dump_activations.storage.formats.layout import Contents, StoredTensor
 
 Rows = ArrayLike | slice | None
 """Row numbers in any order, with repeats; a slice; a mask, bool (N,); None for all."""
@@ -93,9 +93,6 @@ class Catalog:
         boards: N.
         keys: activation keys by name; a split key is one key.
         tensors: stored tensors by name.
-
-    Raises:
-        OutputError: the tensors share no first axis.
     """
 
     def __init__(self, path: Path, contents: Contents) -> None:

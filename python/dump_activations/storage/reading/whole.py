@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dump_activations.errors import OutputError, warn
 from dump_activations.storage.digests import INTEGRITY_KEY
-from dump_activations.storage.formats.contents import Contents
+from dump_activations.storage.formats.layout import Contents
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.reading.inspection import Inspection, inspect
 from dump_activations.storage.shards import Shard, list_shards
