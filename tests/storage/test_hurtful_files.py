@@ -28,7 +28,7 @@ def text(value: str) -> bytes:
 
 
 def tensor(key: str, numel: int, shape: bytes) -> bytes:
-    """Return the opcodes of a tensor of bytes; its shape is those of a tuple."""
+    """Return the opcodes of a tensor of bytes; `shape` is the opcodes of a tuple."""
     storage = pickle.MARK + text("storage") + b"ctorch\nByteStorage\n" + text(key) + text("cpu")
     storage += pickle.BININT + struct.pack("<i", numel) + pickle.TUPLE + pickle.BINPERSID
     arguments = pickle.MARK + storage + b"K\0" + shape + b"K\1" + pickle.TUPLE1

@@ -1,4 +1,4 @@
-"""`inspect-activations`: what it lists, the damage it finds, and files that are no dumps."""
+"""`inspect-activations`: its listings, the damage it finds, and files that are not dumps."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_an_undamaged_file_passes(files, capsys, suffix):
 
 
 def test_large_tensors_pass_too(tmp_path):
-    """More than a thread reads at a time."""
+    """They are larger than a thread reads at a time."""
     dump = make_dump(
         {"hidden": ("bfloat16", (40, 1 << 20)), "boards": ("uint8", (40, 16))},
         batched=["hidden", "boards"],
@@ -182,7 +182,7 @@ def test_wrong_calls_and_files_end_in_one_line(tmp_path, monkeypatch, capsys, ar
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_replaced_by_a_shorter_one(tmp_path, suffix):
-    """Between the two readings of it: what the headers said holds of it no more."""
+    """It is replaced after its headers were read."""
     path = write_dump(tmp_path / f"x{suffix}", DUMP)
     inspection = inspect(path)
     write_dump(path, small_dump(rows=5), overwrite=True)
@@ -197,7 +197,7 @@ def test_a_file_replaced_by_a_shorter_one(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("when", ["digest_span", "combine_crc32"])
 def test_a_file_cut_short_while_it_is_verified(tmp_path, monkeypatch, suffix, when):
-    """Before the data of a tensor is read, or after that of all, before the skeleton is."""
+    """The cut comes before the first tensor is read, or after the last, before the skeleton."""
     path = write_dump(tmp_path / f"x{suffix}", DUMP)
     read = getattr(reading._rust, when)
 
@@ -286,7 +286,7 @@ def test_members_that_are_not_plain_arrays_are_refused(tmp_path):
 @settings(max_examples=200)
 @given(st.sampled_from(SUFFIXES), st.data())
 def test_a_mangled_structure_is_found(files, suffix, data):
-    """Several bytes changed, put in and taken out at both ends, where the formats have theirs."""
+    """Bytes change, come and go at both ends, where the formats have their headers."""
     content = files[suffix].read_bytes()
     mangled = bytearray(content)
     for _ in range(data.draw(st.integers(1, 5))):

@@ -63,8 +63,8 @@ def write(path, arrays, metadata):
     content = bytearray(layout.size)
     for name, offset in layout.offsets.items():
         content[offset : offset + len(data[name])] = data[name]
-    for offset, piece in layout.skeleton:
-        content[offset : offset + len(piece)] = piece
+    for offset, part in layout.skeleton:
+        content[offset : offset + len(part)] = part
     path.write_bytes(content)
     return path
 
@@ -116,7 +116,7 @@ def test_every_read_is_as_from_one_file(whole, single):
 
 
 @pytest.mark.parametrize("layer", [None, 3])
-def test_statistics_are_those_of_all_boards(whole, layer):
+def test_statistics_cover_all_boards(whole, layer):
     found = ActivationsFile(whole).stats("layer_outputs", layer)
     assert set(found) == {each.name for each in STATISTICS}
     for name, values in found.items():

@@ -1,4 +1,4 @@
-"""Statistics of batches against NumPy: merged in order, whatever order the batches arrive in."""
+"""Statistics of batches against NumPy: merged in order, however the batches arrive."""
 
 from concurrent.futures import ThreadPoolExecutor
 

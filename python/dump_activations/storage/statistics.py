@@ -277,8 +277,8 @@ def compute_statistics(
 ) -> dict[str, TensorStatistics]:
     """Read a dump and return the statistics of its activations by tensor.
 
-    They agree with those of `dump(stats=True)` to rounding, and do not depend on `threads`, nor on
-    shards. `progress` is called in this thread with bytes read and bytes in all, and may raise.
+    They agree with `dump(stats=True)` to rounding, and do not depend on `threads` or shards.
+    `progress` is called in this thread with bytes read and bytes in all, and may raise.
 
     Raises:
         OutputError: the dump cannot be read, or its tensors have no axis of boards.

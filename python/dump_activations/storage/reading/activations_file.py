@@ -58,7 +58,7 @@ class ActivationsFile:
     def __init__(self, *paths: str | os.PathLike[str]) -> None:
         if not paths:
             raise InvalidArgumentError("paths: name a file")
-        # Absolute, so that reads go on after the program changes its directory.
+        # Absolute, so that the program may change its directory before it reads.
         self._names = [Path(os.path.abspath(Path(path).expanduser())) for path in paths]  # noqa: PTH100
         self._files = TensorFiles(self._names)
 
@@ -142,9 +142,12 @@ class ActivationsFile:
         """
         import torch
 
-        if verify and rows is not None:
-            raise _not_whole("rows")
         found = self._find(key)
+        if verify and (rows is not None or found.parts(layer)[0].of > 1):
+            raise InvalidArgumentError(
+                f"{switch('verify')}: digests cover whole tensors; leave out "
+                f"{option('layer' if rows is None else 'rows')}"
+            )
         numbers = self._numbers(found, rows)
         shape, dtype = found.shape(len(numbers), layer), getattr(torch, found.dtype)
         if out is None:
@@ -244,7 +247,7 @@ class ActivationsFile:
             epoch: Number of the first epoch, at least 0.
             rank: Number of this process among `world_size`.
             world_size: Processes that share the batches.
-            window: Bytes per window, at least those of a batch.
+            window: Bytes per window, at least one batch.
             device: Device of the values; batches reach a CUDA device through pinned memory, on a
                 side stream.
             drop_last: Leave out a short last batch, and batches that not every rank would have.
@@ -253,7 +256,7 @@ class ActivationsFile:
             InvalidArgumentError: A key has no axis of cells, or a number is out of range.
             DeviceError: The machine does not have the device.
         """
-        from dump_activations.storage.reading.cell_order import CellValues
+        from dump_activations.storage.reading.cell_order import find_cells
         from dump_activations.storage.reading.cells import Cells
 
         keys = (key,) if isinstance(key, str) else tuple(key)
@@ -261,7 +264,7 @@ class ActivationsFile:
             raise InvalidArgumentError(f"{option('key')} must name a key; got none")
         return Cells(
             self._files,
-            {name: CellValues.of(self._find(name), layer) for name in keys},
+            {name: find_cells(self._find(name), layer) for name in keys},
             single=isinstance(key, str),
             batch_size=batch_size,
             seed=seed,
@@ -324,23 +327,15 @@ class ActivationsFile:
         verify: bool = False,
     ) -> None:
         parts = key.parts(layer)
-        if verify and parts[0].of > 1:
-            raise _not_whole("layer")
         nbytes = math.prod(key.shape(1, layer)) * READABLE_DTYPES[key.dtype].nbytes
         rows = out.reshape(len(numbers), len(parts), nbytes // len(parts))
         for at, part in enumerate(parts):
             into = rows[:, 0] if len(parts) == 1 else np.empty(rows[:, at].shape, np.uint8)
-            self._files.read(part.tensor, numbers * part.of + part.at, into, parts=part.of)
+            self._files.read(part, numbers, into)
             if verify:
                 self._files.check_digest(part.tensor, into.reshape(-1))
             if len(parts) > 1:
                 rows[:, at] = into
-
-
-def _not_whole(name: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"{switch('verify')}: digests cover whole tensors; leave out {option(name)}"
-    )
 
 
 class _Labels(Mapping[str, NDArray[Any]]):

@@ -54,7 +54,8 @@ class CellFeed:
             numbers = order.read(window, batches)
             for name, values in self._values.items():
                 out = memory[name][: len(numbers) * values.nbytes].numpy()
-                values.read(self._files, numbers, out.reshape(len(numbers), -1), cancel)
+                out = out.reshape(len(numbers), -1)
+                self._files.read(values.part, numbers, out, per_row=CELLS, cancel=cancel)
             return numbers
 
         def start() -> tuple[dict[str, Tensor], Future[NDArray[np.int64]]] | None:

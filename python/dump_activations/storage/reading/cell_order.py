@@ -1,4 +1,4 @@
-"""The order in which the cells of a file come, and where their values are stored.
+"""The order in which the cells of a file come, and which part of the file their values are.
 
 Normative: files of equally many cells, read with the same numbers, always give the same order.
 Cell c of the file is cell c % 16 of board c // 16. `permutation(n, *key)` is
@@ -14,15 +14,14 @@ Shape letters: M cells read at once, D width of a cell's value.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations import _rust
 from dump_activations.dtypes import CELLS, READABLE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.storage.reading.keys import Key, Part
-from dump_activations.storage.reading.tensor_files import TensorFiles
 
 # Keys with a value per pair of cells, whose first axis is attention heads.
 _OF_PAIRS = frozenset({"attn_scores", "attn_pattern"})
@@ -71,47 +70,25 @@ class CellOrder:
         return np.random.default_rng([self.seed, self.epoch, number]).permutation(n)
 
 
-@dataclass(frozen=True)
-class CellValues:
-    """Where the values of a key's cells are stored.
-
-    Attributes:
-        part: the layer's part of each row of a stored tensor.
-        dtype: NumPy's and torch's name of it.
-        width: D.
-        nbytes: bytes of one cell's value.
-    """
+class CellValues(NamedTuple):
+    """The values of a key's cells: the layer's part of rows, D, and bytes per cell."""
 
     part: Part
     dtype: str
     width: int
     nbytes: int
 
-    @classmethod
-    def of(cls, key: Key, layer: int | None) -> "CellValues":
-        """Find them; InvalidArgumentError if the key has no axis of cells."""
-        if key.layers and layer is None:
-            raise InvalidArgumentError(
-                f"{key.name} has layers {', '.join(map(str, key.layers))}; choose one by "
-                f"{option('layer')}"
-            )
-        [part] = key.parts(layer)
-        has_cells = key.of_boards and key.value[:1] == (CELLS,) and 0 not in key.value
-        if not has_cells or key.name.partition(".")[0] in _OF_PAIRS:
-            raise InvalidArgumentError(f"{key.name} has no axis of cells")
-        width = math.prod(key.value[1:])
-        return cls(part, key.dtype, width, width * READABLE_DTYPES[key.dtype].nbytes)
 
-    def read(
-        self,
-        files: TensorFiles,
-        numbers: NDArray[np.int64],
-        out: NDArray[np.uint8],
-        cancel: _rust.Cancel,
-    ) -> None:
-        """Read cells, counted through the files, into uint8 (M, nbytes)."""
-        if self.part.of > 1:
-            rows = numbers // CELLS
-            numbers = numbers + ((self.part.of - 1) * rows + self.part.at) * CELLS
-        parts = self.part.of * CELLS
-        files.read(self.part.tensor, numbers, out, parts=parts, cancel=cancel)
+def find_cells(key: Key, layer: int | None) -> CellValues:
+    """Find the values of a key's cells; InvalidArgumentError if it has no axis of cells."""
+    if key.layers and layer is None:
+        raise InvalidArgumentError(
+            f"{key.name} has layers {', '.join(map(str, key.layers))}; choose one by "
+            f"{option('layer')}"
+        )
+    [part] = key.parts(layer)
+    has_cells = key.of_boards and key.value[:1] == (CELLS,) and 0 not in key.value
+    if not has_cells or key.name.partition(".")[0] in _OF_PAIRS:
+        raise InvalidArgumentError(f"{key.name} has no axis of cells")
+    width = math.prod(key.value[1:])
+    return CellValues(part, key.dtype, width, width * READABLE_DTYPES[key.dtype].nbytes)

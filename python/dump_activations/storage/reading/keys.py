@@ -24,7 +24,7 @@ _WITHOUT_LAYERS = frozenset(
     {"indices", "boards", "final_hidden", "pooled", "head_logits", "head_probs"}
 )
 
-# Tensors of a dump without an axis of boards, whatever the length of their first axis.
+# Tensors of a dump without an axis of boards, of any first length.
 _NOT_OF_BOARDS = ("rmsnorm_gammas/", "attn_sinks", STATISTICS_PREFIX)
 
 _LAYER = re.compile("0|[1-9][0-9]{,8}")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.reading.inspection import Inspection, inspect
+from dump_activations.storage.reading.keys import Part
 from dump_activations.storage.reading.whole import inspect_dump
 
 THREADS: int | None = None
@@ -60,20 +61,20 @@ class TensorFiles:
 
     def read(
         self,
-        tensor: str,
+        part: Part,
         numbers: NDArray[np.int64],
         out: NDArray[np.uint8],
         *,
-        parts: int = 1,
+        per_row: int = 1,
         cancel: _rust.Cancel | None = None,
     ) -> None:
-        """Read rows of a stored tensor, or equal parts of rows, counted through all rows.
+        """Read a part of each row of a stored tensor, or cells of it.
 
         Args:
-            tensor: its name.
-            numbers: numbers of the parts, int64 (R,).
-            out: receives them, uint8 (R, bytes per part).
-            parts: parts per row.
+            part: the part.
+            numbers: rows, or cells, counted through all files, int64 (R,).
+            out: receives them, uint8 (R, bytes of each).
+            per_row: cells of the part; 1 for whole rows.
             cancel: lets another thread end the read.
 
         Raises:
@@ -82,12 +83,15 @@ class TensorFiles:
         """
         touched: Iterable[int] = range(len(self.files))
         if len(numbers) < len(self.files):
-            touched = np.unique(np.searchsorted(self._ends, numbers // parts, "right")).tolist()
+            touched = np.unique(np.searchsorted(self._ends, numbers // per_row, "right")).tolist()
+        parts = part.of * per_row
+        if part.of > 1:
+            numbers = numbers + ((part.of - 1) * (numbers // per_row) + part.at) * per_row
         self._check_unchanged(touched)
         if out.size:
-            stored = self._open.get((tensor, parts))
+            stored = self._open.get((part.tensor, parts))
             if stored is None:
-                stored = self._open[tensor, parts] = self._stored(tensor, parts)
+                stored = self._open[part.tensor, parts] = self._stored(part.tensor, parts)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
             self._check_unchanged(touched)
 
@@ -109,8 +113,8 @@ class TensorFiles:
     def _check_unchanged(self, files: Iterable[int]) -> None:
         """Raise OutputError if a file is not the one that was opened.
 
-        Another time or inode number alone is no change: `touch` and network mounts renew them. So a
-        byte changed in place, under the same header and size, is not noticed.
+        A new time or inode number alone is not a change: `touch` and network mounts renew them. So
+        a byte changed in place, under the same header and size, is not noticed.
         """
         for i in files:
             opened = self.files[i]
