@@ -8,12 +8,29 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def in_parallel(
+    work: Callable[[T], R], items: Iterable[T], threads: int, take: Callable[[T, R], None]
+) -> None:
+    """Call `work(item)` on threads, and `take(item, result)` in this thread, in order.
+
+    The first error of either ends all: calls that have not begun are cancelled.
+    """
+    items = list(items)
+    with ThreadPoolExecutor(threads) as executor:
+        try:
+            for item, result in zip(items, executor.map(work, items), strict=True):
+                take(item, result)
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
+
+
 def chunks_of(name: T, length: int, size: int) -> Iterator[tuple[T, int, int]]:
     """Cut `length` bytes or elements of something into (its name, start, stop)."""
     return ((name, start, min(start + size, length)) for start in range(0, length, size))
 
 
-def in_parallel(
+def chunks_in_parallel(
     work: Callable[[T, int, int], R],
     chunks: Iterable[tuple[T, int, int]],
     threads: int,
@@ -22,19 +39,17 @@ def in_parallel(
 ) -> None:
     """Call `work(name, start, stop)` on threads, and `take(name, result)` in this thread, in order.
 
-    `progress` is called in this thread with what is done and with all, and may raise. The first
-    error ends all: calls that have not begun are cancelled.
+    `progress` is called in this thread with what is done and with all, and may raise.
     """
     chunks = list(chunks)
     done, in_all = 0, sum(stop - start for _, start, stop in chunks)
-    with ThreadPoolExecutor(threads) as executor:
-        try:
-            results = executor.map(lambda chunk: work(*chunk), chunks)
-            for (name, start, stop), result in zip(chunks, results, strict=True):
-                take(name, result)
-                done += stop - start
-                if progress is not None:
-                    progress(done, in_all)
-        except BaseException:
-            executor.shutdown(cancel_futures=True)
-            raise
+
+    def take_chunk(chunk: tuple[T, int, int], result: R) -> None:
+        nonlocal done
+        name, start, stop = chunk
+        take(name, result)
+        done += stop - start
+        if progress is not None:
+            progress(done, in_all)
+
+    in_parallel(lambda chunk: work(*chunk), chunks, threads, take_chunk)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.dtypes import DTYPES, STATISTICS_PREFIX, TensorSpec
 from dump_activations.errors import InvalidArgumentError, OutputError, switch
-from dump_activations.storage.parallel import chunks_of, in_parallel
+from dump_activations.storage.parallel import chunks_in_parallel, chunks_of
 from dump_activations.storage.reading.inspection import Inspection, read_bytes
 from dump_activations.storage.reading.keys import Key
 
@@ -299,7 +299,7 @@ def compute_statistics(
         for name, of in vectors.items()
         for row in [of.row_nbytes]
     ]
-    in_parallel(measure, chain(*chunks), threads, merge, progress)
+    chunks_in_parallel(measure, chain(*chunks), threads, merge, progress)
     return {name: of.statistics(merged[name]) for name, of in vectors.items()}
 
 

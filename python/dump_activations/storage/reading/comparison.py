@@ -16,7 +16,7 @@ from dump_activations.dtypes import READABLE_DTYPES, STATISTICS_PREFIX
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.storage.formats.layout import StoredTensor
-from dump_activations.storage.parallel import chunks_of, in_parallel
+from dump_activations.storage.parallel import chunks_in_parallel, chunks_of
 from dump_activations.storage.reading.inspection import Inspection, read_bytes
 
 # Elements of each file that a thread compares at a time.
@@ -132,7 +132,7 @@ def compare(
         found[name] += difference
 
     chunks = [chunks_of(name, math.prod(ours[name].shape), _CHUNK) for name in both]
-    in_parallel(compare_chunk, chain(*chunks), threads, take, progress)
+    chunks_in_parallel(compare_chunk, chain(*chunks), threads, take, progress)
     a, b = (each.contents.metadata for each in dumps)
     return Comparison(
         {

@@ -33,7 +33,7 @@ from dump_activations.storage.formats.layout import (
     read_exactly,
 )
 from dump_activations.storage.formats.registry import format_of
-from dump_activations.storage.parallel import chunks_of, in_parallel
+from dump_activations.storage.parallel import chunks_in_parallel, chunks_of
 from dump_activations.storage.reading.keys import Catalog
 
 READ_NBYTES = 32 << 20
@@ -241,7 +241,7 @@ def _digests(
         found[name] += following
 
     chunks = [chunks_of(tensor.name, tensor.nbytes, READ_NBYTES) for tensor in tensors]
-    in_parallel(digest, chain(*chunks), threads, take, progress)
+    chunks_in_parallel(digest, chain(*chunks), threads, take, progress)
     return found
 
 
