@@ -164,8 +164,8 @@ def test_in_threads_and_after_a_fork(make):
 def test_a_pickle_holds_headers_alone(make):
     acts = ActivationsFile(make())
     small = len(pickle.dumps(acts))
-    assert len(acts.labels["move_dir"]) == len(acts.indices) == N  # which stay here
-    assert len(pickle.dumps(acts)) == small
+    nbytes = acts.labels["move_dir"].nbytes + acts.indices.nbytes  # which stay here
+    assert len(pickle.dumps(acts)) - small < nbytes // 2
 
 
 def test_the_boards_of_a_loader(make):
@@ -265,13 +265,13 @@ def test_wrong_calls(make, tmp_path, read, error):
 
 
 @pytest.mark.parametrize("row", [-1, N, 2**62])
-def test_rows_that_there_are_not(make, row):
+def test_rows_outside_the_file(make, row):
     with pytest.raises(RowIndexError, match=rf"row {row} at position 1 is not in .*, which has 40"):
         ActivationsFile(make()).read(STACKED, [3, row])
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_what_cannot_be_opened(make, tmp_path, suffix):
+def test_files_that_cannot_be_opened(make, tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     with pytest.raises(OutputError, match=r"cannot read .*: No such file"):
         ActivationsFile(path)
@@ -310,8 +310,8 @@ def test_files_of_other_programs(tmp_path):
         ActivationsFile(path)
 
 
-def test_tensors_that_are_no_layers_of_one_key(tmp_path):
-    """Of other programs: of another shape or dtype, beside a stacked one, or of no such number."""
+def test_tensors_that_are_not_layers_of_one_key(tmp_path):
+    """Other programs write other shapes or dtypes, or a tensor next to a stacked one."""
     values = {
         "x.0": torch.rand(3, 2),
         "x.1": torch.rand(3, 4),
@@ -330,7 +330,7 @@ def test_tensors_that_are_no_layers_of_one_key(tmp_path):
         same(acts.read(name), expected)
 
 
-def test_what_numpy_does_not_store_by_rows(tmp_path):
+def test_numpy_arrays_that_are_not_stored_by_rows(tmp_path):
     array = np.arange(12).reshape(3, 4)
     np.savez(tmp_path / "a.npz", values=np.asfortranarray(array))
     np.savez_compressed(tmp_path / "b.npz", values=array)
@@ -445,6 +445,6 @@ def test_relative_names_after_a_change_of_directory(make, tmp_path, monkeypatch)
 
 
 def test_keys_that_have_no_axis_of_layers_are_those_of_the_registry():
-    """The room of storage cannot see the registry, which says it of every key."""
+    """Storage cannot import the registry, which has this fact of every key."""
     keys = (key for key in ACTIVATIONS if isinstance(key, BoardActivation) and not key.per_layer)
     assert {key.key for key in keys} | {"indices", "boards"} == reading_keys._WITHOUT_LAYERS

@@ -45,7 +45,7 @@ def test_the_values_are_those_on_the_host(acts, policy):
     assert torch.equal(found, expected)
 
 
-def test_a_copy_that_nobody_waits_for_is_found_out(acts, monkeypatch):
+def test_values_are_wrong_where_no_stream_waits_for_the_copy(acts, monkeypatch):
     expected = torch.cat([b.values["hidden"] * 2 for b in acts.cells(["hidden"], **OPTIONS)])
     monkeypatch.setattr(cell_feed, "_finish_copy", lambda batch, *_: batch)
     with simulated(lazy):
@@ -62,7 +62,7 @@ def test_the_next_batch_is_copied_while_one_is_used(acts):
 
 
 @pytest.mark.parametrize(("count", "device"), [(0, "cuda"), (2, "cuda:2")])
-def test_a_device_that_there_is_not(acts, monkeypatch, count, device):
+def test_a_missing_device(acts, monkeypatch, count, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     with pytest.raises(
         DeviceError, match=f"device='{device}': this machine has {count} CUDA devices"

@@ -1,4 +1,4 @@
-"""The first inputs of the fuzz targets, and every input that ever broke one, break none."""
+"""The seeds of the fuzz targets, and every input that ever broke one, break none."""
 
 import sys
 from pathlib import Path

@@ -4,7 +4,7 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ def text(value: str) -> bytes:
 
 
 def tensor(key: str, numel: int, shape: bytes) -> bytes:
-    """Return the opcodes of a tensor of bytes; its shape is those of a tuple."""
+    """Return the opcodes of a tensor of bytes; `shape` is the opcodes of a tuple."""
     storage = pickle.MARK + text("storage") + b"ctorch\nByteStorage\n" + text(key) + text("cpu")
     storage += pickle.BININT + struct.pack("<i", numel) + pickle.TUPLE + pickle.BINPERSID
     arguments = pickle.MARK + storage + b"K\0" + shape + b"K\1" + pickle.TUPLE1
@@ -78,14 +78,6 @@ def digests(names: list[str]) -> str:
     return json.dumps({name: {"crc32": "0" * 8, "nan": 0, "inf": 0} for name in names})
 
 
-DOUBLED = b")\x85" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))
-"""Opcodes of a tuple that holds the same one twice, which does as well, sixty times over."""
-
-
-def keys_that_take_forever_to_hash(path: Path) -> None:
-    write_pt(path, dictionary(DOUBLED + b"N"))
-
-
 def keys_that_take_the_whole_stack_to_hash(path: Path) -> None:
     write_pt(path, dictionary(b")" + b"\x85" * 900_000 + b"N"))
 
@@ -99,18 +91,8 @@ def a_pickle_of_empty_lists(path: Path) -> None:
     write_pt(path, b"\x80\x02" + b"]" * HUGE + b".")
 
 
-def a_pickle_of_the_largest_size(path: Path) -> None:
-    write_pt(path, b"\x80\x02" + b"}" * ((512 << 10) - 10) + b"K\0.")
-
-
 def a_tensor_of_a_million_axes(path: Path) -> None:
     shape = b"(" + b"K\x09" * 400_000 + b"t"
-    write_pt(path, dictionary(text("hidden") + tensor("0", 1, shape)), 1)
-
-
-def a_tensor_of_huge_axes(path: Path) -> None:
-    length = pickle.LONG1 + b"\xff" + b"\x7f" * 255
-    shape = b"(" + length * 4000 + b"t"
     write_pt(path, dictionary(text("hidden") + tensor("0", 1, shape)), 1)
 
 
@@ -135,16 +117,8 @@ def a_header_larger_than_the_file(path: Path) -> None:
     path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
 
 
-def lists_within_lists(path: Path) -> None:
-    write_safetensors(path, b"[" * 1_000_000)
-
-
 def entry(shape: list[int], begin: int, end: int) -> dict[str, object]:
     return {"dtype": "U8", "shape": shape, "data_offsets": [begin, end]}
-
-
-def a_shape_of_a_million_axes(path: Path) -> None:
-    write_safetensors(path, {"hidden": entry([9] * 600_000, 0, 8)}, 8)
 
 
 def a_shape_of_huge_axes(path: Path) -> None:
@@ -205,23 +179,18 @@ def metadata_that_inflates(path: Path) -> None:
         archive.writestr("metadata.npy", content)
 
 
-HURTFUL: dict[str, list[Callable[[Path], None]]] = {
+CASES = {
     ".pt": [
-        keys_that_take_forever_to_hash,
         keys_that_take_the_whole_stack_to_hash,
         a_tensor_that_is_altered,
         a_pickle_of_empty_lists,
-        a_pickle_of_the_largest_size,
         a_tensor_of_a_million_axes,
-        a_tensor_of_huge_axes,
         tensors_in_one_storage,
     ],
     ".safetensors": [
         a_header_of_lists,
         a_header_of_the_largest_size,
         a_header_larger_than_the_file,
-        lists_within_lists,
-        a_shape_of_a_million_axes,
         a_shape_of_huge_axes,
         overlapping_tensors,
         a_digest_of_infinitely_many,
@@ -234,11 +203,17 @@ HURTFUL: dict[str, list[Callable[[Path], None]]] = {
         metadata_that_inflates,
     ],
 }
-CASES = [(suffix, make) for suffix, makers in HURTFUL.items() for make in makers]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize(("suffix", "make"), CASES, ids=[make.__name__ for _, make in CASES])
+@pytest.mark.parametrize(
+    ("suffix", "make"),
+    [
+        pytest.param(suffix, make, id=make.__name__)
+        for suffix, makers in CASES.items()
+        for make in makers
+    ],
+)
 def test_it_ends_soon_and_in_little_memory(server, tmp_path, suffix, make):
     path = tmp_path / f"x{suffix}"
     make(path)

@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import shutil
-import struct
 import subprocess
 import tempfile
 import zipfile
@@ -23,7 +22,6 @@ from dump_activations.errors import InvalidArgumentError
 from dump_activations.storage.digests import Digest, integrity_text, parse_integrity
 from dump_activations.storage.formats.pt import dump_pickle
 from dump_activations.storage.formats.registry import FORMATS, format_of
-from dump_activations.storage.formats.zip import Member, zip_layout
 from output_support import SUFFIXES, Dump, dumps, make_dump, small_dump, write_dump
 
 NUMPY_DTYPES = [dtype for dtype in DTYPES if dtype != "bfloat16"]
@@ -88,6 +86,7 @@ def test_the_ordinary_reader_finds_every_tensor(drawn, random, threads):
             assert same_bits(tensors[name], tensor), name
         integrity = json.loads(metadata.pop("integrity"))
         assert len(metadata.pop("fingerprint")) == 64
+        assert metadata.pop("computed_by")
         assert metadata == dump.metadata
         for name, data in dump.data.items():
             assert integrity[name]["crc32"] == f"{zlib.crc32(data):08x}"
@@ -135,7 +134,7 @@ def test_data_is_aligned_and_nothing_overlaps(drawn):
         assert offset % (widths[name] if suffix == ".safetensors" else 4096) == 0
     assert suffix != ".safetensors" or min(layout.offsets.values()) % 4096 == 0
     regions = [(offset, sizes[name]) for name, offset in layout.offsets.items()]
-    regions += [(offset, len(piece)) for offset, piece in layout.skeleton]
+    regions += [(offset, len(content)) for offset, content in layout.skeleton]
     end = 0
     for offset, nbytes in sorted(regions):
         assert offset == end
@@ -144,7 +143,7 @@ def test_data_is_aligned_and_nothing_overlaps(drawn):
 
 
 @given(SUFFIX_AND_DUMP, st.data())
-def test_the_layout_does_not_depend_on_what_is_known_last(drawn, data):
+def test_the_layout_does_not_depend_on_digests(drawn, data):
     suffix, dump = drawn
     digests = {}
     for spec in dump.specs:
@@ -160,15 +159,6 @@ def test_the_layout_does_not_depend_on_what_is_known_last(drawn, data):
     first = layout(dump.specs, {**dump.metadata, "integrity": first_text}, None)
     final = layout(dump.specs, {**dump.metadata, "integrity": final_text}, crc32s)
     assert (first.size, first.offsets) == (final.size, final.offsets)
-
-
-@pytest.mark.parametrize("counts", [(10, 10), (0, 20), (20, 0), (9, 11)])
-def test_counts_of_most_digits_fit_into_the_text_that_holds_their_place(counts):
-    spec = TensorSpec("hidden", "float32", (4, 5))
-    digest = Digest(0, 2**32 - 1, *counts)
-    text = integrity_text([spec], {}, {"hidden": digest})
-    assert len(text) == len(integrity_text([spec], {}, None))
-    assert parse_integrity(text) == {"hidden": digest}
 
 
 @pytest.mark.parametrize("length", [2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40])
@@ -191,17 +181,6 @@ def test_lengths_of_31_bits_and_more_in_a_pickle(length):
     assert (shape, strides) == ((3, length), (length, 1))
 
 
-def test_an_archive_of_more_members_than_16_bits_count():
-    count = (1 << 16) + 3
-    archive = io.BytesIO()
-    for offset, piece in zip_layout([Member(f"{i}", b"") for i in range(count)]).skeleton:
-        archive.seek(offset)
-        archive.write(piece)
-    end = archive.getvalue().rindex(b"PK\6\6")
-    counts = struct.unpack_from("<2Q", archive.getvalue(), end + 24)  # APPNOTE 4.3.14
-    assert counts == (count, count)
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("nbytes", [(2 << 30) + 5000, (4 << 30) + 5000])
 def test_tensors_beyond_2_and_4_gib(tmp_path, suffix, nbytes):
@@ -221,9 +200,9 @@ def test_tensors_beyond_2_and_4_gib(tmp_path, suffix, nbytes):
             file.write(value.tobytes())
         file.seek(layout.offsets["large"] + large.nbytes - 1)
         file.write(b"\7")
-        for offset, piece in layout.skeleton:
+        for offset, content in layout.skeleton:
             file.seek(offset)
-            file.write(piece)
+            file.write(content)
     if suffix == ".safetensors":
         with safe_open(path, framework="np") as opened:
             last_large = opened.get_slice("large")[large.shape[0] - 2 :]
@@ -243,7 +222,7 @@ def test_tensors_beyond_2_and_4_gib(tmp_path, suffix, nbytes):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_metadata_of_bytes_that_are_no_text(tmp_path, suffix):
+def test_metadata_that_is_not_utf_8(tmp_path, suffix):
     undecodable = b"caf\xe9".decode("utf-8", "surrogateescape")
     dump = make_dump(
         {"boards": ("uint8", (2, 16))},

@@ -1,4 +1,4 @@
-"""`inspect-activations`: what it lists, the damage it finds, and files that are no dumps."""
+"""`inspect-activations`: its listings, the damage it finds, and files that are not dumps."""
 
 import json
 import os
@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +89,7 @@ def test_an_undamaged_file_passes(files, capsys, suffix):
 
 
 def test_large_tensors_pass_too(tmp_path):
-    """More than a thread reads at a time."""
+    """They are larger than a thread reads at a time."""
     dump = make_dump(
         {"hidden": ("bfloat16", (40, 1 << 20)), "boards": ("uint8", (40, 16))},
         batched=["hidden", "boards"],
@@ -125,19 +127,14 @@ def test_a_file_of_another_length_is_found(files, suffix, data):
         assert damage(path) != []
 
 
-class damaged_copy:  # noqa: N801 - used as a function
-    def __init__(self, path: Path, place: int, change: int) -> None:
-        content = bytearray(path.read_bytes())
-        content[place] ^= change
-        self._directory = tempfile.TemporaryDirectory()
-        self._path = Path(self._directory.name) / path.name
-        self._path.write_bytes(content)
-
-    def __enter__(self) -> Path:
-        return self._path
-
-    def __exit__(self, *_: object) -> None:
-        self._directory.cleanup()
+@contextmanager
+def damaged_copy(path: Path, place: int, change: int) -> Iterator[Path]:
+    content = bytearray(path.read_bytes())
+    content[place] ^= change
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / path.name
+        copy.write_bytes(content)
+        yield copy
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -152,15 +149,6 @@ def test_damaged_digests_say_nothing_of_the_tensors(files, capsys, suffix):
         assert {rows[spec.name] for spec in DUMP.specs} == {"unknown"}
 
 
-def test_damage_is_one_line_and_exit_1(files, tmp_path, capsys):
-    place = inspect(files[".pt"]).contents.tensors[0].offset
-    with damaged_copy(files[".pt"], place, 1) as path:
-        assert main([str(path), "--verify"]) == 1
-        table, errors = capsys.readouterr()
-        assert any("pooled" in line and "DAMAGED" in line for line in table.splitlines())
-        assert errors == f"error: {path} is damaged: pooled\n"
-
-
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -168,18 +156,11 @@ def test_damage_is_one_line_and_exit_1(files, tmp_path, capsys):
         (["x.pt", "y.pt"], 2),
         (["x.pt", "--verfy"], 2),
         (["x.bin"], 2),
+        (["y.npz.partial"], 2),
         (["missing.pt"], 1),
         (["directory.npz"], 1),
-        (["empty.safetensors"], 1),
-        (["empty.pt"], 1),
-        (["empty.npz", "--verify"], 1),
-        (["y.npz.partial"], 2),
-        (["unfinished.safetensors"], 1),
-        (["unfinished.pt", "--verify"], 1),
-        (["unfinished.npz"], 1),
-        (["text.pt"], 1),
-        (["text.npz", "--verify"], 1),
         (["text.safetensors", "--json"], 1),
+        *(([f"{kind}{suffix}"], 1) for kind in ("empty", "unfinished") for suffix in SUFFIXES),
     ],
 )
 def test_wrong_calls_and_files_end_in_one_line(tmp_path, monkeypatch, capsys, arguments, code):
@@ -201,10 +182,10 @@ def test_wrong_calls_and_files_end_in_one_line(tmp_path, monkeypatch, capsys, ar
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_replaced_by_a_shorter_one(tmp_path, suffix):
-    """Between the two readings of it: what the headers said holds of it no more."""
+    """It is replaced after its headers were read."""
     path = write_dump(tmp_path / f"x{suffix}", DUMP)
     inspection = inspect(path)
-    write_dump(path, small_dump(rows=5))
+    write_dump(path, small_dump(rows=5), overwrite=True)
     with pytest.raises(OutputError, match="another file than it was"):
         find_damage(inspection, threads=2)
     path.unlink()
@@ -216,7 +197,7 @@ def test_a_file_replaced_by_a_shorter_one(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("when", ["digest_span", "combine_crc32"])
 def test_a_file_cut_short_while_it_is_verified(tmp_path, monkeypatch, suffix, when):
-    """Before the data of a tensor is read, or after that of all, before the skeleton is."""
+    """The cut comes before the first tensor is read, or after the last, before the skeleton."""
     path = write_dump(tmp_path / f"x{suffix}", DUMP)
     read = getattr(reading._rust, when)
 
@@ -289,27 +270,23 @@ def test_a_pickle_runs_no_code(tmp_path):
     ],
 )
 def test_a_hostile_pickle_is_refused_within_little_memory(data):
-    with pytest.raises(ValueError, match=r"data\.pkl|entry 'hidden' is no tensor"):
+    with pytest.raises(ValueError, match=r"data\.pkl|entry 'hidden' is not a tensor"):
         load_pickle(data)
 
 
-def test_an_object_array_is_refused(tmp_path):
+def test_members_that_are_not_plain_arrays_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, hidden=np.array([{}], dtype=object))
     assert "holds objects" in str(damage(path))
-
-
-def test_a_member_that_is_not_an_array_is_refused(tmp_path):
-    path = tmp_path / "x.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hidden.npy", b"no array at all")
-    assert isinstance(damage(path), OutputError)
+    assert "is not an array" in str(damage(path))
 
 
 @settings(max_examples=200)
 @given(st.sampled_from(SUFFIXES), st.data())
 def test_a_mangled_structure_is_found(files, suffix, data):
-    """Several bytes changed, put in and taken out at both ends, where the formats have theirs."""
+    """Bytes change, come and go at both ends, where the formats have their headers."""
     content = files[suffix].read_bytes()
     mangled = bytearray(content)
     for _ in range(data.draw(st.integers(1, 5))):

@@ -8,9 +8,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from dump_activations.report.writing import write_report
-from dump_activations.statistics import STATISTICS
-from safetensors.torch import load_file
 
 from dump_activations import ActivationsFile, DumpActivationsWarning, InvalidArgumentError
 from dump_activations.commands.inspect import main
@@ -21,6 +18,7 @@ from dump_activations.storage.digests import Digest, integrity_text
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.reading.comparison import compare
 from dump_activations.storage.reading.whole import inspect_dump
+from dump_activations.storage.statistics import STATISTICS, compute_statistics
 
 N, L, H = 41, 2, 6
 CUTS = (0, 14, 28, N)  # of three shards
@@ -34,25 +32,23 @@ def tensors(start=0, stop=N):
     boards = generator.integers(0, 9, (N, 16)).astype(np.uint8)[start:stop]
     vectors = hidden.astype(np.float64).transpose(1, 0, 2, 3).reshape(L, -1, H)
     norms = np.linalg.norm(vectors, axis=2)
-    squares = (norms**2).mean(1)
-    known = {
+    statistics = {
         "count": np.full(L, vectors.shape[1], np.float64),
         "mean": vectors.mean(1),
         "variance": vectors.var(1),
         "min": vectors.min(1),
         "max": vectors.max(1),
         "norm_mean": norms.mean(1),
-        **dict.fromkeys(("norm_square_mean", "mean_squared_norm"), squares),
+        "mean_squared_norm": (norms**2).mean(1),
+        "count_abs_gt_6": np.zeros((L, H)),
     }
-    outliers = np.zeros((L, H))
-    found = {each.name: known.get(each.name, outliers) for each in STATISTICS}
     return {
         "indices": np.arange(1000, 1000 + N)[start:stop],
         "boards": boards,
         "layer_outputs": hidden,
         "labels/move_dir": (np.arange(N) % 4)[start:stop],
         "rmsnorm_gammas/final_ln": np.arange(H, dtype=np.float32),
-        **{f"stats/layer_outputs/{name}": values for name, values in found.items()},
+        **{f"stats/layer_outputs/{name}": values for name, values in statistics.items()},
     }
 
 
@@ -67,8 +63,8 @@ def write(path, arrays, metadata):
     content = bytearray(layout.size)
     for name, offset in layout.offsets.items():
         content[offset : offset + len(data[name])] = data[name]
-    for offset, piece in layout.skeleton:
-        content[offset : offset + len(piece)] = piece
+    for offset, part in layout.skeleton:
+        content[offset : offset + len(part)] = part
     path.write_bytes(content)
     return path
 
@@ -120,7 +116,7 @@ def test_every_read_is_as_from_one_file(whole, single):
 
 
 @pytest.mark.parametrize("layer", [None, 3])
-def test_statistics_are_those_of_all_boards(whole, layer):
+def test_statistics_cover_all_boards(whole, layer):
     found = ActivationsFile(whole).stats("layer_outputs", layer)
     assert set(found) == {each.name for each in STATISTICS}
     for name, values in found.items():
@@ -247,24 +243,28 @@ def test_shards_compare_as_one_file(whole, single, capsys):
 
 def test_indices_of_shards(whole):
     class Dataset:
-        sha256 = "0"
+        layout_sha256 = "0"
 
     np.testing.assert_array_equal(read_step_indices(whole, Dataset()), np.arange(1000, 1000 + N))
 
 
 def test_a_report_of_shards(whole, tmp_path):
-    write_report(whole, tmp_path / "report.html")
-    assert f"{N} boards" in (tmp_path / "report.html").read_text()
+    report = tmp_path / "report.html"
+    assert main([str(whole), "--report", str(report)]) == 0
+    assert f"{N} boards" in report.read_text()
+
+
+def test_computed_statistics_do_not_depend_on_shards(whole, single):
+    dumps = (inspect_dump(whole), inspect_dump(single))
+    (ours, theirs) = (compute_statistics(each, threads=2)["layer_outputs"] for each in dumps)
+    assert {name: values.tobytes() for name, values in ours.items()} == {
+        name: values.tobytes() for name, values in theirs.items()
+    }
+    for name, values in ours.items():
+        np.testing.assert_allclose(values, tensors()[f"stats/layer_outputs/{name}"], rtol=1e-12)
 
 
 def test_shards_are_read_without_warnings(whole):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ActivationsFile(whole).read("boards")
-
-
-def test_files_of_shards_open_with_the_ordinary_reader(tmp_path):
-    """The test's own writer writes what the formats ask for."""
-    path = write(tmp_path / "a.safetensors", tensors(), METADATA)
-    for name, array in load_file(path).items():
-        np.testing.assert_array_equal(array.numpy(), tensors()[name])

@@ -154,29 +154,13 @@ def _damage(inspection: Inspection) -> dict[Path, list[str]]:
 
 def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
     """Return the statistics that a dump stores, or computed ones if it stores none."""
-    from dump_activations.storage.reading.inspection import each_file
     from dump_activations.storage.statistics import compute_statistics, stored_statistics
 
-    found = _merged([stored_statistics(each) for each in inspection.files])
+    found = stored_statistics(*inspection.files)
     if found or not compute:
         return found
     count = counted(Phase("computing statistics", BYTES))
-    return _merged(
-        [
-            compute_statistics(each, threads=_threads(), progress=progress)
-            for each, progress in each_file(inspection, count)
-        ]
-    )
-
-
-def _merged(found: Sequence[Mapping[str, TensorStatistics]]) -> Mapping[str, TensorStatistics]:
-    """Merge the statistics of the files of a dump, by tensor."""
-    from dump_activations.storage.statistics import merge_stored
-
-    if len(found) == 1:
-        return found[0]
-    names = [name for name in found[0] if all(name in of_file for of_file in found)]
-    return {name: merge_stored([of_file[name] for of_file in found]) for name in names}
+    return compute_statistics(inspection, threads=_threads(), progress=count)
 
 
 def _write_report(file: Path, report: Path) -> None:

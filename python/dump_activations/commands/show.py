@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dump_activations.pipeline.plan import Preview
     from dump_activations.pipeline.summary import Summary
     from dump_activations.storage.digests import Digest
-    from dump_activations.storage.formats.contents import StoredTensor
+    from dump_activations.storage.formats.layout import StoredTensor
     from dump_activations.storage.reading.comparison import Comparison, Difference, TensorPair
     from dump_activations.storage.reading.inspection import Inspection
     from dump_activations.storage.reading.whole import DumpShards

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dump_activations.dataset.dataset import StepsDataset
     from dump_activations.progress import Count
-    from dump_activations.storage.formats.contents import StoredTensor
+    from dump_activations.storage.formats.layout import StoredTensor
     from dump_activations.storage.reading.inspection import Inspection
 
 _NAME = "indices"

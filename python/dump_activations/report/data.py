@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.dataset.game import legal_moves
-from dump_activations.dtypes import CELLS, LABEL_PREFIX, MOVES
+from dump_activations.dtypes import CELLS, LABEL_PREFIX, MOVES, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.reading.activations_file import ActivationsFile
 from dump_activations.text import shape_text
@@ -187,8 +187,8 @@ class Source:
         try:
             found = self.file.stats(key)
         except InvalidArgumentError:
-            return None, ""
-        if not found.keys() >= {*_STATISTICS}:
+            if not any(name.startswith(f"{STATISTICS_PREFIX}{key}/") for name in self._tensors):
+                return None, ""
             return None, " The stored statistics are incomplete and not used."
         if (found["count"] < 1).any() or any((found[name] < 0).any() for name in _NOT_NEGATIVE):
             return None, " The stored statistics are impossible and not used."

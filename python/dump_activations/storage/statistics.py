@@ -7,10 +7,12 @@ Shape letters: L layers (1 for a tensor without their axis), F features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import reduce
+from itertools import chain
 from math import prod
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +20,9 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.dtypes import DTYPES, STATISTICS_PREFIX, TensorSpec
 from dump_activations.errors import InvalidArgumentError, OutputError, switch
-from dump_activations.storage.formats.contents import read_exactly
-from dump_activations.storage.parallel import in_parallel
-from dump_activations.storage.reading.inspection import Inspection, open_again, read_bytes
-from dump_activations.storage.reading.keys import Catalog, Key
+from dump_activations.storage.parallel import chunks_in_parallel, chunks_of
+from dump_activations.storage.reading.inspection import Inspection, read_bytes
+from dump_activations.storage.reading.keys import Key
 
 Array = NDArray[np.float64]
 
@@ -88,21 +89,11 @@ class Moments:
         return np.where(np.isfinite(self.mean), self.m2 / self.count[:, None], np.nan)
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """Entry of the registry.
-
-    Attributes:
-        name: last part of the tensor's name.
-        description: for people.
-        value: Moments -> (L, F) if `per_feature`, else (L,).
-        per_feature: one value per feature, or else one per layer.
-    """
+class Statistic(NamedTuple):
+    """An attribute of `Moments` that is stored: (L, F) if `per_feature`, else (L,)."""
 
     name: str
     description: str
-    value: Callable[[Moments], Array]
-    _: KW_ONLY
     per_feature: bool = True
 
     def shape(self, *, layers: int | None, width: int) -> tuple[int, ...]:
@@ -112,31 +103,21 @@ class Statistic:
 
 
 STATISTICS: tuple[Statistic, ...] = (
-    Statistic("count", "number of vectors", lambda m: m.count, per_feature=False),
-    Statistic("mean", "mean", lambda m: m.mean),
-    Statistic("variance", "population variance", lambda m: m.variance),
-    Statistic("min", "minimum", lambda m: m.min),
-    Statistic("max", "maximum", lambda m: m.max),
-    Statistic(
-        "count_abs_gt_6", "number of values beyond 6 in magnitude", lambda m: m.count_abs_gt_6
-    ),
-    Statistic("norm_mean", "mean norm of a vector", lambda m: m.norm_mean, per_feature=False),
-    Statistic(
-        "mean_squared_norm",
-        "mean squared norm of a vector",
-        lambda m: m.mean_squared_norm,
-        per_feature=False,
-    ),
+    Statistic("count", "number of vectors", per_feature=False),
+    Statistic("mean", "mean"),
+    Statistic("variance", "population variance"),
+    Statistic("min", "minimum"),
+    Statistic("max", "maximum"),
+    Statistic("count_abs_gt_6", "number of values beyond 6 in magnitude"),
+    Statistic("norm_mean", "mean norm of a vector", per_feature=False),
+    Statistic("mean_squared_norm", "mean squared norm of a vector", per_feature=False),
 )
 
 
 def statistics_specs(tensor: str, *, layers: int | None, width: int) -> list[TensorSpec]:
-    """Return the tensors that hold the statistics of a tensor.
+    """Return the tensors that hold the statistics of a tensor (N, layers, ..., width).
 
-    Args:
-        tensor: its name.
-        layers: length of its axis of layers; None for a tensor without one.
-        width: features of a vector.
+    `layers` is None for a tensor without their axis.
     """
     return [
         TensorSpec(
@@ -148,11 +129,20 @@ def statistics_specs(tensor: str, *, layers: int | None, width: int) -> list[Ten
     ]
 
 
+def _statistics(moments: Moments, *, layers: int | None, width: int) -> TensorStatistics:
+    found = {}
+    for each in STATISTICS:
+        values: Array = getattr(moments, each.name)
+        # Zeros are positive and NaN is one value: which one comes first differs by processor.
+        values = np.where(np.isnan(values), np.nan, values + 0.0)
+        found[each.name] = values.reshape(each.shape(layers=layers, width=width))
+    return found
+
+
 @dataclass(frozen=True)
 class _Vectors:
     """A tensor (N, ..., F), or (N, L, ..., F) where `layers` is L, whose vectors are measured."""
 
-    name: str
     dtype: str
     layers: int | None
     shape: tuple[int, ...]
@@ -172,84 +162,55 @@ class _Vectors:
         return Moments(count, *per_feature.swapaxes(0, 1), *records[:, -2:].T)
 
     def statistics(self, moments: Moments) -> TensorStatistics:
-        return {
-            each.name: _canonical(each.value(moments)).reshape(
-                each.shape(layers=self.layers, width=self.shape[-1])
-            )
-            for each in STATISTICS
-        }
-
-
-def _canonical(values: Array) -> Array:
-    """Make zeros positive and NaN one value: which one comes first differs between processors."""
-    return np.where(np.isnan(values), np.nan, values + 0.0)
+        return _statistics(moments, layers=self.layers, width=self.shape[-1])
 
 
 class RunningStatistics:
     """Statistics of tensors whose batches arrive in any order, from any thread.
 
-    Batches are merged in their order, so that the bits depend on nothing else.
+    Batches are merged in their order, so that the bits depend on nothing else. Of the tensors of a
+    file, those with statistics among them are measured.
+
+    Attributes:
+        names: tensors that have statistics.
+        next_batch: the first batch that is not merged yet.
     """
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        """Begin with no batch.
-
-        Args:
-            specs: the tensors of a file. Those with statistics among them are measured.
-        """
         shapes = {spec.name: spec.shape for spec in specs}
         self._vectors: dict[str, _Vectors] = {}
         for spec in specs:
             mean = shapes.get(f"{STATISTICS_PREFIX}{spec.name}/mean")
             if mean is not None:
                 layers = mean[0] if len(mean) > 1 else None
-                self._vectors[spec.name] = _Vectors(spec.name, spec.dtype, layers, spec.shape)
+                self._vectors[spec.name] = _Vectors(spec.dtype, layers, spec.shape)
         self._lock = Lock()
         self._merged: dict[str, Moments] = {}
         self._pending: dict[int, Mapping[str, Moments]] = {}
-        self._next_batch = 0
-
-    @property
-    def names(self) -> list[str]:
-        """Tensors that have statistics."""
-        return list(self._vectors)
-
-    @property
-    def next_batch(self) -> int:
-        """The first batch that is not merged yet."""
-        return self._next_batch
+        self.names = list(self._vectors)
+        self.next_batch = 0
 
     def measure(self, name: str, data: NDArray[np.uint8]) -> Moments:
-        """Return the moments of whole rows of a tensor, on any thread, without the interpreter.
-
-        Args:
-            name: one of `names`.
-            data: the rows of a batch, C-contiguous uint8 (nbytes,).
-        """
+        """Return the moments of a batch's rows, uint8 (nbytes,), without the interpreter."""
         return self._vectors[name].measure(data)
 
     def add(self, batch: int, moments: Mapping[str, Moments]) -> None:
-        """Add a batch once, from any thread. It waits for the batches before it.
-
-        Args:
-            batch: its number; the first is 0.
-            moments: its moments by tensor, of all `names`.
-        """
+        """Add the moments of all `names` in a batch, once. It waits for the batches before it."""
         assert moments.keys() == self._vectors.keys(), moments.keys()
         with self._lock:
-            assert batch >= self._next_batch, f"batch {batch} was added before"
+            assert batch >= self.next_batch, f"batch {batch} was added before"
             assert batch not in self._pending, f"batch {batch} was added before"
             self._pending[batch] = moments
-            while (following := self._pending.pop(self._next_batch, None)) is not None:
+            while (following := self._pending.pop(self.next_batch, None)) is not None:
                 for name, more in following.items():
                     before = self._merged.get(name)
                     self._merged[name] = before.merge(more) if before else more
-                self._next_batch += 1
+                self.next_batch += 1
 
     def tensors(self) -> dict[str, Array]:
         """Return the statistics of all batches by their tensors' names in a file, float64."""
         with self._lock:
-            assert not self._pending, f"batch {self._next_batch} is missing"
+            assert not self._pending, f"batch {self.next_batch} is missing"
             return {
                 f"{STATISTICS_PREFIX}{tensor}/{name}": values
                 for tensor, vectors in self._vectors.items()
@@ -257,158 +218,133 @@ class RunningStatistics:
             }
 
 
-def merge_stored(stored: Sequence[Mapping[str, Array]]) -> TensorStatistics:
-    """Merge the stored statistics of one tensor's shards.
+def stored_statistics(*files: Inspection) -> dict[str, TensorStatistics]:
+    """Return the statistics that files hold by tensor, merged in the order of the files.
 
-    Args:
-        stored: all statistics of each shard by name, in the order of the shards.
-
-    Returns:
-        The statistics of all shards, in the same shapes.
-    """
-    merged = reduce(Moments.merge, map(_stored_moments, stored))
-    return {
-        each.name: _canonical(each.value(merged)).reshape(stored[0][each.name].shape)
-        for each in STATISTICS
-    }
-
-
-def _stored_moments(stored: Mapping[str, Array]) -> Moments:
-    width = stored["mean"].shape[-1]
-    of = {
-        each.name: stored[each.name].reshape((-1, width) if each.per_feature else -1)
-        for each in STATISTICS
-    }
-    of["m2"] = of["variance"] * of["count"][:, None]
-    return Moments(**{field.name: of[field.name] for field in fields(Moments)})
-
-
-def stored_statistics(inspection: Inspection) -> dict[str, TensorStatistics]:
-    """Return the statistics that a file holds by tensor; empty if it holds none.
-
-    Tensors whose statistics are incomplete are left out.
+    Tensors that lack a statistic in one of the files are left out.
 
     Raises:
         OutputError: they cannot be read.
     """
+    found = [_stored_in(file) for file in files]
+    if len(found) == 1:
+        return found[0]
+    return {
+        tensor: merge_stored([of_file[tensor] for of_file in found])
+        for tensor in found[0]
+        if all(tensor in of_file for of_file in found)
+    }
+
+
+def _stored_in(file: Inspection) -> dict[str, TensorStatistics]:
+    tensors = file.contents.tensors
+    there = {(each.name, each.dtype, each.shape) for each in tensors if each.offset is not None}
     found: dict[str, TensorStatistics] = {}
-    with open_again(inspection) as file:
-        for stored in inspection.contents.tensors:
-            tensor, _, name = stored.name.removeprefix(STATISTICS_PREFIX).rpartition("/")
-            if f"{STATISTICS_PREFIX}{tensor}/{name}" != stored.name or stored.dtype != "float64":
-                continue
-            if stored.offset is None:  # compressed, by another program
-                continue
-            try:
-                data = np.frombuffer(read_exactly(file, stored.offset, stored.nbytes), "<f8")
-            except ValueError as error:
-                raise OutputError(f"{inspection.path}: {stored.name}: {error}") from None
-            found.setdefault(tensor, {})[name] = data.reshape(stored.shape)
-    return {tensor: statistics for tensor, statistics in found.items() if _is_whole(statistics)}
+    for mean in tensors:
+        tensor = mean.name.removeprefix(STATISTICS_PREFIX).removesuffix("/mean")
+        if mean.name != f"{STATISTICS_PREFIX}{tensor}/mean" or len(mean.shape) not in (1, 2):
+            continue
+        *layers, width = mean.shape
+        specs = statistics_specs(tensor, layers=layers[0] if layers else None, width=width)
+        if not {(spec.name, spec.dtype, spec.shape) for spec in specs} <= there:
+            continue
+        found[tensor] = {
+            each.name: np.empty(spec.shape) for each, spec in zip(STATISTICS, specs, strict=True)
+        }
+        for spec, values in zip(specs, found[tensor].values(), strict=True):
+            read_bytes(file, spec.name, 0, values.reshape(-1).view(np.uint8))
+    return found
 
 
-def _is_whole(found: TensorStatistics) -> bool:
-    """Say whether these are all statistics of a tensor, in their shapes."""
-    shape = found["mean"].shape if "mean" in found else ()
-    if len(shape) not in (1, 2):
-        return False
-    layers = shape[0] if len(shape) == 2 else None
-    shapes = {each.name: each.shape(layers=layers, width=shape[-1]) for each in STATISTICS}
-    return shapes.items() <= {name: values.shape for name, values in found.items()}.items()
+def merge_stored(stored: Sequence[TensorStatistics]) -> TensorStatistics:
+    """Merge all statistics of one tensor in several files, in their order; shapes stay."""
+
+    def moments(of_file: TensorStatistics) -> Moments:
+        found = {
+            each.name: of_file[each.name].reshape((-1, width) if each.per_feature else -1)
+            for each in STATISTICS
+        }
+        found["m2"] = found["variance"] * found["count"][:, None]
+        return Moments(**{field.name: found[field.name] for field in fields(Moments)})
+
+    *layers, width = stored[0]["mean"].shape
+    merged = reduce(Moments.merge, map(moments, stored))
+    return _statistics(merged, layers=layers[0] if layers else None, width=width)
 
 
 def compute_statistics(
     inspection: Inspection, *, threads: int, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, TensorStatistics]:
-    """Read a file and return the statistics of its activations by tensor.
+    """Read a dump and return the statistics of its activations by tensor.
 
-    They agree with those of `dump(stats=True)` to rounding, and do not depend on `threads`.
-
-    Args:
-        inspection: of the file.
-        threads: how many read and measure at once.
-        progress: called in this thread with bytes read and bytes in all; may raise.
+    They agree with `dump(stats=True)` to rounding, and do not depend on `threads` or shards.
+    `progress` is called in this thread with bytes read and bytes in all, and may raise.
 
     Raises:
-        OutputError: the file cannot be read, or its tensors have no axis of boards.
+        OutputError: the dump cannot be read, or its tensors have no axis of boards.
     """
     vectors = _vectors_in(inspection)
-    chunks = [
-        (each, start, min(start + chunk_nbytes, nbytes))
-        for each in vectors
-        for nbytes in [inspection.tensor(each.name).nbytes]
-        for chunk_nbytes in [max(_CHUNK_NBYTES // each.row_nbytes, 1) * each.row_nbytes]
-        for start in range(0, nbytes, chunk_nbytes)
-    ]
-    done, in_all = 0, sum(stop - start for _, start, stop in chunks)
     merged: dict[str, Moments] = {}
 
-    def measure(chunk: tuple[_Vectors, int, int]) -> Moments:
-        of, start, stop = chunk
+    def measure(name: str, start: int, stop: int) -> Moments:
         data = np.empty(stop - start, np.uint8)
-        read_bytes(inspection, of.name, start, data)
-        return of.measure(data)
+        read_bytes(inspection, name, start, data)
+        return vectors[name].measure(data)
 
-    def merge(chunk: tuple[_Vectors, int, int], moments: Moments) -> None:
-        nonlocal done
-        of, start, stop = chunk
-        before = merged.get(of.name)
-        merged[of.name] = moments if before is None else before.merge(moments)
-        done += stop - start
-        if progress is not None:
-            progress(done, in_all)
+    def merge(name: str, moments: Moments) -> None:
+        merged[name] = merged[name].merge(moments) if name in merged else moments
 
-    in_parallel(measure, chunks, threads, merge)
-    return {each.name: each.statistics(merged[each.name]) for each in vectors}
+    chunks = [
+        chunks_of(name, inspection.tensor(name).nbytes, max(_CHUNK_NBYTES // row, 1) * row)
+        for name, of in vectors.items()
+        for row in [of.row_nbytes]
+    ]
+    chunks_in_parallel(measure, chain(*chunks), threads, merge, progress)
+    return {name: of.statistics(merged[name]) for name, of in vectors.items()}
 
 
-def _vectors_in(inspection: Inspection) -> list[_Vectors]:
-    """List the floating activations of a file. Its metadata names their layers."""
-    catalog = Catalog(inspection.path, inspection.contents)
-    found = []
-    for key in catalog.keys.values():
+def _vectors_in(inspection: Inspection) -> dict[str, _Vectors]:
+    """Find the floating activations of a dump. Its metadata names their layers."""
+    found = {}
+    for key in inspection.catalog.keys.values():
         for part in key.parts(None):
-            stored = catalog.tensors[part.tensor]
+            stored = inspection.tensor(part.tensor)
             if stored.dtype not in _DTYPES or not key.value or not stored.nbytes:
                 continue
-            if stored.offset is None:
-                raise OutputError(
-                    f"{inspection.path}: {stored.name} is compressed or not in C order; save it "
-                    "uncompressed to compute its statistics"
-                )
-            found.append(_Vectors(stored.name, stored.dtype, key.stacked, stored.shape))
+            for file in inspection.files:
+                if file.tensor(part.tensor).offset is None:
+                    raise OutputError(
+                        f"{file.path}: {stored.name} is compressed or not in C order; save it "
+                        "uncompressed to compute its statistics"
+                    )
+            found[stored.name] = _Vectors(stored.dtype, key.stacked, stored.shape)
     return found
 
 
-def key_statistics(key: Key, layer: int | None, stored: Mapping[str, Array]) -> TensorStatistics:
+def key_statistics(
+    key: Key, layer: int | None, stored: Mapping[str, TensorStatistics]
+) -> TensorStatistics:
     """Return the stored statistics of a key, of all its layers or of one.
 
-    Args:
-        key: the key.
-        layer: the layer by its number in the model; None for all.
-        stored: a file's tensors by name.
-
     Raises:
-        InvalidArgumentError: the file holds none of the key, or has no such layer.
+        InvalidArgumentError: the key has no statistics, or no such layer.
     """
     parts = key.parts(layer)
-    found: TensorStatistics = {}
-    for each in STATISTICS:
-        names = [f"{STATISTICS_PREFIX}{part.tensor}/{each.name}" for part in parts]
-        values = [stored[name] for name in names if name in stored]
-        shape = each.shape(layers=key.stacked, width=prod(key.value[-1:]))
-        if [(of.shape, of.dtype) for of in values] != [(shape, np.dtype(np.float64))] * len(parts):
-            continue
-        if key.stacked is not None:
-            [of_layers] = values
-            found[each.name] = of_layers if layer is None else of_layers[parts[0].at]
-            continue
-        if not each.per_feature:
-            values = [of[0] for of in values]
-        found[each.name] = np.stack(values) if key.is_split and layer is None else values[0]
-    if not found:
+    shape = (*(() if key.stacked is None else (key.stacked,)), *key.value[-1:])
+    found = [stored[part.tensor] for part in parts if part.tensor in stored]
+    if len(found) < len(parts) or any(each["mean"].shape != shape for each in found):
         raise InvalidArgumentError(
             f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "
             "inspect-activations --stats compute them"
         )
-    return found
+    statistics = {}
+    for each in STATISTICS:
+        values = [of_part[each.name] for of_part in found]
+        if key.stacked is None:
+            values = values if each.per_feature else [of_part[0] for of_part in values]
+            statistics[each.name] = (
+                np.stack(values) if key.is_split and layer is None else values[0]
+            )
+        else:
+            statistics[each.name] = values[0] if layer is None else values[0][parts[0].at]
+    return statistics

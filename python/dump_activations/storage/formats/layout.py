@@ -1,12 +1,17 @@
-"""Layouts: where every byte of an output file lies, computed before the first is written."""
+"""Layouts and contents: where every byte of a file lies, computed before it is written, or read.
 
+The checks that all readers share are here too. A file that is read may be anything: ValueError
+gives the reason why it is not of its format.
+"""
+
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, filterfalse
+from typing import Any, BinaryIO
 
 from dump_activations.dtypes import DTYPES, READABLE_DTYPES, STATISTICS_PREFIX, TensorSpec
-from dump_activations.storage.formats.contents import Reader
 
 ALIGNMENT = 4096
 """Bytes. Tensor data starts on a multiple where the format allows, for direct I/O, memory maps and
@@ -15,13 +20,18 @@ device reads."""
 RESERVED_NAMES = frozenset({"metadata", "__metadata__"})
 """Names under which formats keep the metadata. No tensor may have them."""
 
+MAX_JSON_CHARACTERS = 2 << 20
+"""Longest JSON that is parsed, which describes 15,000 tensors. Its objects may take forty times as
+much memory."""
+
 # Bytes of an element of statistics.
 _STATISTICS_ALIGNMENT = 8
+_MAX_AXES = 64  # of NumPy and torch
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The bytes of a file.
+    """The bytes of a file that is written.
 
     Attributes:
         size: bytes of the whole file.
@@ -35,30 +45,47 @@ class Layout:
     skeleton: tuple[tuple[int, bytes], ...]
 
 
-LayoutFunction = Callable[
-    [Sequence[TensorSpec], Mapping[str, str], Mapping[str, int] | None], Layout
-]
-"""(tensors, metadata, CRC-32 of each tensor or None while unknown) -> Layout. Pure; size and
-offsets do not depend on the CRCs, nor on values of the metadata of equal length."""
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file that is read.
+
+    `offset` is the start of its data in bytes; None if the data is compressed, not in C order, or
+    in several shards. `dtype` is NumPy's name, or the format's own for one that cannot be read.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All tensors, in the order in which the format lists them, and the metadata."""
+
+    tensors: list[StoredTensor]
+    metadata: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A file format: its name, the dtypes it holds, its layout and its reader."""
+    """A file format.
+
+    Attributes:
+        name: its name.
+        suffix: its suffix, lowercase.
+        dtypes: names of the dtypes that it holds.
+        layout: (tensors, metadata, CRC-32 of each tensor or None while unknown) -> Layout. Size and
+            offsets do not depend on the CRCs, nor on values of the metadata of equal length.
+        read: (file, its size in bytes) -> Contents. Reads headers only.
+    """
 
     name: str
     suffix: str
     dtypes: frozenset[str]
-    layout: LayoutFunction
-    read: Reader
-
-
-def fits(dtype: str, shape: Sequence[int], nbytes: int) -> bool:
-    """Return whether a tensor takes `nbytes` bytes, or may, if its dtype cannot be read."""
-    numel = math.prod(shape)
-    if dtype in READABLE_DTYPES:
-        return numel * READABLE_DTYPES[dtype].nbytes == nbytes
-    return numel <= 8 * nbytes  # an element has a bit at least
+    layout: Callable[[Sequence[TensorSpec], Mapping[str, str], Mapping[str, int] | None], Layout]
+    read: Callable[[BinaryIO, int], Contents]
 
 
 def storage_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
@@ -82,3 +109,66 @@ def storage_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
     ends = accumulate((spec.nbytes for spec in ordered), initial=0)
     place = max(number for number, end in enumerate(ends) if end % _STATISTICS_ALIGNMENT == 0)
     return [*ordered[:place], *statistics, *ordered[place:]]
+
+
+def fits(dtype: str, shape: Sequence[int], nbytes: int) -> bool:
+    """Return whether a tensor takes `nbytes` bytes, or may, if its dtype cannot be read."""
+    numel = math.prod(shape)
+    if dtype in READABLE_DTYPES:
+        return numel * READABLE_DTYPES[dtype].nbytes == nbytes
+    return numel <= 8 * nbytes  # an element has a bit at least
+
+
+def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> bytes:
+    """Read bytes of a file; ValueError if it ends before."""
+    file.seek(offset)
+    data = file.read(nbytes)
+    if len(data) != nbytes:
+        raise ValueError("it is cut short")
+    return data
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; ValueError for anything else, and for more than `MAX_JSON_CHARACTERS`."""
+    if len(text) > MAX_JSON_CHARACTERS:
+        raise ValueError("its description is larger than a dump's")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("its description is not JSON") from None
+
+
+def text_metadata(metadata: Any) -> dict[str, str]:
+    """Return metadata as string to string; ValueError if it holds anything but text and numbers."""
+    if not isinstance(metadata, Mapping):
+        raise ValueError("its metadata is not a table")
+    if not all(isinstance(part, str | int | float) for item in metadata.items() for part in item):
+        raise ValueError("its metadata holds more than text and numbers")
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+def is_shape(value: Any) -> bool:
+    """Return whether a value is a shape of at most 64 axes, with lengths of at most 63 bits.
+
+    The product of larger ones would take minutes.
+    """
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) <= _MAX_AXES
+        and all(type(length) is int and 0 <= length < 1 << 63 for length in value)
+    )
+
+
+def data_ranges(tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
+    """Return (start, stop) of each tensor's data, without compressed tensors."""
+    return [(t.offset, t.offset + t.nbytes) for t in tensors if t.offset is not None]
+
+
+def are_disjoint(ranges: Iterable[tuple[int, int]]) -> bool:
+    """Return whether no two ranges, (start, stop), overlap."""
+    end = 0
+    for start, stop in sorted(ranges):
+        if start < end:
+            return False
+        end = stop
+    return True

@@ -10,15 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from dump_activations.dtypes import DTYPES, READABLE_DTYPES, TensorSpec
-from dump_activations.storage.formats.contents import (
+from dump_activations.storage.formats.layout import (
+    ALIGNMENT,
     MAX_JSON_CHARACTERS,
     Contents,
+    Format,
+    Layout,
     StoredTensor,
+    fits,
     is_shape,
     parse_json,
+    storage_order,
     text_metadata,
 )
-from dump_activations.storage.formats.layout import ALIGNMENT, Format, Layout, fits, storage_order
 from dump_activations.storage.formats.zip import (
     Member,
     StoredMember,

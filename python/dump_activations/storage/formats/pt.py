@@ -18,14 +18,18 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from dump_activations.dtypes import DTYPES, READABLE_DTYPES, TensorSpec
-from dump_activations.storage.formats.contents import (
+from dump_activations.storage.formats.layout import (
+    ALIGNMENT,
     Contents,
+    Format,
+    Layout,
     StoredTensor,
+    fits,
     is_shape,
     read_exactly,
+    storage_order,
     text_metadata,
 )
-from dump_activations.storage.formats.layout import ALIGNMENT, Format, Layout, fits, storage_order
 from dump_activations.storage.formats.zip import Member, read_members, zip_layout
 
 ROOT = "archive"
@@ -156,11 +160,7 @@ class _Global(str):
 
 
 def load_pickle(data: bytes) -> tuple[dict[str, PickledTensor], dict[str, str]]:
-    """Read the tensors by name, and the metadata, from a pickle that may be anything.
-
-    Raises:
-        ValueError: it is not a dict of tensors and metadata.
-    """
+    """Read the tensors by name, and the metadata; ValueError for any other pickle."""
     try:
         content = _load(data)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -177,8 +177,7 @@ def load_pickle(data: bytes) -> tuple[dict[str, PickledTensor], dict[str, str]]:
 def _load(data: bytes) -> Any:  # noqa: PLR0912 -- one branch per opcode
     """Follow the opcodes that torch.save writes for such a dict.
 
-    Only texts become keys: hashing a tuple that holds another one twice, sixty times over, would
-    never end.
+    Only texts become keys: hashing a deep tuple takes the whole stack, and the process with it.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -193,19 +192,20 @@ def _load(data: bytes) -> Any:  # noqa: PLR0912 -- one branch per opcode
                 stack.append(memo[argument])
             case "MARK":
                 marks.append(len(stack))
-            case "TUPLE":
-                start = marks.pop()
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = opcode.name.removeprefix("TUPLE")
+                start = len(stack) - int(count) if count else marks.pop()
                 stack[start:] = [tuple(stack[start:])]
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
             case "EMPTY_TUPLE":
                 stack.append(())
             case "EMPTY_DICT":
                 stack.append({})
             case "SETITEM" | "SETITEMS":
                 start = marks.pop() if opcode.name == "SETITEMS" else len(stack) - 2
-                _set_items(stack[start - 1], stack[start:])
+                target, names, values = stack[start - 1], stack[start::2], stack[start + 1 :: 2]
+                if type(target) is not dict or not all(type(name) is str for name in names):
+                    raise ValueError("it has keys that are not text")
+                target.update(zip(names, values, strict=True))
                 del stack[start:]
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(opcode.name == "NEWTRUE")
@@ -225,12 +225,6 @@ def _load(data: bytes) -> Any:  # noqa: PLR0912 -- one branch per opcode
             case name:
                 raise ValueError(f"it has the opcode {name}")
     raise ValueError("it does not end")
-
-
-def _set_items(target: Any, items: list[Any]) -> None:
-    if type(target) is not dict or not all(type(key) is str for key in items[::2]):
-        raise ValueError("it has keys that are not text")
-    target.update(zip(items[::2], items[1::2], strict=True))
 
 
 def _storage(pid: Any) -> PickledTensor:

@@ -14,7 +14,7 @@ FORMATS: dict[str, Format] = {file_format.suffix: file_format for file_format in
 
 
 def format_of(path: Path, dtypes: Iterable[str] = ()) -> Format:
-    """Return the format that a file's suffix asks for, in whatever case it is written.
+    """Return the format that a file's suffix selects, in lower or upper case.
 
     Raises:
         InvalidArgumentError: another suffix, or a format that cannot hold one of `dtypes`.

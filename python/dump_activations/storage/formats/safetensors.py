@@ -9,18 +9,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from dump_activations.dtypes import DTYPES, READABLE_DTYPES, TensorSpec
-from dump_activations.storage.formats.contents import (
+from dump_activations.storage.formats.layout import (
+    ALIGNMENT,
     MAX_JSON_CHARACTERS,
     Contents,
+    Format,
+    Layout,
     StoredTensor,
     are_disjoint,
     data_ranges,
+    fits,
     is_shape,
     parse_json,
     read_exactly,
+    storage_order,
     text_metadata,
 )
-from dump_activations.storage.formats.layout import ALIGNMENT, Format, Layout, fits, storage_order
 
 LENGTH_NBYTES = 8
 _NAMES = {dtype.safetensors: name for name, dtype in READABLE_DTYPES.items()}

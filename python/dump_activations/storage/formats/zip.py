@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from dump_activations import _rust
-from dump_activations.storage.formats.contents import are_disjoint, read_exactly
-from dump_activations.storage.formats.layout import Layout
+from dump_activations.storage.formats.layout import Layout, are_disjoint, read_exactly
 
 MAX_DIRECTORY_NBYTES = 1 << 20
 """Largest directory that is read: some 10,000 members. A dump has some hundred."""
@@ -35,13 +34,15 @@ _ZIP64_ID = 0x0001
 _ALIGNMENT_ID = 0xD935  # the extra field that zipalign pads with
 _EXTRA_HEADER = struct.Struct("<2H")
 
+# Raised by `zipfile`; the last two where it seeks outside of the file.
+_NO_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, OverflowError)
+
 
 @dataclass(frozen=True)
 class Member:
     """A member to be written: `head`, then `tail_nbytes` bytes of tensor data.
 
-    The data, or the head where there is none, starts on a multiple of `alignment`. `tail_crc32` is
-    the CRC-32 of the data.
+    The data, or the head where there is none, starts on a multiple of `alignment`.
     """
 
     name: str
@@ -96,16 +97,9 @@ def _central_header(member: Member, position: int) -> bytes:
     name = member.name.encode()
     zip64 = struct.pack("<3Q", member.nbytes, member.nbytes, position)
     extra = _EXTRA_HEADER.pack(_ZIP64_ID, len(zip64)) + zip64
-    fields = _CENTRAL_HEADER.pack(
-        b"PK\x01\x02",
-        _VERSION,  # made by
-        *_shared_fields(member, name, extra),
-        0,  # comment
-        0,  # disk
-        0,  # internal attributes
-        0,  # external attributes
-        _IN_ZIP64,  # offset
-    )
+    shared = _shared_fields(member, name, extra)
+    # Zeros: comment, disk, internal and external attributes. The offset is in the extra field.
+    fields = _CENTRAL_HEADER.pack(b"PK\x01\x02", _VERSION, *shared, 0, 0, 0, 0, _IN_ZIP64)
     return fields + name + extra
 
 
@@ -130,10 +124,8 @@ def _end_records(count: int, directory_offset: int, directory_nbytes: int) -> by
     zip64_end = _ZIP64_END.pack(
         b"PK\x06\x06",
         _ZIP64_END.size - 12,  # bytes after this field
-        _VERSION,
-        _VERSION,
-        0,  # this disk
-        0,  # the disk of the directory
+        *(_VERSION, _VERSION),
+        *(0, 0),  # this disk, and the directory's
         count,
         count,
         directory_nbytes,
@@ -146,14 +138,7 @@ def _end_records(count: int, directory_offset: int, directory_nbytes: int) -> by
 
 @dataclass(frozen=True)
 class StoredMember:
-    """A member of an archive that is read.
-
-    Attributes:
-        nbytes: bytes of its content.
-        start: offset of its bytes in the file.
-        packed_nbytes: how many bytes it takes in the file.
-        is_packed: whether they are deflated.
-    """
+    """A member of an archive that is read: `nbytes` of content, in `packed_nbytes` from `start`."""
 
     name: str
     nbytes: int
@@ -176,7 +161,7 @@ def read_members(file: BinaryIO, size: int) -> dict[str, StoredMember]:
     """
     try:
         archive = zipfile.ZipFile(_DirectoryFile(file))
-    except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+    except _NO_ARCHIVE as error:
         raise ValueError(f"it is not a zip archive, or cut short: {error}") from None
     members: dict[str, StoredMember] = {}
     ranges = [(archive.start_dir, size)]
@@ -213,18 +198,12 @@ class _DirectoryFile:
     """A file from which `zipfile` reads a directory; a large one is refused before it is read."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.tell = file.tell
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        if whence == 0 and not 0 <= offset < 1 << 63:
-            raise ValueError("its directory lies outside it")
-        return self._file.seek(offset, whence)
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
 
     def read(self, nbytes: int = -1) -> bytes:
         if nbytes > MAX_DIRECTORY_NBYTES:
             raise ValueError("its directory is larger than a dump's")
-        return self._file.read(nbytes)
+        return self._read(nbytes)
 
 
 def _member(file: BinaryIO, entry: zipfile.ZipInfo) -> StoredMember:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PREFIX
+from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
 from dump_activations.storage.reading.keys import Key, Rows, row_numbers
 from dump_activations.storage.reading.tensor_files import TensorFiles
@@ -26,18 +26,23 @@ if TYPE_CHECKING:
 
     from dump_activations.storage.reading.boards import BoardValues
     from dump_activations.storage.reading.cells import Cells
+    from dump_activations.storage.statistics import TensorStatistics
 
 
 class ActivationsFile:
     """A finished dump, read by rows: `.safetensors`, `.pt` or `.npz`, one file or shards.
 
     Opening reads headers only, keeps no file open and imports no torch. Instances can be pickled,
-    used from several threads and carried over a fork. A file that was replaced or changed since is
-    an error. `.safetensors` files of other programs can be read too, if all their tensors have a
-    first axis of boards.
+    used from several threads and carried over a fork. A file that was replaced or cut short since
+    is an error. A byte changed in place is not, because `touch` and network mounts renew times too:
+    only `verify` finds it, in files with digests. `.safetensors` files of other programs can be
+    read too, if all their tensors have a first axis of boards.
 
         acts = ActivationsFile("activations.safetensors")
         hidden = acts.read("layer_outputs", range(1000), layer=3)  # (1000, 16, H)
+
+    Every method that takes a key, layer or label raises InvalidArgumentError if the file does not
+    have it.
 
     Args:
         paths: One dump, by the name of its file, of the whole of its shards, or of one shard; or
@@ -53,14 +58,14 @@ class ActivationsFile:
     def __init__(self, *paths: str | os.PathLike[str]) -> None:
         if not paths:
             raise InvalidArgumentError("paths: name a file")
-        # Absolute, so that reads go on after the program changes its directory.
+        # Absolute, so that the program may change its directory before it reads.
         self._names = [Path(os.path.abspath(Path(path).expanduser())) for path in paths]  # noqa: PTH100
         self._files = TensorFiles(self._names)
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files; of a dump in shards, the shards in order."""
-        return tuple(self._files.paths)
+        return tuple(file.path for file in self._files.files)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -86,27 +91,15 @@ class ActivationsFile:
         return list(self._files.catalog.tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a key: `(N, L, *value)` where it has layers, stacked or split, or `(N, *value)`.
-
-        Raises:
-            InvalidArgumentError: The file does not have the key.
-        """
+        """Shape of a key: `(N, L, *value)` with layers, stacked or split, or else `(N, *value)`."""
         return self._find(key).shape(len(self))
 
     def dtype(self, key: str) -> str:
-        """Name the dtype of a key as NumPy and torch do: `float16`, `bfloat16`.
-
-        Raises:
-            InvalidArgumentError: The file does not have the key.
-        """
+        """Name the dtype of a key as NumPy and torch do: `float16`, `bfloat16`."""
         return self._find(key).dtype
 
     def layers(self, key: str) -> tuple[int, ...]:
-        """Numbers of the model's layers stored for a key; empty without an axis of layers.
-
-        Raises:
-            InvalidArgumentError: The file does not have the key.
-        """
+        """Numbers of the model's layers stored for a key; empty without an axis of layers."""
         return self._find(key).layers or ()
 
     @cached_property
@@ -117,7 +110,7 @@ class ActivationsFile:
     @cached_property
     def labels(self) -> Mapping[str, NDArray[Any]]:
         """Labels by name, (N,) or (N, ...); each is read at its first use."""
-        return _Stored(self, self._files.catalog.labels, LABEL_PREFIX)
+        return _Labels(self)
 
     def read(
         self,
@@ -143,15 +136,18 @@ class ActivationsFile:
                 rows, and all layers where these are stacked.
 
         Raises:
-            InvalidArgumentError: The file does not have the key or layer, or `out` does not fit.
+            InvalidArgumentError: `rows` are not rows, or `out` does not fit.
             RowIndexError: A row is negative or past the end.
             OutputError: A row cannot be read, a file was changed, or a digest differs.
         """
         import torch
 
-        if verify and rows is not None:
-            raise _not_whole("rows")
         found = self._find(key)
+        if verify and (rows is not None or found.parts(layer)[0].of > 1):
+            raise InvalidArgumentError(
+                f"{switch('verify')}: digests cover whole tensors; leave out "
+                f"{option('layer' if rows is None else 'rows')}"
+            )
         numbers = self._numbers(found, rows)
         shape, dtype = found.shape(len(numbers), layer), getattr(torch, found.dtype)
         if out is None:
@@ -194,9 +190,6 @@ class ActivationsFile:
             key: An activation key.
             layer: One layer by its number in the model; None for all of them.
             labels: Names of labels of the file.
-
-        Raises:
-            InvalidArgumentError: The file does not have the key, layer or label.
         """
         from dump_activations.storage.reading.boards import BoardValues
 
@@ -205,12 +198,11 @@ class ActivationsFile:
         if not found.of_boards:
             raise InvalidArgumentError(f"{key} has no axis of boards")
         names = (labels,) if isinstance(labels, str) else labels
-        for name in names:
-            if name not in self.labels:
-                has = ", ".join(self.labels) or "none"
-                raise InvalidArgumentError(
-                    f"{option('labels')} must be labels of the file, {has}; got {name!r}"
-                )
+        if others := [name for name in names if name not in self.labels]:
+            has = ", ".join(self.labels) or "none"
+            raise InvalidArgumentError(
+                f"{option('labels')} must be labels of the file, {has}; got {others[0]!r}"
+            )
         return BoardValues(
             len(self),
             partial(self.read, key, layer=layer),
@@ -255,17 +247,16 @@ class ActivationsFile:
             epoch: Number of the first epoch, at least 0.
             rank: Number of this process among `world_size`.
             world_size: Processes that share the batches.
-            window: Bytes per window, at least those of a batch.
+            window: Bytes per window, at least one batch.
             device: Device of the values; batches reach a CUDA device through pinned memory, on a
                 side stream.
             drop_last: Leave out a short last batch, and batches that not every rank would have.
 
         Raises:
-            InvalidArgumentError: The file does not have the key or layer, a key has no axis of
-                cells, or a number is out of range.
+            InvalidArgumentError: A key has no axis of cells, or a number is out of range.
             DeviceError: The machine does not have the device.
         """
-        from dump_activations.storage.reading.cell_order import CellValues
+        from dump_activations.storage.reading.cell_order import find_cells
         from dump_activations.storage.reading.cells import Cells
 
         keys = (key,) if isinstance(key, str) else tuple(key)
@@ -273,7 +264,7 @@ class ActivationsFile:
             raise InvalidArgumentError(f"{option('key')} must name a key; got none")
         return Cells(
             self._files,
-            {name: CellValues.of(self._find(name), layer) for name in keys},
+            {name: find_cells(self._find(name), layer) for name in keys},
             single=isinstance(key, str),
             batch_size=batch_size,
             seed=seed,
@@ -298,29 +289,20 @@ class ActivationsFile:
             layer: One layer by its number in the model; None for all of them.
 
         Raises:
-            InvalidArgumentError: The file does not have the key or layer, or no statistics.
+            InvalidArgumentError: The file has no statistics of the key.
         """
         from dump_activations.storage.statistics import key_statistics
 
         return key_statistics(self._find(key), layer, self._statistics)
 
     @cached_property
-    def _statistics(self) -> Mapping[str, NDArray[np.float64]]:
-        """The stored statistics by the names of their tensors; of several files, merged."""
-        from dump_activations.storage.statistics import merge_stored, stored_statistics
+    def _statistics(self) -> Mapping[str, TensorStatistics]:
+        from dump_activations.storage.statistics import stored_statistics
 
-        if len(self.paths) == 1:
-            return _Stored(self, self.tensor_names())
-        found = [stored_statistics(each) for each in self._files.inspections]
-        return {
-            f"{STATISTICS_PREFIX}{tensor}/{name}": values
-            for tensor in found[0]
-            if all(tensor in of_file for of_file in found)
-            for name, values in merge_stored([of_file[tensor] for of_file in found]).items()
-        }
+        return stored_statistics(*self._files.files)
 
     def _find(self, name: str) -> Key:
-        """Find a key; InvalidArgumentError if there is none, or its dtype cannot be read."""
+        """Find a key whose dtype can be read; InvalidArgumentError for any other."""
         found = self._files.catalog.find(name)
         if found.dtype not in READABLE_DTYPES:
             raise InvalidArgumentError(f"{name} is of {found.dtype}, which cannot be read")
@@ -344,45 +326,38 @@ class ActivationsFile:
         *,
         verify: bool = False,
     ) -> None:
-        """Read into the bytes `out`."""
         parts = key.parts(layer)
-        if verify and parts[0].of > 1:
-            raise _not_whole("layer")
         nbytes = math.prod(key.shape(1, layer)) * READABLE_DTYPES[key.dtype].nbytes
         rows = out.reshape(len(numbers), len(parts), nbytes // len(parts))
         for at, part in enumerate(parts):
             into = rows[:, 0] if len(parts) == 1 else np.empty(rows[:, at].shape, np.uint8)
-            self._files.read(part.tensor, numbers * part.of + part.at, into, parts=part.of)
+            self._files.read(part, numbers, into)
             if verify:
                 self._files.check_digest(part.tensor, into.reshape(-1))
             if len(parts) > 1:
                 rows[:, at] = into
 
 
-def _not_whole(name: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"{switch('verify')}: digests cover whole tensors; leave out {option(name)}"
-    )
+class _Labels(Mapping[str, NDArray[Any]]):
+    """Labels of a file; each is read at its first use."""
 
-
-class _Stored(Mapping[str, NDArray[Any]]):
-    """Tensors of a file, by names without a prefix; each is read at its first use."""
-
-    def __init__(self, acts: ActivationsFile, names: list[str], prefix: str = "") -> None:
+    def __init__(self, acts: ActivationsFile) -> None:
         self._acts = acts
-        self._names = names
-        self._prefix = prefix
-        self._read: dict[str, NDArray[Any]] = {}
+        # None stands for a label that is not read yet.
+        self._read: dict[str, NDArray[Any] | None] = {
+            name.removeprefix(LABEL_PREFIX): None
+            for name in acts.tensor_names()
+            if name.startswith(LABEL_PREFIX)
+        }
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._names:
-            raise KeyError(name)
-        if name not in self._read:
-            self._read[name] = self._acts.read_numpy(self._prefix + name)
-        return self._read[name]
+        values = self._read[name]
+        if values is None:
+            values = self._read[name] = self._acts.read_numpy(LABEL_PREFIX + name)
+        return values
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._read)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._read)

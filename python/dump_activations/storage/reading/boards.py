@@ -19,13 +19,7 @@ Item = tuple[Tensor, dict[str, Any]]
 
 
 class BoardValues(Dataset[Item]):
-    """A dataset of `(activation, {label: value})`, one per board, as `ActivationsFile.boards`.
-
-    Args:
-        boards: boards in the dataset.
-        read: rows -> values, (R, ...).
-        read_labels: name of a label -> a function from rows to its values, (R, ...).
-    """
+    """A dataset of `(activation, {label: value})`, one per board, as `ActivationsFile.boards`."""
 
     def __init__(
         self,
@@ -38,16 +32,12 @@ class BoardValues(Dataset[Item]):
         self._read_labels = read_labels
 
     def __len__(self) -> int:
-        """Boards in the file."""
         return self._boards
 
     def __getitem__(self, rows: SupportsIndex | slice | ArrayLike) -> Item:
         """Read one board by its number; or a batch, (R, ...), by a slice, numbers or a mask.
 
-        Negative numbers count from the end.
-
-        Raises:
-            RowIndexError: a row is outside the file.
+        Negative numbers count from the end. Raises RowIndexError outside the file.
         """
         try:
             row = operator.index(rows)  # type: ignore[arg-type]

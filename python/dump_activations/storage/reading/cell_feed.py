@@ -5,9 +5,9 @@ Shape letters: B cells in a batch, D width of a cell's value.
 
 import threading
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,33 +16,15 @@ from torch import Tensor
 
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS
-from dump_activations.storage.reading.cell_order import CellOrder, CellValues, WindowBatches
+from dump_activations.storage.reading.cell_order import CellOrder, CellValues
 from dump_activations.storage.reading.tensor_files import TensorFiles
 
-
-class KeyedCells(NamedTuple):
-    """A batch of cells.
-
-    Attributes:
-        values: (B, D) by key.
-        rows: the board of each cell, int64 (B,), on the host.
-        cells: the cell of that board, int64 (B,), on the host.
-    """
-
-    values: dict[str, Tensor]
-    rows: Tensor
-    cells: Tensor
+KeyedCells = tuple[dict[str, Tensor], Tensor, Tensor]
+"""Values by key, rows and cells, as in a `CellBatch`."""
 
 
 class CellFeed:
-    """Reads batches of cells from files to a device.
-
-    Args:
-        files: the files.
-        values: where each key's cells are stored.
-        batch_size: B.
-        device: the CPU or a CUDA device.
-    """
+    """Reads batches of `batch_size` cells, whose values lie where `values` says, to a device."""
 
     def __init__(
         self,
@@ -59,34 +41,36 @@ class CellFeed:
 
     def read(self, order: CellOrder, batches: range) -> Generator[KeyedCells, None, None]:
         """Yield batches, by their numbers in the order."""
-        on_host = self._read_windows(order, batches)
+        on_host = self._read_windows(order, order.windows(batches))
         return _on_device(on_host, self._device) if self._device.type == "cuda" else on_host
 
-    def _read_windows(self, order: CellOrder, batches: range) -> Generator[KeyedCells, None, None]:
-        windows = order.windows(batches)
+    def _read_windows(
+        self, order: CellOrder, windows: Iterator[tuple[int, range]]
+    ) -> Generator[KeyedCells, None, None]:
         cancel = _rust.Cancel()
         reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cells")
 
-        def read(taken: WindowBatches, memory: Mapping[str, Tensor]) -> NDArray[np.int64]:
-            numbers = order.read(taken)
+        def read(window: int, batches: range, memory: Mapping[str, Tensor]) -> NDArray[np.int64]:
+            numbers = order.read(window, batches)
             for name, values in self._values.items():
                 out = memory[name][: len(numbers) * values.nbytes].numpy()
-                values.read(self._files, numbers, out.reshape(len(numbers), -1), cancel)
+                out = out.reshape(len(numbers), -1)
+                self._files.read(values.part, numbers, out, per_row=CELLS, cancel=cancel)
             return numbers
 
         def start() -> tuple[dict[str, Tensor], Future[NDArray[np.int64]]] | None:
-            taken = next(windows, None)
-            if taken is None:
+            window, batches = next(windows, (0, range(0)))
+            if not batches:
                 return None
-            most = len(taken.batches) * self._batch_size
+            most = len(batches) * self._batch_size
             memory = {name: self._new(name, most * of.nbytes) for name, of in self._values.items()}
             try:
-                return memory, reader.submit(read, taken, memory)
+                return memory, reader.submit(read, window, batches, memory)
             except RuntimeError:  # The main thread has ended, and no thread can start.
                 if threading.current_thread().daemon:
                     return None  # The interpreter would end this thread inside of the read.
                 numbers: Future[NDArray[np.int64]] = Future()
-                numbers.set_result(read(taken, memory))
+                numbers.set_result(read(window, batches, memory))
                 return memory, numbers
 
         try:
@@ -116,7 +100,7 @@ class CellFeed:
             cut = memory[name][start : start + nbytes].view(getattr(torch, each.dtype))
             values[name] = cut.view(len(numbers), each.width)
         rows = numbers // CELLS
-        return KeyedCells(values, rows, numbers - rows * CELLS)
+        return values, rows, numbers - rows * CELLS
 
 
 class RecycledMemory:
@@ -168,18 +152,19 @@ def _start_copy(
     batch: KeyedCells, device: torch.device, stream: torch.cuda.Stream
 ) -> tuple[KeyedCells, torch.cuda.Event]:
     """Queue a batch's copy, behind work that the caller's stream still has on that memory."""
+    on_host, rows, cells = batch
     with torch.cuda.device(device):
         values = {
             name: torch.empty(host.shape, dtype=host.dtype, device=device)
-            for name, host in batch.values.items()
+            for name, host in on_host.items()
         }
         stream.wait_stream(torch.cuda.current_stream(device))
         copied = torch.cuda.Event()
         with torch.cuda.stream(stream):
-            for name, host in batch.values.items():
+            for name, host in on_host.items():
                 values[name].copy_(host, non_blocking=True)
             copied.record(stream)
-    return batch._replace(values=values), copied
+    return (values, rows, cells), copied
 
 
 def _finish_copy(batch: KeyedCells, copied: torch.cuda.Event, device: torch.device) -> KeyedCells:

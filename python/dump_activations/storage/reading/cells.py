@@ -16,6 +16,7 @@ from dump_activations.errors import DeviceError, InvalidArgumentError, option
 from dump_activations.storage.reading.cell_feed import CellFeed
 from dump_activations.storage.reading.cell_order import CellOrder, CellValues
 from dump_activations.storage.reading.epochs import Epochs
+from dump_activations.storage.reading.inspection import Inspection
 from dump_activations.storage.reading.tensor_files import TensorFiles
 
 
@@ -73,7 +74,8 @@ class Cells(IterableDataset[CellBatch]):
                 f"{option('window')} must be at least the {batch_nbytes} bytes of a batch; got "
                 f"{window}; take a larger window or a smaller {option('batch_size')}"
             )
-        self._files = files
+        self._cells = files.boards * CELLS
+        self._identity = f"{zlib.crc32(' '.join(map(_identity, files.files)).encode()):08x}"
         self._feed = CellFeed(files, values, batch_size, _device(device))
         self._single = single
         self._batch_size = batch_size
@@ -92,7 +94,7 @@ class Cells(IterableDataset[CellBatch]):
         """Return the position of the next batch in the process that iterates, and the order's data.
 
         After the last batch of an epoch it is the beginning of the next one. `batch` counts the
-        batches that all ranks had, so that another `world_size` can go on.
+        batches of all ranks, so that another `world_size` can resume.
 
         Raises:
             InvalidArgumentError: Workers of a `DataLoader` iterate: each has a position of its own.
@@ -106,8 +108,8 @@ class Cells(IterableDataset[CellBatch]):
             "batch": batch,
             "batch_size": self._batch_size,
             "window": self._window_batches,
-            "cells": self._files.boards * CELLS,
-            "file": self._identity(),
+            "cells": self._cells,
+            "file": self._identity,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -151,7 +153,8 @@ class Cells(IterableDataset[CellBatch]):
         batches = self._batches(start, self._rank + self._world_size * number, step)
         if not batches:
             self._epochs.move(epoch + 1, 0)
-        feed = self._feed.read(self._order(epoch), batches)
+        order = CellOrder(self._cells, self._batch_size, self._window_batches, self._seed, epoch)
+        feed = self._feed.read(order, batches)
         try:
             for taken, (values, rows, cells) in enumerate(feed, start=1):
                 is_last = taken == len(batches)
@@ -161,26 +164,18 @@ class Cells(IterableDataset[CellBatch]):
         finally:
             feed.close()
 
-    def _order(self, epoch: int) -> CellOrder:
-        cells = self._files.boards * CELLS
-        return CellOrder(cells, self._batch_size, self._window_batches, self._seed, epoch)
-
     def _batches(self, start: int, rank: int, step: int) -> range:
         """Return the numbers of every `step`-th batch of an epoch, for one reader."""
-        cells = self._files.boards * CELLS
-        stop = -(-cells // self._batch_size)
+        stop = -(-self._cells // self._batch_size)
         if self._drop_last:  # equally many whole batches for each rank
-            whole = cells // self._batch_size
+            whole = self._cells // self._batch_size
             stop = start + (whole - start) // self._world_size * self._world_size
         return range(start + rank, stop, step)
 
-    def _identity(self) -> str:
-        """Return a short text that tells the files from others, for a state."""
-        inspections = self._files.inspections
-        texts = [
-            each.contents.metadata.get("fingerprint") or repr(each.contents) for each in inspections
-        ]
-        return f"{zlib.crc32(' '.join(texts).encode()):08x}"
+
+def _identity(file: Inspection) -> str:
+    """Return a text that tells a file from others, for a state."""
+    return file.contents.metadata.get("fingerprint") or repr(file.contents)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

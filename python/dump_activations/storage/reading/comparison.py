@@ -4,8 +4,9 @@ Chunks of values are read at a time, so memory does not grow with the files.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 from dump_activations.dtypes import READABLE_DTYPES, STATISTICS_PREFIX
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import INTEGRITY_KEY
-from dump_activations.storage.formats.contents import StoredTensor
-from dump_activations.storage.parallel import in_parallel
+from dump_activations.storage.formats.layout import StoredTensor
+from dump_activations.storage.parallel import chunks_in_parallel, chunks_of
 from dump_activations.storage.reading.inspection import Inspection, read_bytes
 
 # Elements of each file that a thread compares at a time.
@@ -43,6 +44,17 @@ class Difference:
     largest: float = 0.0
     relative: float = 0.0
     place: tuple[int, ...] | None = None
+
+    def __add__(self, following: "Difference") -> "Difference":
+        """Join the differences of two chunks of a tensor, one after the other."""
+        larger = max(self, following, key=lambda each: each.largest)
+        return Difference(
+            elements=self.elements + following.elements,
+            nonfinite=self.nonfinite + following.nonfinite,
+            largest=larger.largest,
+            relative=max(self.relative, following.relative),
+            place=larger.place or following.place,
+        )
 
 
 @dataclass(frozen=True)
@@ -93,52 +105,41 @@ def compare(
 ) -> Comparison:
     """Read two dumps and compare them.
 
-    Each shard has statistics of its own, which are left out where a dump is in shards.
-
     With a tolerance, floating values are equal if |a - b| <= atol + rtol * max(|a|, |b|), and so
-    are tensors of different floating dtypes.
-
-    Args:
-        first: one dump.
-        second: the other.
-        threads: threads that compare values.
-        rtol: tolerance relative to the larger value.
-        atol: absolute tolerance.
-        progress: called in this thread with the elements done and the elements in all.
+    are tensors of different floating dtypes. `progress` is called in this thread with the elements
+    done and the elements in all.
 
     Raises:
         OutputError: a file cannot be read, or its values cannot be compared.
     """
-    ours, theirs = (_tensors(each, both=(first, second)) for each in (first, second))
+    dumps = (first, second)
+    # Each shard has statistics of its own.
+    left_out = (STATISTICS_PREFIX,) if any(each.shards for each in dumps) else ()
+    ours, theirs = (
+        {each.name: each for each in dump.contents.tensors if not each.name.startswith(left_out)}
+        for dump in dumps
+    )
     both = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
-    for name in both:
-        for inspection in (first, second):
-            _check_comparable(inspection, name)
+    for file in (*first.files, *second.files):
+        _check_comparable(file, both)
     found = dict.fromkeys(both, Difference())
-    chunks = [
-        (name, start, min(start + _CHUNK, elements))
-        for name in both
-        for elements in [math.prod(ours[name].shape)]
-        for start in range(0, elements, _CHUNK)
-    ]
-    done, in_all = 0, sum(stop - start for _, start, stop in chunks)
 
-    def compare_chunk(chunk: tuple[str, int, int]) -> Difference:
-        name, start, stop = chunk
-        a, b = (_read(each, name, start, stop) for each in (first, second))
+    def compare_chunk(name: str, start: int, stop: int) -> Difference:
+        a, b = (_read(each, name, start, stop) for each in dumps)
         return _difference(a, b, start, ours[name].shape, (rtol, atol))
 
-    def take(chunk: tuple[str, int, int], difference: Difference) -> None:
-        nonlocal done
-        name, start, stop = chunk
-        found[name] = _joined(found[name], difference)
-        done += stop - start
-        if progress is not None:
-            progress(done, in_all)
+    def take(name: str, difference: Difference) -> None:
+        found[name] += difference
 
-    in_parallel(compare_chunk, chunks, threads, take)
+    chunks = [chunks_of(name, math.prod(ours[name].shape), _CHUNK) for name in both]
+    chunks_in_parallel(compare_chunk, chain(*chunks), threads, take, progress)
+    a, b = (each.contents.metadata for each in dumps)
     return Comparison(
-        _differing(first.contents.metadata, second.contents.metadata),
+        {
+            key: (a.get(key), b.get(key))
+            for key in {**a, **b}
+            if key not in _DERIVED and a.get(key) != b.get(key)
+        },
         [
             TensorPair(name, ours.get(name), theirs.get(name), found.get(name), rtol + atol > 0)
             for name in {**ours, **theirs}
@@ -146,27 +147,8 @@ def compare(
     )
 
 
-def _tensors(inspection: Inspection, both: tuple[Inspection, ...]) -> dict[str, StoredTensor]:
-    has_statistics = not any(each.shards for each in both)
-    return {
-        tensor.name: tensor
-        for tensor in inspection.contents.tensors
-        if has_statistics or not tensor.name.startswith(STATISTICS_PREFIX)
-    }
-
-
-def _differing(
-    first: Mapping[str, str], second: Mapping[str, str]
-) -> dict[str, tuple[str | None, str | None]]:
-    return {
-        key: (first.get(key), second.get(key))
-        for key in {**first, **second}
-        if key not in _DERIVED and first.get(key) != second.get(key)
-    }
-
-
-def _check_comparable(inspection: Inspection, name: str) -> None:
-    for file in inspection.files:
+def _check_comparable(file: Inspection, names: Sequence[str]) -> None:
+    for name in names:
         tensor = file.tensor(name)
         if tensor.dtype not in READABLE_DTYPES:
             raise OutputError(f"{file.path}: {name} is {tensor.dtype}, which cannot be compared")
@@ -205,7 +187,11 @@ def _difference(
         places, first, second = places[finite], first[finite], second[finite]
     if not len(places):
         return Difference(nonfinite, nonfinite)
-    distances = _distances(first, second)
+    if first.dtype == second.dtype and first.dtype.kind in "iub":  # exact, and rounded once
+        exact = np.maximum(first, second).astype(np.uint64)
+        distances = (exact - np.minimum(first, second).astype(np.uint64)).astype(np.float64)
+    else:
+        distances = np.abs(first.astype(np.float64) - second.astype(np.float64))
     larger = np.maximum(np.abs(first.astype(np.float64)), np.abs(second.astype(np.float64)))
     if any(tolerance) and first.dtype.kind == second.dtype.kind == "f":
         rtol, atol = tolerance
@@ -221,26 +207,4 @@ def _difference(
         largest=float(distances[i]),
         relative=float(larger.max()),
         place=tuple(map(int, np.unravel_index(start + int(places[i]), shape))),
-    )
-
-
-def _distances(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
-    """Return |first - second|, rounded to float64 once."""
-    if first.dtype == second.dtype and first.dtype.kind in "iub":
-        exact: NDArray[np.uint64] = np.maximum(first, second).astype(np.uint64)
-        exact -= np.minimum(first, second).astype(np.uint64)
-        return exact.astype(np.float64)
-    distances: NDArray[np.float64] = np.abs(first.astype(np.float64) - second.astype(np.float64))
-    return distances
-
-
-def _joined(first: Difference, second: Difference) -> Difference:
-    """Join the differences of two chunks of a tensor, one after the other."""
-    larger = second if second.largest > first.largest else first
-    return Difference(
-        elements=first.elements + second.elements,
-        nonfinite=first.nonfinite + second.nonfinite,
-        largest=larger.largest,
-        relative=max(first.relative, second.relative),
-        place=larger.place if larger.place is not None else second.place,
     )

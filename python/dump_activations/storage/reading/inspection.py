@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,16 +24,17 @@ from dump_activations.storage.digests import (
     integrity_text,
     parse_integrity,
 )
-from dump_activations.storage.formats.contents import (
+from dump_activations.storage.formats.layout import (
     Contents,
+    Format,
     StoredTensor,
     are_disjoint,
     data_ranges,
     read_exactly,
 )
-from dump_activations.storage.formats.layout import Format
 from dump_activations.storage.formats.registry import format_of
-from dump_activations.storage.parallel import in_parallel
+from dump_activations.storage.parallel import chunks_in_parallel, chunks_of
+from dump_activations.storage.reading.keys import Catalog
 
 READ_NBYTES = 32 << 20
 """Bytes that a thread reads at a time."""
@@ -70,25 +71,26 @@ class Inspection:
         return self.shards or (self,)
 
     @cached_property
+    def catalog(self) -> Catalog:
+        """Keys of the dump; OutputError if its tensors share no first axis."""
+        return Catalog(self.path, self.contents)
+
+    @cached_property
     def digests(self) -> dict[str, Digest]:
         """Stored digests by tensor name, with `nbytes` 0; empty if there are none or damaged."""
-        if self.shards:
-            return self._joined_digests()
-        try:
-            return parse_integrity(self.contents.metadata.get(INTEGRITY_KEY, "{}"))
-        except ValueError:
-            return {}
-
-    def _joined_digests(self) -> dict[str, Digest]:
+        if not self.shards:
+            try:
+                return parse_integrity(self.contents.metadata.get(INTEGRITY_KEY, "{}"))
+            except ValueError:
+                return {}
         found: dict[str, Digest] = {}
-        for tensor in self.contents.tensors:
+        for name in self._tensors:
             # Each shard has a tensor without an axis of boards whole.
-            is_whole = tensor.nbytes == self.shards[0].tensor(tensor.name).nbytes
-            for shard in self.shards[:1] if is_whole else self.shards:
-                if tensor.name in shard.digests:
-                    nbytes = shard.tensor(tensor.name).nbytes
-                    digest = replace(shard.digests[tensor.name], nbytes=nbytes)
-                    found[tensor.name] = found.get(tensor.name, Digest()) + digest
+            of_boards = self.catalog.find(name).of_boards
+            for shard in self.shards if of_boards else self.shards[:1]:
+                if name in shard.digests:
+                    digest = replace(shard.digests[name], nbytes=shard.tensor(name).nbytes)
+                    found[name] = found.get(name, Digest()) + digest
         return {name: replace(digest, nbytes=0) for name, digest in found.items()}
 
     def tensor(self, name: str) -> StoredTensor:
@@ -176,15 +178,11 @@ def find_damage(
     threads: int,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[str]:
-    """Read a whole file and return the names of tensors that differ from what was written.
+    """Read one file and return the names of tensors that differ from what was written.
 
     `METADATA_NAME` and `STRUCTURE` are among them if other bytes are damaged. `INTEGRITY_KEY` alone
     is returned if the digests are damaged, or of other tensors: nothing can be compared then.
-
-    Args:
-        inspection: one file.
-        threads: threads that read.
-        progress: called in this thread with the bytes read and the bytes in all.
+    `progress` is called in this thread with the bytes read and the bytes in all.
 
     Raises:
         OutputError: the file cannot be read, or carries no digests.
@@ -199,9 +197,9 @@ def find_damage(
     except ValueError:
         return [INTEGRITY_KEY]
     with open_again(inspection) as file:
-        found = _digest_tensors(file.fileno(), inspection.contents.tensors, threads, progress)
+        found = _digests(file.fileno(), inspection, threads, progress)
         is_whole = _has_layout(file, inspection, specs, stored)
-    damaged = [name for name, digest in found.items() if digest != stored[name]]
+    damaged = [name for name, digest in found.items() if replace(digest, nbytes=0) != stored[name]]
     if text != integrity_text(specs, metadata, stored):
         damaged.append(METADATA_NAME)
     if not is_whole:
@@ -213,44 +211,38 @@ def _written_specs(
     tensors: Sequence[StoredTensor], digests: Mapping[str, Digest]
 ) -> list[TensorSpec]:
     """Return the specs of digested tensors; ValueError if the tensors cannot be those."""
-    for tensor in tensors:
-        if tensor.dtype not in DTYPES or not tensor.shape or not tensor.nbytes:
-            raise ValueError(tensor.name)
     ranges = data_ranges(tensors)
-    if len(ranges) != len(tensors) or not are_disjoint(ranges):
-        raise ValueError("compressed, or one in another")
-    specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    if len(specs) != len(digests) or {spec.name for spec in specs} != digests.keys():
-        raise ValueError("other tensors")
-    return specs
+    if (
+        sorted(tensor.name for tensor in tensors) != sorted(digests)
+        or not all(each.dtype in DTYPES and each.shape and each.nbytes for each in tensors)
+        or len(ranges) < len(tensors)  # one is compressed
+        or not are_disjoint(ranges)
+    ):
+        raise ValueError("other tensors than were written")
+    return [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
 
 
-def _digest_tensors(
+def _digests(
     fd: int,
-    tensors: Sequence[StoredTensor],
+    inspection: Inspection,
     threads: int,
     progress: Callable[[int, int], object] | None,
 ) -> dict[str, Digest]:
-    """Return digests by tensor name, with `nbytes` 0."""
-    whole = {tensor.name: Digest() for tensor in tensors}
-    done, in_all = 0, sum(tensor.nbytes for tensor in tensors)
+    tensors = inspection.contents.tensors
+    found = {tensor.name: Digest() for tensor in tensors}
 
-    def digest(span: tuple[StoredTensor, int]) -> Digest:
-        tensor, start = span
-        nbytes = min(READ_NBYTES, tensor.nbytes - start)
+    def digest(name: str, start: int, stop: int) -> Digest:
+        tensor = inspection.tensor(name)
         assert tensor.offset is not None
-        return Digest(nbytes, *_rust.digest_span(fd, tensor.offset + start, nbytes, tensor.dtype))
+        counts = _rust.digest_span(fd, tensor.offset + start, stop - start, tensor.dtype)
+        return Digest(stop - start, *counts)
 
-    def take(span: tuple[StoredTensor, int], found: Digest) -> None:
-        nonlocal done
-        whole[span[0].name] += found
-        done += found.nbytes
-        if progress is not None:
-            progress(done, in_all)
+    def take(name: str, following: Digest) -> None:
+        found[name] += following
 
-    spans = [(tensor, at) for tensor in tensors for at in range(0, tensor.nbytes, READ_NBYTES)]
-    in_parallel(digest, spans, threads, take)
-    return {name: replace(digest, nbytes=0) for name, digest in whole.items()}
+    chunks = [chunks_of(tensor.name, tensor.nbytes, READ_NBYTES) for tensor in tensors]
+    chunks_in_parallel(digest, chain(*chunks), threads, take, progress)
+    return found
 
 
 def _has_layout(

@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dump_activations.dtypes import LABEL_PREFIX, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, OutputError, RowIndexError, option
-from dump_activations.storage.formats.contents import Contents, StoredTensor
+from dump_activations.storage.formats.layout import Contents, StoredTensor
 
 Rows = ArrayLike | slice | None
 """Row numbers in any order, with repeats; a slice; a mask, bool (N,); None for all."""
@@ -23,10 +24,18 @@ _WITHOUT_LAYERS = frozenset(
     {"indices", "boards", "final_hidden", "pooled", "head_logits", "head_probs"}
 )
 
-# Tensors of a dump without an axis of boards, whatever the length of their first axis.
+# Tensors of a dump without an axis of boards, of any first length.
 _NOT_OF_BOARDS = ("rmsnorm_gammas/", "attn_sinks", STATISTICS_PREFIX)
 
 _LAYER = re.compile("0|[1-9][0-9]{,8}")
+
+
+class Part(NamedTuple):
+    """The values at `at` of each row of a stored tensor, whose rows are `of` equal parts."""
+
+    tensor: str
+    of: int = 1
+    at: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,7 @@ class Key:
     Attributes:
         name: the key, or the tensor's name.
         dtype: NumPy's name of it.
-        value: shape of one board's value, per layer where it has layers; shape of the whole tensor
-            where that has no axis of boards.
+        value: shape of one board's value per layer, or of a whole tensor without boards.
         layers: numbers of the layers stored, in their order; None without an axis of layers.
         is_split: whether each layer is a tensor of its own.
         of_boards: whether the first axis is the boards.
@@ -61,7 +69,7 @@ class Key:
         layers = (len(self.layers),) if self.layers is not None and layer is None else ()
         return (*first, *layers, *self.value)
 
-    def parts(self, layer: int | None) -> list["Part"]:
+    def parts(self, layer: int | None) -> list[Part]:
         """Return where the values of a layer are stored, or of all layers in their order.
 
         Raises:
@@ -70,22 +78,12 @@ class Key:
         if layer is not None and layer not in (self.layers or ()):
             has = f"layers {_listed(self.layers)}" if self.layers else "no layers"
             raise InvalidArgumentError(f"{option('layer', layer)}: {self.name} has {has}")
+        layers = self.layers or ()
         if self.is_split:
-            assert self.layers is not None
-            wanted = self.layers if layer is None else (layer,)
-            return [Part(f"{self.name}.{number}") for number in wanted]
-        if layer is None or self.layers is None:
+            return [Part(f"{self.name}.{each}") for each in layers if layer in (each, None)]
+        if layer is None:
             return [Part(self.name)]
-        return [Part(self.name, of=len(self.layers), at=self.layers.index(layer))]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The values at `at` of each row of a stored tensor, whose rows are `of` equal parts."""
-
-    tensor: str
-    of: int = 1
-    at: int = 0
+        return [Part(self.name, of=len(layers), at=layers.index(layer))]
 
 
 class Catalog:
@@ -95,9 +93,6 @@ class Catalog:
         boards: N.
         keys: activation keys by name; a split key is one key.
         tensors: stored tensors by name.
-
-    Raises:
-        OutputError: the tensors share no first axis.
     """
 
     def __init__(self, path: Path, contents: Contents) -> None:
@@ -125,12 +120,6 @@ class Catalog:
         raise InvalidArgumentError(
             f"{self._path}: no {name!r} in it, only {_listed([*self.keys, *others])}"
         )
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of the labels."""
-        names = (name for name in self.tensors if name.startswith(LABEL_PREFIX))
-        return [name.removeprefix(LABEL_PREFIX) for name in names]
 
     def _find_layers(self, metadata: Mapping[str, str]) -> tuple[int, ...]:
         """Return the numbers of the layers kept; older dumps keep all, others name none."""

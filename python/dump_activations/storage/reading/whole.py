@@ -12,10 +12,9 @@ from pathlib import Path
 
 from dump_activations.errors import OutputError, warn
 from dump_activations.storage.digests import INTEGRITY_KEY
-from dump_activations.storage.formats.contents import Contents, StoredTensor
+from dump_activations.storage.formats.layout import Contents
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.reading.inspection import Inspection, inspect
-from dump_activations.storage.reading.keys import Catalog
 from dump_activations.storage.shards import Shard, list_shards
 
 # Metadata that describes one shard and not the dump.
@@ -63,7 +62,14 @@ def inspect_dump(path: str | os.PathLike[str]) -> Inspection:
     path = Path(path).expanduser()
     file_format = format_of(path)
     if os.path.lexists(path):
-        _warn_of_shards(path)
+        shard = None
+        with suppress(OutputError):  # A file can be read in a directory that cannot be listed.
+            shard = next(iter(list_shards(path).values()), None)
+        if shard is not None:
+            warn(
+                f"{path} is read; shards of the same name lie next to it, {shard.name}: remove "
+                "the dump that is out of date"
+            )
         return inspect(path)
     shards = find_shards(path)
     if shards is None:
@@ -92,69 +98,46 @@ def find_shards(whole: Path) -> DumpShards | None:
             f"{' and '.join(map(str, sorted(first_of.values())))} are shards of different dumps; "
             "move or remove one of the dumps"
         )
-    if not first_of:
-        return None
-    [count] = first_of
-    return DumpShards(whole, count, finished, partial)
-
-
-def _warn_of_shards(path: Path) -> None:
-    shards: Mapping[Shard, Path] = {}
-    with suppress(OutputError):  # A file can be read in a directory that cannot be listed.
-        shards = list_shards(path)
-    if shards:
-        warn(
-            f"{path} is read; shards of the same name lie next to it, "
-            f"{next(iter(shards.values())).name}: remove whichever is out of date"
-        )
+    return DumpShards(whole, min(first_of), finished, partial) if first_of else None
 
 
 def _check_together(shards: Sequence[Shard], files: Sequence[Inspection]) -> None:
     """Raise OutputError, naming a shard, where shards are not of one dump or not all of it."""
     first, next_board = files[0], 0
-    catalogs = [Catalog(each.path, each.contents) for each in files]
-    for shard, file, catalog in zip(shards, files, catalogs, strict=True):
+    for shard, file in zip(shards, files, strict=True):
         ours, theirs = (each.contents.metadata for each in (first, file))
         if theirs.get("fingerprint") != ours.get("fingerprint"):
             raise OutputError(
                 f"{file.path} and {first.path} are shards of different dumps: their fingerprints "
                 "differ; move or remove one of the dumps"
             )
-        expected = {"shard": shard.text, "first_board": str(next_board)}
-        for name, value in expected.items():
+        for name, value in {"shard": shard.text, "first_board": str(next_board)}.items():
             if theirs.get(name) != value:
                 raise OutputError(
                     f"{file.path} is not shard {shard.text} of its dump: its {name} is "
                     f"{theirs.get(name)}, not {value}"
                 )
-        if _shapes(catalog) != _shapes(catalogs[0]):
+        if _rows_of(file) != _rows_of(first):
             raise OutputError(f"{file.path} has other tensors than {first.path}")
-        next_board += catalog.boards
-    if str(next_board) != first.contents.metadata.get("n_samples"):
-        raise OutputError(
-            f"{files[-1].path} is the last shard, at board {next_board} of "
-            f"{first.contents.metadata.get('n_samples')}"
-        )
+        next_board += file.catalog.boards
+    if str(next_board) != (boards := first.contents.metadata.get("n_samples")):
+        raise OutputError(f"{files[-1].path} is the last shard, at board {next_board} of {boards}")
 
 
-def _shapes(catalog: Catalog) -> dict[str, tuple[object, ...]]:
+def _rows_of(file: Inspection) -> dict[str, tuple[object, ...]]:
     """Return the dtype of each tensor, and its shape without the first axis."""
-    return {name: (each.dtype, each.shape[1:]) for name, each in catalog.tensors.items()}
+    return {each.name: (each.dtype, each.shape[1:]) for each in file.contents.tensors}
 
 
 def _joined_contents(files: Sequence[Inspection]) -> Contents:
     """List the tensors of shards as the whole dump's; statistics are of the first shard."""
-    catalog = Catalog(files[0].path, files[0].contents)
-
-    def joined(tensor: StoredTensor) -> StoredTensor:
-        if not catalog.find(tensor.name).of_boards:
-            return tensor
-        shards = [each.tensor(tensor.name) for each in files]
-        rows, nbytes = sum(each.shape[0] for each in shards), sum(each.nbytes for each in shards)
-        return replace(tensor, shape=(rows, *tensor.shape[1:]), nbytes=nbytes, offset=None)
-
-    metadata = files[0].contents.metadata
-    return Contents(
-        [joined(tensor) for tensor in catalog.tensors.values()],
-        {name: text for name, text in metadata.items() if name not in _OF_ONE_SHARD},
-    )
+    tensors = []
+    for tensor in files[0].contents.tensors:
+        if files[0].catalog.find(tensor.name).of_boards:
+            found = [each.tensor(tensor.name) for each in files]
+            shape = (sum(each.shape[0] for each in found), *tensor.shape[1:])
+            nbytes = sum(each.nbytes for each in found)
+            tensor = replace(tensor, shape=shape, nbytes=nbytes, offset=None)  # noqa: PLW2901
+        tensors.append(tensor)
+    metadata = files[0].contents.metadata.items()
+    return Contents(tensors, {key: text for key, text in metadata if key not in _OF_ONE_SHARD})
