@@ -88,9 +88,10 @@ mod _rust {
     /// Runs `work` with the interpreter released, and raises the exception of a signal handler.
     fn detached<T: Send>(
         py: Python<'_>,
-        cancel: Option<&Cancel>,
+        cancel: Option<&Bound<'_, Cancel>>,
         work: impl FnOnce(Interrupt<'_>) -> Result<T, Error> + Send,
     ) -> PyResult<T> {
+        let cancel = cancel.map(Bound::get);
         let handles_signals = handles_signals(py)?;
         let mut raised = None;
         let outcome = py.detach(|| {
@@ -196,7 +197,6 @@ mod _rust {
             out: &Bound<'_, PyArray2<u8>>,
             cancel: Option<&Bound<'_, Cancel>>,
         ) -> PyResult<()> {
-            let cancel = cancel.map(Bound::get);
             read(py, indices, out, CELLS, cancel, |indices, out, interrupt| {
                 self.dataset.read_boards(indices, out, interrupt)
             })
@@ -243,7 +243,6 @@ mod _rust {
             cancel: Option<&Bound<'_, Cancel>>,
         ) -> PyResult<()> {
             let width = self.selections[0].width();
-            let cancel = cancel.map(Bound::get);
             read(py, indices, out, width, cancel, |indices, out, interrupt| {
                 let dataset = &self.dataset.get().dataset;
                 dataset.read_selected(indices, &self.selections, out, interrupt)
@@ -264,17 +263,15 @@ mod _rust {
             cancel: Option<&Bound<'_, Cancel>>,
         ) -> PyResult<()> {
             let dataset = &self.dataset.get().dataset;
-            let fields = &self.selections[0].fields;
-            let widths = boards.iter().map(|_| CELLS).chain(fields.iter().map(Range::len));
-            let arrays: Vec<_> = boards.into_iter().chain(&out).collect();
             let (first, stop) = rows;
             let count = stop.saturating_sub(first) as usize;
-            let fits = |(array, width): (&&Bound<'_, PyArray2<u8>>, usize)| {
-                array.shape() == [count, width] && array.is_c_contiguous()
-            };
-            let all_fit =
-                arrays.len() == widths.clone().count() && arrays.iter().zip(widths).all(fits);
-            if first > stop || stop > dataset.rows() || !all_fit {
+            let widths = self.selections[0].fields.iter().map(Range::len);
+            let widths = boards.iter().map(|_| CELLS).chain(widths);
+            let arrays: Vec<_> = boards.into_iter().chain(&out).collect();
+            let shapes = arrays.iter().map(|array| array.shape().to_vec());
+            let fit = shapes.eq(widths.map(|width| vec![count, width]))
+                && arrays.iter().all(|array| array.is_c_contiguous());
+            if first > stop || stop > dataset.rows() || !fit {
                 let text = format!(
                     "boards and out must be C-contiguous arrays for rows {first} to {stop} of {}, \
                      one per field",
@@ -295,7 +292,7 @@ mod _rust {
                 slices.collect::<Result<Vec<_>, _>>().map_err(not_usable("out"))?.into_iter();
             let boards = boards.and_then(|_| slices.next());
             let mut columns = Columns { boards, fields: slices.collect() };
-            detached(py, cancel.map(Bound::get), |interrupt| {
+            detached(py, cancel, |interrupt| {
                 let selections = &self.selections;
                 dataset.read_columns(first..stop, selections, scratch, &mut columns, interrupt)
             })
@@ -331,7 +328,6 @@ mod _rust {
             threads: Option<usize>,
             cancel: Option<&Bound<'_, Cancel>>,
         ) -> PyResult<()> {
-            let cancel = cancel.map(Bound::get);
             read(py, parts, out, self.tensor.nbytes(), cancel, |parts, out, interrupt| {
                 self.tensor.read(parts, out, threads, interrupt)
             })
@@ -346,7 +342,7 @@ mod _rust {
         indices: &Bound<'_, PyArray1<i64>>,
         out: &Bound<'_, PyArray2<u8>>,
         width: usize,
-        cancel: Option<&Cancel>,
+        cancel: Option<&Bound<'_, Cancel>>,
         work: impl FnOnce(&[i64], &mut [u8], Interrupt<'_>) -> Result<(), Error> + Send,
     ) -> PyResult<()> {
         let shape = [indices.len(), width];

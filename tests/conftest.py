@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-pytest_plugins = ["faults.fixtures"]
+pytest_plugins = ["faults.fixtures", "terminals"]
 pytest.register_assert_rewrite("reference.model", "reference.dumps")
 
 _PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"

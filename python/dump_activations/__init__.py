@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dump_activations.pipeline.summary import Summary
     from dump_activations.report.render import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
-    from dump_activations.storage.reading.cell_batch import CellBatch
+    from dump_activations.storage.reading.cells import CellBatch
 
     __version__: str
 
@@ -78,7 +78,7 @@ __all__ = [
 _HOMES = {
     "ActivationsFile": "storage.reading.activations_file",
     "Batch": "api.stream",
-    "CellBatch": "storage.reading.cell_batch",
+    "CellBatch": "storage.reading.cells",
     "Encoder": "model.encoder",
     "EncoderConfig": "model.config",
     "Shard": "dataset.shards",

@@ -1,5 +1,33 @@
-"""`python -m dump_activations` is the command `dump-activations`."""
+"""The processes of the commands: `python -m dump_activations` is `dump-activations`.
 
-from dump_activations.commands.dump import run
+Everything is imported inside `_run`, so that Ctrl-C prints a line from the first moment on.
+"""
 
-run()
+from importlib import import_module
+from typing import NoReturn
+
+
+def run_dump() -> NoReturn:
+    """Be the process of `dump-activations`."""
+    _run("dump")
+
+
+def run_inspect() -> NoReturn:
+    """Be the process of `inspect-activations`."""
+    _run("inspect")
+
+
+def _run(command: str) -> NoReturn:
+    try:
+        code = import_module(f"dump_activations.commands.{command}").main()
+    except KeyboardInterrupt as interrupt:
+        from dump_activations.commands.process import interrupted
+
+        code = interrupted(interrupt)
+    from dump_activations.commands.process import leave
+
+    leave(code)
+
+
+if __name__ == "__main__":
+    run_dump()

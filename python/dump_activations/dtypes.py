@@ -22,7 +22,8 @@ class DType:
         choice: what the option `dtype` calls it; None where activations cannot be stored so.
         nbytes: bytes of an element.
         safetensors: its code in a `.safetensors` header.
-        torch_storage: the class of its storage in a `.pt` pickle.
+        torch_storage: the class of its storage in a `.pt` pickle; None where torch saves another
+            way.
         npy: its descriptor in a `.npy` header; None where NumPy has no such dtype.
     """
 
@@ -31,7 +32,7 @@ class DType:
     nbytes: int
     _: KW_ONLY
     safetensors: str
-    torch_storage: str
+    torch_storage: str | None
     npy: str | None
 
 
@@ -44,7 +45,22 @@ _TABLE = (
     DType("uint8", None, 1, safetensors="U8", torch_storage="ByteStorage", npy="|u1"),
 )
 
+# Dtypes of other programs' files. Dumps never store them.
+_ONLY_READ = (
+    DType("int32", None, 4, safetensors="I32", torch_storage="IntStorage", npy="<i4"),
+    DType("int16", None, 2, safetensors="I16", torch_storage="ShortStorage", npy="<i2"),
+    DType("int8", None, 1, safetensors="I8", torch_storage="CharStorage", npy="|i1"),
+    DType("uint64", None, 8, safetensors="U64", torch_storage=None, npy="<u8"),
+    DType("uint32", None, 4, safetensors="U32", torch_storage=None, npy="<u4"),
+    DType("uint16", None, 2, safetensors="U16", torch_storage=None, npy="<u2"),
+    DType("bool", None, 1, safetensors="BOOL", torch_storage="BoolStorage", npy="|b1"),
+)
+
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
+"""Dtypes that a dump stores, by name."""
+
+READABLE_DTYPES = DTYPES | {dtype.name: dtype for dtype in _ONLY_READ}
+"""Dtypes of stored tensors that can be read, by name."""
 
 STORAGE_DTYPES = {dtype.choice: dtype for dtype in _TABLE if dtype.choice is not None}
 

@@ -1,7 +1,7 @@
-"""What can go wrong: one base class; each error is also the builtin a caller expects.
+"""Errors and warnings: one base class each. Every error is also the builtin that a caller expects.
 
-A text names options through `option`, so that a caller in Python reads arguments
-(`batch_size=512`) and a user of the command flags (`--batch-size 512`) of the same error.
+A message names options through `option`. A caller in Python reads arguments (`batch_size=512`), and
+a user of the command reads flags (`--batch-size 512`), in the same message.
 """
 
 import re
@@ -9,10 +9,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from typing import Self
 
-# Of the private use area: no text has them by accident.
+# Characters for private use, which no message contains by accident.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _OPTION = re.compile(f"{_OPEN}(\\w+)(?:=(.*?))?{_CLOSE}")
 
@@ -20,22 +19,22 @@ _PACKAGE = "dump_activations."
 
 
 def option(name: str, value: object = None) -> str:
-    """Name an option, or a choice of its value, in a text of this package."""
+    """Name an option, or an option with its value, in a message of this package."""
     return f"{_OPEN}{name}{_CLOSE}" if value is None else f"{_OPEN}{name}={value!r}{_CLOSE}"
 
 
 def switch(name: str) -> str:
-    """Name an option that is to be turned on, in a text of this package."""
+    """Name an option that is turned on, in a message of this package."""
     return option(name, value=True)
 
 
 def with_arguments(text: str) -> str:
-    """Write the options in a text as arguments of `dump`: `device='cpu'`."""
+    """Write the options in a message as arguments of `dump`: `device='cpu'`."""
     return _OPTION.sub(lambda m: m[1] if m[2] is None else f"{m[1]}={m[2]}", text)
 
 
 def with_flags(text: str) -> str:
-    """Write the options in a text as flags of the command: `--device cpu`."""
+    """Write the options in a message as flags of the command: `--device cpu`."""
 
     def flag(match: re.Match[str]) -> str:
         name, value = match[1].replace("_", "-"), match[2]
@@ -58,40 +57,44 @@ class Note(str):
     flags_text: str
 
     def __new__(cls, text: str) -> Self:
-        """Render a text of this package."""
+        """Render a message of this package."""
         note = super().__new__(cls, with_arguments(text))
         note.flags_text = with_flags(text)
         return note
 
 
-class DumpActivationsError(Exception):
-    """Base of every error this package raises on purpose. Its text is one line for the user."""
+class _Message(Exception):  # noqa: N818 -- the base of warnings too
+    """A message of this package, rendered when it is made, so that `args` and pickles show it.
+
+    Attributes:
+        flags_text: the message as the command shows it.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(with_arguments(text))
+        self.flags_text = with_flags(text)
+
+
+class DumpActivationsError(_Message):
+    """Base of every error that this package raises on purpose. Its text is one line."""
 
     exit_code = 1
 
-    def __str__(self) -> str:
-        return with_arguments(super().__str__())
-
-    @property
-    def flags_text(self) -> str:
-        """The text as the command shows it."""
-        return with_flags(super().__str__())
-
 
 class InvalidArgumentError(DumpActivationsError, ValueError):
-    """A call that no file or machine could make right: a bad option or combination."""
+    """An option, or a combination of options, that is wrong with any file on any machine."""
 
     exit_code = 2
 
 
 class ActivationNotImplementedError(DumpActivationsError, NotImplementedError):
-    """An activation key that is reserved but has no implementation."""
+    """An activation key that is reserved and has no implementation."""
 
     exit_code = 2
 
 
 class DatasetNotFoundError(DumpActivationsError, FileNotFoundError):
-    """No such dataset, or no shards in it."""
+    """A dataset that does not exist or has no shards."""
 
 
 class DatasetError(DumpActivationsError, ValueError):
@@ -103,15 +106,15 @@ class StepIndexError(DumpActivationsError, IndexError):
 
 
 class IndicesError(DumpActivationsError, ValueError):
-    """A list of step indices that cannot be used: its dtype, or no entries."""
+    """Step indices of a wrong dtype, or none."""
 
 
 class IndicesNotFoundError(DumpActivationsError, FileNotFoundError):
-    """No such file of step indices."""
+    """A file of step indices that does not exist."""
 
 
 class CheckpointNotFoundError(DumpActivationsError, FileNotFoundError):
-    """No such checkpoint, or no weights in it."""
+    """A checkpoint that does not exist or has no weights."""
 
 
 class CheckpointError(DumpActivationsError, ValueError):
@@ -129,7 +132,7 @@ class VocabularyError(DumpActivationsError, ValueError):
 
 
 class DeviceError(DumpActivationsError, RuntimeError):
-    """What the machine lacks: a compute device, memory, threads, or what compiling needs."""
+    """A compute device, memory, threads or a compiler that this machine lacks."""
 
 
 class OutputError(DumpActivationsError, OSError):
@@ -137,16 +140,16 @@ class OutputError(DumpActivationsError, OSError):
 
     @classmethod
     def of_system(cls, what: str, cause: OSError) -> Self:
-        """Make an error with the system's reason, as text and as `errno`."""
+        """Make an error with the reason of the system, as text and as `errno`."""
         error = cls(f"{what}: {cause.strerror or cause}")
-        # `errno` alone: with `strerror` too, OSError would make up its own text.
+        # Set `errno` alone: with `strerror` too, OSError would write its own text.
         error.errno = cause.errno
         return error
 
     @classmethod
     @contextmanager
     def when(cls, what: str) -> Iterator[None]:
-        """Turn what the system refuses inside the context into an error that says what failed."""
+        """Turn an error of the system inside the context into one that says what failed."""
         try:
             yield
         except DumpActivationsError:
@@ -159,44 +162,21 @@ class RowIndexError(DumpActivationsError, IndexError):
     """A row that a file does not have."""
 
 
-class DumpActivationsWarning(UserWarning):
-    """Something a user should know that does not stop the run."""
-
-    def __str__(self) -> str:
-        return with_arguments(super().__str__())
-
-    @property
-    def flags_text(self) -> str:
-        """The text as the command shows it."""
-        return with_flags(super().__str__())
+class DumpActivationsWarning(_Message, UserWarning):
+    """A warning to the user. The run continues."""
 
 
 class DumpActivationsNote(DumpActivationsWarning):
-    """Something worth knowing where all is as it should be. A caller from Python has to ask."""
+    """Information about a run. Python ignores it unless a caller turns it on."""
 
 
 warnings.simplefilter("ignore", DumpActivationsNote, append=True)
 
 
-_is_muted = ContextVar("_is_muted", default=False)
-
-
-@contextmanager
-def muted_notes() -> Iterator[None]:
-    """Drop notes inside the context: another process writes the same."""
-    token = _is_muted.set(True)
-    try:
-        yield
-    finally:
-        _is_muted.reset(token)
-
-
 def warn(warning: str | DumpActivationsWarning) -> None:
-    """Warn whoever called this package, at the line of the call."""
+    """Warn the caller of this package, at the line of the call."""
     if isinstance(warning, str):
         warning = DumpActivationsWarning(warning)
-    if _is_muted.get() and isinstance(warning, DumpActivationsNote):
-        return
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
@@ -204,6 +184,6 @@ def warn(warning: str | DumpActivationsWarning) -> None:
 
 
 def note(text: str) -> None:
-    """Say something worth knowing; it never ends a run, also where warnings are errors."""
+    """Issue a note. It never ends a run, even where warnings are errors."""
     with suppress(DumpActivationsNote):
         warn(DumpActivationsNote(text))

@@ -1,7 +1,7 @@
-"""Progress of a run: phases that code reports, and their display on stderr.
+"""Progress of a run: code reports phases, and `shown_progress` displays them on stderr.
 
-Code calls `begin` and `counted`. `shown_progress` displays the phases: a bar on a terminal or in a
-notebook, else a line at intervals. Importing this module costs nothing; rich is imported for a bar.
+Code calls `begin` and `counted`. A terminal or a notebook shows a bar, a log gets a line at
+intervals. This module imports rich only for a bar.
 """
 
 from __future__ import annotations
@@ -12,38 +12,36 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dump_activations.text import duration_text, size_text
+from dump_activations.text import duration_text, printable, size_text
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-    from typing import TextIO
-
     from rich.console import Console
     from rich.text import Text
 
 Count = Callable[[int, int], None]
-"""Called with what is done of a phase and what there is in all; 0 where nobody knows that."""
+"""Called with the units done of a phase and all its units, or 0 where their number is unknown."""
 
 BYTES = "B"
-"""The unit of what is counted in bytes."""
+"""The unit of a phase that counts bytes."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run, which lasts until the next begins.
+    """A phase of a run, which lasts until the next begins.
 
     Attributes:
-        name: what is being done; empty where the unit says it.
+        name: the work; empty where the unit names it.
         unit: what is counted, in the plural.
-        start: how many of them were done before.
-        of: how many there are in all; 0 where nobody knows that yet.
-        nbytes: bytes that all of them come to, where that is known.
+        start: units done before the phase.
+        of: all units; 0 where their number is unknown.
+        nbytes: bytes of all units; 0 where unknown.
     """
 
     name: str
@@ -54,10 +52,10 @@ class Phase:
 
 
 class Reporter(Protocol):
-    """Is told what a run is doing; any thread may call it."""
+    """Receives the progress of a run. Any thread may call it."""
 
     def begin(self, phase: Phase) -> None:
-        """Go on to a phase."""
+        """Begin a phase."""
 
     def advance(self, done: int, of: int) -> None:
         """Note how much of the phase is done."""
@@ -67,13 +65,13 @@ _reporter: ContextVar[Reporter | None] = ContextVar("_reporter", default=None)
 
 
 def reporter() -> Reporter | None:
-    """Return who is told in this thread; None if nobody is."""
+    """Return the reporter of this thread; None if there is none."""
     return _reporter.get()
 
 
 @contextmanager
 def reported_to(listener: Reporter) -> Iterator[None]:
-    """Tell a reporter of all that this thread does in the context."""
+    """Report the progress of this thread to a reporter inside the context."""
     token = _reporter.set(listener)
     try:
         yield
@@ -82,17 +80,17 @@ def reported_to(listener: Reporter) -> Iterator[None]:
 
 
 def begin(name: str) -> None:
-    """Go on to a phase that is not counted."""
+    """Begin a phase that is not counted."""
     if (listener := _reporter.get()) is not None:
         listener.begin(Phase(name))
 
 
 def counted(phase: Phase, also: Count | None = None) -> Count:
-    """Go on to a phase, and return what is to be called as it advances.
+    """Begin a phase, and return the function to call as it advances.
 
     Args:
-        phase: what is going to be done.
-        also: called likewise.
+        phase: the phase.
+        also: a second function to call with the same numbers.
     """
     listener = _reporter.get()
     if listener is not None:
@@ -107,21 +105,21 @@ def counted(phase: Phase, also: Count | None = None) -> Count:
     return count
 
 
-# The rate is that of so many last seconds, so that it follows what happens.
+# The rate is a mean over the last seconds, so that it follows changes.
 _RATE_SECONDS = 30.0
 
 
 class Status:
-    """A phase, what is done of it, and how fast.
+    """A phase, how much of it is done, and its rate.
 
     Args:
-        phase: what is being done.
-        now: when it began, in seconds of any clock.
+        phase: the phase.
+        now: the time at which it began, in seconds of any clock.
     """
 
     def __init__(self, phase: Phase, now: float) -> None:
+        self.began = now
         self._phase = phase
-        self._began = now
         self._done, self._of = phase.start, phase.of
         self._samples = deque([(now, phase.start)])
 
@@ -134,11 +132,11 @@ class Status:
 
     @property
     def fraction(self) -> float | None:
-        """How much of the phase is done; None where it is not counted."""
+        """How much of the phase is done, 0 to 1; None where that is unknown."""
         return self._done / self._of if self._of else None
 
     def text(self) -> str:
-        """Say what is being done, and how much of it is."""
+        """Name the phase and how much of it is done."""
         name = self._phase.name
         if not self._phase.unit:
             return name
@@ -146,9 +144,10 @@ class Status:
         return f"{name}{': ' if name else ''}{self._amount(self._done)}{of}{self._unit}"
 
     def figures(self, now: float) -> list[str]:
-        """List how long it takes and how fast it goes, the most wanted first."""
-        figures = [duration_text(now - self._began)]
-        rate = self._rate(now)
+        """List the duration, the time left and the rates, the most useful first."""
+        figures = [duration_text(now - self.began)]
+        first, before = self._samples[0]
+        rate = (self._done - before) / (now - first) if now > first else 0.0
         if not rate:
             return figures
         if self._of:
@@ -159,11 +158,6 @@ class Status:
             figures.append(f"{throughput}/s of {size_text(self._phase.nbytes)}")
         return figures
 
-    def _rate(self, now: float) -> float:
-        """Units a second; 0.0 while that is not known."""
-        began, before = self._samples[0]
-        return (self._done - before) / (now - began) if now > began else 0.0
-
     @property
     def _unit(self) -> str:
         return "" if self._phase.unit == BYTES else f" {self._phase.unit}"
@@ -173,31 +167,62 @@ class Status:
 
 
 _NARROWEST_BAR = 5
-_REFRESHES_A_SECOND = 5
-# Seconds from the start to the first line; each next one comes after as long again, up to the last.
+_REFRESHES_PER_SECOND = 5
+# A log gets a line for each phase that lasts this many seconds, and then one per so many.
 _FIRST_LINE = 10.0
-_LONGEST_PAUSE = 600.0
+_LONGEST_PAUSE = 60.0
 
-# Where a bar is drawn, if one is: a line that went past its console would break it.
+# The console of the bar, if there is one. A line that bypassed it would break the bar.
 _live: Console | None = None
 
 
 def live_console() -> Console | None:
-    """Return the console on which a bar is drawn, which is to print all other lines meanwhile."""
+    """Return the console that draws a bar. It must print all other lines meanwhile."""
     return _live
 
 
 def shown_progress() -> AbstractContextManager[None]:
-    """Show what this thread does in the context, unless that is shown already."""
+    """Show the progress of this thread inside the context, unless it has a reporter already."""
     if reporter() is not None or sys.stderr is None:
         return nullcontext()
-    if _is_notebook() or (sys.stderr.isatty() and os.environ.get("TERM") != "dumb"):
+    if _is_notebook() or (is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"):
         return _bar()
-    return _lines(sys.stderr)
+    return _lines()
+
+
+def silent_progress() -> AbstractContextManager[None]:
+    """Show no progress of this thread inside the context."""
+    return reported_to(_Display())
+
+
+def is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal. A closed stream is none, nor is one without isatty."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+class _Stderr:
+    """A stream like stderr. Where stderr is full or closed, a line is lost and no run ends."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def write(self, text: str) -> None:
+        with suppress(AttributeError, OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(AttributeError, OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Display:
-    """Knows what is being done."""
+    """A reporter that keeps the status of the phase."""
 
     def __init__(self) -> None:
         self._status = Status(Phase("starting"), time.monotonic())
@@ -210,17 +235,18 @@ class _Display:
 
 
 class _Bar(_Display):
-    """A bar with figures, on one line."""
+    """A line with the phase, a bar and figures."""
 
-    def line(self, width: int) -> Text:
-        """Return as much as fits: of the figures the first, and a bar in what is left."""
+    def line(self, width: int, stream: object = None) -> Text:
+        """Return a line of fewer columns than `width`: as many figures as fit, then a bar."""
+        from rich.cells import cell_len
         from rich.text import Text
 
-        status, now = self._status, time.monotonic()
-        words = status.text()
-        room = width - 1 - len(words)
+        status = self._status
+        words = printable(status.text(), stream)
+        room = width - 1 - cell_len(words)
         figures: list[str] = []
-        for figure in status.figures(now):
+        for figure in status.figures(time.monotonic()):
             if len(", ".join([*figures, figure])) + 2 > room:
                 break
             figures.append(figure)
@@ -229,7 +255,8 @@ class _Bar(_Display):
         if (fraction := status.fraction) is None or room < _NARROWEST_BAR:
             return Text(", ".join([words, *figures]), overflow="crop", no_wrap=True)
         done = round(min(fraction, 1.0) * room)
-        bar = ("━" * done, "green"), ("─" * (room - done), "dim")
+        full, empty = "━─" if printable("━─", stream) == "━─" else "=-"
+        bar = (full * done, "green"), (empty * (room - done), "dim")
         return Text.assemble(words, " ", *bar, " ", shown, overflow="crop", no_wrap=True)
 
 
@@ -239,13 +266,15 @@ def _bar() -> Iterator[None]:
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(stderr=True)
+    console = Console(file=_Stderr())  # type: ignore[arg-type]
     display = _Bar()
     live = Live(
-        get_renderable=lambda: display.line(console.width),
+        get_renderable=lambda: display.line(console.width, console),
         console=console,
-        refresh_per_second=_REFRESHES_A_SECOND,
+        refresh_per_second=_REFRESHES_PER_SECOND,
         transient=True,
+        # Otherwise rich would print to stderr what a program writes to a piped stdout.
+        redirect_stdout=is_terminal(sys.stdout),
     )
     with live, reported_to(display):
         _live = console
@@ -256,48 +285,50 @@ def _bar() -> Iterator[None]:
 
 
 class _Lines(_Display):
-    """Lines of text, at growing intervals."""
+    """Lines of text at intervals."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._stream = stream
-        self._ended = threading.Event()
+        self._stream = _Stderr()
+        self.ended = threading.Event()
+        self._named: Status | None = None
+        self._last = self._status.began + _FIRST_LINE - _LONGEST_PAUSE
 
     def run(self) -> None:
         """Write lines until the end."""
-        pause = _FIRST_LINE
-        while not self._ended.wait(pause):
-            line = self._line()
-            with suppress(OSError, ValueError):  # Nobody is left to be told.
-                self._stream.write(f"{line}\n")
+        while not self.ended.wait(min(1.0, _FIRST_LINE)):
+            if (line := self.due_line(time.monotonic())) is not None:
+                stamp = datetime.now().astimezone().isoformat(timespec="seconds")
+                self._stream.write(printable(f"{stamp} progress: {line}", self._stream) + "\n")
                 self._stream.flush()
-            pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def end(self) -> None:
-        self._ended.set()
-
-    def _line(self) -> str:
+    def due_line(self, now: float) -> str | None:
+        """Return a line if one is due: for a new phase, or after a long pause."""
         status = self._status
+        is_new = status is not self._named and now - status.began >= _FIRST_LINE
+        if not is_new and now - self._last < _LONGEST_PAUSE:
+            return None
+        self._named, self._last = status, now
         fraction = status.fraction
         share = [] if fraction is None else [f"{fraction:.0%}"]
-        return "progress: " + ", ".join([status.text(), *share, *status.figures(time.monotonic())])
+        return ", ".join([status.text(), *share, *status.figures(now)])
 
 
 @contextmanager
-def _lines(stream: TextIO) -> Iterator[None]:
-    display = _Lines(stream)
+def _lines() -> Iterator[None]:
+    display = _Lines()
     writer = threading.Thread(target=display.run, name="progress", daemon=True)
     writer.start()
     try:
         with reported_to(display):
             yield
     finally:
-        display.end()
+        display.ended.set()
         writer.join()
 
 
 def _is_notebook() -> bool:
-    """Whether a notebook is there to draw a bar, and the widgets that rich draws it with."""
+    """Return whether a notebook and the widgets that rich needs for a bar are there."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return type(shell).__name__ == "ZMQInteractiveShell" and find_spec("ipywidgets") is not None

@@ -96,6 +96,27 @@ impl Digester {
     }
 }
 
+/// Counts (NaN, infinite) among little-endian floats, by their bits as signed words.
+///
+/// IEEE 754: without the sign bit, infinity is the pattern of an all-ones exponent and every NaN is
+/// above it. Adding one to the exponent carries into the sign bit for these alone, so that three
+/// vector operations tell if a block needs counting.
+macro_rules! count_specials_as {
+    ($word:ty, $infinity:literal, $block:expr) => {{
+        const EXPONENT_ONE: $word = <$word>::MAX - $infinity + 1;
+        let magnitudes = || {
+            let (words, _) = $block.as_chunks::<{ size_of::<$word>() }>();
+            words.iter().map(|word| <$word>::from_le_bytes(*word) & <$word>::MAX)
+        };
+        if magnitudes().fold(0, |carries, bits| carries | bits.wrapping_add(EXPONENT_ONE)) >= 0 {
+            return (0, 0);
+        }
+        let above = |bound| magnitudes().map(|bits| <$word>::from(bits > bound)).sum::<$word>();
+        let nan = above($infinity);
+        (nan as u64, (above($infinity - 1) - nan) as u64)
+    }};
+}
+
 /// Counts (NaN, infinite) elements, with vectors as wide as the processor has them.
 fn count_specials(block: &[u8], element: Element) -> (u64, u64) {
     #[cfg(target_arch = "x86_64")]
@@ -116,60 +137,18 @@ fn count_specials_avx2(block: &[u8], element: Element) -> (u64, u64) {
 #[inline(always)]
 fn count_specials_portably(block: &[u8], element: Element) -> (u64, u64) {
     match element {
-        Element::Float64 => count_specials_64(block),
-        Element::Float32 => count_specials_32(block),
-        Element::Float16 => count_specials_16(block, 0x7c00),
-        Element::BFloat16 => count_specials_16(block, 0x7f80),
+        // Few tensors are float64. The compiler makes vectors of floats, but not of 64-bit words.
+        Element::Float64 => {
+            let values = block.as_chunks().0.iter().map(|word| f64::from_le_bytes(*word));
+            values.fold((0, 0), |(nan, inf), value| {
+                (nan + u64::from(value.is_nan()), inf + u64::from(value.is_infinite()))
+            })
+        }
+        Element::Float32 => count_specials_as!(i32, 0x7f80_0000, block),
+        Element::Float16 => count_specials_as!(i16, 0x7c00, block),
+        Element::BFloat16 => count_specials_as!(i16, 0x7f80, block),
         Element::Integer => (0, 0),
     }
-}
-
-/// Counts (NaN, infinite) among little-endian float64 values, which only labels have.
-#[inline(always)]
-fn count_specials_64(block: &[u8]) -> (u64, u64) {
-    let (words, _) = block.as_chunks::<8>();
-    words.iter().map(|word| f64::from_le_bytes(*word)).fold((0, 0), |(nan, inf), value| {
-        (nan + u64::from(value.is_nan()), inf + u64::from(value.is_infinite()))
-    })
-}
-
-/// Counts (NaN, infinite) among little-endian float32 values.
-///
-/// IEEE 754: without the sign bit, infinity is the pattern of an all-ones exponent and every NaN is
-/// above it. Adding one to the exponent carries into the sign bit for these alone, which tells in
-/// three vector operations whether a block needs counting at all.
-#[inline(always)]
-fn count_specials_32(block: &[u8]) -> (u64, u64) {
-    const INFINITY: u32 = 0x7f80_0000;
-    const EXPONENT_ONE: u32 = 0x0080_0000;
-    let magnitudes = || {
-        let (words, _) = block.as_chunks::<4>();
-        words.iter().map(|word| u32::from_le_bytes(*word) & 0x7fff_ffff)
-    };
-    let carries = magnitudes().fold(0, |carries, bits| carries | (bits + EXPONENT_ONE));
-    if carries >> 31 == 0 {
-        return (0, 0);
-    }
-    let above = |bound| magnitudes().map(|bits| u32::from(bits > bound)).sum::<u32>();
-    let nan = above(INFINITY);
-    (u64::from(nan), u64::from(above(INFINITY - 1) - nan))
-}
-
-/// Counts (NaN, infinite) among little-endian 16-bit floats, as `count_specials_32` does.
-#[inline(always)]
-fn count_specials_16(block: &[u8], infinity: u16) -> (u64, u64) {
-    let exponent_one = 0x8000 - infinity;
-    let magnitudes = || {
-        let (words, _) = block.as_chunks::<2>();
-        words.iter().map(|word| u16::from_le_bytes(*word) & 0x7fff)
-    };
-    let carries = magnitudes().fold(0, |carries, bits| carries | (bits + exponent_one));
-    if carries >> 15 == 0 {
-        return (0, 0);
-    }
-    let above = |bound| magnitudes().map(|bits| u16::from(bits > bound)).sum::<u16>();
-    let nan = above(infinity);
-    (u64::from(nan), u64::from(above(infinity - 1) - nan))
 }
 
 #[cfg(test)]

@@ -197,32 +197,18 @@ pub fn supports_direct(file: &File) -> bool {
 mod tests {
     use std::cell::Cell;
     use std::os::unix::fs::OpenOptionsExt;
-    use std::path::PathBuf;
+
+    use tempfile::NamedTempFile;
 
     use super::*;
 
-    /// A temporary file, and the same file opened with O_DIRECT where that is supported.
-    struct Scratch {
-        path: PathBuf,
-        file: File,
-        direct: Option<File>,
-    }
-
-    impl Scratch {
-        fn new(name: &str) -> io::Result<Self> {
-            let path = std::env::temp_dir().join(format!("spans-{}-{name}", std::process::id()));
-            let file = File::options().read(true).write(true).create_new(true).open(&path)?;
-            let direct = supports_direct(&file)
-                .then(|| File::options().write(true).custom_flags(libc::O_DIRECT).open(&path))
-                .transpose()?;
-            Ok(Self { path, file, direct })
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_file(&self.path);
-        }
+    /// A temporary file, opened once more with O_DIRECT if that is supported.
+    fn scratch() -> io::Result<(NamedTempFile, Option<File>)> {
+        let scratch = NamedTempFile::new()?;
+        let mut direct = File::options();
+        direct.write(true).custom_flags(libc::O_DIRECT);
+        let direct = supports_direct(scratch.as_file()).then(|| direct.open(scratch.path()));
+        Ok((scratch, direct.transpose()?))
     }
 
     fn pattern(len: usize, seed: u64) -> Vec<u8> {
@@ -231,34 +217,35 @@ mod tests {
 
     #[test]
     fn a_span_is_read_back_with_the_digest_it_was_written_with() -> io::Result<()> {
-        let scratch = Scratch::new("digest")?;
-        reserve(&scratch.file, 2_000_000)?;
-        assert_eq!(scratch.file.metadata()?.len(), 2_000_000);
+        let (scratch, _) = scratch()?;
+        reserve(scratch.as_file(), 2_000_000)?;
+        assert_eq!(scratch.as_file().metadata()?.len(), 2_000_000);
         let data = pattern(1_000_003, 1);
-        let written = write_span(&scratch.file, None, 77, &data, Element::Integer)?;
+        let written = write_span(scratch.as_file(), None, 77, &data, Element::Integer)?;
         assert_eq!(written.crc32, crc32fast::hash(&data));
         let len = data.len() as u64;
-        assert_eq!(digest_span(&scratch.file, 77, len, Element::Integer)?, written);
-        assert!(digest_span(&scratch.file, 1_999_999, 2, Element::Integer).is_err());
+        assert_eq!(digest_span(scratch.as_file(), 77, len, Element::Integer)?, written);
+        assert!(digest_span(scratch.as_file(), 1_999_999, 2, Element::Integer).is_err());
         Ok(())
     }
 
     #[test]
     fn neighbouring_spans_keep_clear_of_each_other_on_either_way() -> io::Result<()> {
-        let scratch = Scratch::new("neighbours")?;
+        let (scratch, direct) = scratch()?;
         // The spans begin on and off page boundaries in the file, and anywhere in memory.
         let lens = [300_000, 4096, 5_000_001, 262_144, 1, 8_388_608, 700_000];
         let content = pattern(lens.iter().sum(), 2);
-        reserve(&scratch.file, content.len() as u64)?;
+        reserve(scratch.as_file(), content.len() as u64)?;
         let mut start = 0;
         for (i, len) in lens.into_iter().enumerate() {
-            let direct = scratch.direct.as_ref().filter(|_| i % 3 != 1);
+            let direct = direct.as_ref().filter(|_| i % 3 != 1);
             let span = &content[start..start + len];
-            let digest = write_span(&scratch.file, direct, start as u64, span, Element::Integer)?;
+            let digest =
+                write_span(scratch.as_file(), direct, start as u64, span, Element::Integer)?;
             assert_eq!(digest.crc32, crc32fast::hash(span), "span {i}");
             start += len;
         }
-        assert!(std::fs::read(&scratch.path)? == content);
+        assert!(std::fs::read(scratch.path())? == content);
         Ok(())
     }
 
@@ -283,28 +270,27 @@ mod tests {
     }
 
     /// Writes three pages past a file that takes `taken` bytes and then refuses with `errno`.
-    fn write_refused(name: &str, taken: Option<usize>, errno: i32) -> io::Result<bool> {
+    fn write_refused(taken: Option<usize>, errno: i32) -> io::Result<bool> {
         let data = pattern(3 * 4096, 3);
-        let scratch = Scratch::new(name)?;
-        let direct = Refusing { errno, taken: Cell::new(taken), file: scratch.file.try_clone()? };
-        write_direct_block(&scratch.file, &direct, 4096, &data)?;
-        Ok(std::fs::read(&scratch.path)?[4096..] == data)
+        let (scratch, _) = scratch()?;
+        let direct = Refusing { errno, taken: Cell::new(taken), file: scratch.reopen()? };
+        write_direct_block(scratch.as_file(), &direct, 4096, &data)?;
+        Ok(std::fs::read(scratch.path())?[4096..] == data)
     }
 
     #[test]
     fn a_refused_or_short_direct_write_goes_through_the_cache() -> io::Result<()> {
-        assert!(write_refused("invalid", None, libc::EINVAL)?);
-        assert!(write_refused("fault", None, libc::EFAULT)?);
-        assert!(write_refused("short", Some(512), libc::EIO)?);
-        let error = write_refused("full", None, libc::ENOSPC).expect_err("no space");
+        assert!(write_refused(None, libc::EINVAL)?);
+        assert!(write_refused(None, libc::EFAULT)?);
+        assert!(write_refused(Some(512), libc::EIO)?);
+        let error = write_refused(None, libc::ENOSPC).expect_err("no space");
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
         Ok(())
     }
 
     #[test]
     fn a_file_system_that_supports_direct_writes_takes_them() -> io::Result<()> {
-        let scratch = Scratch::new("direct")?;
-        let Some(direct) = scratch.direct.as_ref() else { return Ok(()) };
+        let (_scratch, Some(direct)) = scratch()? else { return Ok(()) };
         let memory = vec![0; 3 * 4096];
         let start = memory.as_ptr().addr().next_multiple_of(4096) - memory.as_ptr().addr() + 512;
         assert_eq!(direct.write_at(&memory[start..start + 4096], 4096)?, 4096);
@@ -313,19 +299,19 @@ mod tests {
 
     #[test]
     fn spans_that_no_file_can_hold_are_errors() -> io::Result<()> {
-        let scratch = Scratch::new("absurd")?;
+        let (scratch, _) = scratch()?;
         let past = i64::MAX as u64;
         for (offset, len) in
             [(past, 1), (past - 1, 2), (u64::MAX, 1), (u64::MAX, u64::MAX), (8, past)]
         {
-            let error = digest_span(&scratch.file, offset, len, Element::Integer);
+            let error = digest_span(scratch.as_file(), offset, len, Element::Integer);
             assert_eq!(error.expect_err("refused").raw_os_error(), Some(libc::EOVERFLOW));
         }
         for offset in [past, past - 1, u64::MAX - 1, u64::MAX] {
-            let error = write_span(&scratch.file, None, offset, &[1, 2], Element::Integer);
+            let error = write_span(scratch.as_file(), None, offset, &[1, 2], Element::Integer);
             assert_eq!(error.expect_err("refused").raw_os_error(), Some(libc::EFBIG));
         }
-        assert_eq!(scratch.file.metadata()?.len(), 0);
+        assert_eq!(scratch.as_file().metadata()?.len(), 0);
         Ok(())
     }
 }

@@ -108,17 +108,14 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         if self.announced.len() >= IN_FLIGHT {
             self.finish_announced()?;
         }
-        self.announced_files += usize::from(self.last_announced() != Some(extent.file));
+        let last = self.announced.back().map(|(extent, _)| extent.file);
+        self.announced_files += usize::from(last != Some(extent.file));
         self.announced.push_back((extent, file));
         Ok(extent.keys.len())
     }
 
     fn next_extent(&self, keys: &'c [u64], gap: u64) -> Extent<'c> {
         self.work.extents.next(keys, gap, self.file.as_ref().map(|&(file, _)| file))
-    }
-
-    fn last_announced(&self) -> Option<usize> {
-        self.announced.back().map(|(extent, _)| extent.file)
     }
 
     /// Waits for the extent that was announced first and writes it. False if none is left.

@@ -3,6 +3,7 @@
 import inspect
 import shutil
 import threading
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, product
@@ -495,12 +496,14 @@ def test_only_the_parts_that_are_needed_run(key, checkpoints, packed, tmp_path):
         "final_ln": [model.final_ln],
         "ev_heads": list(model.ev_heads),
     }
-    ran = set()
+    ran = Counter()
     for name, modules in parts.items():
         for module in modules:
-            module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+            module.register_forward_pre_hook(lambda *_, name=name: ran.update([name]))
     cpu_dump(model, packed.path, tmp_path / "a.npz", outputs=[key], n_samples=N, batch_size=BATCH)
-    assert ran == set(parts) - UNUSED_PARTS[key]
+    # The first pass runs to the end, to look for modules that run again.
+    again = {name for name, count in ran.items() if count > len(parts[name])}
+    assert again == set(parts) - UNUSED_PARTS[key]
 
 
 def test_the_same_call_writes_the_same_bytes(model, packed, tmp_path):

@@ -417,7 +417,7 @@ def test_an_error_in_the_forward(use, model, inputs, tmp_path):
 @pytest.mark.parametrize("layout", ["packed_46", "aligned_48", "selfplay_v1"])
 def test_a_shard_cut_short_in_the_middle_of_a_run(layout, fault, model, tmp_path, monkeypatch):
     """An error that names the file, and no signal."""
-    monkeypatch.setattr("dump_activations.pipeline.board_feed._LARGEST_WINDOW", 1000)
+    monkeypatch.setattr("dump_activations.pipeline.feed._LARGEST_WINDOW", 1000)
     dataset = make_dataset(tmp_path / "dataset", layout, n=20_000)
     for shard in (tmp_path / "dataset").iterdir():
         shard.unlink()

@@ -3,7 +3,6 @@
 import errno
 import gc
 import os
-import signal
 import threading
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,13 +13,9 @@ import torch
 
 from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
-from dump_activations.api import streaming
 from dump_activations.errors import DatasetError, DeviceError, DumpActivationsNote, OutputError
 from dump_activations.model import capture
-from dump_activations.pipeline.device import find_device
-from dump_activations.pipeline.interrupts import HeldInterrupts
-from dump_activations.pipeline.loop import Loop
-from dump_activations.pipeline.shortage import batch_shortage_named, empty_pinned
+from dump_activations.pipeline.run import Run
 from dump_activations.storage.writing import journal
 from dump_activations.storage.writing import output_file as file_module
 from dump_activations.timing import SharedStopwatch
@@ -99,10 +94,10 @@ def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, mo
         yield
         inside.pop()
 
-    close = Loop.__exit__
-    monkeypatch.setattr(streaming, "current", current)
+    close = Run.__exit__
+    monkeypatch.setattr("dump_activations.api.stream.current", current)
     monkeypatch.setattr(
-        Loop, "__exit__", lambda *each: (seen.append(("close", *inside)), close(*each))[1]
+        Run, "__exit__", lambda *each: (seen.append(("close", *inside)), close(*each))[1]
     )
     model.blocks[0].register_forward_hook(lambda *_: seen.append(("forward", *inside)))
     batches = stream(model, DEMO_DATASET, **OPTIONS)
@@ -111,15 +106,6 @@ def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, mo
         assert not inside
     batches.close()
     assert seen == [("forward", 1), ("forward", 1), ("close", 1)]
-
-
-@pytest.mark.parametrize("name", ["cuda:2", "cuda:256", "cuda:300"])
-def test_a_device_number_past_the_last(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DeviceError, match=rf"no {name}; the last one is cuda:1"):
-        find_device(name)
-    assert find_device("cuda:01") == torch.device("cuda", 1)
 
 
 def short_of_memory(model, batches):
@@ -203,25 +189,9 @@ def test_what_a_batch_is_short_of(error, text, model):
         list(stream(model, DEMO_DATASET, **OPTIONS))
 
 
-def test_pinned_memory_is_not_the_devices(monkeypatch):
-    def refuse(*_, **options):
-        assert options["pin_memory"]
-        raise RuntimeError("CUDA error: out of memory\nmore")
-
-    monkeypatch.setattr(torch, "empty", refuse)
-    with (
-        pytest.raises(
-            DeviceError,
-            match=r"^out of pinned host memory \(CUDA error: out of memory\) at batch_size=8; free",
-        ),
-        batch_shortage_named(8),
-    ):
-        empty_pinned((2, 16), torch.uint8)
-
-
 def test_a_model_that_does_not_fit(model, monkeypatch):
     short = failing("CUDA out of memory. Tried to allocate 2.00 GiB.", torch.OutOfMemoryError)
-    monkeypatch.setattr("dump_activations.pipeline.plan.replicate", short)
+    monkeypatch.setattr("dump_activations.model.prepared.replicate", short)
     for run in uses(model, "a.pt"):
         with pytest.raises(DeviceError, match=r"^out of device memory: the model does not fit on"):
             run()
@@ -311,15 +281,6 @@ def test_boards_that_were_resumed_are_not_counted_as_done(model, tmp_path, monke
         summary = dump(model, DEMO_DATASET, tmp_path / "a.pt", **OPTIONS)
     assert summary.resumed_boards in {8, 16, 24, 32}
     assert summary.boards == 50 - summary.resumed_boards
-
-
-def test_a_signal_after_the_one_handed_over_is_not_held():
-    with HeldInterrupts() as interrupts:
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_write_under_way_keeps_its_descriptor(tmp_path, monkeypatch):

@@ -5,8 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
+
+import pytest
 
 import dump_activations
+from dump_activations.options import DumpOptions, StreamOptions, describe
 
 CACHE = Path(__file__).parents[2] / ".mypy_cache" / "uses"
 USES = """
@@ -19,15 +23,17 @@ from dump_activations import strem  # wrong: no such name
 ds = StepsDataset("dataset")
 loader = DataLoader(ds, batch_size=1024, sampler=ds.sample_indices(65536).tolist())
 summary: Summary = dump("checkpoint", ds, "a.pt", outputs=["pooled"], indices=np.arange(3))
-dump(load_encoder("checkpoint"), "dataset", write=False, batch_size=512, resume=True)
+dump(load_encoder("checkpoint"), "dataset", write=False, batch_size=512, stats=True)
 dump("checkpoint", "dataset", batch_siz=512)  # wrong: no such option
 dump("checkpoint", "dataset", batch_size="512")  # wrong: no number
 stream("checkpoint", "dataset", write=False)  # wrong: of dump only
-stream("checkpoint", "dataset", tensors="borrowed")
-dump("checkpoint", "dataset", tensors="borrowed")  # wrong: of stream only
+stream("checkpoint", "dataset", tensors="view")
+stream("checkpoint", "dataset", tensors="borrowed")  # wrong: no such choice
+stream("checkpoint", "dataset", dtype="float32")  # wrong: no such choice
+dump("checkpoint", "dataset", tensors="view")  # wrong: of stream only
 for batch in stream("checkpoint", ds, outputs="pooled"):
     each: Batch = batch
-    batch["pooled"].shape, batch.indices, batch.boards
+    batch["pooled"].shape, batch.indices, batch.boards, batch.keys()
 """
 
 
@@ -40,12 +46,23 @@ def test_right_uses_pass_and_wrong_ones_fail(tmp_path):
     assert found == wrong, run.stdout + run.stderr
 
 
-def test_signatures_name_every_option():
-    for function in (dump_activations.dump, dump_activations.stream):
-        text = str(inspect.signature(function))
-        assert "batch_size: int = 1024" in text
-        assert text.startswith("(init_or_model: str | PathLike[str] | Encoder, dataset_or_path")
-        assert max(map(len, inspect.getdoc(function).splitlines())) <= 100
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [(dump_activations.dump, DumpOptions), (dump_activations.stream, StreamOptions)],
+    ids=["dump", "stream"],
+)
+def test_a_signature_and_its_options_class_agree(function, options):
+    parameters = inspect.signature(function, eval_str=True).parameters
+    keywords = {p.name: p for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    fields = {described.name: described for described in describe(options)}
+    assert [*keywords] == [*fields]
+    _, arguments = inspect.getdoc(function).split("Args:\n")
+    documented = re.findall(r"^    (\w+): ", arguments.split("\n\n")[0], re.MULTILINE)
+    assert documented == [*parameters]
+    for name, parameter in keywords.items():
+        assert parameter.default == fields[name].default, name
+        if fields[name].choices:
+            assert get_args(parameter.annotation) == fields[name].choices, name
 
 
 def test_every_public_name_is_there():

@@ -55,9 +55,9 @@ def _section(
         [
             *(Figure.of(name, values, "boards/s") for name, values in speeds.items()),
             *(
-                Figure.of(f"{name} to own", ratios(speeds, name, "own"), "x")
+                Figure.of(f"{name} to copy", ratios(speeds, name, "copy"), "x")
                 for name in TENSORS
-                if name != "own"
+                if name != "copy"
             ),
         ],
     )

@@ -123,8 +123,8 @@ WRONG_CALLS = {
     "unknown-key": ({"outputs": "attn_paterns"}, ["--outputs", "attn_paterns", "attn_pattern"]),
     "like-no-key": ({"outputs": "zzz"}, ["--outputs", "zzz", *KEYS]),
     "layer-of-a-hook": (
-        {"outputs": "blocks.0.hook_resid_mid"},
-        ["blocks.0.hook_resid_mid", " hook_resid_mid"],
+        {"outputs": "blocks.0.hook_resid_mit"},
+        ["blocks.0.hook_resid_mit", " hook_resid_mid"],
     ),
     "glob-of-nothing": ({"outputs": "pooled,attn_x*"}, ["--outputs", "attn_x*"]),
     "glob-of-what-the-model-lacks": ({"outputs": "attn_sink?"}, ["--outputs", "attn_sink?"]),

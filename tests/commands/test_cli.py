@@ -2,25 +2,27 @@
 
 import json
 import os
-import pty
 import re
 import resource
-import select
 import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
 
-from dump_activations.commands.dump import main, run
+from dump_activations.commands.dump import dump_activations, main, run
+from dump_activations.commands.inspect import main as inspect_main
+from dump_activations.options import PRECISIONS, DumpOptions, Group
 from reference.checkpoints import BASE, config_json, load_demo
 from reference.datasets import make_dataset, naive_boards, numpy_indices, read_dataset
 from reference.dumps import read_dump
 from reference.model import assert_close, naive_dump
+from terminals import open_terminal
 
 CPU = ["--allow-cpu", "--device", "cpu"]
 SEED_COMMAND = shlex.split("""
@@ -134,43 +136,77 @@ def test_defaults(place, inputs):
     assert dump.metadata["seed"] == "0"
 
 
-def test_help_shows_every_flag_and_default(capsys):
+def sections(capsys):
+    """Return the sections of the help by their titles."""
     assert main(["--help"]) == 0
-    shown = "".join(capsys.readouterr())
+    parts = re.split(r"^(\S.*):$", capsys.readouterr().out, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_help_shows_every_flag_and_default_in_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = "".join(sections(capsys).values())
     flags = "init dataset indices n-samples batch-size seed outputs output dtype no-write device"
-    added = "allow-cpu demo random-init version"
-    for flag in ["-o", *(f"--{name}" for name in f"{flags} {added}".split())]:
+    added = "allow-cpu demo random-init version help quiet"
+    for flag in ["-o", "-h", "-V", "-q", *(f"--{name}" for name in f"{flags} {added}".split())]:
         assert re.search(rf"(?<![\w-]){flag}(?![\w-])", shown), flag
     for default in ("1024", "final_hidden", "activations.safetensors", "fp32", "cuda"):
         assert default in shown
+    assert not re.search(r"\[default:\s+(True|False)\]", shown)
+    assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_version(capsys):
-    assert main(["--version"]) == 0
-    assert version("dump-activations") in "".join(capsys.readouterr())
+def test_each_option_is_in_the_group_of_its_field(capsys):
+    shown = sections(capsys)
+    shown.pop("Examples")
+    assert {*shown} >= {*Group}
+    flags = {flag.name: flag.opts[-1] for flag in dump_activations.params}
+    for each in fields(DumpOptions):
+        if each.name in flags:
+            found = [
+                t for t, text in shown.items() if re.search(rf"^  {flags[each.name]} ", text, re.M)
+            ]
+            assert found == [each.metadata["group"]], each.name
+    assert "--dtype [fp32|fp16|bf16]" in shown[Group.KEEP]
+    assert f"--precision [{'|'.join(PRECISIONS)}]" in shown[Group.COMPUTE]
 
 
-@pytest.mark.parametrize("flag", ["-o", "--output"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
-def test_the_suffix_selects_the_format(flag, suffix, inputs, tmp_path):
-    path = tmp_path / f"out{suffix}"
-    assert main([*inputs, *CPU, "--n-samples", "3", flag, str(path)]) == 0
-    assert read_dump(path).tensors["final_hidden"].shape == (3, 16, 64)
+def test_the_examples_are_valid_calls(capsys):
+    text = sections(capsys)["Examples"].replace("\\\n", "")
+    calls = re.findall(r"^ +dump-activations (.*)$", text, re.M)
+    assert len(calls) == 2
+    known = {each.name for each in fields(DumpOptions)}
+    for call in calls:
+        with dump_activations.make_context("dump-activations", shlex.split(call)) as context:
+            given = {name: value for name, value in context.params.items() if name in known}
+            DumpOptions(**given | {"allow_cpu": True})
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_dtype(dtype, stored, inputs, tmp_path):
-    path = tmp_path / "out.pt"
-    assert main([*inputs, *CPU, "--n-samples", "3", "-o", str(path), "--dtype", dtype]) == 0
-    assert read_dump(path).tensors["final_hidden"].dtype == stored
+@pytest.mark.parametrize("command", [main, inspect_main])
+def test_short_flags(command, capsys):
+    for short, long in (("-h", "--help"), ("-V", "--version")):
+        assert [command([short]), command([long])] == [0, 0]
+        out = capsys.readouterr().out
+        assert out == out[: len(out) // 2] * 2
+    assert version("dump-activations") in out
 
 
-def test_json_summary(inputs, tmp_path, capsys):
-    path = tmp_path / "out.pt"
-    assert main([*inputs, *CPU, "--n-samples", "30", "-o", str(path), "--json"]) == 0
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "stored"),
+    [
+        ("npz", "fp32", torch.float32),
+        ("pt", "fp16", torch.float16),
+        ("safetensors", "bf16", torch.bfloat16),
+    ],
+)
+def test_format_dtype_and_json_summary(suffix, dtype, stored, inputs, tmp_path, capsys):  # noqa: PLR0917
+    path = tmp_path / f"a.{suffix}"
+    given = ["--n-samples", "30", "--output", str(path), "--dtype", dtype, "--json"]
+    assert main([*inputs, *CPU, *given]) == 0
+    tensor = read_dump(path).tensors["final_hidden"]
+    assert (tensor.shape, tensor.dtype) == ((30, 16, 64), stored)
     summary = json.loads(capsys.readouterr().out)
-    assert isinstance(summary, dict)
-    assert 30 in summary.values()
+    assert (summary["boards"], summary["output"]) == (30, str(path))
 
 
 def test_indices_file(inputs, demo_dataset, tmp_path):
@@ -186,16 +222,11 @@ def test_indices_file(inputs, demo_dataset, tmp_path):
     assert dump.metadata["n_samples"] == "4"
 
 
-def test_outputs_may_have_blanks_between_them(inputs, tmp_path):
+@pytest.mark.parametrize(
+    "outputs", [["--outputs= pooled, head_logits "], ["--outputs=pooled", "--outputs=head_logits"]]
+)
+def test_outputs_may_have_blanks_or_be_given_more_than_once(outputs, inputs, tmp_path):
     path = tmp_path / "out.pt"
-    outputs = " pooled, head_logits "
-    assert main([*inputs, *CPU, "--n-samples", "3", "-o", str(path), "--outputs", outputs]) == 0
-    assert set(read_dump(path).tensors) == {"pooled", "head_logits", "indices", "boards"}
-
-
-def test_outputs_may_be_given_more_than_once(inputs, tmp_path):
-    path = tmp_path / "out.pt"
-    outputs = ["--outputs", "pooled", "--outputs", "head_logits"]
     assert main([*inputs, *CPU, "--n-samples", "3", "-o", str(path), *outputs]) == 0
     assert set(read_dump(path).tensors) == {"pooled", "head_logits", "indices", "boards"}
 
@@ -253,20 +284,16 @@ def test_warning_of_eight_gib(flags, warns, inputs, tmp_path, capsys):
     assert list(out.iterdir()) == []
 
 
-def run_module(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "dump_activations", *arguments],
+def test_demo_in_a_pipe(tmp_path):
+    """The README's command. Without a CUDA device the demo runs on the CPU."""
+    result = subprocess.run(
+        [sys.executable, "-m", "dump_activations", "--demo", "-o", "activations.safetensors"],
         capture_output=True,
         text=True,
         check=False,
-        **options,
+        cwd=tmp_path,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
-
-
-def test_demo_in_a_pipe(tmp_path):
-    """The README's command. Without a CUDA device the demo runs on the CPU."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    result = run_module("--demo", "-o", "activations.safetensors", cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     assert made_files(tmp_path) == ["activations.safetensors"]
     printed = result.stdout + result.stderr
@@ -277,45 +304,25 @@ def test_demo_in_a_pipe(tmp_path):
     assert dump.tensors["final_hidden"].shape == (1024, 16, 64)
 
 
-def run_on_terminal(arguments, cwd):
-    """Run the command on a terminal of its own, and return its exit code and what it showed."""
-    primary, secondary = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dump_activations", *arguments],
-        stdin=secondary,
-        stdout=secondary,
-        stderr=secondary,
-        cwd=cwd,
-        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"},
-    )
-    os.close(secondary)
-    shown = bytearray()
-    while select.select([primary], [], [], 120)[0]:
-        try:
-            chunk = os.read(primary, 65536)
-        except OSError:  # how Linux reports that the other end is closed
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(primary)
-    return process.wait(timeout=60), shown.decode()
-
-
 def test_progress_on_a_terminal(tmp_path):
-    code, shown = run_on_terminal(
-        ["--demo", "--allow-cpu", "--device", "cpu", "--batch-size", "16", "--no-write"], tmp_path
-    )
-    assert code == 0, shown
+    call = [sys.executable, "-m", "dump_activations", "--demo", "--batch-size=16", "--no-write"]
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
+    with open_terminal() as (file, close):
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), file)
+        run = subprocess.run([*call, *CPU], cwd=tmp_path, env=environment, check=False, **streams)
+        shown = close()
+    assert run.returncode == 0, shown
     assert "\x1b[" in shown
     assert "boards/s" in shown
-    assert "100%" in shown or "1024/1024" in shown or "1,024/1,024" in shown
+    assert "1,024/1,024" in shown
 
 
 PROBE = """
 import contextlib, io, sys
+import dump_activations
 from dump_activations.commands.dump import main
 heavy = {"torch", "numpy"}
+assert {"StepsDataset", "dump", "load_encoder", "stream"} <= {*dump_activations.__all__}
 assert not heavy & set(sys.modules), "import"
 for arguments in ARGUMENTS:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -357,12 +364,11 @@ WRONG_CALLS = [
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ([["--help"]], 0),
-        ([["--version"]], 0),
+        ([["--help"], ["-h"], ["--version"]], 0),
         ([["--list-outputs", "--json"]], 0),
         (WRONG_CALLS, 2),
     ],
-    ids=["help", "version", "list-outputs", "wrong-calls"],
+    ids=["help", "list-outputs", "wrong-calls"],
 )
 def test_neither_torch_nor_numpy_is_imported(arguments, code, tmp_path):
     script = PROBE.replace("ARGUMENTS", repr(arguments)).replace("EXPECTED", str(code))
@@ -370,16 +376,6 @@ def test_neither_torch_nor_numpy_is_imported(arguments, code, tmp_path):
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert result.returncode == 0, result.stderr
-
-
-def test_importing_the_package_imports_neither_torch_nor_numpy():
-    script = (
-        "import sys, dump_activations\n"
-        "names = {'StepsDataset', 'dump', 'load_encoder', 'stream'}\n"
-        "assert names <= set(dump_activations.__all__)\n"
-        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_the_installed_command_is_the_module():

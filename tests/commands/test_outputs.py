@@ -1,4 +1,4 @@
-"""What a run would write, and what there is to ask for: `--dry-run` and `--list-outputs`."""
+"""Previews: `--dry-run` shows the tensors of a run, `--list-outputs` the keys of a model."""
 
 import errno
 import fcntl
@@ -26,20 +26,13 @@ def shown(capsys, *arguments):
 
 
 @pytest.mark.parametrize("split", [[], ["--split-layers"]], ids=["stacked", "split"])
-def test_a_dry_run_says_what_the_run_writes(split, tmp_path, capsys, demo_dataset):
+def test_a_dry_run_shows_what_the_run_writes(split, tmp_path, capsys, demo_dataset):
     init = VARIANTS["sinks-gqa-6-2"](tmp_path / "init").init
     target = tmp_path / "out" / "a.safetensors"
     target.parent.mkdir()
     given = [
-        "--allow-cpu",
-        "--init",
-        init,
-        "--dataset",
-        demo_dataset,
-        *CHOICE,
-        *split,
-        "-o",
-        target,
+        *("--allow-cpu", "--init", init, "--dataset", demo_dataset),
+        *(*CHOICE, *split, "-o", target),
     ]
     said = shown(capsys, *given, "--dry-run", "--json")
     assert list(target.parent.iterdir()) == []
@@ -80,9 +73,8 @@ def test_a_dry_run_shows_all_statistics_in_one_row(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "stats/" in line]
     nbytes = sum(each["bytes"] for each in held)
     assert len(held) == 16
-    assert rows == [
-        ["stats/KEY/NAME", "float64", "16", "tensors", f"{nbytes / 1000:.1f}", "kB"],
-    ]
+    size = [f"{nbytes / 1000:.1f}", "kB"]
+    assert rows == [["stats/KEY/NAME", "float64", "16", "tensors", *size]]
 
 
 def refusal(capsys, target, *arguments):
@@ -104,21 +96,20 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path, capsys):
     assert not target.parent.exists()
 
 
-def test_a_dry_run_knows_a_disk_that_is_too_small(small_disk, capsys):  # noqa: F811
+def test_a_dry_run_refuses_a_small_disk_and_counts_the_space_of_a_partial_file(
+    small_disk,  # noqa: F811
+    capsys,
+):
     target = small_disk / "a.pt"
     code, line = refusal(capsys, target, "--outputs=layer_outputs", "--n-samples=600")
     assert (code, str(target) in line, os.strerror(errno.ENOSPC) in line) == (1, True, True)
     assert main(["--demo", "--dry-run", "--outputs=pooled", "-o", str(target)]) == 0
-
-
-def test_a_dry_run_counts_the_space_that_a_partial_file_has(small_disk):  # noqa: F811
-    target = small_disk / "a.pt"
     (small_disk / "a.pt.partial").write_bytes(bytes(3 << 20))
     more_than_is_free = ["--outputs=layer_outputs", "--n-samples=150"]
     assert main(["--demo", "--dry-run", *more_than_is_free, "-o", str(target)]) == 0
 
 
-def test_a_run_notes_what_it_writes_and_python_callers_ask_for_it(
+def test_a_run_notes_what_it_writes_and_python_callers_opt_in(
     demo_checkpoint, demo_dataset, tmp_path, capsys
 ):
     target = tmp_path / "a.pt"
@@ -162,11 +153,15 @@ def test_the_list_of_keys_gives_the_sizes_of_a_model(dtype, tmp_path, capsys, de
 
 
 def test_the_list_of_keys_without_a_model_or_of_one_without_sinks(capsys):
-    listed = {each["key"]: each["shape"] for each in shown(capsys, "--list-outputs", "--json")}
+    keys = shown(capsys, "--list-outputs", "--json")
+    assert all(each["text"] for each in keys)
+    listed = {each["key"]: each["shape"] for each in keys}
     assert listed["attn_pattern"] == ["N", "L", "Q", 16, 16]
     assert listed["mlp_post"] == ["N", "L", 16, "I"]
     assert main(["--list-outputs"]) == 0
-    assert "(N, L, 16, K, D)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(N, L, 16, K, D)" in out
+    assert "mean of final_hidden" in out
     assert main(["--list-outputs", "--demo"]) == 0
     out = capsys.readouterr().out
     assert "(N, 4, 16, 64)" in out
@@ -186,7 +181,7 @@ def interrupted(target):
         dump(demo.CHECKPOINT, demo.DATASET, target, progress=fail, **options)
 
 
-def test_a_dry_run_says_what_becomes_of_a_partial_file(tmp_path, capsys):
+def test_a_dry_run_tells_the_fate_of_a_partial_file(tmp_path, capsys):
     target = tmp_path / "a.pt"
     partial = tmp_path / "a.pt.partial"
     same = ["--n-samples=20", "--batch-size=4"]
@@ -210,7 +205,7 @@ def test_a_dry_run_says_what_becomes_of_a_partial_file(tmp_path, capsys):
     assert (code, line) == (0, f"note: {partial} will be started anew: it has no journal")
 
 
-def test_a_partial_file_beside_a_complete_one_is_mentioned(tmp_path, capsys):
+def test_a_partial_file_next_to_a_complete_one_is_mentioned(tmp_path, capsys):
     target = tmp_path / "a.pt"
     call = ["--demo", "--n-samples=20", "--batch-size=4", "--resume", f"--output={target}"]
     assert main(call) == 0

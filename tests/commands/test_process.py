@@ -1,4 +1,4 @@
-"""What the command changes about its own process."""
+"""The process of a command: memory, imports, signals, exit codes and last output."""
 
 import gc
 import os
@@ -6,12 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dump_activations.commands.process import uncollected_imports
 from faults.commands import HANG
+
+
+def run_script(script, *, check=True, **options):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    call = [sys.executable, "-c", script]
+    return subprocess.run(call, check=check, timeout=HANG, **options)
+
 
 FAULTS = """
 import resource
@@ -29,51 +37,52 @@ print((faults() - before) * resource.getpagesize() // (8 << 20))
 """
 
 
-def blocks_faulted_in(prepare):
-    script = FAULTS.replace("PREPARE", prepare)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return int(run.stdout)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_used_again():
-    assert blocks_faulted_in("keep_freed_memory()") <= 2
-    assert blocks_faulted_in("") >= 30
+    assert int(run_script(FAULTS.replace("PREPARE", "keep_freed_memory()")).stdout) <= 2
+    assert int(run_script(FAULTS.replace("PREPARE", "")).stdout) >= 30
 
 
-def test_a_reader_that_has_seen_enough_is_told_nothing_more():
-    read, write = os.pipe()
-    os.close(read)
-    call = [sys.executable, "-c", "from dump_activations.commands.dump import run; run()"]
-    done = subprocess.run(
-        [*call, "--list-outputs"], stdout=write, stderr=subprocess.PIPE, check=False
-    )
-    os.close(write)
-    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
-
-
-def test_what_is_imported_is_left_to_itself_and_nothing_else():
+def test_imports_are_not_collected_and_the_collector_returns_after_an_error():
     try:
-        with uncollected_imports():
+        with suppress(ImportError), uncollected_imports():
             assert not gc.isenabled()
+            raise ImportError
         assert gc.isenabled()
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
 
 
-def test_the_collector_is_back_after_a_failed_import():
-    try:
-        with pytest.raises(ImportError), uncollected_imports():
-            raise ImportError
-        assert gc.isenabled()
-    finally:
-        gc.unfreeze()
+EARLY = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "MODULE":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+from dump_activations.__main__ import run_dump
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["dump-activations", "--demo", "--device=cpu", "--no-write"]
+run_dump()
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["dump_activations.commands", "click", "dump_activations.options", "numpy", "torch"]
+)
+def test_ctrl_c_in_the_first_second_is_one_line(module):
+    done = run_script(EARLY.replace("MODULE", module), check=False)
+    lines = [line for line in done.stderr.splitlines() if " progress: " not in line]
+    assert (done.returncode, done.stdout, lines) == (-signal.SIGINT, "", ["error: interrupted"])
 
 
 LEAVES = """
 import atexit, sys
 from dump_activations.commands.process import leave
+class Large:
+    def __del__(self):
+        print("freed")
+large = Large()
 atexit.register(print, "at exit", end=" ")
 sys.stdout.write("written ")
 sys.stderr.write("to both")
@@ -81,22 +90,40 @@ leave(3)
 """
 
 
-def test_leaving_runs_what_is_registered_and_loses_no_output():
-    run = subprocess.run(
-        [sys.executable, "-c", LEAVES], capture_output=True, text=True, check=False
-    )
+def test_leaving_runs_exit_functions_loses_no_output_and_frees_nothing():
+    run = run_script(LEAVES, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (3, "written at exit ", "to both")
+
+
+def test_a_reader_that_closed_stdout_gets_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    call = [sys.executable, "-m", "dump_activations", "--list-outputs"]
+    done = subprocess.run(call, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_is_lost_on_leaving_is_one_line():
+    script = "from dump_activations.commands.process import leave; print('lost'); leave(0)"
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        run = run_script(script, check=False, stdout=full, env=buffered)
+    assert (run.returncode, run.stderr) == (
+        *(1, "error: cannot write to stdout: No space left on device\n"),
+    )
 
 
 WAITS = """
 import signal
 import click
-from dump_activations.commands.runner import be_process
+from dump_activations.commands.process import leave, run_command
 @click.command()
 def wait():
     print("waiting", flush=True)
     signal.pause()
-be_process(wait)
+leave(run_command(wait, None))
 """
 
 
@@ -113,7 +140,7 @@ def in_a_shell(script):
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_ctrl_c_ends_a_shells_loop():
     shell = in_a_shell('for i in 1 2 3; do eval "$wait"; done; echo survived')
-    os.killpg(shell.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(shell.pid, signal.SIGINT)  # As a terminal does.
     assert shell.communicate(timeout=60) == ("", "error: interrupted\n")
     assert shell.returncode == -signal.SIGINT
 
@@ -125,35 +152,6 @@ def test_a_scheduler_sees_that_a_command_was_terminated():
     assert shell.communicate(timeout=60) == ("143\n", "error: interrupted\n")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_is_lost_on_leaving_shows():
-    script = "from dump_activations.commands.process import leave; print('lost'); leave(0)"
-    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    with Path("/dev/full").open("w") as full:
-        run = subprocess.run(
-            [sys.executable, "-c", script],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            env=buffered,
-            check=False,
-        )
-    assert run.returncode == 120  # Python's own
-    assert b"No space left" in run.stderr
-
-
-def test_leaving_takes_nothing_apart():
-    script = """
-from dump_activations.commands.process import leave
-class Large:
-    def __del__(self):
-        print("taken apart")
-large = Large()
-leave(0)
-"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout == ""
-
-
 CHILD = """
 import os, time
 from dump_activations.pipeline.interrupts import terminate_with_parent
@@ -161,23 +159,18 @@ terminate_with_parent(PARENT)
 print("ready", flush=True)
 time.sleep(100)
 """
-LAUNCHER = """
+PARENT = f"""
 import os, subprocess, sys
-child = [sys.executable, "-c", sys.argv[1]]
-started = subprocess.Popen(child, stdout=subprocess.PIPE)
+child = {CHILD.replace("PARENT", "os.getppid()")!r}
+started = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
 assert started.stdout.readline() == b"ready\\n"
 os.kill(os.getpid(), 9)
 """
 
 
 def test_a_process_ends_with_its_parent():
-    command = [sys.executable, "-c", LAUNCHER, CHILD.replace("PARENT", "os.getppid()")]
-    # It holds the parent's stderr, so that the end of that is its own end.
-    run = subprocess.run(command, stderr=subprocess.PIPE, timeout=HANG, check=False)
-    assert (run.returncode, run.stderr) == (-signal.SIGKILL, b"")
-
-
-def test_a_parent_that_has_ended_already():
-    command = [sys.executable, "-c", CHILD.replace("PARENT", "os.getppid() + 1")]
-    run = subprocess.run(command, capture_output=True, timeout=HANG, check=False)
-    assert (run.returncode, run.stdout) == (-signal.SIGTERM, b"")
+    # The child inherits stderr, which ends when the child does.
+    run = run_script(PARENT, check=False, stdout=None)
+    assert (run.returncode, run.stderr) == (-signal.SIGKILL, "")
+    run = run_script(CHILD.replace("PARENT", "os.getppid() + 1"), check=False)
+    assert (run.returncode, run.stdout) == (-signal.SIGTERM, "")

@@ -40,7 +40,7 @@ def test_an_earlier_dump(suffix, tmp_path, capsys):
     run("--where", "max_rank > 9", "--n-samples=50", "-o", str(old))
     run("--indices", str(old), "--labels", "move_dir", "-o", str(new))
     assert stored_indices(new) == stored_indices(old)
-    assert read_dump(new).metadata["indices_from"] == "given"
+    assert read_dump(new).metadata["sampling"] == "given"
     assert "warning" not in capsys.readouterr().err
 
 

@@ -128,4 +128,4 @@ class Command:
     def lines(self) -> list[str]:
         """What it printed, but for the progress that only a slow machine is told."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return [line for line in lines if not line.startswith("progress: ")]
+        return [line for line in lines if " progress: " not in line]

@@ -1,8 +1,8 @@
-"""Damaged and malicious checkpoints end in an error of the package, or load; nothing else happens.
+"""Damaged and malicious checkpoints load, or end in an error of the package.
 
-Ten thousand of them by one command:
+This command runs ten thousand of them:
 
-    uv run --locked pytest tests/test_hostile_checkpoints.py --faults 67
+    uv run --locked pytest tests/model/test_hostile_checkpoints.py --faults 67
 """
 
 import json

@@ -40,7 +40,7 @@ import pytest
 import torch
 from simulated.memory import PinnedMemory
 from simulated.streams import Device, Event, Stream
-from simulated.tensors import Dispatch
+from simulated.tensors import PLACE, Dispatch
 
 
 class _Runtime:
@@ -71,7 +71,8 @@ def simulated(
     device, pinned = Device(policy), pinned or PinnedMemory()
 
     @contextmanager
-    def named(_device: object = None) -> Iterator[None]:
+    def named(place: object = PLACE) -> Iterator[None]:
+        assert place == PLACE
         thread = threading.get_ident()
         if thread in device.threads:
             yield

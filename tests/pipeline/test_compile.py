@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dump_activations import dump, load_encoder, stream
-from dump_activations.commands.dump import main
+from dump_activations.errors import DeviceError, DumpActivationsWarning
 from dump_activations.model import capture
+from reference.dumps import read_dump
 
-DEMO = ["--demo", "--device", "cpu", "--n-samples", "40", "--batch-size", "8", "--compile"]
+OPTIONS = {"n_samples": 40, "batch_size": 8, "device": "cpu", "allow_cpu": True, "compile": True}
 
 
 @pytest.fixture
@@ -23,27 +24,39 @@ def compile_with(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-write"]])
-def test_the_model_is_compiled_once_and_first(flags, compile_with, tmp_path, monkeypatch, capsys):
-    loops, found = [], []
-    enter = capture.Capture.run
+@pytest.fixture
+def dumped(demo_checkpoint, demo_dataset, tmp_path):
+    """Return a function that runs a dump to `a.safetensors`."""
+
+    def run(**options):
+        path = tmp_path / "out" / "a.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        return dump(demo_checkpoint, demo_dataset, path, **(OPTIONS | options))
+
+    return run
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_the_model_is_compiled_once_and_first(write, compile_with, dumped, tmp_path, monkeypatch):
+    batches, found = [], []
+    run_batch = capture.Capture.run
 
     def backend(graph, _inputs):
-        found.append((len(loops), [*tmp_path.iterdir()]))
+        found.append((len(batches), [*(tmp_path / "out").iterdir()]))
         return graph.forward
 
     def run(self, tokens_BS, buffers):
-        enter(self, tokens_BS, buffers)
-        loops.append(len(tokens_BS))
+        run_batch(self, tokens_BS, buffers)
+        batches.append(len(tokens_BS))
 
     monkeypatch.setattr(capture.Capture, "run", run)
     compile_with(backend)
-    assert main([*DEMO, *flags, "-o", str(tmp_path / "a.pt")]) == 0
+    dumped(write=write)
     assert found == [(0, [])]
-    assert loops == [8] * 6  # empty boards, then the run's
+    assert batches == [8] * 6  # empty boards, then the run's
 
 
-def test_the_time_it_takes_is_set_up(compile_with, monkeypatch, demo_checkpoint, demo_dataset):
+def test_its_time_is_set_up(compile_with, monkeypatch, dumped):
     clock, taken = time.perf_counter, [0.0]
 
     def backend(graph, _inputs):
@@ -52,12 +65,11 @@ def test_the_time_it_takes_is_set_up(compile_with, monkeypatch, demo_checkpoint,
 
     compile_with(backend)
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + taken[0])
-    options = {"n_samples": 40, "batch_size": 8, "device": "cpu", "allow_cpu": True}
-    summary = dump(demo_checkpoint, demo_dataset, write=False, compile=True, **options)
+    summary = dumped(write=False)
     assert summary.setup_seconds > 9e5 > summary.seconds + summary.stage_seconds["forward"]
 
 
-def test_a_stream_is_compiled_when_it_is_there(compile_with, demo_checkpoint, demo_dataset):
+def test_a_stream_is_compiled_when_the_call_returns(compile_with, demo_checkpoint, demo_dataset):
     found = []
 
     def backend(graph, _inputs):
@@ -65,23 +77,22 @@ def test_a_stream_is_compiled_when_it_is_there(compile_with, demo_checkpoint, de
         return graph.forward
 
     compile_with(backend)
-    options = {"n_samples": 20, "batch_size": 8, "compile": True}
-    batches = stream(demo_checkpoint, demo_dataset, device="cpu", allow_cpu=True, **options)
+    batches = stream(demo_checkpoint, demo_dataset, **(OPTIONS | {"n_samples": 20}))
     assert len(found) == 1
     assert len([*batches]) == 3
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-write"]])
-def test_a_failure_leaves_no_file(flags, compile_with, tmp_path, capsys):
+@pytest.mark.parametrize("write", [True, False])
+def test_a_failure_leaves_no_file(write, compile_with, dumped, tmp_path):
     def backend(_graph, _inputs):
         raise OSError("no compiler\nand more lines")
 
     compile_with(backend)
-    assert main([*DEMO, *flags, "-o", str(tmp_path / "a.pt")]) == 1
-    *_, line = capsys.readouterr().err.splitlines()
-    assert "--compile: torch.compile fails here (OSError: no compiler)" in line
-    assert not list(tmp_path.iterdir())
+    text = r"^compile: torch.compile fails here \(OSError: no compiler\); leave it out$"
+    with pytest.raises(DeviceError, match=text):
+        dumped(write=write)
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_a_failure_leaves_the_callers_model_alone(compile_with, demo_checkpoint, demo_dataset):
@@ -90,16 +101,25 @@ def test_a_failure_leaves_the_callers_model_alone(compile_with, demo_checkpoint,
 
     compile_with(backend)
     model = load_encoder(demo_checkpoint).train()
-    options = {"n_samples": 40, "batch_size": 8, "compile": True, "device": "cpu"}
-    with pytest.raises(RuntimeError):
-        stream(model, demo_dataset, allow_cpu=True, **options)
+    with pytest.raises(DeviceError, match="out of device memory"):
+        stream(model, demo_dataset, **OPTIONS)
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_a_model_that_torch_does_not_compile_is_not_recorded_as_compiled(
+    variable, dumped, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(variable, "1")
+    with pytest.warns(DumpActivationsWarning, match=f"compile: ignored, since {variable} is set"):
+        dumped()
+    assert read_dump(tmp_path / "out" / "a.safetensors").metadata["compile"] == "false"
+
+
 @pytest.fixture
 def caches(tmp_path, monkeypatch):
-    """Return the directory in which a run keeps what torch compiles."""
+    """Return the directory in which a run keeps compiled code."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     # So that what a run sets is undone.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
@@ -107,7 +127,7 @@ def caches(tmp_path, monkeypatch):
     return tmp_path / "caches" / "dump-activations" / "torch"
 
 
-def test_what_is_compiled_is_kept_where_nobody_else_can_write(caches, compile_with, capsys):
+def test_compiled_code_is_kept_where_nobody_else_can_write(caches, compile_with, dumped):
     seen = []
 
     def backend(graph, _inputs):
@@ -115,13 +135,13 @@ def test_what_is_compiled_is_kept_where_nobody_else_can_write(caches, compile_wi
         return graph.forward
 
     compile_with(backend)
-    assert main([*DEMO, "--no-write"]) == 0
+    dumped(write=False)
     assert seen == [str(caches)]
     assert stat.S_IMODE(caches.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("planted", ["open", "link", "file"])
-def test_a_cache_that_others_may_have_filled_is_refused(planted, caches, tmp_path, capsys):
+def test_a_cache_that_others_may_have_filled_is_refused(planted, caches, dumped, tmp_path):
     caches.parent.mkdir(parents=True)
     if planted == "open":
         caches.mkdir()
@@ -131,16 +151,13 @@ def test_a_cache_that_others_may_have_filled_is_refused(planted, caches, tmp_pat
         caches.symlink_to(tmp_path / "theirs")
     else:
         caches.touch()
-    assert main([*DEMO, "--no-write"]) == 1
-    *_, line = capsys.readouterr().err.splitlines()
-    assert "--compile" in line
-    assert str(caches) in line
-    assert "TORCHINDUCTOR_CACHE_DIR" in line
+    with pytest.raises(DeviceError, match=rf"^compile: .*{caches}.*TORCHINDUCTOR_CACHE_DIR$"):
+        dumped(write=False)
 
 
-def test_a_cache_of_the_users_choice_is_taken(caches, compile_with, monkeypatch, capsys):
+def test_a_cache_of_the_users_choice_is_taken(caches, compile_with, monkeypatch, dumped):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     compile_with(lambda graph, _inputs: graph.forward)
-    assert main([*DEMO, "--no-write"]) == 0
+    dumped(write=False)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
     assert not caches.exists()

@@ -10,7 +10,7 @@ from dump_activations import dump, load_encoder, stream
 from dump_activations.commands.dump import main
 from dump_activations.errors import DeviceError
 from reference.checkpoints import VARIANTS, load_demo
-from reference.datasets import ROW_DTYPES, make_dataset, naive_boards, numpy_indices, read_dataset
+from reference.datasets import make_dataset, naive_boards, numpy_indices, read_dataset
 from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
 from reference.model import LAYER_KEYS, PER_BOARD_KEYS, assert_close, naive_dump
 
@@ -36,12 +36,8 @@ ARCHITECTURES = [
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    root = tmp_path_factory.mktemp("datasets")
-    return {
-        layout: make_dataset(root / layout, layout, n=977, shards=3 if "packed" in layout else 1)
-        for layout in ROW_DTYPES
-    }
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("dataset"), "packed_46", n=977, shards=3)
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +70,17 @@ def assert_equals_reference(path, checkpoint, dataset, keys):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("variant", ARCHITECTURES)
-def test_every_architecture(variant, suffix, checkpoints, datasets, tmp_path):
-    checkpoint, dataset = checkpoints[variant], datasets["packed_46"]
+def test_every_architecture(variant, suffix, checkpoints, dataset, tmp_path):
+    checkpoint = checkpoints[variant]
     keys = KEYS_WITH_WEIGHTS if checkpoint.config.sinks else KEYS_WITH_WEIGHTS[:-1]
     path = tmp_path / f"a{suffix}"
     run(checkpoint.init, dataset.path, path, outputs=keys)
     assert_equals_reference(path, checkpoint, dataset, keys)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("layout", ROW_DTYPES)
-def test_every_row_layout(layout, suffix, checkpoints, datasets, tmp_path):
-    checkpoint, dataset = checkpoints["gqa-4-2"], datasets[layout]
-    path = tmp_path / f"a{suffix}"
-    run(checkpoint.init, dataset.path, path, outputs=PER_BOARD_KEYS)
-    assert_equals_reference(path, checkpoint, dataset, PER_BOARD_KEYS)
-
-
 @pytest.mark.parametrize("key", KEYS_WITH_WEIGHTS)
-def test_each_key_alone(key, checkpoints, datasets, tmp_path):
-    checkpoint, dataset = checkpoints["sinks-gqa-6-2"], datasets["aligned_48"]
+def test_each_key_alone(key, checkpoints, dataset, tmp_path):
+    checkpoint = checkpoints["sinks-gqa-6-2"]
     path = tmp_path / "a.safetensors"
     run(checkpoint.init, dataset.path, path, outputs=[key])
     assert_equals_reference(path, checkpoint, dataset, [key])
@@ -102,8 +89,8 @@ def test_each_key_alone(key, checkpoints, datasets, tmp_path):
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("fp32", 2e-5), ("tf32", 1e-2), ("bf16", 0.05), ("bf16-true", 0.1)]
 )
-def test_every_layer_key(precision, tolerance, checkpoints, datasets, tmp_path):
-    checkpoint, dataset = checkpoints["sinks-gqa-6-2"], datasets["packed_46"]
+def test_every_layer_key(precision, tolerance, checkpoints, dataset, tmp_path):
+    checkpoint = checkpoints["sinks-gqa-6-2"]
     path = tmp_path / "a.safetensors"
     run(checkpoint.init, dataset.path, path, outputs=LAYER_KEYS, precision=precision)
     found = read_dump(path)
@@ -118,8 +105,8 @@ def test_every_layer_key(precision, tolerance, checkpoints, datasets, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 300, 301, 302, 4096])
-def test_batch_size_changes_nothing(batch_size, checkpoints, datasets, tmp_path):
-    checkpoint, dataset = checkpoints["sinks-gqa-6-2"], datasets["packed_46"]
+def test_batch_size_changes_nothing(batch_size, checkpoints, dataset, tmp_path):
+    checkpoint = checkpoints["sinks-gqa-6-2"]
     path = tmp_path / "a.pt"
     run(checkpoint.init, dataset.path, path, outputs=PER_BOARD_KEYS, batch_size=batch_size)
     assert_equals_reference(path, checkpoint, dataset, PER_BOARD_KEYS)
@@ -129,8 +116,7 @@ def test_batch_size_changes_nothing(batch_size, checkpoints, datasets, tmp_path)
     ("dtype", "suffix"),
     [*[("fp16", suffix) for suffix in FORMATS], ("bf16", ".safetensors"), ("bf16", ".pt")],
 )
-def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, datasets, tmp_path):
-    dataset = datasets["packed_46"]
+def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, dataset, tmp_path):
     wide, narrow = tmp_path / f"wide{suffix}", tmp_path / f"narrow{suffix}"
     run(model, dataset.path, wide, outputs=KEYS_WITH_WEIGHTS)
     run(model, dataset.path, narrow, outputs=KEYS_WITH_WEIGHTS, dtype=dtype)
@@ -150,8 +136,8 @@ def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, datasets, tm
         ({"compile": True, "precision": "bf16"}, 5e-2),
     ],
 )
-def test_faster_arithmetic_is_near_fp32(options, tolerance, checkpoints, datasets, tmp_path):
-    checkpoint, dataset = checkpoints["gqa-4-2"], datasets["packed_46"]
+def test_faster_arithmetic_is_near_fp32(options, tolerance, checkpoints, dataset, tmp_path):
+    checkpoint = checkpoints["gqa-4-2"]
     path = tmp_path / "a.safetensors"
     run(checkpoint.init, dataset.path, path, outputs=PER_BOARD_KEYS, **options)
     boards = dataset.boards[numpy_indices(len(dataset.rows), SAMPLES, SEED)]
@@ -160,8 +146,7 @@ def test_faster_arithmetic_is_near_fp32(options, tolerance, checkpoints, dataset
         assert_close(result.numpy(key), array, tolerance=tolerance)
 
 
-def test_stream_yields_what_dump_writes(model, datasets, tmp_path):
-    dataset = datasets["packed_46"]
+def test_stream_yields_what_dump_writes(model, dataset, tmp_path):
     run(model, dataset.path, tmp_path / "a.safetensors", outputs=PER_BOARD_KEYS)
     written = read_dump(tmp_path / "a.safetensors")
     seen = {key: [] for key in [*PER_BOARD_KEYS, "indices", "boards"]}
@@ -176,21 +161,21 @@ def test_stream_yields_what_dump_writes(model, datasets, tmp_path):
 
 
 USES = {
-    "own": lambda tensor: tensor,
-    "borrowed": lambda tensor: tensor.to("cuda", non_blocking=True),
+    "copy": lambda tensor: tensor,
+    "view": lambda tensor: tensor.to("cuda", non_blocking=True),
     "device": lambda tensor: tensor.clone(),
 }
 
 
 @pytest.mark.parametrize("tensors", USES)
-def test_what_is_lent_holds_in_streams_of_the_callers(tensors, model, datasets, tmp_path):
+def test_views_hold_in_streams_of_the_callers(tensors, model, dataset, tmp_path):
     """Work on a batch is queued behind some that takes long, in another stream each time."""
-    dataset, keys = datasets["packed_46"].path, ["layer_outputs", "pooled"]
-    run(model, dataset, tmp_path / "a.safetensors", outputs=keys)
+    keys = ["layer_outputs", "pooled"]
+    run(model, dataset.path, tmp_path / "a.safetensors", outputs=keys)
     written = read_dump(tmp_path / "a.safetensors")
     mine = [torch.cuda.Stream(), torch.cuda.Stream()]
     options = {"n_samples": SAMPLES, "batch_size": BATCH, "seed": SEED}
-    batches = stream(model, dataset, outputs=keys, tensors=tensors, **options)
+    batches = stream(model, dataset.path, outputs=keys, tensors=tensors, **options)
     copies = {key: [] for key in keys}
     for i in range(-(-SAMPLES // BATCH)):
         with torch.cuda.stream(mine[i % 2]):
@@ -203,26 +188,26 @@ def test_what_is_lent_holds_in_streams_of_the_callers(tensors, model, datasets, 
         assert torch.equal(torch.cat([part.cpu() for part in parts]), written.tensors[key]), key
 
 
-def test_borrowed_memory_is_page_locked_until_the_run_ends(model, datasets):
-    batches = stream(model, datasets["packed_46"].path, tensors="borrowed", n_samples=900)
+def test_view_memory_is_page_locked_until_the_run_ends(model, dataset):
+    batches = stream(model, dataset.path, tensors="view", n_samples=900)
     pooled = next(batches)["final_hidden"]
     assert pooled.is_pinned()
     batches.close()
     assert not pooled.is_pinned()
 
 
-def test_memory_that_cannot_be_page_locked(model, datasets, tmp_path, monkeypatch):
-    monkeypatch.setattr("dump_activations.pipeline.pinned.share_of_host", lambda: 1000)
+def test_memory_that_cannot_be_page_locked(model, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("dump_activations.pipeline.run.pinned_share", lambda _: 1000)
     with pytest.raises(DeviceError, match=r"pinned host memory .* try batch_size=16"):
-        run(model, datasets["packed_46"].path, tmp_path / "a.pt")
+        run(model, dataset.path, tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stream_closed_early(model, datasets):
+def test_stream_closed_early(model, dataset):
     for _ in range(5):
         batches = stream(
             model,
-            datasets["packed_46"].path,
+            dataset.path,
             outputs=["layer_outputs"],
             n_samples=900,
             batch_size=8,
@@ -233,14 +218,14 @@ def test_stream_closed_early(model, datasets):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_without_write_nothing_is_written(model, datasets, tmp_path, monkeypatch):
+def test_without_write_nothing_is_written(model, dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(model, datasets["packed_46"].path, tmp_path / "a.npz", outputs=PER_BOARD_KEYS, write=False)
+    run(model, dataset.path, tmp_path / "a.npz", outputs=PER_BOARD_KEYS, write=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_many_batches(checkpoints, datasets, tmp_path):
-    checkpoint, dataset = checkpoints["gqa-4-2"], datasets["packed_46"]
+def test_many_batches(checkpoints, dataset, tmp_path):
+    checkpoint = checkpoints["gqa-4-2"]
     indices = np.random.default_rng(0).integers(0, 977, size=20_003)
     path = tmp_path / "a.safetensors"
     keys = ["final_hidden", "layer_outputs", "head_probs"]
@@ -253,7 +238,7 @@ def test_many_batches(checkpoints, datasets, tmp_path):
         assert_close(result.numpy(key), expected[key][indices])
 
 
-def test_exponent_outside_the_vocabulary_is_no_device_assert(model, datasets, tmp_path, capsys):
+def test_exponent_outside_the_vocabulary_is_no_device_assert(model, dataset, tmp_path, capsys):
     boards = make_dataset(tmp_path / "bad", "selfplay_v1", n=50).rows.copy()
     boards["exps"][44, 3] = 200
     np.save(tmp_path / "bad" / "steps.npy", boards)

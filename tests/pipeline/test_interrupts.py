@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from dump_activations.pipeline import interrupts
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 
 
@@ -18,11 +19,11 @@ def received():
 
 
 def test_an_interruption_waits_for_a_check():
-    with HeldInterrupts() as interrupts:
+    with HeldInterrupts() as held:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
-        interrupts.check()  # once is enough
+            held.check()
+        held.check()  # once is enough
 
 
 def test_an_interruption_waits_for_the_end():
@@ -50,13 +51,37 @@ def test_an_error_stands_before_an_interruption():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_signal_is_not_held():
-    with HeldInterrupts() as interrupts:
+@pytest.fixture
+def clock(monkeypatch):
+    """Return the time that the contexts see, in a list."""
+    now = [0.0]
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize("is_handed_over", [False, True])
+def test_a_second_signal_is_not_held(is_handed_over, clock):
+    with HeldInterrupts() as held:
         signal.raise_signal(signal.SIGINT)
+        if is_handed_over:
+            with pytest.raises(KeyboardInterrupt):
+                held.check()
+        clock[0] = 1.5
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        if not is_handed_over:
+            with pytest.raises(KeyboardInterrupt):
+                held.check()
+
+
+def test_a_signal_that_a_launcher_repeats_is_one(clock):
+    with HeldInterrupts() as held:
+        for clock[0] in (0.0, 0.1, 0.9):
+            signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            interrupts.check()  # the first one
+            held.check()
+        signal.raise_signal(signal.SIGINT)
+        held.check()
 
 
 def test_the_handler_of_a_signal_gets_it(received):
@@ -84,9 +109,9 @@ def test_other_threads_hold_nothing():
     handlers = []
 
     def work():
-        with HeldInterrupts() as interrupts:
+        with HeldInterrupts() as held:
             handlers.append(signal.getsignal(signal.SIGINT))
-            interrupts.check()
+            held.check()
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -102,15 +127,3 @@ def test_what_is_ignored_in_a_context_is_heard_after_it(received):
     signal.raise_signal(signal.SIGTERM)
     assert received == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_all_signals_are_held_where_a_launcher_repeats_them():
-    with HeldInterrupts(all_of_them=True) as interrupts:
-        for _ in range(3):
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
-        interrupts.check()

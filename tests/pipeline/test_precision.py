@@ -1,14 +1,19 @@
-"""The arithmetic of a forward pass, whatever the caller has set."""
+"""The arithmetic of a forward pass is its own, and the caller's settings are as before."""
 
 import copy
+import threading
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+from simulated.policies import greedy
+from simulated_device import simulated
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dump_activations import dump, load_encoder, stream
+from dump_activations.pipeline.precision import arithmetic
 from reference.checkpoints import VARIANTS
 from reference.dumps import read_dump
 
@@ -33,6 +38,127 @@ def test_a_callers_autocast_changes_nothing(precision, model, demo_dataset, tmp_
         assert torch.equal(streamed(model, demo_dataset, precision=precision), expected)
         dump(model, demo_dataset, tmp_path / "a.pt", precision=precision, **OPTIONS)
     assert torch.equal(read_dump(tmp_path / "a.pt").tensors["layer_outputs"], expected)
+
+
+SETTINGS = [("generic", "all"), *[(b, op) for b in ("cuda", "mkldnn") for op in ("all", "matmul")]]
+
+
+def matmul_precision():
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # It was set for one backend alone.
+        return "mixed"
+
+
+def settings():
+    """Return the settings of the process and the thread that a run might change."""
+    attention = torch.backends.cuda
+    return {
+        "fp32": [torch._C._get_fp32_precision_getter(*each) for each in SETTINGS],
+        "matmul": matmul_precision(),
+        "kernels": (
+            attention.flash_sdp_enabled(),
+            attention.mem_efficient_sdp_enabled(),
+            attention.math_sdp_enabled(),
+            attention.cudnn_sdp_enabled(),
+            torch._C._get_sdp_priority_order(),
+        ),
+        "default": (torch.get_default_dtype(), torch.get_default_device()),
+        "thread": (
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        ),
+    }
+
+
+def put_back():
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for each in SETTINGS:
+        torch._C._set_fp32_precision_setter(*each, "none")
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+def set_fp32_precision(of, value):
+    of.fp32_precision = value
+
+
+CALLERS = {
+    "defaults": lambda: None,
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "all backends": lambda: set_fp32_precision(torch.backends, "tf32"),
+    "one backend": lambda: set_fp32_precision(torch.backends.cuda.matmul, "tf32"),
+    "no flash attention": lambda: torch.backends.cuda.enable_flash_sdp(False),
+    "default dtype": lambda: torch.set_default_dtype(torch.float64),
+    "default device": lambda: torch.set_default_device("meta"),
+}
+
+
+@pytest.fixture
+def own_settings():
+    yield
+    put_back()
+
+
+@pytest.mark.usefixtures("own_settings")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("caller", CALLERS)
+def test_a_callers_settings_are_not_taken_and_are_as_before(
+    caller, precision, demo_checkpoint, demo_dataset
+):
+    def run(seen):
+        model = load_encoder(demo_checkpoint)
+        model.final_ln.register_forward_hook(lambda *_: seen.append(settings()))
+        tensors = []
+        for batch in stream(model, demo_dataset, precision=precision, **options):
+            tensors.append(batch["final_hidden"])
+            between.append(settings())
+        return torch.cat(tensors)
+
+    between = []
+    options = {"n_samples": 12, "batch_size": 5}
+    on_cpu = precision != "tf32"
+    if on_cpu:
+        options |= CPU
+    with nullcontext() if on_cpu else simulated(greedy):
+        expected = run([])
+        CALLERS[caller]()
+        before, between = settings(), []
+        seen = []
+        found = run(seen)
+        assert settings() == before
+    assert torch.equal(found, expected)
+    assert between == [before] * 3
+    _, _, cuda, _, mkldnn = seen[-1]["fp32"]
+    assert (cuda, mkldnn) == (("ieee", "ieee") if on_cpu else ("tf32", "tf32"))
+    assert seen[-1]["kernels"] == (True, True, True, False, [1, 2, 0, 3, 4])
+    # Settings that were inherited still are.
+    torch.backends.fp32_precision = "ieee"
+    inherited = caller in ("high", "medium", "one backend")
+    assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == inherited
+
+
+def test_threads_with_other_settings_wait(model, demo_dataset):
+    """Runs in several precisions at once: each computes in its own, and nothing is left behind."""
+    before, seen = settings(), {"highest": set(), "high": set()}
+
+    def work(fp32):
+        for _ in range(200):
+            device = torch.device("cpu" if fp32 == "highest" else "cuda")
+            with arithmetic("tf32" if fp32 == "high" else "fp32", device):
+                seen[fp32].add(torch.get_float32_matmul_precision())
+
+    threads = [threading.Thread(target=work, args=(fp32,)) for fp32 in [*seen, *seen]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"highest": {"highest"}, "high": {"high"}}
+    assert settings() == before
 
 
 @pytest.fixture(params=["gqa-4-2", "qk-norm-sinks-policy"])
@@ -103,6 +229,8 @@ def test_bf16_casts_each_weight_once_a_run_and_each_norm_once_a_batch(wide, demo
     into_products = (3, 16, wide.config.hidden_size)
     norms = 2 * wide.config.num_hidden_layers * batches
     assert activations.pop(into_products) == norms
+    # The head runs in the first pass alone.
+    assert activations.pop((3, wide.config.hidden_size)) == 1
     assert all(len(shape) != 2 for shape in activations)
 
 

@@ -1,4 +1,4 @@
-"""What a file says of the model that it is from; and keys that a model does not have."""
+"""The metadata of a run, the fingerprint of its work, and keys that a model does not have."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def checkpoint(tmp_path):
     return directory
 
 
-def test_every_entry_says_what_was_run(checkpoint, tmp_path, monkeypatch):
+def test_every_entry_of_the_metadata(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = make_dataset(tmp_path / "dataset", "packed_46", n=40).rows
     write_shards(tmp_path / "shards", rows, [30, 10])
@@ -57,9 +57,11 @@ def test_every_entry_says_what_was_run(checkpoint, tmp_path, monkeypatch):
     how = {"dtype": "fp16", "batch_size": 4, "device": "cpu", "allow_cpu": True}
     dump("init", "shards", path, **asked, **chosen, **how)
     metadata = dict(read_dump(path).metadata)
+    (computed_by,) = json.loads(metadata.pop("computed_by"))
+    assert computed_by["device"].startswith("cpu (")
+    assert computed_by["threads"] == str(torch.get_num_threads())
     descr = str(np.lib.format.dtype_to_descr(rows.dtype))
     shards = [["steps-00000.npy", 30, descr], ["steps-00001.npy", 10, descr]]
-    assert metadata.pop("device").startswith("cpu (")
     assert json.loads(metadata.pop("integrity")).keys() > {"indices", "boards", "pooled"}
     assert len(metadata.pop("fingerprint")) == 64
     assert metadata == {
@@ -84,7 +86,7 @@ def test_every_entry_says_what_was_run(checkpoint, tmp_path, monkeypatch):
         "dataset": "shards",
         "dataset_rows": "40",
         "dataset_layout_sha256": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
-        "indices_from": "steps 5:40:2",
+        "sampling": "steps 5:40:2",
         "where": "step_index >= 0",
         "steps": "5:40:2",
         "labels": "move_dir,empty_cells",

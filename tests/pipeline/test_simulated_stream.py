@@ -5,6 +5,7 @@ third: only waits on the device keep them apart. As in `test_simulated_device`, 
 taken out. The precision is bf16, whose weights are cast on the device.
 """
 
+import sys
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from simulated.policies import first, greedy, lazy
 from simulated_device import simulated
 
 from dump_activations import stream
-from dump_activations.api import streaming
+from dump_activations.api.stream import _Caller
 from dump_activations.pipeline import transfer
 from dump_activations.pipeline.transfer import CudaTransfer
 
@@ -66,24 +67,38 @@ def copied_on_host(tensor):
 
 USES = {
     "device": ("device", copied_on_device),
-    "borrowed, to the device": ("borrowed", copied_to_device),
-    "borrowed, on the host": ("borrowed", copied_on_host),
-    "own": ("own", lambda tensor: tensor),
+    "view, to the device": ("view", copied_to_device),
+    "view, on the host": ("view", copied_on_host),
+    "copy": ("copy", lambda tensor: tensor),
 }
 
 
-def used(policy, run, how):
-    """Return what the caller's copies of all batches hold at last."""
+def used(policy, run, how, *, later=False, left_after=None):
+    """Return the caller's copies of all batches.
+
+    Each batch is asked for in another stream of the caller's, and copied there; or `later`, in the
+    stream that asks for the next one. The caller leaves after the first `left_after` batches.
+    """
     tensors, use = USES[how]
     with simulated(policy):
         mine = [torch.cuda.Stream(), torch.cuda.Stream()]
         batches = stream(**run, tensors=tensors)
         copies = []
-        for i in range(BATCHES):
-            with torch.cuda.stream(mine[i % 2]):
+        for i in range(left_after or BATCHES):
+            asking, other = mine[i % 2], mine[(i + 1) % 2]
+            with torch.cuda.stream(asking):
                 batch = next(batches)
+                assert torch.cuda.current_stream() is asking
+            if later:
+                other.wait_stream(asking)
+            with torch.cuda.stream(other if later else asking):
                 copies.append({key: use(batch[key]) for key in KEYS})
-        assert next(batches, None) is None
+            del batch
+        if left_after:
+            batches.close()
+        else:
+            with torch.cuda.stream(other):
+                assert next(batches, None) is None
         torch.cuda.synchronize()
         return {key: torch.cat([each[key].cpu() for each in copies]) for key in KEYS}
 
@@ -94,17 +109,30 @@ def test_a_caller_finds_the_bytes_of_the_cpu(policy, how, run, on_cpu):
     assert not wrong(used(policy, run, how), on_cpu)
 
 
-in_returned = partial(in_other_words, streaming._Caller, "returned")
-in_send = partial(in_other_words, CudaTransfer, "send")
-
-WAIT_FOR_LENT = "self._runs_stream.wait_stream(self._has_lent_in)"
-WAIT_FOR_ASKING = "self._runs_stream.wait_stream(torch.cuda.current_stream(self._device))"
-RECORD = "source.filled.record()"
+@pytest.mark.parametrize("how", ["device", "view, to the device"])
+@pytest.mark.parametrize("policy", POLICIES[:5])
+def test_views_hold_in_the_stream_that_asks_for_the_next_batch(policy, how, run, on_cpu):
+    assert not wrong(used(policy, run, how, later=True), on_cpu)
 
 
-def waits(*, for_lent, for_asking):
+@pytest.mark.parametrize("how", ["device", "view, to the device"])
+@pytest.mark.parametrize("policy", POLICIES[:5])
+def test_views_hold_for_work_that_is_queued_when_a_caller_leaves(policy, how, run, on_cpu):
+    first = {key: tensor[: 2 * BATCH] for key, tensor in on_cpu.items()}
+    assert not wrong(used(policy, run, how, left_after=2), first)
+
+
+in_returned = partial(in_other_words, _Caller, "returned")
+in_run = partial(in_other_words, CudaTransfer, "run")
+
+WAIT_FOR_VIEWING = "self._run_stream.wait_stream(self._viewed_in)"
+WAIT_FOR_ASKING = "self._run_stream.wait_stream(torch.cuda.current_stream(self._device))"
+RECORD = "slot.filled.record(self._compute)"
+
+
+def waits(*, for_viewing, for_asking):
     return in_returned(
-        (WAIT_FOR_LENT, WAIT_FOR_LENT if for_lent else "pass"),
+        (WAIT_FOR_VIEWING, WAIT_FOR_VIEWING if for_viewing else "pass"),
         (WAIT_FOR_ASKING, WAIT_FOR_ASKING if for_asking else "pass"),
     )
 
@@ -116,18 +144,18 @@ def one_device_slot(monkeypatch):
 SLIPS = {
     "a device slot is filled again while the caller uses it": (
         ("device", run_first),
-        waits(for_lent=False, for_asking=False),
+        waits(for_viewing=False, for_asking=False),
     ),
     "the stream that asks is waited for, not the one that used": (
         ("device", run_first),
-        waits(for_lent=False, for_asking=True),
+        waits(for_viewing=False, for_asking=True),
     ),
     "a host slot is filled again while the caller copies it": (
-        ("borrowed, to the device", side_first),
-        waits(for_lent=False, for_asking=False),
+        ("view, to the device", side_first),
+        waits(for_viewing=False, for_asking=False),
     ),
     "a host slot is given back at once": (
-        ("borrowed, on the host", greedy),
+        ("view, on the host", greedy),
         in_other_words(
             CudaTransfer,
             "_copy",
@@ -149,16 +177,11 @@ SLIPS = {
     ),
     "the forward pass is recorded too early": (
         ("device", one_first),
-        lambda monkeypatch: (
-            in_send((RECORD, "pass"))(monkeypatch),
-            in_other_words(
-                CudaTransfer, "capture", ("return _Cuda", "slot.filled.record(); return _Cuda")
-            )(monkeypatch),
-        ),
+        in_run((RECORD, "pass"), ("forward(slot", f"{RECORD}; forward(slot")),
     ),
     "the run is in the stream that asks": (
-        ("own", one_first),
-        in_returned(("torch.cuda.stream(self._runs_stream)", "nullcontext()")),
+        ("copy", one_first),
+        in_returned(("torch.cuda.stream(self._run_stream)", "nullcontext()")),
     ),
 }
 
@@ -168,3 +191,17 @@ def test_a_slip_shows_as_wrong_bytes(slip, run, on_cpu, monkeypatch):
     (how, policy), make = SLIPS[slip]
     make(monkeypatch)
     assert wrong(used(policy, run, how), on_cpu)
+
+
+def test_a_missing_wait_for_the_stream_that_asks_shows(run, on_cpu, monkeypatch):
+    waits(for_viewing=True, for_asking=False)(monkeypatch)
+    assert wrong(used(run_first, run, "device", later=True), on_cpu)
+
+
+def test_a_missing_wait_on_leaving_shows(run, on_cpu, monkeypatch):
+    module = sys.modules[_Caller.__module__]
+    leaving = "with HeldInterrupts(), current(device), caller.returned():\n            run.close()"
+    without = leaving.replace(", caller.returned()", "")
+    in_other_words(module, "_interruptible", (leaving, without))(monkeypatch)
+    first = {key: tensor[: 2 * BATCH] for key, tensor in on_cpu.items()}
+    assert wrong(used(run_first, run, "device", left_after=2), first)

@@ -1,6 +1,7 @@
 """A finished file read by rows: every read as the ordinary reader of its format has it."""
 
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -13,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, random_split
 
 from dump_activations import ActivationsFile, InvalidArgumentError, OutputError, RowIndexError, dump
 from dump_activations.model.activations import ACTIVATIONS, BoardActivation
-from dump_activations.storage.reading import catalog
+from dump_activations.storage.reading import keys as reading_keys
 from dump_activations.storage.reading.inspection import inspect
 from reference.dumps import read_dump
 
@@ -193,6 +194,31 @@ def test_the_boards_of_spawned_workers(make):
     same(torch.cat([of_batch["move_dir"] for of_batch in labels]), expected["labels/move_dir"])
 
 
+def test_batches_of_boards(make):
+    expected = read_dump(make()).tensors
+    boards = ActivationsFile(make()).boards("final_hidden", labels="move_dir")
+    sampler = BatchSampler(SequentialSampler(boards), 16, drop_last=False)
+    loader = DataLoader(boards, sampler=sampler, batch_size=None)
+    values, labels = zip(*loader, strict=True)
+    assert [len(batch) for batch in values] == [16, 16, 8]
+    same(torch.cat(values), expected["final_hidden"])
+    same(torch.cat([of_batch["move_dir"] for of_batch in labels]), expected["labels/move_dir"])
+    mask = torch.arange(N) % 3 == 0
+    for rows in (slice(30, None, -3), slice(-4, None), [5, -1, 0], torch.tensor([2, 2]), mask):
+        values, labels = boards[rows]
+        numbers = torch.arange(N).numpy()[np.asarray(rows) if not isinstance(rows, slice) else rows]
+        same(values, expected["final_hidden"][numbers.copy()])
+        np.testing.assert_array_equal(
+            labels["move_dir"], expected["labels/move_dir"][numbers.copy()]
+        )
+    value, labels = boards[-1]
+    same(value, expected["final_hidden"][-1])
+    assert labels["move_dir"] == expected["labels/move_dir"][-1]
+    for row in (N, -N - 1):
+        with pytest.raises(RowIndexError, match=f"row {row} at position 0 is not in"):
+            boards[row]
+
+
 def test_boards_without_labels(make):
     expected = read_dump(make()).tensors["head_logits"]
     loader = DataLoader(ActivationsFile(make()).boards("head_logits"), sampler=[4, 4, 2])
@@ -206,15 +232,21 @@ def test_boards_without_labels(make):
         (lambda acts: acts.shape("nothing"), "no 'nothing' in it"),
         (lambda acts: acts.read(STACKED, layer=2), "layer=2: layer_outputs has layers 1, 3"),
         (lambda acts: acts.read("boards", layer=1), "layer=1: boards has no layers"),
-        (lambda acts: acts.read("boards", [0.5]), "rows: integers .* are wanted, not float64"),
-        (lambda acts: acts.read("boards", [[1]]), "rows: integers .* are wanted, not int64"),
-        (lambda acts: acts.read("boards", [True]), "rows: integers .* are wanted, not bool"),
-        (lambda acts: acts.read("boards", 3), "rows: integers"),
-        (lambda acts: acts.read(GAMMA, [0]), "rows: .* has no axis of boards"),
-        (lambda acts: acts.read("boards", out=torch.empty(N, 16)), "out: a contiguous tensor"),
+        (
+            lambda acts: acts.read("boards", [0.5]),
+            "rows must be a 1-D integer array or .* of length 40; got float64",
+        ),
+        (lambda acts: acts.read("boards", [[1]]), "rows must be .*; got int64"),
+        (lambda acts: acts.read("boards", [True]), "rows must be .*; got bool"),
+        (lambda acts: acts.read("boards", 3), "rows must be .*; got a scalar, 3"),
+        (lambda acts: acts.read(GAMMA, [0]), "rows must be left out: .* has no axis of boards"),
+        (
+            lambda acts: acts.read("boards", out=torch.empty(N, 16)),
+            "out must be a contiguous tensor .*; got torch.float32",
+        ),
         (
             lambda acts: acts.read("boards", out=torch.empty(16, N, dtype=torch.uint8).T),
-            r"out: a contiguous tensor of torch.uint8 \(40, 16\) on the host is wanted",
+            r"out must be a contiguous tensor of torch.uint8 \(40, 16\) on the host; got",
         ),
         (lambda acts: acts.read("boards", [0], verify=True), "verify=True: .* leave out rows"),
         (lambda acts: acts.read(STACKED, layer=1, verify=True), "verify=True: .* leave out layer"),
@@ -222,7 +254,7 @@ def test_boards_without_labels(make):
         (lambda acts: acts.boards(GAMMA), "has no axis of boards"),
         (
             lambda acts: acts.boards(STACKED, labels="x"),
-            "labels: no 'x' in it; it has legal_",
+            "labels must be labels of the file, legal_moves, move_dir; got 'x'",
         ),
     ],
 )
@@ -252,17 +284,29 @@ def test_what_cannot_be_opened(make, tmp_path, suffix):
         ActivationsFile(__file__)
 
 
+DTYPES = ("int32", "int16", "int8", "uint64", "uint32", "uint16", "bool", "float64")
+
+
 def test_files_of_other_programs(tmp_path):
     path = tmp_path / "a.safetensors"
-    values = {"a": torch.randn(9, 3), "b": torch.zeros(9, dtype=torch.int32)}
-    save_file(values, path)
+    values = {"a": torch.randn(9, 3)}
+    values |= {name: torch.arange(27).view(9, 3).to(getattr(torch, name)) for name in DTYPES}
+    save_file(values | {"b": torch.zeros(9, dtype=torch.complex64)}, path)
     acts = ActivationsFile(path)
-    assert acts.keys() == ["a", "b"]
-    same(acts.read("a", [8, 2]), values["a"][[8, 2]])
-    with pytest.raises(InvalidArgumentError, match="b is of I32"):
+    assert set(acts.keys()) == {"a", "b", *DTYPES}
+    for name, tensor in values.items():
+        same(acts.read(name, [8, 2]), tensor[[8, 2]])
+        np.testing.assert_array_equal(acts.read_numpy(name), tensor.numpy())
+    with pytest.raises(InvalidArgumentError, match="b is of C64"):
         acts.read("b")
+    np.savez(tmp_path / "a.npz", **{name: tensor.numpy() for name, tensor in values.items()})
+    saved = {name: values[name] for name in ("a", "int32", "int8", "bool")}
+    torch.save({**saved, "metadata": {}}, tmp_path / "a.pt")
+    for other in (ActivationsFile(tmp_path / "a.npz"), ActivationsFile(tmp_path / "a.pt")):
+        for name, tensor in saved.items():
+            same(other.read(name, [8, 2]), tensor[[8, 2]])
     save_file({"a": torch.zeros(9, 3), "b": torch.zeros(8)}, path)
-    with pytest.raises(OutputError, match=r"a.safetensors is no dump: .* no first axis in common"):
+    with pytest.raises(OutputError, match=r"a.safetensors is not a dump: .* different first axes"):
         ActivationsFile(path)
 
 
@@ -326,13 +370,50 @@ def test_digests_of_several_files(make):
     assert len(acts.read(STACKED, verify=True)) == 2 * N
 
 
-def test_a_file_that_was_changed(make, tmp_path):
+def renewed_time(path, _other):
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
+
+
+def renewed_inode(path, _other):
+    status = path.stat()
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.replace(path)
+
+
+def written_again(path, _other):
+    path.write_bytes(path.read_bytes())
+    renewed_time(path, None)
+
+
+def replaced_by_other_values(path, other):
+    path.with_name("copy").write_bytes(other.read_bytes())
+    path.with_name("copy").replace(path)
+
+
+def cut_short(path, _other):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("renew", [renewed_time, renewed_inode, written_again])
+def test_a_file_that_was_only_touched_is_read_on(make, tmp_path, renew):
     path = tmp_path / "a.safetensors"
     path.write_bytes(make().read_bytes())
     acts = ActivationsFile(path)
+    expected = acts.read("boards")
+    renew(path, None)
     for read in (acts.read, pickle.loads(pickle.dumps(acts)).read):
-        read("boards")
+        same(read("boards"), expected)
+
+
+@pytest.mark.parametrize("change", [replaced_by_other_values, cut_short])
+def test_a_file_that_was_changed(make, tmp_path, change):
+    path = tmp_path / "a.safetensors"
     path.write_bytes(make().read_bytes())
+    acts = ActivationsFile(path)
+    acts.read("boards")
+    change(path, make(seed=1))
     for read in (acts.read, pickle.loads(pickle.dumps(acts)).read):
         with pytest.raises(OutputError, match=r"a.safetensors was replaced or changed since"):
             read("boards")
@@ -341,7 +422,29 @@ def test_a_file_that_was_changed(make, tmp_path):
         acts.read("boards")
 
 
+def test_a_replaced_file_without_digests_is_a_change(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.zeros(9, 3)}, path)
+    acts = ActivationsFile(path)
+    for renew in (renewed_time, renewed_inode):
+        renew(path, None)
+        acts.read("x")
+    save_file({"x": torch.ones(9, 3)}, tmp_path / "b.safetensors")
+    replaced_by_other_values(path, tmp_path / "b.safetensors")
+    renewed_time(path, None)
+    with pytest.raises(OutputError, match="was replaced or changed"):
+        acts.read("x")
+
+
+def test_relative_names_after_a_change_of_directory(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(make().parent)
+    acts = ActivationsFile(make().name)
+    monkeypatch.chdir(tmp_path)
+    assert len(acts.read("boards")) == N
+    assert acts.paths == (make(),)
+
+
 def test_keys_that_have_no_axis_of_layers_are_those_of_the_registry():
     """The room of storage cannot see the registry, which says it of every key."""
     keys = (key for key in ACTIVATIONS if isinstance(key, BoardActivation) and not key.per_layer)
-    assert {key.key for key in keys} | {"indices", "boards"} == catalog._WITHOUT_LAYERS
+    assert {key.key for key in keys} | {"indices", "boards"} == reading_keys._WITHOUT_LAYERS

@@ -1,7 +1,10 @@
 """Cells in a shuffled order: each once an epoch, the same however they are read."""
 
+import itertools
 import multiprocessing
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dump_activations import ActivationsFile, CellBatch, InvalidArgumentError, OutputError
 from dump_activations.storage.reading import tensor_files
@@ -144,19 +147,52 @@ def test_the_order_does_not_depend_on_threads(tmp_path, monkeypatch):
 
 
 @given(orders(), st.data())
-def test_resumed_in_the_middle_the_rest_is_the_same(acts, order, data):
+def test_a_loaded_state_gives_the_rest_of_its_epoch_and_then_whole_ones(acts, order, data):
     first = acts.cells("final_hidden", **order)
-    batches, states = [], []
-    for batch in first:
-        batches.append(batch)
-        states.append(first.state_dict())
-    batches += list(first)  # the epoch after it
+    batches = [*first, *first]
+    first = acts.cells("final_hidden", **order)
+    states = [first.state_dict() for _ in first]
     at = data.draw(st.integers(0, len(states) - 1))
-    again = acts.cells("final_hidden", **order | {"seed": 0, "epoch": 0})
+    again = acts.cells("final_hidden", **order | {"seed": 0, "epoch": 0, "window": 10**6})
     again.load_state_dict(states[at])
-    assert set(states[at]) == {"seed", "epoch", "batch"}
-    rest = [*again, *again] if at < len(states) - 1 else list(again) or list(again)
+    assert again.state_dict() == states[at]
+    rest = [*again, *again] if at < len(states) - 1 else [*again]
     assert places(rest) == places(batches[at + 1 :])
+
+
+def take(cells, count):
+    """Take some batches of a loop and leave it."""
+    return list(itertools.islice(cells, count))
+
+
+def test_every_loop_is_an_epoch_of_exactly_len_batches(acts):
+    """Also where nothing asks for one batch too many, and where a loop is left early."""
+    cells = acts.cells("final_hidden", batch_size=50)
+    for epoch, count in enumerate([len(cells), 3, len(cells), 0, len(cells)]):
+        expected = list(acts.cells("final_hidden", batch_size=50, epoch=epoch))
+        assert len(expected) == len(cells) == 12
+        assert (
+            places(take(cells, count)) == places(expected[:count]) if count else not take(cells, 0)
+        )
+    pair = [
+        acts.cells(key, layer, batch_size=50)
+        for key, layer in (("final_hidden", None), ("mlp_post", 2))
+    ]
+    for _ in range(3):
+        both = list(zip(*pair, strict=False))
+        assert len(both) == 12
+        assert all(torch.equal(a.rows, b.rows) for a, b in both)
+
+
+def test_after_the_last_batch_the_state_is_the_next_epoch(acts):
+    cells = acts.cells("final_hidden", batch_size=50)
+    assert (cells.state_dict()["epoch"], cells.state_dict()["batch"]) == (0, 0)
+    take(cells, len(cells))
+    state = cells.state_dict()
+    assert (state["epoch"], state["batch"]) == (1, 0)
+    again = acts.cells("final_hidden", batch_size=50)
+    again.load_state_dict(state)
+    assert places(again) == places(acts.cells("final_hidden", batch_size=50, epoch=1))
 
 
 def test_another_world_size_goes_on(acts):
@@ -172,6 +208,12 @@ def test_another_world_size_goes_on(acts):
     assert places(alone) == places(whole[6:])
 
 
+def test_a_rank_without_a_batch_has_empty_epochs(acts):
+    cells = acts.cells("final_hidden", batch_size=16 * N, rank=1, world_size=2)
+    assert [len(cells), len(list(cells))] == [0, 0]
+    assert (cells.state_dict()["epoch"], cells.state_dict()["batch"]) == (1, 0)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_drop_last_leaves_as_many_whole_batches_to_each_rank(acts, world_size):
     options = {"batch_size": 50, "world_size": world_size, "drop_last": True}
@@ -181,12 +223,25 @@ def test_drop_last_leaves_as_many_whole_batches_to_each_rank(acts, world_size):
 
 
 def test_drop_last_leaves_as_many_to_each_of_another_number_of_ranks(acts):
+    alone = acts.cells("final_hidden", batch_size=58)
+    take(alone, 4)  # of 10
     shares = []
     for rank in range(3):
         cells = acts.cells("final_hidden", batch_size=58, rank=rank, world_size=3, drop_last=True)
-        cells.load_state_dict({"seed": 0, "epoch": 0, "batch": 4})  # of 10
+        cells.load_state_dict(alone.state_dict())
         shares.append(len(list(cells)))
     assert shares == [2, 2, 2]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_ranks_whose_loaders_have_workers_take_the_batches_in_turns(acts, drop_last):
+    options = {"batch_size": 45, "world_size": 2, "drop_last": drop_last}
+    whole = list(acts.cells("final_hidden", batch_size=45))
+    for rank in range(2):
+        cells = acts.cells("final_hidden", rank=rank, **options)
+        found = list(DataLoader(cells, batch_size=None, num_workers=3))
+        assert len(found) == len(cells)
+        assert places(found) == places(whole[rank::2][: len(cells)])
 
 
 @pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
@@ -201,12 +256,70 @@ def test_workers_of_a_loader_share_the_batches(acts, start, workers):
     assert places(found) == places(acts.cells("final_hidden", batch_size=40))
 
 
-def test_workers_that_persist_go_on_to_the_next_epoch(acts):
+@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}])
+def test_workers_begin_the_next_epoch_in_each_loop(acts, options):
+    """Also after loops that were left early, by the loader or without one."""
     cells = acts.cells("final_hidden", batch_size=40)
-    loader = DataLoader(cells, batch_size=None, num_workers=2, persistent_workers=True)
-    for epoch in range(2):
-        expected = acts.cells("final_hidden", batch_size=40, epoch=epoch)
-        assert places(loader) == places(expected)
+    loader = DataLoader(cells, batch_size=None, num_workers=2, **options)
+    for epoch, count in enumerate([15, 2, 15, 15]):
+        expected = list(acts.cells("final_hidden", batch_size=40, epoch=epoch))
+        assert places(take(loader, count)) == places(expected[:count])
+    assert places(cells) == places(acts.cells("final_hidden", batch_size=40, epoch=4))
+
+
+def test_loops_of_one_seed_are_epochs_too(acts):
+    cells = acts.cells("final_hidden", batch_size=40)
+    for epoch in range(3):
+        torch.manual_seed(0)
+        found = list(DataLoader(cells, batch_size=None, num_workers=2))
+        assert places(found) == places(acts.cells("final_hidden", batch_size=40, epoch=epoch))
+
+
+def test_a_loaded_state_in_workers_is_the_rest_of_its_epoch_once(acts):
+    started = acts.cells("final_hidden", batch_size=40)
+    take(started, 6)
+    cells = acts.cells("final_hidden", batch_size=40)
+    cells.load_state_dict(started.state_dict())
+    loops = [list(DataLoader(cells, batch_size=None, num_workers=2)) for _ in range(3)]
+    assert [len(batches) for batches in loops] == [9, 15, 15]
+    whole = [list(acts.cells("final_hidden", batch_size=40, epoch=epoch)) for epoch in range(3)]
+    assert [places(loop) for loop in loops] == [places(whole[0][6:]), *map(places, whole[1:])]
+
+
+def test_the_state_of_workers_is_refused_in_the_main_process(acts):
+    cells = acts.cells("final_hidden", batch_size=40)
+    take(DataLoader(cells, batch_size=None, num_workers=2), 3)
+    with pytest.raises(InvalidArgumentError, match=r"StatefulDataLoader .* or num_workers=0"):
+        cells.state_dict()
+    take(cells, 2)
+    assert cells.state_dict()["batch"] == 2
+
+
+class Stateful(IterableDataset):
+    """Loads states in its workers and returns states with batches, as StatefulDataLoader does."""
+
+    def __init__(self, cells, states=None):
+        self.cells, self.states = cells, states
+
+    def __iter__(self):
+        if self.states is not None:
+            self.cells.load_state_dict(self.states[get_worker_info().id])
+        for batch in self.cells:
+            yield get_worker_info().id, self.cells.state_dict(), batch
+
+
+def test_a_state_of_each_worker_resumes_each_worker(acts):
+    whole = list(acts.cells("final_hidden", batch_size=40))
+    loader = DataLoader(
+        Stateful(acts.cells("final_hidden", batch_size=40)), batch_size=None, num_workers=2
+    )
+    taken = take(loader, 6)
+    states = {worker: state for worker, state, _ in taken}
+    cells = acts.cells("final_hidden", batch_size=40)
+    loader = DataLoader(Stateful(cells, states), batch_size=None, num_workers=2)
+    assert places([batch for _, _, batch in [*taken, *loader]]) == places(whole)
+    loader = DataLoader(cells, batch_size=None, num_workers=2)
+    assert places(loader) == places(acts.cells("final_hidden", batch_size=40, epoch=1))
 
 
 def test_what_a_caller_keeps_is_not_written_over(acts):
@@ -228,9 +341,13 @@ def test_a_pickle_is_without_the_memory(acts):
     cells = acts.cells("final_hidden", batch_size=16)
     small = len(pickle.dumps(cells))
     assert sum(len(batch.rows) for batch in cells) == 16 * N
-    assert len(pickle.dumps(cells)) == small
-    cells.load_state_dict(cells.state_dict() | {"epoch": 0})
-    assert places(pickle.loads(pickle.dumps(cells))) == places(cells)
+    assert len(pickle.dumps(cells)) - small < 100
+    copied = pickle.loads(pickle.dumps(cells))
+    assert (
+        places(copied)
+        == places(cells)
+        == places(acts.cells("final_hidden", batch_size=16, epoch=1))
+    )
 
 
 def test_several_files_are_one(paths, tmp_path):
@@ -255,7 +372,7 @@ def test_what_only_some_of_several_files_have(tmp_path):
     for other in files[1:]:
         acts = ActivationsFile(files[0], other)
         assert len(acts.read("pooled")) == 2 * N
-        with pytest.raises(InvalidArgumentError, match=f"{other} has no labels/move_dir like that"):
+        with pytest.raises(InvalidArgumentError, match=f"{other} has no labels/move_dir like"):
             acts.labels["move_dir"]
 
 
@@ -288,7 +405,7 @@ def test_files_that_do_not_belong_together(paths, tmp_path):
         (("pooled",), "pooled has no axis of cells"),
         (("indices",), "indices has no axis of cells"),
         (("empty",), "empty has no axis of cells"),
-        (([],), "key: no keys"),
+        (([],), "key must name a key; got none"),
     ],
 )
 def test_keys_that_have_no_cells(acts, arguments, error):
@@ -301,24 +418,72 @@ def test_a_layer_of_pairs_has_no_cells_by_its_own_name_either(paths):
         ActivationsFile(paths[1]).cells("attn_pattern.2")
 
 
-@pytest.mark.parametrize("state", [{}, {"seed": 0, "epoch": 0, "batch": -3}])
-def test_what_is_no_state(acts, state):
-    with pytest.raises(InvalidArgumentError, match="seed, epoch, batch are wanted"):
-        acts.cells("final_hidden").load_state_dict(state)
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"batch": -3}, "state must have seed, epoch, batch, .*, numbers from 0 on; got"),
+        ({"epoch": "1"}, "state must have seed"),
+        ({"window": 0}, "state must have seed"),
+        ({"more": 1}, "state must have seed"),
+        ({"batch_size": 17}, "state must be of the same batch_size, 16; got 17"),
+        ({"cells": 160}, "state must be of the same cells, 592; got 160"),
+        ({"file": "0"}, "state must be of the same file"),
+    ],
+)
+def test_states_of_other_cells(acts, change, error):
+    cells = acts.cells("final_hidden", batch_size=16)
+    with pytest.raises(InvalidArgumentError, match=error):
+        cells.load_state_dict(cells.state_dict() | change)
+
+
+def test_a_state_of_another_file_of_the_same_shapes(acts, tmp_path):
+    for path, text in (("a.safetensors", "a"), ("b.safetensors", "b")):
+        save_file(tensors(), tmp_path / path, METADATA | {"fingerprint": text})
+    one, other = (
+        ActivationsFile(tmp_path / path).cells("final_hidden")
+        for path in ("a.safetensors", "b.safetensors")
+    )
+    with pytest.raises(InvalidArgumentError, match="state must be of the same file"):
+        one.load_state_dict(other.state_dict())
+
+
+ENDINGS = {
+    "held": "batches = iter(cells); next(batches)",
+    "daemon": "threading.Thread(target=lambda: [0 for _ in cells], daemon=True).start()",
+    "thread": "threading.Thread(target=lambda: print(len(list(cells)))).start()",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_program_that_ends_while_cells_are_read_ends_quietly(tmp_path, ending):
+    save_file({"hidden": torch.zeros(4000, 16, 32)}, tmp_path / "a.safetensors")
+    program = f"""
+import sys, threading
+from dump_activations import ActivationsFile
+cells = ActivationsFile(sys.argv[1]).cells("hidden", batch_size=500, window=500 * 128 * 4)
+{ENDINGS[ending]}
+"""
+    command = [sys.executable, "-c", program, tmp_path / "a.safetensors"]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert ended.stdout == "128\n" if ending == "thread" else ""
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"batch_size": 0}, "batch_size=0: no cells"),
-        ({"batch_size": 100, "window": 1199}, "window=1199: a batch has 1200 bytes; take a larger"),
-        ({"rank": 2, "world_size": 2}, "rank=2: ranks of world_size=2 are counted from 0"),
-        ({"rank": -1}, "rank=-1: at least 0"),
-        ({"rank": 0, "world_size": 0}, "rank=0: ranks of world_size=0"),
-        ({"seed": -1}, "seed=-1: at least 0"),
-        ({"epoch": -1}, "epoch=-1: at least 0"),
-        ({"device": "meta"}, "device='meta': neither cpu nor cuda"),
-        ({"device": "gpu"}, "device='gpu': neither cpu nor cuda"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        (
+            {"batch_size": 100, "window": 1199},
+            "window must be at least the 1200 bytes of a batch; got 1199",
+        ),
+        ({"rank": 2, "world_size": 2}, "rank must be less than world_size=2; got 2"),
+        ({"rank": -1}, "rank must be at least 0; got -1"),
+        ({"rank": 0, "world_size": 0}, "rank must be less than world_size=0; got 0"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"epoch": -1}, "epoch must be at least 0; got -1"),
+        ({"device": "meta"}, "device must be cpu or cuda; got 'meta'"),
+        ({"device": "gpu"}, "device must be cpu or cuda; got 'gpu'"),
     ],
 )
 def test_numbers_out_of_range(acts, options, error):
@@ -326,7 +491,7 @@ def test_numbers_out_of_range(acts, options, error):
         acts.cells("final_hidden", **options)
 
 
-@pytest.mark.parametrize("change", ["replace", "cut", "write"])
+@pytest.mark.parametrize("change", ["replace", "cut"])
 def test_a_file_that_changes_meanwhile(paths, tmp_path, change):
     path = tmp_path / "a.safetensors"
     path.write_bytes(paths[0].read_bytes())
@@ -340,9 +505,5 @@ def test_a_file_that_changes_meanwhile(paths, tmp_path, change):
         case "cut":
             with path.open("r+b") as file:
                 file.truncate(1000)
-        case "write":
-            with path.open("r+b") as file:
-                file.seek(-1, 2)
-                file.write(b"x")
     with pytest.raises(OutputError, match=r"a.safetensors was replaced or changed since"):
         list(seen)

@@ -7,7 +7,7 @@ from simulated.policies import at_random, first, greedy, lazy
 from simulated_device import simulated
 
 from dump_activations import ActivationsFile, DeviceError
-from dump_activations.storage.reading import device_feed
+from dump_activations.storage.reading import cell_feed
 
 OPTIONS = {"batch_size": 64, "window": 3 * 64 * 40}
 POLICIES = {
@@ -47,7 +47,7 @@ def test_the_values_are_those_on_the_host(acts, policy):
 
 def test_a_copy_that_nobody_waits_for_is_found_out(acts, monkeypatch):
     expected = torch.cat([b.values["hidden"] * 2 for b in acts.cells(["hidden"], **OPTIONS)])
-    monkeypatch.setattr(device_feed, "_finish", lambda batch, *_: batch)
+    monkeypatch.setattr(cell_feed, "_finish_copy", lambda batch, *_: batch)
     with simulated(lazy):
         found = used_on_the_device(acts.cells(["hidden"], device="cuda:0", **OPTIONS))
     assert not torch.equal(found, expected)
@@ -64,5 +64,7 @@ def test_the_next_batch_is_copied_while_one_is_used(acts):
 @pytest.mark.parametrize(("count", "device"), [(0, "cuda"), (2, "cuda:2")])
 def test_a_device_that_there_is_not(acts, monkeypatch, count, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    with pytest.raises(DeviceError, match=f"device='{device}': there is no such CUDA device"):
+    with pytest.raises(
+        DeviceError, match=f"device='{device}': this machine has {count} CUDA devices"
+    ):
         acts.cells("hidden", device=device)

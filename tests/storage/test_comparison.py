@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ ROWS, WIDTH = 40, 7
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Cut tensors where neither rows nor anything else ends."""
-    monkeypatch.setattr(comparison, "_PIECE", 11)
+    monkeypatch.setattr(comparison, "_CHUNK", 11)
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> Path:
@@ -146,7 +147,7 @@ def test_json_has_all_that_differs(unlike, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["files"] == [str(path) for path in unlike]
     assert said["equal"] is False
-    assert said["metadata"] == {"seed": ["0", "1"], "steps": [None, "1:2:1"]}
+    assert said["metadata"] == {"seed": [0, 1], "steps": [None, "1:2:1"]}
     tensors = {tensor.pop("key"): tensor for tensor in said["tensors"]}
     assert {name for name, tensor in tensors.items() if tensor["equal"]} == {"same"}
     assert tensors["dtype"]["dtypes"] == ["float32", "float16"]
@@ -215,14 +216,14 @@ def test_what_cannot_be_compared_is_neither_equal_nor_different(unlike, tmp_path
 def test_a_file_cut_short_while_it_is_compared(tmp_path, monkeypatch):
     paths = [write_dump(tmp_path / name, small_dump()) for name in ("a.pt", "b.pt")]
     inspections = [inspect(path) for path in paths]
-    preadv = comparison.os.preadv
+    read = comparison.read_bytes
 
     def cut_then_read(*arguments):
-        comparison.os.truncate(paths[1], 100)
-        return preadv(*arguments)
+        os.truncate(paths[1], 100)
+        read(*arguments)
 
-    monkeypatch.setattr(comparison.os, "preadv", cut_then_read)
-    with pytest.raises(OutputError, match=r"b\.pt was cut short"):
+    monkeypatch.setattr(comparison, "read_bytes", cut_then_read)
+    with pytest.raises(OutputError, match=r"b\.pt is another file than it was just now"):
         compare(*inspections, threads=1)
 
 

@@ -90,11 +90,6 @@ def keys_that_take_the_whole_stack_to_hash(path: Path) -> None:
     write_pt(path, dictionary(b")" + b"\x85" * 900_000 + b"N"))
 
 
-def a_list_of_such_keys_to_make_a_dict_of(path: Path) -> None:
-    made = b"ccollections\nOrderedDict\n](" + DOUBLED + b"N\x86e\x85R"
-    write_pt(path, dictionary(text("hidden") + made))
-
-
 def a_tensor_that_is_altered(path: Path) -> None:
     altered = tensor("0", 1, b"K\1\x85") + b"}(" + text("shape") + b"Nub"
     write_pt(path, dictionary(text("hidden") + altered), 1)
@@ -105,7 +100,7 @@ def a_pickle_of_empty_lists(path: Path) -> None:
 
 
 def a_pickle_of_the_largest_size(path: Path) -> None:
-    write_pt(path, b"\x80\x02" + b"]" * ((512 << 10) - 10) + b".")
+    write_pt(path, b"\x80\x02" + b"}" * ((512 << 10) - 10) + b"K\0.")
 
 
 def a_tensor_of_a_million_axes(path: Path) -> None:
@@ -134,6 +129,10 @@ def a_header_of_lists(path: Path) -> None:
 
 def a_header_of_the_largest_size(path: Path) -> None:
     write_safetensors(path, b'{"a":[' + b'{"":[]},' * 262_000 + b"0]}")
+
+
+def a_header_larger_than_the_file(path: Path) -> None:
+    path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
 
 
 def lists_within_lists(path: Path) -> None:
@@ -210,7 +209,6 @@ HURTFUL: dict[str, list[Callable[[Path], None]]] = {
     ".pt": [
         keys_that_take_forever_to_hash,
         keys_that_take_the_whole_stack_to_hash,
-        a_list_of_such_keys_to_make_a_dict_of,
         a_tensor_that_is_altered,
         a_pickle_of_empty_lists,
         a_pickle_of_the_largest_size,
@@ -221,6 +219,7 @@ HURTFUL: dict[str, list[Callable[[Path], None]]] = {
     ".safetensors": [
         a_header_of_lists,
         a_header_of_the_largest_size,
+        a_header_larger_than_the_file,
         lists_within_lists,
         a_shape_of_a_million_axes,
         a_shape_of_huge_axes,

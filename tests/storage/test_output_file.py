@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from dump_activations import _rust
-from dump_activations.chunks import Chunk
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.writing import writers as writers_module
 from dump_activations.storage.writing.output import OutputFile
 from dump_activations.storage.writing.paths import check_output
 from dump_activations.storage.writing.writers import Writers
+from dump_activations.timing import Chunk
 from output_support import (
     SUFFIXES,
     make_dump,

@@ -21,9 +21,9 @@ from safetensors import safe_open
 from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.errors import InvalidArgumentError
 from dump_activations.storage.digests import Digest, integrity_text, parse_integrity
-from dump_activations.storage.formats.pt_pickle import dump_pickle
+from dump_activations.storage.formats.pt import dump_pickle
 from dump_activations.storage.formats.registry import FORMATS, format_of
-from dump_activations.storage.formats.zip_layout import Member, zip_layout
+from dump_activations.storage.formats.zip import Member, zip_layout
 from output_support import SUFFIXES, Dump, dumps, make_dump, small_dump, write_dump
 
 NUMPY_DTYPES = [dtype for dtype in DTYPES if dtype != "bfloat16"]

@@ -90,8 +90,8 @@ class Batch(Mapping[str, Tensor]):
 
 
 def stream(
-    init_or_model: str | os.PathLike[str] | Encoder,
-    dataset_or_path: str | os.PathLike[str] | StepsDataset,
+    init: str | os.PathLike[str] | Encoder,
+    dataset: str | os.PathLike[str] | StepsDataset,
     *,
     outputs: str | Sequence[str] = ("final_hidden",),
     layers: Layers | None = None,
@@ -119,9 +119,9 @@ def stream(
     caller may work in any stream: the one that is current at each batch is waited for.
 
     Args:
-        init_or_model: a checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`;
+        init: a checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`;
             or a loaded Encoder.
-        dataset_or_path: a dataset of steps, or its directory.
+        dataset: a dataset of steps, or its directory.
         outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
         layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
         split_layers: yield one tensor per layer, KEY.LAYER, in place of a stacked one.
@@ -168,7 +168,7 @@ def stream(
     on_device = tensors == "device"
     with batch_oom_named(options.batch_size):
         slots = 0 if on_device else _HOST_SLOTS
-        plan = make_plan(init_or_model, dataset_or_path, options, host_slots=slots)
+        plan = make_plan(init, dataset, options, host_slots=slots)
     caller = _Caller(plan.device, copies=tensors == "copy")
     run = _computed_ahead(plan, on_device=on_device)
     batches = _interruptible(run, caller, plan.device, options.batch_size)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,15 +14,23 @@ import click
 from click.core import ParameterSource
 
 from dump_activations import demo
-from dump_activations.commands.console import print_note
-from dump_activations.commands.grouped import GroupedCommand, GroupedOption
-from dump_activations.commands.outputs import print_keys, print_preview
-from dump_activations.commands.process import keep_freed_memory, uncollected_imports
+from dump_activations.commands.cli import (
+    CONTEXT_SETTINGS,
+    GroupedCommand,
+    GroupedOption,
+    common_options,
+)
+from dump_activations.commands.console import print_note, quietly, speak_as
+from dump_activations.commands.process import (
+    keep_freed_memory,
+    leave,
+    run_command,
+    uncollected_imports,
+)
 from dump_activations.commands.processes import launch, variable
-from dump_activations.commands.runner import be_process, run_command
-from dump_activations.commands.summary import print_summary
+from dump_activations.commands.show import print_keys, print_preview, print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
-from dump_activations.errors import InvalidArgumentError, muted_notes, option, with_flags
+from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
 from dump_activations.paths import locate
 from dump_activations.progress import Phase, begin, counted, shown_progress
@@ -35,7 +42,7 @@ if TYPE_CHECKING:
 
 def run() -> NoReturn:
     """Be the command's process."""
-    be_process(dump_activations)
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +96,7 @@ _LOOK = "Look before you run"
 
 @click.command(
     cls=GroupedCommand,
-    context_settings={"show_default": True, "max_content_width": 100},
+    context_settings=CONTEXT_SETTINGS,
     groups=(Group.RUN, Group.KEEP, Group.COMPUTE, Group.SHARE, Group.AGAIN, _LOOK),
     examples=(
         ("The embedded demo, to see what a dump is", "dump-activations --demo -o demo.safetensors"),
@@ -136,8 +143,7 @@ _LOOK = "Look before you run"
     group=Group.SHARE,
     help="Start this many processes on this machine; gpu starts one per GPU.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what is shown at the end as JSON.")
-@click.version_option(package_name="dump-activations")
+@common_options
 @click.pass_context
 def dump_activations(
     context: click.Context,
@@ -152,6 +158,10 @@ def dump_activations(
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to disk for offline analysis."""
+    # The first process speaks for all. The others write only warnings and errors.
+    if rank := variable("RANK", 0):
+        speak_as(f"rank {rank}")
+        context.with_resource(quietly())
     init, dataset_path = flags.pop("init"), flags.pop("dataset")
     flags["allow_cpu"] |= use_demo
     if list_outputs:
@@ -166,15 +176,13 @@ def dump_activations(
 
         inputs = [] if indices_path is None else [indices_path]
         check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=inputs)
-    rank, local_rank = variable("RANK", 0), variable("LOCAL_RANK", 0)
     local_processes = variable("LOCAL_WORLD_SIZE", 1)
     if nproc_per_node is not None and not dry_run and "RANK" not in os.environ:
         context.exit(launch(context.obj, nproc_per_node))
 
     keep_freed_memory()
     has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT
-    # The first process speaks for all. The others write only warnings and errors.
-    with nullcontext() if rank else shown_progress(), muted_notes() if rank else nullcontext():
+    with shown_progress():
         begin("loading torch")
         with uncollected_imports():
             from dump_activations.api.dump import dump_to_file, preview
@@ -192,7 +200,7 @@ def dump_activations(
         place = Place(rank, variable("WORLD_SIZE", 1))
         share_cores(local_processes)
         if options.device == "cuda" and place.size > 1:
-            options = replace(options, device=f"cuda:{local_rank}")
+            options = replace(options, device=f"cuda:{variable('LOCAL_RANK', 0)}")
         if dry_run:
             show = partial(print_preview, preview(init, dataset, path, options, place))
         else:

@@ -1,6 +1,6 @@
-"""The command `inspect-activations`: shows what a file holds, verifies or compares it.
+"""The command `inspect-activations`: shows, verifies or compares files.
 
-It needs no torch to read.
+It imports NumPy to read a file, and never torch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dump_activations.commands.console import print_json, print_note, print_parts
-from dump_activations.commands.runner import be_process, run_command
+from dump_activations.commands.cli import CONTEXT_SETTINGS, common_options
+from dump_activations.commands.console import print_note
+from dump_activations.commands.process import leave, run_command
 from dump_activations.errors import (
     DumpActivationsError,
     InvalidArgumentError,
@@ -28,36 +29,42 @@ if TYPE_CHECKING:
 
     from dump_activations.storage.reading.inspection import Inspection
     from dump_activations.storage.statistics import TensorStatistics
-    from dump_activations.storage.writing.existing import Unfinished
 
 
 def run() -> NoReturn:
     """Be the command's process."""
-    be_process(inspect_activations)
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     Args:
-        arguments: those after the command's name; None takes the process's own.
+        arguments: the arguments after the command's name; None takes the process's own.
     """
     return run_command(inspect_activations, arguments)
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 100})
-@click.argument("file", type=click.Path(path_type=Path, readable=False))
-@click.argument("other", type=click.Path(path_type=Path, readable=False), required=False)
+_Path = click.Path(path_type=Path, readable=False)
+_Tolerance = click.FloatRange(min=0)
+
+
+@click.command(context_settings=CONTEXT_SETTINGS)
+@click.argument("file", type=_Path)
+@click.argument("other", type=_Path, required=False)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
-@click.option("--stats", is_flag=True, help="Show statistics; a file without is read for them.")
+@click.option("--stats", is_flag=True, help="Show statistics; compute them where there are none.")
+@click.option("--report", type=_Path, metavar="FILE", help="Write a page about the dump.")
 @click.option(
-    "--report",
-    type=click.Path(path_type=Path, readable=False),
-    metavar="FILE",
-    help="Write a page that shows the dump, for a browser; it loads nothing from the network.",
+    "--rtol",
+    type=_Tolerance,
+    default=0.0,
+    help="With OTHER: accept differences up to rtol times the larger value.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.version_option(package_name="dump-activations")
+@click.option(
+    "--atol", type=_Tolerance, default=0.0, help="With OTHER: accept differences up to atol."
+)
+@common_options
 @click.pass_context
 def inspect_activations(
     context: click.Context,
@@ -68,119 +75,136 @@ def inspect_activations(
     verify: bool,
     stats: bool,
     report: Path | None,
+    rtol: float,
+    atol: float,
     as_json: bool,
 ) -> None:
     """List the tensors and the metadata of a dump; FILE is a .safetensors, .pt or .npz file.
 
-    With OTHER, which may be of another format, say what differs: tensors, their values, metadata.
-    The exit code is then 0 if all tensors are equal, 1 if some differ, and 2 if the files cannot
-    be compared.
+    With OTHER, which may have another format, show what differs: tensors, values, metadata. The
+    exit code is then 0 if all tensors are equal, 1 if some differ, and 2 if the files cannot be
+    compared. A tolerance applies to floating tensors, whose dtypes may then differ too.
     """
     if report is not None:
         if other is not None or verify or stats or as_json:
             raise InvalidArgumentError(f"{option('report')}: takes one file, and no other option")
         _write_report(file, report)
-        return
-    if other is None:
-        _show(file, verify=verify, stats=stats, as_json=as_json)
-        return
-    try:
-        for name, is_given in (("verify", verify), ("stats", stats)):
-            if is_given:
-                raise InvalidArgumentError(f"{option(name)}: takes one file at a time")
-        context.exit(0 if _show_differences(file, other, as_json=as_json) else 1)
-    except DumpActivationsError as error:
-        error.exit_code = 2  # 1 says that they differ, as it does of diff and cmp
-        raise
+    elif other is None:
+        for name, value in {"rtol": rtol, "atol": atol}.items():
+            if value:
+                raise InvalidArgumentError(f"{option(name)}: takes two files to compare")
+        _show_file(file, verify=verify, stats=stats, as_json=as_json)
+    else:
+        try:
+            for name, is_given in {"verify": verify, "stats": stats}.items():
+                if is_given:
+                    raise InvalidArgumentError(f"{option(name)}: takes one file at a time")
+            is_equal = _show_differences(file, other, rtol=rtol, atol=atol, as_json=as_json)
+        except DumpActivationsError as error:
+            error.exit_code = 2  # As with diff and cmp, 1 means that they differ.
+            raise
+        context.exit(0 if is_equal else 1)
 
 
-def _show(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
-    from dump_activations.commands import statistics
-    from dump_activations.commands.contents import FileContents
-    from dump_activations.storage.reading.inspection import inspect
+def _show_file(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
+    from dump_activations.commands.show import print_file, print_shards, print_unfinished
+    from dump_activations.storage.reading.whole import find_shards, inspect_dump
     from dump_activations.storage.writing.existing import find_unfinished
     from dump_activations.storage.writing.paths import partial_path, target_of
 
-    unfinished = find_unfinished(file)
-    if unfinished is not None and stats:
-        raise OutputError(f"{unfinished.path} is not finished: it has no statistics yet")
-    if unfinished is not None:
-        _show_unfinished(unfinished, verify=verify, as_json=as_json)
+    shards = None if os.path.lexists(file) else find_shards(file)
+    if shards is not None and shards.missing:
+        if verify or stats:
+            raise OutputError(
+                f"{shards.missing[0].path} is not finished: the dump is not whole yet"
+            )
+        print_shards(shards, as_json=as_json)
         return
-    inspection = inspect(file)
+    if shards is None and (unfinished := find_unfinished(file)) is not None:
+        if verify or stats:
+            missing = "there is nothing to verify it by" if verify else "it has no statistics yet"
+            raise OutputError(f"{unfinished.path} is not finished: {missing}")
+        print_unfinished(unfinished, as_json=as_json)
+        return
+    inspection = inspect_dump(file)
     with shown_progress() if verify or stats else nullcontext():
-        damaged = _damage(inspection) if verify else None
-        found = _statistics(inspection, compute=stats)
-    contents = FileContents.of(inspection, damaged)
-    if as_json:
-        of_tensors = {"stats": statistics.as_dict(found)} if stats else {}
-        print_json({**contents.as_dict(), **of_tensors})
-    else:
-        table = statistics.table(found, contents.layers or []) if found else None
-        print_parts(*contents.parts(table))
+        damage = _damage(inspection) if verify else {}
+        statistics = _statistics(inspection, compute=stats)
+    damaged = sorted({name for names in damage.values() for name in names}) if verify else None
+    print_file(inspection, damaged=damaged, statistics=statistics, stats=stats, as_json=as_json)
     if (left := partial_path(target_of(file))).exists():
-        print_note(f"{left} is beside it: another dump to its name, not finished")
+        print_note(f"{left} is next to it: another dump to its name, not finished")
     if damaged:
-        raise OutputError(f"{file} is damaged: {', '.join(damaged)}")
+        texts = [
+            f"{path} is damaged: {', '.join(names)}" for path, names in damage.items() if names
+        ]
+        raise OutputError("; ".join(texts))
 
 
-def _damage(inspection: Inspection) -> list[str]:
-    from dump_activations.storage.reading.inspection import find_damage
+def _damage(inspection: Inspection) -> dict[Path, list[str]]:
+    """Return the damaged tensors of each file of a dump."""
+    from dump_activations.storage.reading.inspection import each_file, find_damage
 
     count = counted(Phase("verifying", BYTES))
-    return find_damage(inspection, threads=_threads(), progress=count)
+    return {
+        each.path: find_damage(each, threads=_threads(), progress=progress)
+        for each, progress in each_file(inspection, count)
+    }
 
 
 def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
-    """Return the statistics of a file: its own, or else, if it is to be read for them, these."""
+    """Return the statistics that a dump stores, or computed ones if it stores none."""
+    from dump_activations.storage.reading.inspection import each_file
     from dump_activations.storage.statistics import compute_statistics, stored_statistics
 
-    found = stored_statistics(inspection)
+    found = _merged([stored_statistics(each) for each in inspection.files])
     if found or not compute:
         return found
     count = counted(Phase("computing statistics", BYTES))
-    return compute_statistics(inspection, threads=_threads(), progress=count)
+    return _merged(
+        [
+            compute_statistics(each, threads=_threads(), progress=progress)
+            for each, progress in each_file(inspection, count)
+        ]
+    )
+
+
+def _merged(found: Sequence[Mapping[str, TensorStatistics]]) -> Mapping[str, TensorStatistics]:
+    """Merge the statistics of the files of a dump, by tensor."""
+    from dump_activations.storage.statistics import merge_stored
+
+    if len(found) == 1:
+        return found[0]
+    names = [name for name in found[0] if all(name in of_file for of_file in found)]
+    return {name: merge_stored([of_file[name] for of_file in found]) for name in names}
 
 
 def _write_report(file: Path, report: Path) -> None:
     from dump_activations.report.render import write_report
+    from dump_activations.storage.reading.whole import find_shards
     from dump_activations.storage.writing.existing import find_unfinished
 
-    if (found := find_unfinished(file)) is not None:
+    if find_shards(file) is None and (found := find_unfinished(file)) is not None:
         raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
     write_report(file, report, progress=True)
     print_note(f"{report} shows {file}; open it in a browser")
 
 
-def _show_unfinished(found: Unfinished, *, verify: bool, as_json: bool) -> None:
-    from dump_activations.commands import unfinished
-
-    if verify:
-        raise OutputError(f"{found.path} is not finished: there is nothing to verify it by")
-    if as_json:
-        print_json(unfinished.as_dict(found))
-    else:
-        print_parts(*unfinished.parts(found))
-
-
-def _show_differences(file: Path, other: Path, *, as_json: bool) -> bool:
+def _show_differences(file: Path, other: Path, *, rtol: float, atol: float, as_json: bool) -> bool:
     """Show what differs in two files, and return whether their tensors are equal."""
-    from dump_activations.commands import differences
+    from dump_activations.commands.show import print_differences
     from dump_activations.storage.reading.comparison import compare
-    from dump_activations.storage.reading.inspection import inspect
+    from dump_activations.storage.reading.whole import find_shards, inspect_dump
     from dump_activations.storage.writing.existing import find_unfinished
 
     for path in (file, other):
-        if (found := find_unfinished(path)) is not None:
+        if find_shards(path) is None and (found := find_unfinished(path)) is not None:
             raise OutputError(f"{found.path} is not finished: there is nothing to compare yet")
-    inspections = inspect(file), inspect(other)
+    inspections = inspect_dump(file), inspect_dump(other)
     with shown_progress():
         count = counted(Phase("comparing", "values"))
-        comparison = compare(*inspections, threads=_threads(), progress=count)
-    if as_json:
-        print_json(differences.as_dict(file, other, comparison))
-    else:
-        print_parts(*differences.parts(file, other, comparison))
+        comparison = compare(*inspections, threads=_threads(), rtol=rtol, atol=atol, progress=count)
+    print_differences(file, other, comparison, as_json=as_json)
     return comparison.is_equal
 
 

@@ -12,7 +12,7 @@ from dump_activations.dataset.scan import RUN, STEPS
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
 from dump_activations.storage.formats.registry import FORMATS
-from dump_activations.storage.reading.inspection import inspect
+from dump_activations.storage.reading.whole import find_shards, inspect_dump
 
 if TYPE_CHECKING:
     from typing import Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dump_activations.dataset.dataset import StepsDataset
     from dump_activations.progress import Count
     from dump_activations.storage.formats.contents import StoredTensor
+    from dump_activations.storage.reading.inspection import Inspection
 
 _NAME = "indices"
 _RUN = LABEL_PREFIX + RUN
@@ -44,15 +45,16 @@ def read_step_indices(
     """
     if path.suffix.lower() not in FORMATS:
         return load_indices(path)
-    if not path.exists():
+    if not path.exists() and find_shards(path) is None:
         raise IndicesNotFoundError(f"{path}: no such file of step indices")
-    contents = inspect(path).contents
+    dump = inspect_dump(path)
+    contents = dump.contents
     tensors = {tensor.name: tensor for tensor in contents.tensors}
     if _NAME not in tensors:
         raise IndicesError(f"{path}: no {_NAME!r} in it, only {', '.join(tensors) or 'nothing'}")
     layout = dataset.layout_sha256
     if contents.metadata.get("dataset_layout_sha256", layout) == layout:
-        return _read(path, tensors[_NAME])
+        return _read(dump, _NAME)
     other = (
         f"{path}: its indices are of another dataset, {contents.metadata.get('dataset')}, or of "
     )
@@ -60,17 +62,21 @@ def read_step_indices(
     steps = next((name for name in _STEPS if name in tensors), None)
     if steps is None or _RUN not in tensors:
         warn(f"{other}; with {option('labels', 'run_id,step_index')} its rows could be found here")
-        return _read(path, tensors[_NAME])
+        return _read(dump, _NAME)
     note(f"{other}; its rows are found by their run_id and step_index")
-    run_ids, run_steps = _read(path, tensors[_RUN]), _read(path, tensors[steps])
+    run_ids, run_steps = _read(dump, _RUN), _read(dump, steps)
     return dataset.locate(run_ids, run_steps, progress=progress)
 
 
-def _read(path: Path, tensor: StoredTensor) -> NDArray[np.int64]:
-    try:
-        return step_indices(_array(path, tensor).reshape(-1))
-    except (IndicesError, OSError, ValueError, TypeError) as error:
-        raise IndicesError(f"{path}: {error}") from None
+def _read(dump: Inspection, name: str) -> NDArray[np.int64]:
+    """Read step indices, int64 (n,), of all files of a dump."""
+    found = []
+    for file in dump.files:
+        try:
+            found.append(step_indices(_array(file.path, file.tensor(name)).reshape(-1)))
+        except (IndicesError, OSError, ValueError, TypeError) as error:
+            raise IndicesError(f"{file.path}: {error}") from None
+    return np.concatenate(found)
 
 
 def _array(path: Path, tensor: StoredTensor) -> NDArray[Any]:

@@ -148,9 +148,10 @@ def make_plan(
             f"{option('batch_size')}: must be {_LARGEST_CUDA_BATCH:,} or less on CUDA, got "
             f"{options.batch_size:,}"
         )
-    if options.compile and _compile_is_off():
-        warn(f"{option('compile')}: ignored, since TORCH_COMPILE_DISABLE is set")
-        options = replace(options, compile=False)
+    for variable in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if options.compile and os.environ.get(variable) == "1":
+            warn(f"{option('compile')}: ignored, since {variable} is set")
+            options = replace(options, compile=False)
     if not isinstance(dataset, StepsDataset):
         phases.begin("opening the dataset")
         dataset = StepsDataset(dataset)
@@ -184,10 +185,6 @@ def make_plan(
         host_slots=host_slots,
         local_processes=local_processes,
     )
-
-
-def _compile_is_off() -> bool:
-    return "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"))
 
 
 def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices, str]:

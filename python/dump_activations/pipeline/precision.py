@@ -6,15 +6,15 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from dump_activations.model.encoder import Encoder
 from dump_activations.model.prepared import replicate
 
-# cuDNN's attention plans each shape for 0.4 s and has no fallback. The others never refuse.
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Without cuDNN's, which plans each shape for 0.4 s and raises where it has no plan.
+_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
-# Settings of torch that `torch.set_float32_matmul_precision` changes, and those they inherit from.
+# Settings of torch that `torch.set_float32_matmul_precision` changes.
 _MATMULS = (("cuda", "matmul"), ("mkldnn", "matmul"))
 
 
@@ -54,42 +54,39 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """
     fp32 = "high" if precision == "tf32" else "highest"
     not_cast = torch.autocast(device.type, enabled=False)
-    with not_cast, _settings.held(fp32, on_cuda=device.type == "cuda"):
+    with not_cast, _settings.held(fp32):
         yield
 
 
 class _Settings:
-    """Changes settings of the whole process while any thread is inside, and undoes it.
+    """Changes settings of the whole process while any thread is inside, and puts them back.
 
-    Threads with the same settings share them. Others wait until these have left. A CUDA thread
-    only queues its work, so it is inside alone, for a few milliseconds.
+    Threads with the same settings share them. A thread with others waits until these have left.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._left = threading.Condition()
         self._inside = 0
-        self._now: tuple[str, int | None] | None = None
+        self._fp32 = ""
         self._exits = ExitStack()
 
     @contextmanager
-    def held(self, fp32: str, *, on_cuda: bool) -> Iterator[None]:
-        wanted = (fp32, threading.get_ident() if on_cuda else None)
-        with self._changed:
-            self._changed.wait_for(lambda: self._inside == 0 or self._now == wanted)
+    def held(self, fp32: str) -> Iterator[None]:
+        with self._left:
+            self._left.wait_for(lambda: self._inside == 0 or self._fp32 == fp32)
             if self._inside == 0:
-                self._now = wanted
+                self._fp32 = fp32
                 self._exits.enter_context(_fp32_products(fp32))
-                if on_cuda:
-                    self._exits.enter_context(sdpa_kernel(_ATTENTION, set_priority=True))
+                self._exits.enter_context(_attention_kernels())
             self._inside += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._left:
                 self._inside -= 1
                 if self._inside == 0:
                     self._exits.close()
-                    self._changed.notify_all()
+                    self._left.notify_all()
 
 
 _settings = _Settings()
@@ -97,7 +94,7 @@ _settings = _Settings()
 
 @contextmanager
 def _fp32_products(precision: str) -> Iterator[None]:
-    """Set the precision of fp32 matrix products, and put every setting back as it was."""
+    """Set the precision of fp32 matrix products."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # The process set its backends one by one.
@@ -113,3 +110,34 @@ def _fp32_products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
         for each in _MATMULS:
             put(*each, "none" if each in inherited else found[each])
+
+
+@contextmanager
+def _attention_kernels() -> Iterator[None]:
+    """Allow the kernels of `_ATTENTION`, in this order.
+
+    As `sdpa_kernel` does, which cannot be left in another thread than the one that entered it, and
+    does not put back the order of kernels that the caller has turned off.
+    """
+    cuda = torch.backends.cuda
+    switches = (
+        (SDPBackend.FLASH_ATTENTION, cuda.flash_sdp_enabled(), cuda.enable_flash_sdp),
+        (
+            SDPBackend.EFFICIENT_ATTENTION,
+            cuda.mem_efficient_sdp_enabled(),
+            cuda.enable_mem_efficient_sdp,
+        ),
+        (SDPBackend.MATH, cuda.math_sdp_enabled(), cuda.enable_math_sdp),
+        (SDPBackend.CUDNN_ATTENTION, cuda.cudnn_sdp_enabled(), cuda.enable_cudnn_sdp),
+    )
+    order = torch._C._get_sdp_priority_order()
+    wanted = [int(kernel) for kernel in _ATTENTION]  # type: ignore[call-overload]
+    for kernel, _, enable in switches:
+        enable(kernel in _ATTENTION)
+    torch._C._set_sdp_priority_order([*wanted, *(each for each in order if each not in wanted)])
+    try:
+        yield
+    finally:
+        for _, was_enabled, enable in switches:
+            enable(was_enabled)
+        torch._C._set_sdp_priority_order(order)

@@ -11,7 +11,7 @@ import math
 import mmap
 import queue
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -104,15 +104,15 @@ class CudaStopwatch:
 class _Ring(Generic[_SlotT]):
     """A bounded ring of slots, each made when it is first needed."""
 
-    def __init__(self, slots: Iterable[_SlotT]) -> None:
-        self._unused = iter(slots)
+    def __init__(self, make: Callable[[], _SlotT], count: int) -> None:
+        self._make, self._unmade = make, count
         self._free: queue.SimpleQueue[_SlotT] = queue.SimpleQueue()
 
     def take(self) -> _SlotT:
         """Take the slot that has been free longest. Blocks while none is free."""
-        if self._free.empty():
-            for slot in self._unused:
-                return slot
+        if self._free.empty() and self._unmade:
+            self._unmade -= 1
+            return self._make()
         return self._free.get()
 
     def give_back(self, slot: _SlotT) -> None:
@@ -130,7 +130,7 @@ class HostTransfer:
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
         self.copying: Stopwatch | CudaStopwatch = Stopwatch()
-        self._ring = _Ring(_empty_on_pages(shapes, dtype) for _ in range(HOST_SLOTS))
+        self._ring = _Ring(partial(_empty_on_pages, shapes, dtype), HOST_SLOTS)
 
     def run(self, boards: BoardBatch, forward: Forward) -> ActivationBatch:
         """Queue a batch. Blocks while every slot is taken."""
@@ -201,10 +201,12 @@ class PinnedSlots:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the memory back. No copy may be under way. Tensors in it stay readable."""
+        """Give the memory back. Tensors in it stay readable."""
         self._locker.shutdown(wait=True)
         if self._locked.exception() is None and self._locked.result().is_registered:
             with current(self._device):
+                # The consumer may copy from it in streams that the run has not heard of.
+                torch.cuda.synchronize(self._device)
                 torch.cuda.cudart().cudaHostUnregister(self._locked.result().memory.data_ptr())
 
 
@@ -323,9 +325,10 @@ class CudaTransfer:
             self._copies_are_queued = host_slots.are_pinned
             if not self._copies_are_queued:
                 note(f"{device} cannot page-lock host memory here; copies to the host are slower")
+            buffers = iter(host_slots)
             # Writers sleep on this event instead of spinning on a core that others need.
             self._ring = _Ring(
-                _HostSlot(buffers, torch.cuda.Event(blocking=True)) for buffers in host_slots
+                lambda: _HostSlot(next(buffers), torch.cuda.Event(blocking=True)), host_slots.count
             )
 
     def run(self, boards: BoardBatch, forward: Forward) -> ActivationBatch:

@@ -1,4 +1,4 @@
-"""Digests of tensors, and the text in which a finished file carries them."""
+"""Digests of tensors, and the metadata text that holds them in a finished file."""
 
 import json
 import re
@@ -10,19 +10,18 @@ from dump_activations import _rust
 from dump_activations.dtypes import TensorSpec
 from dump_activations.storage.formats.layout import storage_order
 
-# Metadata key: JSON {tensor name: {"crc32": 8 hex digits, "nan": count, "inf": count}, ...}.
 INTEGRITY_KEY = "integrity"
+"""Metadata key: JSON {tensor name: {"crc32": 8 hex digits, "nan": count, "inf": count}, ...}."""
 
-# The entry in that table for all other metadata: its CRC-32, as JSON. No tensor has the name.
 METADATA_NAME = "metadata"
-
+"""Entry of that table for the CRC-32 of all other metadata, as JSON. No tensor has the name."""
 
 _CRC32 = re.compile("[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class Digest:
-    """What was seen in a run of `nbytes` bytes: CRC-32 (IEEE), NaN and infinite elements."""
+    """CRC-32 (IEEE) of a span of `nbytes` bytes, and its NaN and infinite elements."""
 
     nbytes: int = 0
     crc32: int = 0
@@ -30,7 +29,7 @@ class Digest:
     inf: int = 0
 
     def __add__(self, following: "Digest") -> "Digest":
-        """Return the digest of this run and the one right after it."""
+        """Return the digest of this span and the span right after it."""
         return Digest(
             self.nbytes + following.nbytes,
             _rust.combine_crc32(self.crc32, following.crc32, following.nbytes),
@@ -40,17 +39,17 @@ class Digest:
 
 
 class RunningDigest:
-    """The digest of one tensor, from runs that come in any order; out of order ones are kept."""
+    """The digest of one tensor, from spans in any order. Spans out of order are kept."""
 
     def __init__(self) -> None:
         self.whole = Digest()
         self._waiting: dict[int, Digest] = {}
 
-    def add(self, start: int, run: Digest) -> None:
-        """Add the run that begins `start` bytes into the tensor; each byte comes once."""
+    def add(self, start: int, span: Digest) -> None:
+        """Add the span that begins `start` bytes into the tensor. Each byte comes once."""
         assert start >= self.whole.nbytes, "written twice"
         assert start not in self._waiting, "written twice"
-        self._waiting[start] = run
+        self._waiting[start] = span
         while (following := self._waiting.pop(self.whole.nbytes, None)) is not None:
             self.whole += following
 
@@ -58,12 +57,12 @@ class RunningDigest:
 def integrity_text(
     specs: Sequence[TensorSpec], metadata: Mapping[str, str], digests: Mapping[str, Digest] | None
 ) -> str:
-    """Return the metadata value under `INTEGRITY_KEY`, of the same length whatever the digests are.
+    """Return the metadata value under `INTEGRITY_KEY`, whose length does not depend on the digests.
 
     Args:
         specs: the file's tensors.
         metadata: all other metadata, which is digested too.
-        digests: of each tensor; None for a text that holds the place until they are known.
+        digests: each tensor's digest; None for a text that reserves the place.
     """
     known = digests or {spec.name: Digest() for spec in specs}
     longest = {spec.name: Digest(nan=spec.numel, inf=spec.numel) for spec in specs}
@@ -84,14 +83,14 @@ def parse_integrity(text: str) -> dict[str, Digest]:
             if name != METADATA_NAME
         }
     except (AttributeError, RecursionError):
-        raise ValueError("it is no table of digests") from None
+        raise ValueError("it is not a table of digests") from None
 
 
 def _parse_digest(fields: object) -> Digest:
     match fields:
         case {"crc32": str(crc32), "nan": int(nan), "inf": int(inf)} if _CRC32.fullmatch(crc32):
             return Digest(0, int(crc32, 16), nan, inf)
-    raise ValueError("it has something else than a digest")
+    raise ValueError("it holds more than digests")
 
 
 def _table(

@@ -6,12 +6,9 @@ one new entry in `STATISTICS`.
 Shape letters: L layers (1 for a tensor without their axis), F features.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import reduce
-from itertools import accumulate
 from math import prod
 from threading import Lock
 
@@ -22,8 +19,9 @@ from dump_activations import _rust
 from dump_activations.dtypes import DTYPES, STATISTICS_PREFIX, TensorSpec
 from dump_activations.errors import InvalidArgumentError, OutputError, switch
 from dump_activations.storage.formats.contents import read_exactly
-from dump_activations.storage.reading.catalog import Catalog, Key
-from dump_activations.storage.reading.inspection import Inspection, open_again
+from dump_activations.storage.parallel import in_parallel
+from dump_activations.storage.reading.inspection import Inspection, open_again, read_bytes
+from dump_activations.storage.reading.keys import Catalog, Key
 
 Array = NDArray[np.float64]
 
@@ -335,35 +333,32 @@ def compute_statistics(
         OutputError: the file cannot be read, or its tensors have no axis of boards.
     """
     vectors = _vectors_in(inspection)
-    stored = {tensor.name: tensor for tensor in inspection.contents.tensors}
     chunks = [
-        (each, start, min(chunk_nbytes, stored[each.name].nbytes - start))
+        (each, start, min(start + chunk_nbytes, nbytes))
         for each in vectors
+        for nbytes in [inspection.tensor(each.name).nbytes]
         for chunk_nbytes in [max(_CHUNK_NBYTES // each.row_nbytes, 1) * each.row_nbytes]
-        for start in range(0, stored[each.name].nbytes, chunk_nbytes)
+        for start in range(0, nbytes, chunk_nbytes)
     ]
-    nbytes_done = accumulate(nbytes for _, _, nbytes in chunks)
-    in_all = sum(nbytes for _, _, nbytes in chunks)
+    done, in_all = 0, sum(stop - start for _, start, stop in chunks)
     merged: dict[str, Moments] = {}
-    with open_again(inspection) as file, ThreadPoolExecutor(threads) as executor:
 
-        def measure(chunk: tuple[_Vectors, int, int]) -> Moments:
-            of, start, nbytes = chunk
-            data = os.pread(file.fileno(), nbytes, (stored[of.name].offset or 0) + start)
-            if len(data) != nbytes:
-                raise OutputError(f"{inspection.path}: {of.name}: it is cut short")
-            return of.measure(np.frombuffer(data, np.uint8))
+    def measure(chunk: tuple[_Vectors, int, int]) -> Moments:
+        of, start, stop = chunk
+        data = np.empty(stop - start, np.uint8)
+        read_bytes(inspection, of.name, start, data)
+        return of.measure(data)
 
-        try:
-            measured = zip(chunks, nbytes_done, executor.map(measure, chunks), strict=True)
-            for (of, _, _), done, moments in measured:
-                before = merged.get(of.name)
-                merged[of.name] = before.merge(moments) if before else moments
-                if progress is not None:
-                    progress(done, in_all)
-        except BaseException:
-            executor.shutdown(cancel_futures=True)
-            raise
+    def merge(chunk: tuple[_Vectors, int, int], moments: Moments) -> None:
+        nonlocal done
+        of, start, stop = chunk
+        before = merged.get(of.name)
+        merged[of.name] = moments if before is None else before.merge(moments)
+        done += stop - start
+        if progress is not None:
+            progress(done, in_all)
+
+    in_parallel(measure, chunks, threads, merge)
     return {each.name: each.statistics(merged[each.name]) for each in vectors}
 
 

@@ -29,8 +29,8 @@ def one_thread():
 def run_arguments(directory, **options):
     """Return the arguments of a run of `KEYS`, whose model and dataset are made in a directory."""
     return {
-        "init_or_model": VARIANTS["one-layer"](directory / "checkpoint").init,
-        "dataset_or_path": make_dataset(directory / "dataset", "packed_46", n=97).path,
+        "init": VARIANTS["one-layer"](directory / "checkpoint").init,
+        "dataset": make_dataset(directory / "dataset", "packed_46", n=97).path,
         "outputs": KEYS,
         **options,
     }

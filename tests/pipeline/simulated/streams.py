@@ -42,6 +42,9 @@ class Stream:
         self.queue: deque[Task] = deque()
         device.streams.append(self)
 
+    def synchronize(self) -> None:
+        self._device.finish(self._device.submit(Task(self)))
+
     def wait_event(self, event: "Event") -> None:
         if event.mark is not None:
             self._device.submit(Task(self, after=event.mark))

@@ -1,4 +1,4 @@
-"""What a finished file says it holds, as the readers of all formats return it."""
+"""Contents of a finished file, as every format's reader returns them, and checks they share."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 MAX_JSON_CHARACTERS = 2 << 20
-"""Of JSON that is parsed. The objects made of it may take forty times as much memory; a dump's own
-has some kilobytes, and this much describes 15,000 tensors."""
+"""Longest JSON that is parsed, which describes 15,000 tensors. Its objects may take forty times as
+much memory."""
 
-MAX_AXES = 64  # as many as NumPy and torch have
+MAX_AXES = 64  # of NumPy and torch
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file.
 
-    `offset` is where its data starts, in bytes; None if the data is compressed, or not in C order.
-    `dtype` is NumPy's name of it, or the format's own for one that dumps do not use.
+    `offset` is the start of its data in bytes; None if the data is compressed, not in C order, or
+    in several shards. `dtype` is NumPy's name, or the format's own for one that cannot be read.
     """
 
     name: str
@@ -36,8 +36,8 @@ class Contents:
 
 
 Reader = Callable[[BinaryIO, int], Contents]
-"""(file, its size in bytes) -> Contents; reads headers only. The file may be anything: whatever is
-not right in it raises ValueError with the reason."""
+"""(file, its size in bytes) -> Contents; reads headers only. The file may be anything: ValueError
+gives the reason why it is not of the format."""
 
 
 def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> bytes:
@@ -50,28 +50,28 @@ def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; ValueError for anything else, and for more than a file has reason to hold."""
+    """Parse JSON; ValueError for anything else, and for more than `MAX_JSON_CHARACTERS`."""
     if len(text) > MAX_JSON_CHARACTERS:
-        raise ValueError("its description is too large to be that of a dump")
+        raise ValueError("its description is larger than a dump's")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError("its description is no JSON") from None
+        raise ValueError("its description is not JSON") from None
 
 
 def text_metadata(metadata: Any) -> dict[str, str]:
-    """Return metadata as string to string; ValueError if it is no mapping."""
+    """Return metadata as string to string; ValueError if it holds anything but text and numbers."""
     if not isinstance(metadata, Mapping):
-        raise ValueError("its metadata is no table")
+        raise ValueError("its metadata is not a table")
     if not all(isinstance(part, str | int | float) for item in metadata.items() for part in item):
         raise ValueError("its metadata holds more than text and numbers")
     return {str(key): str(value) for key, value in metadata.items()}
 
 
 def is_shape(value: Any) -> bool:
-    """Say whether a list or tuple holds lengths of axes: few, and none beyond 63 bits.
+    """Return whether a value is a shape of at most 64 axes, with lengths of at most 63 bits.
 
-    The product of others would take minutes.
+    The product of larger ones would take minutes.
     """
     return (
         isinstance(value, (list, tuple))
@@ -81,12 +81,12 @@ def is_shape(value: Any) -> bool:
 
 
 def data_ranges(tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
-    """Say where the data of tensors lies, (start, stop) each; left out where it is compressed."""
+    """Return (start, stop) of each tensor's data, without compressed tensors."""
     return [(t.offset, t.offset + t.nbytes) for t in tensors if t.offset is not None]
 
 
 def are_disjoint(ranges: Iterable[tuple[int, int]]) -> bool:
-    """Say whether no two ranges, (start, stop), have a place in common."""
+    """Return whether no two ranges, (start, stop), overlap."""
     end = 0
     for start, stop in sorted(ranges):
         if start < end:

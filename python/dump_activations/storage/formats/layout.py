@@ -1,22 +1,22 @@
-"""Where the bytes of an output file lie: what every format computes before anything is written."""
+"""Layouts: where every byte of an output file lies, computed before the first is written."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, filterfalse
 
-from dump_activations.dtypes import DTYPES, STATISTICS_PREFIX, TensorSpec
+from dump_activations.dtypes import DTYPES, READABLE_DTYPES, STATISTICS_PREFIX, TensorSpec
 from dump_activations.storage.formats.contents import Reader
 
-# Bytes: tensor data starts on a multiple of it where the format allows, as direct I/O, memory maps
-# and device reads want it.
 ALIGNMENT = 4096
+"""Bytes. Tensor data starts on a multiple where the format allows, for direct I/O, memory maps and
+device reads."""
+
+RESERVED_NAMES = frozenset({"metadata", "__metadata__"})
+"""Names under which formats keep the metadata. No tensor may have them."""
 
 # Bytes of an element of statistics.
 _STATISTICS_ALIGNMENT = 8
-
-# Names under which a format keeps the metadata: no tensor may have them.
-RESERVED_NAMES = frozenset({"metadata", "__metadata__"})
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Layout:
 
     Attributes:
         size: bytes of the whole file.
-        offsets: where each tensor's data starts, in bytes.
-        skeleton: (offset, bytes) of all that is not tensor data, to be written in their order: the
-            file cannot be mistaken for a finished one before the last.
+        offsets: offset of each tensor's data in bytes, by name.
+        skeleton: (offset, bytes) of everything else, to be written in this order: no reader takes
+            the file for a finished one before the last.
     """
 
     size: int
@@ -44,7 +44,7 @@ offsets do not depend on the CRCs, nor on values of the metadata of equal length
 
 @dataclass(frozen=True)
 class Format:
-    """A file format: how it is named, what it can hold, how it is laid out and read."""
+    """A file format: its name, the dtypes it holds, its layout and its reader."""
 
     name: str
     suffix: str
@@ -54,20 +54,20 @@ class Format:
 
 
 def fits(dtype: str, shape: Sequence[int], nbytes: int) -> bool:
-    """Whether a tensor takes up so many bytes, or may, of a dtype that dumps do not use."""
+    """Return whether a tensor takes `nbytes` bytes, or may, if its dtype cannot be read."""
     numel = math.prod(shape)
-    if dtype in DTYPES:
-        return numel * DTYPES[dtype].nbytes == nbytes
-    return numel <= 8 * nbytes  # no element is less than a bit
+    if dtype in READABLE_DTYPES:
+        return numel * READABLE_DTYPES[dtype].nbytes == nbytes
+    return numel <= 8 * nbytes  # an element has a bit at least
 
 
 def storage_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Tensors in the order of their data in the file.
+    """Return tensors in the order of their data in the file.
 
-    Wide elements first, so that each tensor is aligned to its element where a format packs tensors
-    without holes; among equals those whose rows are multiples of the larger power of two first, so
-    that as many slices as possible start on a page. Statistics, of which there are few bytes, lie
-    as far back as they are aligned to their elements.
+    Wide elements come first, so that each tensor is aligned to its element where a format packs
+    tensors without holes. Among equals, rows that are multiples of a larger power of two come
+    first, so that many slices start on a page. Statistics are small and lie as far back as they
+    are aligned to their elements.
     """
 
     def key(spec: TensorSpec) -> tuple[int, int]:

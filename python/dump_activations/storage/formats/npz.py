@@ -1,15 +1,17 @@
-"""The .npz format: a zip archive with one .npy file a tensor.
+"""The .npz format: a zip archive with one .npy file per tensor.
 
 Format of a .npy file: numpy.lib.format, version 1.0. `metadata` is a 0-d array of Unicode, four
-bytes a character.
+bytes per character.
 """
 
+import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
-from dump_activations.dtypes import DTYPES, TensorSpec
+import numpy as np
+
+from dump_activations.dtypes import DTYPES, READABLE_DTYPES, TensorSpec
 from dump_activations.storage.formats.contents import (
     MAX_JSON_CHARACTERS,
     Contents,
@@ -19,18 +21,20 @@ from dump_activations.storage.formats.contents import (
     text_metadata,
 )
 from dump_activations.storage.formats.layout import ALIGNMENT, Format, Layout, fits, storage_order
-from dump_activations.storage.formats.zip_layout import Member, zip_layout
-from dump_activations.storage.formats.zip_reader import StoredMember, read_head, read_members
-
-HEADER_ALIGNMENT = 64  # what numpy.lib.format pads its headers to
-MAX_HEADER_NBYTES = 10_000  # what NumPy reads of one that it does not trust
-MAX_METADATA_NBYTES = MAX_HEADER_NBYTES + 4 * MAX_JSON_CHARACTERS
-HEADER = re.compile(
-    r"\{'descr': ?(?P<dtype>.+), ?'fortran_order': ?(?P<is_fortran>True|False), ?"
-    r"'shape': ?\((?P<shape>[0-9, ]*)\) ?,? ?\} *\n",
-    re.DOTALL,
+from dump_activations.storage.formats.zip import (
+    Member,
+    StoredMember,
+    read_head,
+    read_members,
+    zip_layout,
 )
-NAMES = {dtype.npy: name for name, dtype in DTYPES.items()}
+
+MAX_HEADER_NBYTES = 10_000
+"""Longest header that is read, as in NumPy."""
+
+_MAX_METADATA_NBYTES = MAX_HEADER_NBYTES + 4 * MAX_JSON_CHARACTERS
+_HEADER_ALIGNMENT = 64  # of numpy.lib.format
+_NAMES = {dtype.npy: name for name, dtype in READABLE_DTYPES.items()}
 
 
 def layout(
@@ -64,7 +68,7 @@ def _npy_header(descriptor: str | None, shape: tuple[int, ...]) -> bytes:
     fields = f"{{'descr': {descriptor!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
     magic = b"\x93NUMPY\x01\x00"
     prefix_nbytes = len(magic) + 2
-    padding = -(prefix_nbytes + len(fields) + 1) % HEADER_ALIGNMENT
+    padding = -(prefix_nbytes + len(fields) + 1) % _HEADER_ALIGNMENT
     text = (fields + " " * padding + "\n").encode("latin-1")
     return magic + len(text).to_bytes(2, "little") + text
 
@@ -83,27 +87,29 @@ def read(file: BinaryIO, size: int) -> Contents:
 
 
 def _stored_array(head: bytes, member: StoredMember) -> StoredTensor:
-    """Read a .npy header as NumPy and others write it; no part of it is evaluated."""
-    length_nbytes = 2 if head[6:7] == b"\x01" else 4
-    data_start = 8 + length_nbytes + int.from_bytes(head[8 : 8 + length_nbytes], "little")
-    header = HEADER.fullmatch(head[8 + length_nbytes : data_start].decode("latin-1"))
-    if not head.startswith(b"\x93NUMPY") or not header:
-        raise ValueError(f"its member {member.name} is no array")
-    dtype = header["dtype"].strip("'")
-    dtype = NAMES.get(dtype, dtype)
-    shape = tuple(int(length) for length in header["shape"].split(",") if length.strip())
-    nbytes = member.nbytes - data_start
-    if "|O" in dtype or not is_shape(shape) or not fits(dtype, shape, nbytes):
+    stream = io.BytesIO(head)
+    try:
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        read_header = readers[np.lib.format.read_magic(stream)]
+        shape, is_fortran, descr = read_header(stream, max_header_size=MAX_HEADER_NBYTES)
+    except Exception:  # NumPy parses a Python literal, which fails in many ways.
+        raise ValueError(f"its member {member.name} is not an array") from None
+    dtype = _NAMES.get(descr.str, descr.str)
+    nbytes = member.nbytes - stream.tell()
+    if descr.hasobject or not is_shape(shape) or not fits(dtype, shape, nbytes):
         raise ValueError(f"its array {member.name} is damaged, or holds objects")
-    is_plain = header["is_fortran"] == "False" or len(shape) < 2
-    offset = member.offset + data_start if is_plain and member.offset is not None else None
+    is_plain = member.offset is not None and (not is_fortran or len(shape) < 2)
+    offset = member.start + stream.tell() if is_plain else None
     return StoredTensor(member.name.removesuffix(".npy"), dtype, shape, nbytes, offset)
 
 
 def _metadata(file: BinaryIO, member: StoredMember, nbytes: int) -> dict[str, str]:
     """Read the text of a 0-d array, the last `nbytes` bytes of a member."""
-    if member.nbytes > MAX_METADATA_NBYTES:
-        raise ValueError("its metadata is too large to be that of a dump")
+    if member.nbytes > _MAX_METADATA_NBYTES:
+        raise ValueError("its metadata is larger than a dump's")
     content = read_head(file, member, member.nbytes)
     text = content[member.nbytes - nbytes :].decode("utf-32-le")
     return text_metadata(parse_json(text.rstrip("\0")))

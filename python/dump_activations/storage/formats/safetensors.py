@@ -1,4 +1,4 @@
-"""The .safetensors format: an 8-byte header length, a JSON header, then all tensors in one run.
+"""The .safetensors format: an 8-byte header length, a JSON header, then all tensors.
 
 Format: https://github.com/huggingface/safetensors#format. Offsets in the header count from its end;
 the data has no holes; spaces may follow the JSON.
@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-from dump_activations.dtypes import DTYPES, TensorSpec
+from dump_activations.dtypes import DTYPES, READABLE_DTYPES, TensorSpec
 from dump_activations.storage.formats.contents import (
     MAX_JSON_CHARACTERS,
     Contents,
@@ -23,7 +23,7 @@ from dump_activations.storage.formats.contents import (
 from dump_activations.storage.formats.layout import ALIGNMENT, Format, Layout, fits, storage_order
 
 LENGTH_NBYTES = 8
-NAMES = {dtype.safetensors: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype.safetensors: name for name, dtype in READABLE_DTYPES.items()}
 
 
 def layout(
@@ -58,11 +58,11 @@ def read(file: BinaryIO, size: int) -> Contents:
     length = int.from_bytes(read_exactly(file, 0, LENGTH_NBYTES), "little")
     data_start = LENGTH_NBYTES + length
     if length == 0 or data_start > size:
-        raise ValueError("its header is not there, or cut short")
+        raise ValueError("its header is missing, or cut short")
     # One character past the limit is enough to see that there are too many.
     header = parse_json(read_exactly(file, LENGTH_NBYTES, min(length, MAX_JSON_CHARACTERS + 1)))
     if not isinstance(header, dict):
-        raise ValueError("its header is no table")
+        raise ValueError("its header is not a table")
     metadata = text_metadata(header.pop("__metadata__", {}))
     tensors = [_stored_tensor(name, entry, data_start, size) for name, entry in header.items()]
     if not are_disjoint(data_ranges(tensors)):
@@ -73,7 +73,7 @@ def read(file: BinaryIO, size: int) -> Contents:
 def _stored_tensor(name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
     match entry:
         case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
-            dtype = NAMES.get(code, code)
+            dtype = _NAMES.get(code, code)
             nbytes = end - begin
             is_inside = 0 <= begin <= end <= size - data_start
             if is_inside and is_shape(shape) and fits(dtype, shape, nbytes):

@@ -1,6 +1,6 @@
-"""ActivationsFile: a finished file, or several as one, read by rows.
+"""ActivationsFile: a finished dump, or several as one, read by rows.
 
-Shape letters: N boards in all files, R rows that are asked for, L layers kept.
+Shape letters: N boards in all files, R rows asked for, L layers kept.
 """
 
 from __future__ import annotations
@@ -15,53 +15,56 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.dtypes import DTYPES, LABEL_PREFIX
+from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, option, switch
-from dump_activations.storage.reading.catalog import Key
-from dump_activations.storage.reading.rows import Rows, row_numbers
+from dump_activations.storage.reading.keys import Key, Rows, row_numbers
 from dump_activations.storage.reading.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from dump_activations.storage.reading.board_values import BoardValues
+    from dump_activations.storage.reading.boards import BoardValues
     from dump_activations.storage.reading.cells import Cells
 
 
 class ActivationsFile:
-    """A finished dump, read by rows: `.safetensors`, `.pt` or `.npz`.
+    """A finished dump, read by rows: `.safetensors`, `.pt` or `.npz`, one file or shards.
 
     Opening reads headers only, keeps no file open and imports no torch. Instances can be pickled,
-    used from several threads and carried over a fork. That a file was replaced or changed since is
-    an error. Other `.safetensors` files can be read too, if the first axis of all their tensors is
-    that of the boards.
+    used from several threads and carried over a fork. A file that was replaced or changed since is
+    an error. `.safetensors` files of other programs can be read too, if all their tensors have a
+    first axis of boards.
 
         acts = ActivationsFile("activations.safetensors")
         hidden = acts.read("layer_outputs", range(1000), layer=3)  # (1000, 16, H)
 
     Args:
-        paths: One file; or several dumps of one model and the same keys, whose rows are counted
-            through all of them in the order given.
+        paths: One dump, by the name of its file, of the whole of its shards, or of one shard; or
+            several dumps of one model and the same keys. Rows are counted through all files in the
+            order given.
 
     Raises:
         InvalidArgumentError: A suffix names no format, or the files do not belong together.
-        OutputError: A file cannot be read, is not of its format, or has no axis of boards.
+        OutputError: A file cannot be read, is not of its format, or has no axis of boards; or a
+            shard is missing.
     """
 
     def __init__(self, *paths: str | os.PathLike[str]) -> None:
         if not paths:
             raise InvalidArgumentError("paths: name a file")
-        self._files = TensorFiles([Path(path) for path in paths])
+        # Absolute, so that reads go on after the program changes its directory.
+        self._names = [Path(os.path.abspath(Path(path).expanduser())) for path in paths]  # noqa: PTH100
+        self._files = TensorFiles(self._names)
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files."""
+        """The files; of a dump in shards, the shards in order."""
         return tuple(self._files.paths)
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """What the file says of itself; of several, the first."""
+        """The dump's metadata; of several dumps, the first's."""
         return self._files.metadata
 
     def __len__(self) -> int:
@@ -69,24 +72,24 @@ class ActivationsFile:
         return self._files.boards
 
     def __repr__(self) -> str:
-        return f"ActivationsFile({', '.join(repr(os.fspath(path)) for path in self.paths)})"
+        return f"ActivationsFile({', '.join(repr(os.fspath(path)) for path in self._names)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_files": self._files}
+        return {"_names": self._names, "_files": self._files}
 
     def keys(self) -> list[str]:
-        """Names of the activation keys that have a value a board; one that is split is one key."""
+        """Names of the activation keys with a value per board; a split key is one key."""
         return list(self._files.catalog.keys)
 
     def tensor_names(self) -> list[str]:
-        """Names of all tensors as they are stored, which `read` takes too."""
+        """Names of all stored tensors, which `read` takes too."""
         return list(self._files.catalog.tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a key: `(N, L, *value)` where it has layers, stacked or split, or `(N, *value)`.
 
         Raises:
-            InvalidArgumentError: There is no such key.
+            InvalidArgumentError: The file does not have the key.
         """
         return self._find(key).shape(len(self))
 
@@ -94,15 +97,15 @@ class ActivationsFile:
         """Name the dtype of a key as NumPy and torch do: `float16`, `bfloat16`.
 
         Raises:
-            InvalidArgumentError: There is no such key.
+            InvalidArgumentError: The file does not have the key.
         """
         return self._find(key).dtype
 
     def layers(self, key: str) -> tuple[int, ...]:
-        """Numbers of the model's layers that the file has of a key; none where it has no such axis.
+        """Numbers of the model's layers stored for a key; empty without an axis of layers.
 
         Raises:
-            InvalidArgumentError: There is no such key.
+            InvalidArgumentError: The file does not have the key.
         """
         return self._find(key).layers or ()
 
@@ -113,7 +116,7 @@ class ActivationsFile:
 
     @cached_property
     def labels(self) -> Mapping[str, NDArray[Any]]:
-        """Labels by name, (N,) or (N, ...); each is read when it is first asked for."""
+        """Labels by name, (N,) or (N, ...); each is read at its first use."""
         return _Stored(self, self._files.catalog.labels, LABEL_PREFIX)
 
     def read(
@@ -130,18 +133,17 @@ class ActivationsFile:
         All cores read, with the interpreter released; of one layer, only its bytes.
 
         Args:
-            key: An activation key, or a tensor by its own name: `boards`, `labels/move_dir`. What
-                has no first axis of boards is read whole.
-            rows: Numbers of rows in any order, with repeats; a slice; a mask, bool (N,); None for
-                all.
-            layer: One layer by its number in the model, whether the file has them stacked or split.
-            out: Where to put the values, which is also returned: a contiguous tensor on the host,
-                in pinned memory too, of their shape and dtype.
-            verify: Compare what is read with the file's digests. They are of whole tensors: of all
-                `rows`, and of all layers where these are stacked.
+            key: An activation key, or a tensor by its own name: `boards`, `labels/move_dir`. A
+                tensor without a first axis of boards is read whole.
+            rows: Row numbers in any order, with repeats; a slice; a mask, bool (N,); None for all.
+            layer: One layer by its number in the model, stacked or split.
+            out: Receives the values and is returned: a contiguous tensor on the host, pinned or
+                not, of their shape and dtype.
+            verify: Compare the values with the file's digests. Digests cover whole tensors: all
+                rows, and all layers where these are stacked.
 
         Raises:
-            InvalidArgumentError: There is no such key or layer, or `out` does not fit.
+            InvalidArgumentError: The file does not have the key or layer, or `out` does not fit.
             RowIndexError: A row is negative or past the end.
             OutputError: A row cannot be read, a file was changed, or a digest differs.
         """
@@ -158,7 +160,8 @@ class ActivationsFile:
             out.is_contiguous()
         ):
             raise InvalidArgumentError(
-                f"{option('out')}: a contiguous tensor of {dtype} {shape} on the host is wanted"
+                f"{option('out')} must be a contiguous tensor of {dtype} {shape} on the host; got "
+                f"{out.dtype} {tuple(out.shape)} on {out.device}"
             )
         data = out.detach().view(-1).view(torch.uint8).numpy()
         self._fill(found, numbers, layer, data, verify=verify)
@@ -170,7 +173,7 @@ class ActivationsFile:
         Raises as `read` does.
         """
         found = self._find(key)
-        npy = DTYPES[found.dtype].npy
+        npy = READABLE_DTYPES[found.dtype].npy
         if npy is None:
             raise InvalidArgumentError(f"{key}: NumPy has no {found.dtype}; `read` has")
         numbers = self._numbers(found, rows)
@@ -181,10 +184,11 @@ class ActivationsFile:
     def boards(
         self, key: str, layer: int | None = None, labels: str | Sequence[str] = ()
     ) -> BoardValues:
-        """Return a map-style dataset of `(activation, {label: value})`, a board each.
+        """Return a map-style dataset of `(activation, {label: value})`, one per board.
 
-        A `DataLoader` takes it, with workers too, whole or through `random_split` and samplers; it
-        reads each batch in one call.
+        A `DataLoader` takes it, with workers too, whole or through `random_split` and samplers, and
+        reads each batch in one call. A batch sampler as `sampler` with `batch_size=None`, a slice
+        or a list of rows give `(activations, {label: values})` of the whole batch.
 
         Args:
             key: An activation key.
@@ -192,9 +196,9 @@ class ActivationsFile:
             labels: Names of labels of the file.
 
         Raises:
-            InvalidArgumentError: There is no such key, layer or label.
+            InvalidArgumentError: The file does not have the key, layer or label.
         """
-        from dump_activations.storage.reading.board_values import BoardValues
+        from dump_activations.storage.reading.boards import BoardValues
 
         found = self._find(key)
         found.parts(layer)
@@ -204,7 +208,9 @@ class ActivationsFile:
         for name in names:
             if name not in self.labels:
                 has = ", ".join(self.labels) or "none"
-                raise InvalidArgumentError(f"{option('labels')}: no {name!r} in it; it has {has}")
+                raise InvalidArgumentError(
+                    f"{option('labels')} must be labels of the file, {has}; got {name!r}"
+                )
         return BoardValues(
             len(self),
             partial(self.read, key, layer=layer),
@@ -227,42 +233,44 @@ class ActivationsFile:
     ) -> Cells:
         """Return shuffled batches of cells, `CellBatch(values, rows, cells)`, as SAEs train on.
 
-        Each cell of each board comes once an epoch. The file is read in windows, stretches of
-        consecutive boards that come in a drawn order, and cells are shuffled within each; three
-        windows are held in memory. Boards that were drawn are in a drawn order already, so only the
-        cells of one board stay near one another: with the defaults and 1 KB a cell two of them are
-        11 batches apart on average, and 38 % of all cells share a batch with another one of their
-        board, where a shuffle of 4 million cells as one leaves 3 %.
+        Each cell of each board comes once per epoch, and each loop is the next epoch. The file is
+        read in windows, spans of consecutive boards that come in a random order, and cells are
+        shuffled within each; three windows are held in memory. Sampled boards are in a random order
+        already, so only the cells of one board stay near one another: with the defaults and 1 KB
+        per cell two of them are 11 batches apart on average, and 38 % of all cells share a batch
+        with another cell of their board. A shuffle of 4 million cells leaves 3 %. The boards of a
+        dump with `steps` are in the order of the games, so that a window holds few games.
 
         The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cell_order` has it.
-        Ranks take its batches in turns. `state_dict()` and `load_state_dict()` leave off and go on
-        in the middle. Reading goes on in the background, without a `DataLoader`; one with workers
-        needs `batch_size=None`, and `persistent_workers=True` for the epochs after the first.
+        Ranks take its batches in turns. `state_dict()` and `load_state_dict()` resume in the middle
+        of an epoch. Reading ahead takes a thread and no `DataLoader`. A `DataLoader` with workers
+        needs `batch_size=None`.
 
         Args:
-            key: An activation key with an axis of cells; of several the same cells are read, and
-                `values` is a dict.
+            key: An activation key with an axis of cells; with several keys the same cells are read
+                of each, and `values` is a dict.
             layer: The layer by its number in the model, of keys that have layers.
-            batch_size: Cells a batch; the last of an epoch may have fewer.
-            seed: Seed of the order.
-            epoch: The first epoch; the others follow, an iteration each.
-            rank: Which of `world_size` processes this is.
+            batch_size: Cells per batch; the last of an epoch may have fewer.
+            seed: Seed of the order, at least 0.
+            epoch: Number of the first epoch, at least 0.
+            rank: Number of this process among `world_size`.
             world_size: Processes that share the batches.
-            window: Bytes of a window, at least those of a batch.
-            device: Where the values go; to a CUDA device through pinned memory, on a side stream.
-            drop_last: Leave out a short last batch, and those that not every rank would have.
+            window: Bytes per window, at least those of a batch.
+            device: Device of the values; batches reach a CUDA device through pinned memory, on a
+                side stream.
+            drop_last: Leave out a short last batch, and batches that not every rank would have.
 
         Raises:
-            InvalidArgumentError: There is no such key or layer, a key has no axis of cells, or a
-                number is out of range.
-            DeviceError: There is no such device.
+            InvalidArgumentError: The file does not have the key or layer, a key has no axis of
+                cells, or a number is out of range.
+            DeviceError: The machine does not have the device.
         """
-        from dump_activations.storage.reading.cell_values import CellValues
+        from dump_activations.storage.reading.cell_order import CellValues
         from dump_activations.storage.reading.cells import Cells
 
         keys = (key,) if isinstance(key, str) else tuple(key)
         if not keys:
-            raise InvalidArgumentError(f"{option('key')}: no keys")
+            raise InvalidArgumentError(f"{option('key')} must name a key; got none")
         return Cells(
             self._files,
             {name: CellValues.of(self._find(name), layer) for name in keys},
@@ -278,29 +286,43 @@ class ActivationsFile:
         )
 
     def stats(self, key: str, layer: int | None = None) -> dict[str, NDArray[np.float64]]:
-        """Return the statistics that were stored with the file (`stats=True`), float64, by name.
+        """Return the statistics stored with the dump (`stats=True`), float64, by name.
 
         Vectors lie along the last axis, F features each. `count`, `norm_mean` and
         `mean_squared_norm` are (L,), or () of one layer or a key without layers. `mean`,
-        `variance`, `min`, `max` and `count_abs_gt_6` are (L, F) or (F,).
+        `variance`, `min`, `max` and `count_abs_gt_6` are (L, F) or (F,). Statistics of several
+        files are merged in their order.
 
         Args:
             key: An activation key.
             layer: One layer by its number in the model; None for all of them.
 
         Raises:
-            InvalidArgumentError: There is no such key or layer, or there are no statistics.
+            InvalidArgumentError: The file does not have the key or layer, or no statistics.
         """
         from dump_activations.storage.statistics import key_statistics
 
-        if len(self.paths) > 1:
-            raise InvalidArgumentError(f"{self}: statistics are of one file; open each by itself")
-        return key_statistics(self._find(key), layer, _Stored(self, self.tensor_names()))
+        return key_statistics(self._find(key), layer, self._statistics)
+
+    @cached_property
+    def _statistics(self) -> Mapping[str, NDArray[np.float64]]:
+        """The stored statistics by the names of their tensors; of several files, merged."""
+        from dump_activations.storage.statistics import merge_stored, stored_statistics
+
+        if len(self.paths) == 1:
+            return _Stored(self, self.tensor_names())
+        found = [stored_statistics(each) for each in self._files.inspections]
+        return {
+            f"{STATISTICS_PREFIX}{tensor}/{name}": values
+            for tensor in found[0]
+            if all(tensor in of_file for of_file in found)
+            for name, values in merge_stored([of_file[tensor] for of_file in found]).items()
+        }
 
     def _find(self, name: str) -> Key:
-        """Find a key; InvalidArgumentError where there is none, or of a dtype that dumps lack."""
+        """Find a key; InvalidArgumentError if there is none, or its dtype cannot be read."""
         found = self._files.catalog.find(name)
-        if found.dtype not in DTYPES:
+        if found.dtype not in READABLE_DTYPES:
             raise InvalidArgumentError(f"{name} is of {found.dtype}, which cannot be read")
         return found
 
@@ -309,7 +331,7 @@ class ActivationsFile:
             return row_numbers(rows, len(self), self)
         if rows is not None:
             raise InvalidArgumentError(
-                f"{option('rows')}: {key.name} has no axis of boards; it is read whole"
+                f"{option('rows')} must be left out: {key.name} has no axis of boards"
             )
         return np.zeros(1, np.int64)
 
@@ -326,7 +348,7 @@ class ActivationsFile:
         parts = key.parts(layer)
         if verify and parts[0].of > 1:
             raise _not_whole("layer")
-        nbytes = math.prod(key.shape(1, layer)) * DTYPES[key.dtype].nbytes
+        nbytes = math.prod(key.shape(1, layer)) * READABLE_DTYPES[key.dtype].nbytes
         rows = out.reshape(len(numbers), len(parts), nbytes // len(parts))
         for at, part in enumerate(parts):
             into = rows[:, 0] if len(parts) == 1 else np.empty(rows[:, at].shape, np.uint8)
@@ -339,12 +361,12 @@ class ActivationsFile:
 
 def _not_whole(name: str) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"{switch('verify')}: digests are of whole tensors; leave out {option(name)}"
+        f"{switch('verify')}: digests cover whole tensors; leave out {option(name)}"
     )
 
 
 class _Stored(Mapping[str, NDArray[Any]]):
-    """Tensors of a file, by names without a prefix; each is read when it is first asked for."""
+    """Tensors of a file, by names without a prefix; each is read at its first use."""
 
     def __init__(self, acts: ActivationsFile, names: list[str], prefix: str = "") -> None:
         self._acts = acts

@@ -1,32 +1,44 @@
-"""Cells of all boards in a shuffled order, a batch at a time."""
+"""Cells of all boards in a shuffled order, a batch at a time.
 
-from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+Shape letters: B cells in a batch, D width of a cell's value.
+"""
 
-import numpy as np
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dump_activations import _rust
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
-from dump_activations.storage.reading.cell_batch import CellBatch, KeyedCells
-from dump_activations.storage.reading.cell_order import CellOrder, Stretch
-from dump_activations.storage.reading.cell_values import CellValues
-from dump_activations.storage.reading.device_feed import on_device
-from dump_activations.storage.reading.host_memory import RecycledMemory
+from dump_activations.storage.reading.cell_feed import CellFeed
+from dump_activations.storage.reading.cell_order import CellOrder, CellValues
+from dump_activations.storage.reading.epochs import Epochs
 from dump_activations.storage.reading.tensor_files import TensorFiles
 
 
-class Cells(IterableDataset[CellBatch]):
-    """What `ActivationsFile.cells` returns: batches of cells, an epoch an iteration.
+class CellBatch(NamedTuple):
+    """Cells of several boards.
 
-    An iteration begins where the one before it was left, or where `load_state_dict` says, and goes
-    to the end of the epoch; the next begins the next epoch. Each worker of a `DataLoader`, which
-    has to have `batch_size=None`, takes its share of the batches; the order stays the same. Which
-    epoch it is only they know: without `persistent_workers=True` each is the first.
+    Attributes:
+        values: (B, D) as stored; a dict of such tensors where several keys are read.
+        rows: the board of the file that each cell is of, int64 (B,), on the host.
+        cells: the cell of that board, int64 (B,), on the host.
+    """
+
+    values: Tensor | dict[str, Tensor]
+    rows: Tensor
+    cells: Tensor
+
+
+class Cells(IterableDataset[CellBatch]):
+    """Batches of cells, as `ActivationsFile.cells` returns them: one epoch per loop.
+
+    Every `iter()` begins the next epoch, of exactly `len()` batches; leaving a loop early ends its
+    epoch. After `load_state_dict` the first loop is the rest of that epoch. Workers of a
+    `DataLoader`, which needs `batch_size=None`, share the batches in the same order.
     """
 
     def __init__(
@@ -46,148 +58,141 @@ class Cells(IterableDataset[CellBatch]):
     ) -> None:
         for name, number in {"seed": seed, "epoch": epoch, "rank": rank}.items():
             if number < 0:
-                raise InvalidArgumentError(f"{option(name, number)}: at least 0 is wanted")
+                raise InvalidArgumentError(f"{option(name)} must be at least 0; got {number}")
         if batch_size < 1:
-            raise InvalidArgumentError(f"{option('batch_size', batch_size)}: no cells")
+            raise InvalidArgumentError(
+                f"{option('batch_size')} must be at least 1; got {batch_size}"
+            )
         if rank >= world_size:
             raise InvalidArgumentError(
-                f"{option('rank', rank)}: ranks of {option('world_size', world_size)} are counted "
-                "from 0"
+                f"{option('rank')} must be less than {option('world_size', world_size)}; got {rank}"
             )
         batch_nbytes = batch_size * sum(each.nbytes for each in values.values())
         if window < batch_nbytes:
             raise InvalidArgumentError(
-                f"{option('window', window)}: a batch has {batch_nbytes} bytes; take a larger "
-                f"window or a smaller {option('batch_size')}"
+                f"{option('window')} must be at least the {batch_nbytes} bytes of a batch; got "
+                f"{window}; take a larger window or a smaller {option('batch_size')}"
             )
         self._files = files
-        self._values = values
+        self._feed = CellFeed(files, values, batch_size, _device(device))
         self._single = single
         self._batch_size = batch_size
         self._window_batches = window // batch_nbytes
+        self._seed = seed
         self._rank = rank
         self._world_size = world_size
-        self._device = _device(device)
         self._drop_last = drop_last
-        self._memory = RecycledMemory()
-        self._state = {"seed": seed, "epoch": epoch, "batch": 0}
+        self._epochs = Epochs(epoch)
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
-        return len(self._batches(self._order(), 0, self._rank, self._world_size))
+        return len(self._batches(0, self._rank, self._world_size))
 
-    def state_dict(self) -> dict[str, int]:
-        """Say where the next batch is: `seed`, `epoch`, and `batch`, those that all ranks had."""
-        return dict(self._state)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the next batch in the process that iterates, and the order's data.
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Let the next iteration begin where a state says; the world size may be another.
+        After the last batch of an epoch it is the beginning of the next one. `batch` counts the
+        batches that all ranks had, so that another `world_size` can go on.
 
         Raises:
-            InvalidArgumentError: It is no state of cells.
+            InvalidArgumentError: Workers of a `DataLoader` iterate: each has a position of its own.
         """
-        if state.keys() != self._state.keys() or min(state.values()) < 0:
-            names = ", ".join(self._state)
-            raise InvalidArgumentError(f"{option('state', dict(state))}: {names} are wanted")
-        self._state = {name: int(state[name]) for name in self._state}
+        return self._state(*self._epochs.position())
+
+    def _state(self, epoch: int, batch: int) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "epoch": epoch,
+            "batch": batch,
+            "batch_size": self._batch_size,
+            "window": self._window_batches,
+            "cells": self._files.boards * CELLS,
+            "file": self._identity(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next loop begin at a state's position, with its seed and window.
+
+        Raises:
+            InvalidArgumentError: It is not a state of cells, or of another file or batch size.
+        """
+        ours = self._state(0, 0)
+        least = {**dict.fromkeys(ours, 0), "window": 1}
+        if state.keys() != ours.keys() or not all(
+            isinstance(value, int) and value >= least[name]
+            for name, value in state.items()
+            if name != "file"
+        ):
+            raise InvalidArgumentError(
+                f"{option('state')} must have {', '.join(ours)}, numbers from 0 on; got "
+                f"{dict(state)}"
+            )
+        for name in ("batch_size", "cells", "file"):
+            if state[name] != ours[name]:
+                raise InvalidArgumentError(
+                    f"{option('state')} must be of the same {name}, {ours[name]}; got {state[name]}"
+                )
+        self._seed, self._window_batches = state["seed"], state["window"]
+        self._epochs.load(state["epoch"], state["batch"])
 
     def __iter__(self) -> Iterator[CellBatch]:
-        """Yield the rest of the epoch.
+        """Yield the batches of the next epoch, or the rest of a loaded one.
 
         Raises:
             OutputError: A row cannot be read, or a file was changed.
         """
+        epoch, start = self._epochs.begin()
+        return self._iterate(epoch, start)
+
+    def _iterate(self, epoch: int, start: int) -> Iterator[CellBatch]:
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        world_size = self._world_size * workers
-        order = self._order()
-        batches = self._batches(
-            order, self._state["batch"], self._rank + self._world_size * number, world_size
-        )
-        feed = self._feed(order, batches)
-        if self._device.type == "cuda":
-            feed = on_device(feed, self._device)
+        step = self._world_size * workers
+        batches = self._batches(start, self._rank + self._world_size * number, step)
+        if not batches:
+            self._epochs.move(epoch + 1, 0)
+        feed = self._feed.read(self._order(epoch), batches)
         try:
-            for values, rows, cells in feed:
-                self._state["batch"] += world_size
+            for taken, (values, rows, cells) in enumerate(feed, start=1):
+                is_last = taken == len(batches)
+                self._epochs.move(*((epoch + 1, 0) if is_last else (epoch, start + taken * step)))
                 [value] = values.values() if self._single else [values]
                 yield CellBatch(value, rows, cells)
         finally:
             feed.close()
-        self._state |= {"epoch": self._state["epoch"] + 1, "batch": 0}
 
-    def _order(self) -> CellOrder:
-        return CellOrder(
-            self._files.boards * CELLS,
-            self._batch_size,
-            self._window_batches,
-            self._state["seed"],
-            self._state["epoch"],
-        )
+    def _order(self, epoch: int) -> CellOrder:
+        cells = self._files.boards * CELLS
+        return CellOrder(cells, self._batch_size, self._window_batches, self._seed, epoch)
 
-    def _batches(self, order: CellOrder, start: int, rank: int, world_size: int) -> range:
-        stop = order.batches
-        if self._drop_last:
-            whole = order.cells // self._batch_size
+    def _batches(self, start: int, rank: int, step: int) -> range:
+        """Return the numbers of every `step`-th batch of an epoch, for one reader."""
+        cells = self._files.boards * CELLS
+        stop = -(-cells // self._batch_size)
+        if self._drop_last:  # equally many whole batches for each rank
+            whole = cells // self._batch_size
             stop = start + (whole - start) // self._world_size * self._world_size
-        return range(start + rank, stop, world_size)
+        return range(start + rank, stop, step)
 
-    def _feed(self, order: CellOrder, batches: range) -> Generator[KeyedCells, None, None]:
-        """Yield batches in host memory; while those of one window are taken the next is read."""
-
-        def read(stretch: Stretch, memory: dict[str, Tensor]) -> NDArray[np.int64]:
-            numbers = order.read(stretch)
-            for name, values in self._values.items():
-                out = memory[name][: len(numbers) * values.nbytes].numpy()
-                values.read(self._files, numbers, out.reshape(len(numbers), -1), cancel)
-            return numbers
-
-        def start() -> tuple[dict[str, Tensor], Future[NDArray[np.int64]]] | None:
-            stretch = next(stretches, None)
-            if stretch is None:
-                return None
-            most = len(stretch.batches) * self._batch_size
-            memory = {name: new(name, most * each.nbytes) for name, each in self._values.items()}
-            return memory, reader.submit(read, stretch, memory)
-
-        new = self._pinned if self._device.type == "cuda" else self._memory.take
-        stretches = order.stretches(batches)
-        cancel = _rust.Cancel()
-        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cells")
-        try:
-            ahead = start()
-            while ahead is not None:
-                memory, numbers = ahead[0], torch.from_numpy(ahead[1].result())
-                ahead = start()
-                for first in range(0, len(numbers), self._batch_size):
-                    yield self._cut(memory, numbers, first)
-        finally:
-            cancel.ask()
-            reader.shutdown(wait=True, cancel_futures=True)
-
-    def _cut(self, memory: dict[str, Tensor], numbers: Tensor, first: int) -> KeyedCells:
-        numbers = numbers[first : first + self._batch_size]
-        values = {}
-        for name, each in self._values.items():
-            start, nbytes = first * each.nbytes, len(numbers) * each.nbytes
-            cut = memory[name][start : start + nbytes].view(getattr(torch, each.dtype))
-            values[name] = cut.view(len(numbers), each.width)
-        rows = numbers // CELLS
-        return KeyedCells(values, rows, numbers - rows * CELLS)
-
-    def _pinned(self, _name: str, nbytes: int) -> Tensor:
-        with torch.cuda.device(self._device):
-            return torch.empty((nbytes,), dtype=torch.uint8, device="cpu", pin_memory=True)
+    def _identity(self) -> str:
+        """Return a short text that tells the files from others, for a state."""
+        inspections = self._files.inspections
+        texts = [
+            each.contents.metadata.get("fingerprint") or repr(each.contents) for each in inspections
+        ]
+        return f"{zlib.crc32(' '.join(texts).encode()):08x}"
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    text = option("device", str(device))
     try:
         found = torch.device(device or "cpu")
-    except RuntimeError:  # no type of device at all
-        raise InvalidArgumentError(f"{text}: neither cpu nor cuda") from None
-    if found.type not in ("cpu", "cuda"):
-        raise InvalidArgumentError(f"{text}: neither cpu nor cuda")
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"{option('device')} must be cpu or cuda; got {str(device)!r}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"{text}: there is no such CUDA device")
+        raise DeviceError(
+            f"{option('device', str(device))}: this machine has {torch.cuda.device_count()} CUDA "
+            "devices"
+        )
     return found

@@ -1,27 +1,27 @@
-"""Compares two files, whatever their formats: metadata by its text, tensors by their values.
+"""Comparison of two dumps, in any formats: metadata by its text, tensors by their values.
 
-Values are read a piece at a time, so memory does not grow with the files.
+Chunks of values are read at a time, so memory does not grow with the files.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dump_activations.dtypes import READABLE_DTYPES, STATISTICS_PREFIX
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.storage.formats.contents import StoredTensor
-from dump_activations.storage.reading.inspection import Inspection, open_again
+from dump_activations.storage.parallel import in_parallel
+from dump_activations.storage.reading.inspection import Inspection, read_bytes
 
 # Elements of each file that a thread compares at a time.
-_PIECE = 1 << 20
+_CHUNK = 1 << 20
 
-# Metadata that says of the rest what it is: where that is equal, these need not be.
+# Metadata derived from the rest: it differs wherever anything does.
 _DERIVED = frozenset({"fingerprint", INTEGRITY_KEY})
 
 
@@ -30,12 +30,12 @@ class Difference:
     """How the values of two tensors of one shape differ; NaN is equal to NaN.
 
     Attributes:
-        elements: how many differ.
+        elements: elements that differ.
         nonfinite: how many of them are NaN or infinite in one file or both.
-        largest: the largest absolute difference of the others; 0.0 if there are none.
-        relative: the largest difference of an element, divided by its larger value.
-        place: indices of the first element with the largest difference; None where none differs,
-            or all that do are not finite.
+        largest: largest absolute difference of the others; 0.0 if there are none.
+        relative: largest difference of an element, divided by its larger value.
+        place: indices of the first element with the largest difference; None if no finite element
+            differs.
     """
 
     elements: int = 0
@@ -47,31 +47,30 @@ class Difference:
 
 @dataclass(frozen=True)
 class TensorPair:
-    """Tensors of one name; None where a file has none, or their shapes differ."""
+    """Tensors of one name; None where a file lacks it, no difference where shapes differ."""
 
     name: str
     first: StoredTensor | None
     second: StoredTensor | None
     difference: Difference | None
+    has_tolerance: bool = False
 
     @property
     def is_equal(self) -> bool:
-        """Whether both files have the same dtype, shape and values."""
-        return (
-            self.first is not None
-            and self.second is not None
-            and self.first.dtype == self.second.dtype
-            and self.difference == Difference()
-        )
+        """Whether both files have the same dtype, shape and values, within the tolerance."""
+        if self.first is None or self.second is None or self.difference != Difference():
+            return False
+        dtypes = {self.first.dtype, self.second.dtype}
+        return len(dtypes) == 1 or (self.has_tolerance and all("float" in name for name in dtypes))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two files beside each other.
+    """The differences of two dumps.
 
     Attributes:
-        metadata: key -> its text in each file, None where there is none; only those that differ.
-        tensors: all of both.
+        metadata: key -> its text in each dump, or None; only keys that differ.
+        tensors: all tensors of both.
     """
 
     metadata: Mapping[str, tuple[str | None, str | None]]
@@ -79,7 +78,7 @@ class Comparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether all tensors are; the metadata may differ."""
+        """Whether all tensors are equal; the metadata may differ."""
         return all(pair.is_equal for pair in self.tensors)
 
 
@@ -88,36 +87,72 @@ def compare(
     second: Inspection,
     *,
     threads: int,
+    rtol: float = 0.0,
+    atol: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Read two files and compare them.
+    """Read two dumps and compare them.
+
+    Each shard has statistics of its own, which are left out where a dump is in shards.
+
+    With a tolerance, floating values are equal if |a - b| <= atol + rtol * max(|a|, |b|), and so
+    are tensors of different floating dtypes.
 
     Args:
-        first: one file.
+        first: one dump.
         second: the other.
-        threads: how many compare values at once.
+        threads: threads that compare values.
+        rtol: tolerance relative to the larger value.
+        atol: absolute tolerance.
         progress: called in this thread with the elements done and the elements in all.
 
     Raises:
         OutputError: a file cannot be read, or its values cannot be compared.
     """
-    ours = {tensor.name: tensor for tensor in first.contents.tensors}
-    theirs = {tensor.name: tensor for tensor in second.contents.tensors}
+    ours, theirs = (_tensors(each, both=(first, second)) for each in (first, second))
     both = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
-    with ExitStack() as exits:
-        files = [exits.enter_context(open_again(each)).fileno() for each in (first, second)]
-        pairs = {
-            name: (_Values(first, files[0], ours[name]), _Values(second, files[1], theirs[name]))
-            for name in both
-        }
-        differences = _compare_values(pairs, threads, progress)
+    for name in both:
+        for inspection in (first, second):
+            _check_comparable(inspection, name)
+    found = dict.fromkeys(both, Difference())
+    chunks = [
+        (name, start, min(start + _CHUNK, elements))
+        for name in both
+        for elements in [math.prod(ours[name].shape)]
+        for start in range(0, elements, _CHUNK)
+    ]
+    done, in_all = 0, sum(stop - start for _, start, stop in chunks)
+
+    def compare_chunk(chunk: tuple[str, int, int]) -> Difference:
+        name, start, stop = chunk
+        a, b = (_read(each, name, start, stop) for each in (first, second))
+        return _difference(a, b, start, ours[name].shape, (rtol, atol))
+
+    def take(chunk: tuple[str, int, int], difference: Difference) -> None:
+        nonlocal done
+        name, start, stop = chunk
+        found[name] = _joined(found[name], difference)
+        done += stop - start
+        if progress is not None:
+            progress(done, in_all)
+
+    in_parallel(compare_chunk, chunks, threads, take)
     return Comparison(
         _differing(first.contents.metadata, second.contents.metadata),
         [
-            TensorPair(name, ours.get(name), theirs.get(name), differences.get(name))
+            TensorPair(name, ours.get(name), theirs.get(name), found.get(name), rtol + atol > 0)
             for name in {**ours, **theirs}
         ],
     )
+
+
+def _tensors(inspection: Inspection, both: tuple[Inspection, ...]) -> dict[str, StoredTensor]:
+    has_statistics = not any(each.shards for each in both)
+    return {
+        tensor.name: tensor
+        for tensor in inspection.contents.tensors
+        if has_statistics or not tensor.name.startswith(STATISTICS_PREFIX)
+    }
 
 
 def _differing(
@@ -130,83 +165,35 @@ def _differing(
     }
 
 
-class _Values:
-    """The values of a stored tensor, read from any thread."""
-
-    def __init__(self, inspection: Inspection, fd: int, tensor: StoredTensor) -> None:
+def _check_comparable(inspection: Inspection, name: str) -> None:
+    for file in inspection.files:
+        tensor = file.tensor(name)
+        if tensor.dtype not in READABLE_DTYPES:
+            raise OutputError(f"{file.path}: {name} is {tensor.dtype}, which cannot be compared")
         if tensor.offset is None:
             raise OutputError(
-                f"{inspection.path}: {tensor.name} is compressed; only what is stored as it is "
-                "can be compared"
-            )
-        self.tensor = tensor
-        self._path, self._fd, self._offset = inspection.path, fd, tensor.offset
-        self._dtype = np.dtype(np.uint16 if tensor.dtype == "bfloat16" else _dtype(tensor.dtype))
-        if self._dtype.kind not in "biuf":
-            raise OutputError(
-                f"{self._path}: {tensor.name} is of {tensor.dtype}, which cannot be compared"
+                f"{file.path}: {name} is compressed or not in C order, and cannot be compared"
             )
 
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Read elements `start` up to `stop`, counted through the tensor, (stop - start,)."""
-        values = np.empty(stop - start, self._dtype)
-        view, at = values.view(np.uint8).data, self._offset + start * self._dtype.itemsize
-        while view:
-            nbytes = os.preadv(self._fd, [view], at)
-            if nbytes == 0:
-                raise OutputError(f"{self._path} was cut short while it was read")
-            view, at = view[nbytes:], at + nbytes
-        if self.tensor.dtype == "bfloat16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values
 
-
-def _dtype(name: str) -> "np.dtype[Any]":
-    try:
-        return np.dtype(name)
-    except TypeError:  # The format's own name of one that NumPy does not have.
-        return np.dtype(np.void)
-
-
-_Pairs = Mapping[str, tuple[_Values, _Values]]
-
-
-def _compare_values(
-    pairs: _Pairs, threads: int, progress: Callable[[int, int], None] | None
-) -> dict[str, Difference]:
-    found = dict.fromkeys(pairs, Difference())
-    pieces = list(_pieces(pairs))
-    in_all, done = sum(stop - start for _, start, stop in pieces), 0
-
-    def compare_piece(piece: tuple[str, int, int]) -> Difference:
-        name, start, stop = piece
-        first, second = (values.read(start, stop) for values in pairs[name])
-        return _difference(first, second, start, pairs[name][0].tensor.shape)
-
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="compare")
-    try:
-        for piece, difference in zip(pieces, executor.map(compare_piece, pieces), strict=True):
-            name, start, stop = piece
-            found[name] = _joined(found[name], difference)
-            done += stop - start
-            if progress is not None:
-                progress(done, in_all)
-    finally:
-        executor.shutdown(cancel_futures=True)
-    return found
-
-
-def _pieces(pairs: _Pairs) -> Iterator[tuple[str, int, int]]:
-    for name, (values, _) in pairs.items():
-        elements = int(np.prod(values.tensor.shape, dtype=object))
-        for start in range(0, elements, _PIECE):
-            yield name, start, min(start + _PIECE, elements)
+def _read(inspection: Inspection, name: str, start: int, stop: int) -> NDArray[Any]:
+    """Read elements `start` to `stop`, counted through a tensor, (stop - start,)."""
+    dtype = READABLE_DTYPES[inspection.tensor(name).dtype]
+    values = np.empty(stop - start, dtype.npy or "<u2")
+    read_bytes(inspection, name, start * dtype.nbytes, values.view(np.uint8))
+    if dtype.name == "bfloat16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values
 
 
 def _difference(
-    first: NDArray[Any], second: NDArray[Any], start: int, shape: tuple[int, ...]
+    first: NDArray[Any],
+    second: NDArray[Any],
+    start: int,
+    shape: tuple[int, ...],
+    tolerance: tuple[float, float],
 ) -> Difference:
-    """Compare elements (n,), the first of which is element `start` of a tensor."""
+    """Compare elements (n,) of a tensor, from element `start` on."""
     places = np.flatnonzero(first != second)
     if len(places) < len(first):
         first, second = first[places], second[places]
@@ -220,6 +207,12 @@ def _difference(
         return Difference(nonfinite, nonfinite)
     distances = _distances(first, second)
     larger = np.maximum(np.abs(first.astype(np.float64)), np.abs(second.astype(np.float64)))
+    if any(tolerance) and first.dtype.kind == second.dtype.kind == "f":
+        rtol, atol = tolerance
+        beyond = distances > atol + rtol * larger
+        places, distances, larger = places[beyond], distances[beyond], larger[beyond]
+        if not len(places):
+            return Difference(nonfinite, nonfinite)
     np.divide(distances, larger, out=larger)
     i = int(np.argmax(distances))
     return Difference(
@@ -233,7 +226,7 @@ def _difference(
 
 def _distances(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
     """Return |first - second|, rounded to float64 once."""
-    if first.dtype == second.dtype and first.dtype.kind in "iu":
+    if first.dtype == second.dtype and first.dtype.kind in "iub":
         exact: NDArray[np.uint64] = np.maximum(first, second).astype(np.uint64)
         exact -= np.minimum(first, second).astype(np.uint64)
         return exact.astype(np.float64)
@@ -242,7 +235,7 @@ def _distances(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]
 
 
 def _joined(first: Difference, second: Difference) -> Difference:
-    """Join what was found in two pieces of a tensor, one after the other."""
+    """Join the differences of two chunks of a tensor, one after the other."""
     larger = second if second.largest > first.largest else first
     return Difference(
         elements=first.elements + second.elements,

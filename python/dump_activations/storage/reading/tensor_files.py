@@ -1,7 +1,10 @@
-"""Finished files that hold the same tensors, whose rows are counted through all of them."""
+"""Finished files that hold the same tensors, whose rows are counted through all of them.
+
+Shape letters: R rows asked for.
+"""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations import _rust
-from dump_activations.dtypes import DTYPES
+from dump_activations.dtypes import READABLE_DTYPES
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.formats.contents import StoredTensor
-from dump_activations.storage.reading.catalog import Catalog
 from dump_activations.storage.reading.inspection import Inspection, inspect
+from dump_activations.storage.reading.keys import Catalog
+from dump_activations.storage.reading.whole import inspect_dump
 
 THREADS: int | None = None
-"""Threads of a read; None for as many as there are cores."""
+"""Threads of a read; None for one per core."""
 
-# What has to be the same in files that are read as one, as far as both say it.
+# Metadata that must be equal in files that are read as one, where both have it.
 _OF_THE_MODEL = ("weights_sha256", "layers", "precision")
 
 
 class TensorFiles:
-    """The files, by their headers; they are opened anew for each read, in whatever process.
+    """The files of one or several dumps, by their headers; each read opens them again.
 
     Attributes:
-        paths: where they are.
-        catalog: what the first has, as the others do.
-        metadata: of the first.
-        boards: boards in all of them.
+        paths: the files.
+        inspections: the files' headers.
+        catalog: keys and tensors of the first file, which the others share.
+        metadata: metadata of the first dump.
+        boards: boards in all files.
 
     Raises:
         InvalidArgumentError: a suffix names no format, or the files do not belong together.
@@ -37,21 +42,21 @@ class TensorFiles:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-        self._stamps = [_stamp(path) for path in paths]
-        inspections = [inspect(path) for path in paths]
-        catalogs = [Catalog(each.path, each.contents) for each in inspections]
-        self.catalog = catalogs[0]
-        self.metadata = inspections[0].contents.metadata
-        self.boards = sum(catalog.boards for catalog in catalogs)
-        self._inspections = inspections
-        self._catalogs = catalogs
+        dumps = [inspect_dump(path) for path in paths]
+        self.metadata = dumps[0].contents.metadata
+        self.inspections = [file for dump in dumps for file in dump.files]
+        self.paths = [each.path for each in self.inspections]
+        self._stamps = [each.stamp for each in self.inspections]
+        self._catalogs = [Catalog(each.path, each.contents) for each in self.inspections]
+        self.catalog = self._catalogs[0]
+        self._ends = np.cumsum([catalog.boards for catalog in self._catalogs])
+        self.boards = int(self._ends[-1])
         self._open: dict[tuple[str, int], _rust.StoredTensor] = {}
-        for other, catalog in zip(inspections, catalogs, strict=True):
+        for other, catalog in zip(self.inspections, self._catalogs, strict=True):
             differs = self._differs(other, catalog)
             if differs:
                 raise InvalidArgumentError(
-                    f"{other.path} cannot be read as one with {paths[0]}: {differs}"
+                    f"{other.path} cannot be read as one with {self.paths[0]}: {differs}"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,35 +71,38 @@ class TensorFiles:
         parts: int = 1,
         cancel: _rust.Cancel | None = None,
     ) -> None:
-        """Read rows of a stored tensor, or equal parts of them counted through all rows.
+        """Read rows of a stored tensor, or equal parts of rows, counted through all rows.
 
         Args:
             tensor: its name.
-            numbers: of the parts, int64 (R,).
-            out: where to put them, uint8 (R, bytes of a part).
-            parts: how many a row is.
+            numbers: numbers of the parts, int64 (R,).
+            out: receives them, uint8 (R, bytes per part).
+            parts: parts per row.
             cancel: lets another thread end the read.
 
         Raises:
             InvalidArgumentError: not all files have the tensor.
             OutputError: a row cannot be read, or a file was changed.
         """
-        self._check_unchanged()
+        touched: Iterable[int] = range(len(self.paths))
+        if len(numbers) < len(self.paths):
+            touched = np.unique(np.searchsorted(self._ends, numbers // parts, "right")).tolist()
+        self._check_unchanged(touched)
         if out.size:
             stored = self._open.get((tensor, parts))
             if stored is None:
                 stored = self._open[tensor, parts] = self._stored(tensor, parts)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
-            self._check_unchanged()
+            self._check_unchanged(touched)
 
     def check_digest(self, tensor: str, data: NDArray[np.uint8]) -> None:
-        """Compare the bytes of a whole tensor, of all files, with what the files say of them.
+        """Compare a whole tensor's bytes, of all files, with the files' digests.
 
         Raises:
             OutputError: they differ, or a file carries no digests.
         """
         start = 0
-        for inspection, stored in zip(self._inspections, self._tensors(tensor), strict=False):
+        for inspection, stored in zip(self.inspections, self._tensors(tensor), strict=False):
             digest = inspection.digests.get(tensor)
             if digest is None:
                 raise OutputError(f"{inspection.path} carries no digest to verify {tensor} by")
@@ -102,8 +110,31 @@ class TensorFiles:
                 raise OutputError(f"{inspection.path}: {tensor} is damaged; make the file again")
             start += stored.nbytes
 
+    def _check_unchanged(self, files: Iterable[int]) -> None:
+        """Raise OutputError if a file is not the one that was opened.
+
+        Another time or inode number alone is no change: `touch` and network mounts renew them.
+        """
+        for i in files:
+            path, stamp = self.paths[i], _stamp(self.paths[i])
+            if stamp != self._stamps[i]:
+                if not self._is_same(self.inspections[i], self._stamps[i], stamp):
+                    raise OutputError(f"{path} was replaced or changed since it was opened")
+                self._stamps[i] = stamp
+                self._open = {}  # which would refuse another inode number
+
+    def _is_same(self, opened: Inspection, before: tuple[int, int], now: tuple[int, int]) -> bool:
+        """Return whether a file's header is the one that was read, and vouches for the content."""
+        try:
+            found = inspect(opened.path)
+        except OutputError:
+            return False
+        is_other_file = before[0] != now[0] and before[1] != now[1]
+        is_same_header = (found.size, found.contents) == (opened.size, opened.contents)
+        return is_same_header and (bool(opened.digests) or not is_other_file)
+
     def _tensors(self, name: str) -> list[StoredTensor]:
-        """Return the tensor in each file, or in the first where it is not of boards.
+        """Return the tensor in each file, or in the first where it has no axis of boards.
 
         Raises:
             InvalidArgumentError: another file has none of its dtype and shape.
@@ -116,29 +147,25 @@ class TensorFiles:
             tensor = catalog.tensors.get(name)
             wanted = (first.dtype, (catalog.boards, *first.shape[1:]))
             if tensor is None or (tensor.dtype, tensor.shape) != wanted:
-                raise InvalidArgumentError(f"{path} has no {name} like that of {self.paths[0]}")
+                raise InvalidArgumentError(f"{path} has no {name} like {self.paths[0]}")
             found.append(tensor)
         return found
 
     def _stored(self, name: str, parts: int) -> _rust.StoredTensor:
         of_boards = self.catalog.find(name).of_boards
+        tensors = self._tensors(name)
         places = []
-        for path, tensor in zip(self.paths, self._tensors(name), strict=False):
-            if tensor.dtype not in DTYPES or tensor.offset is None:
+        for path, tensor in zip(self.paths, tensors, strict=False):
+            if tensor.dtype not in READABLE_DTYPES or tensor.offset is None:
                 why = "compressed or not in C order" if tensor.offset is None else tensor.dtype
                 raise OutputError(f"{path}: {name} is {why}, which cannot be read by rows")
             places.append((path, tensor.offset, tensor.shape[0] if of_boards else 1))
         rows = sum(rows for _, _, rows in places)
-        nbytes = sum(tensor.nbytes for tensor in self._tensors(name))
+        nbytes = sum(tensor.nbytes for tensor in tensors)
         return _rust.StoredTensor(name, places, parts, nbytes // (rows * parts))
 
-    def _check_unchanged(self) -> None:
-        for path, stamp in zip(self.paths, self._stamps, strict=True):
-            if _stamp(path) != stamp:
-                raise OutputError(f"{path} was replaced or changed since it was opened")
-
     def _differs(self, other: Inspection, catalog: Catalog) -> str:
-        """Say in what another file differs from the first; nothing where it does not."""
+        """Return how another file differs from the first, or an empty text."""
         if catalog.keys != self.catalog.keys:
             return "its keys differ in their names, layers, shapes or dtypes"
         theirs = other.contents.metadata
@@ -148,8 +175,8 @@ class TensorFiles:
         return ""
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """Return what changes when a file is replaced, cut short or written to."""
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return the file's inode number and time, which are renewed when it is replaced or written."""
     with OutputError.when(f"cannot read {path}"):
         status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns

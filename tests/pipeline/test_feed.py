@@ -7,7 +7,7 @@ import pytest
 
 from dump_activations import StepsDataset
 from dump_activations.errors import VocabularyError
-from dump_activations.pipeline import board_feed
+from dump_activations.pipeline import feed as feed_module
 from dump_activations.timing import Stopwatch
 from reference.datasets import encode_rows, random_boards
 
@@ -22,11 +22,11 @@ def boards():
 @pytest.fixture
 def feed(boards, tmp_path, monkeypatch):
     """Return a feed of all boards of a dataset; windows are of 20 boards at most."""
-    monkeypatch.setattr(board_feed, "_LARGEST_WINDOW", 20)
+    monkeypatch.setattr(feed_module, "_LARGEST_WINDOW", 20)
 
     def begin(**options):
         np.save(tmp_path / "steps.npy", encode_rows(boards, "selfplay_v1"))
-        return board_feed.feed_boards(
+        return feed_module.feed_boards(
             StepsDataset(tmp_path),
             np.arange(N),
             vocabulary=16,
@@ -42,7 +42,7 @@ def feed(boards, tmp_path, monkeypatch):
 @pytest.mark.parametrize("first", [0, 1])
 def test_batches_are_whole_whatever_the_largest_window(first, batch_size, feed, boards):
     start = first * batch_size
-    batches = [*feed(batch_size=batch_size, stretches=[range(start, N)])]
+    batches = [*feed(batch_size=batch_size, ranges=[range(start, N)])]
     assert [batch.first_row for batch in batches] == [*range(start, N, batch_size)]
     for batch in batches:
         rows = np.arange(N)[batch.first_row : batch.first_row + batch_size]
@@ -75,12 +75,12 @@ def read(monkeypatch):
         lengths.append(len(indices))
         return read_boards(self, indices, *arguments, **options)
 
-    monkeypatch.setattr(board_feed, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(feed_module, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(StepsDataset, "read_boards", remember)
     return lengths
 
 
-def test_what_is_read_ahead(read, feed):
+def test_how_many_boards_are_read_ahead(read, feed):
     """At the start as many boards as the largest window has, later no more than two of them."""
     for batch in feed(batch_size=2):
         done = batch.first_row + 2
@@ -88,18 +88,18 @@ def test_what_is_read_ahead(read, feed):
     assert sum(read) == N
 
 
-def test_no_more_than_one_stretch_is_taken_ahead(read, feed):
-    """Whoever took it would keep others from it; the boards of one are read meanwhile."""
+def test_at_most_one_range_is_pulled_ahead(read, feed):
+    """A range may be a shard that another process could take; its boards are read meanwhile."""
     rows = [range(100, 104), range(0, 2), range(2, 3), range(50, 80), range(4, 6), range(7, 9)]
     taken = []
 
-    def stretches():
-        for stretch in rows:
-            taken.append(stretch)
-            yield stretch
+    def ranges():
+        for each in rows:
+            taken.append(each)
+            yield each
 
-    for batch in feed(batch_size=2, stretches=stretches()):
-        at = next(i for i, stretch in enumerate(rows) if batch.first_row in stretch)
+    for batch in feed(batch_size=2, ranges=ranges()):
+        at = next(i for i, each in enumerate(rows) if batch.first_row in each)
         ahead = rows[at + 1 : at + 2]
         if at != 3:  # Of the long one, not all is read yet.
             assert taken == rows[: at + 1] + ahead
@@ -112,21 +112,24 @@ def test_an_exponent_outside_is_told_as_soon_as_it_is_read(read, feed, boards):
     boards[19, 3] = 16
     boards[[18, 150], 5] = 17
     batches = feed(batch_size=1)
-    with pytest.raises(VocabularyError, match=r"step 18: exponent 17 .*\(2 of the first 21 bo"):
+    with pytest.raises(
+        VocabularyError, match=r"step 18: exponent 17 .*\(as in 2 of the 20 boards from row 5 on\)"
+    ):
         next(batches)
-    assert read == [1, 4, 16, 21]  # the windows, and once more to count
+    assert read == [1, 4, 16, 20]  # the windows, and once more to count
 
 
 @pytest.mark.parametrize(
-    ("largest", "counted"), [(1000, "3 of the 200"), (20, "1 of the 16 boards from number 56 on")]
+    ("largest", "counted"),
+    [(1000, "3 of the 160 boards from row 40 on"), (20, "1 of the 20 boards from row 56 on")],
 )
 def test_exponents_outside_are_counted_where_that_is_cheap(
     largest, counted, feed, boards, monkeypatch
 ):
     boards[[60, 130, 199], 0] = 16
-    monkeypatch.setattr(board_feed, "_LARGEST_WINDOW", largest)
+    monkeypatch.setattr(feed_module, "_LARGEST_WINDOW", largest)
     with pytest.raises(
-        VocabularyError, match=rf"step 60: .*\({counted}.*where='max_exponent < 16'"
+        VocabularyError, match=rf"step 60: .*\(as in {counted}.*where='max_exponent < 16'"
     ):
         for _ in feed(batch_size=8):
             pass

@@ -1,6 +1,6 @@
-"""Which activation keys a file has, and where the layers of each are.
+"""Activation keys of a file, the layers of each, and the rows that are asked for.
 
-Shape letters: N boards, L layers of those kept.
+Shape letters: N boards, L layers kept, R rows asked for.
 """
 
 import re
@@ -8,33 +8,39 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from dump_activations.dtypes import LABEL_PREFIX, STATISTICS_PREFIX
-from dump_activations.errors import InvalidArgumentError, OutputError, option
+from dump_activations.errors import InvalidArgumentError, OutputError, RowIndexError, option
 from dump_activations.storage.formats.contents import Contents, StoredTensor
 
-# Of the tensors with a first axis of boards, those that have no axis of layers.
+Rows = ArrayLike | slice | None
+"""Row numbers in any order, with repeats; a slice; a mask, bool (N,); None for all."""
+
+# Tensors with a first axis of boards and no axis of layers.
 _WITHOUT_LAYERS = frozenset(
     {"indices", "boards", "final_hidden", "pooled", "head_logits", "head_probs"}
 )
 
-_LAYER = re.compile("0|[1-9][0-9]{,8}")
-
-# Tensors of a dump that are not of boards, whatever their first axis.
+# Tensors of a dump without an axis of boards, whatever the length of their first axis.
 _NOT_OF_BOARDS = ("rmsnorm_gammas/", "attn_sinks", STATISTICS_PREFIX)
+
+_LAYER = re.compile("0|[1-9][0-9]{,8}")
 
 
 @dataclass(frozen=True)
 class Key:
-    """A tensor as it is asked for: an activation key, or one stored tensor by its own name.
+    """An activation key, or one stored tensor by its own name.
 
     Attributes:
-        name: what it is called.
+        name: the key, or the tensor's name.
         dtype: NumPy's name of it.
-        value: shape of one board's value, of one layer where it has layers; of the whole tensor
+        value: shape of one board's value, per layer where it has layers; shape of the whole tensor
             where that has no axis of boards.
-        layers: numbers of the layers that it has, in their order; None where it has no such axis.
+        layers: numbers of the layers stored, in their order; None without an axis of layers.
         is_split: whether each layer is a tensor of its own.
-        of_boards: whether the first axis is that of the boards.
+        of_boards: whether the first axis is the boards.
     """
 
     name: str
@@ -46,20 +52,20 @@ class Key:
 
     @property
     def stacked(self) -> int | None:
-        """How many layers are stacked in a stored tensor of it; None where it has no such axis."""
+        """Number of layers stacked in a stored tensor of the key; None without that axis."""
         return None if self.is_split or self.layers is None else len(self.layers)
 
     def shape(self, boards: int, layer: int | None = None) -> tuple[int, ...]:
-        """Shape of the values of so many boards, of one layer or of all."""
+        """Shape of the values of `boards` boards, of one layer or of all."""
         first = (boards,) if self.of_boards else ()
         layers = (len(self.layers),) if self.layers is not None and layer is None else ()
         return (*first, *layers, *self.value)
 
     def parts(self, layer: int | None) -> list["Part"]:
-        """Say where the values of a layer are, or of all of them in order.
+        """Return where the values of a layer are stored, or of all layers in their order.
 
         Raises:
-            InvalidArgumentError: there is no such layer.
+            InvalidArgumentError: the key does not have the layer.
         """
         if layer is not None and layer not in (self.layers or ()):
             has = f"layers {_listed(self.layers)}" if self.layers else "no layers"
@@ -75,7 +81,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Part:
-    """Of each row of a stored tensor, part `at` of so many equal ones."""
+    """The values at `at` of each row of a stored tensor, whose rows are `of` equal parts."""
 
     tensor: str
     of: int = 1
@@ -83,21 +89,25 @@ class Part:
 
 
 class Catalog:
-    """What can be asked for of a file.
+    """Everything that can be read from a file, by name.
 
     Attributes:
         boards: N.
-        keys: activation keys by name, with those that are split as one.
+        keys: activation keys by name; a split key is one key.
         tensors: stored tensors by name.
 
     Raises:
-        OutputError: its tensors have no first axis in common.
+        OutputError: the tensors share no first axis.
     """
 
     def __init__(self, path: Path, contents: Contents) -> None:
         self._path = path
         self.tensors = {tensor.name: tensor for tensor in contents.tensors}
-        self.boards = self._count_boards()
+        lengths = {name: (*tensor.shape, 0)[0] for name, tensor in self.tensors.items()}
+        counts = {lengths["indices"]} if "indices" in lengths else set(lengths.values())
+        if len(counts) != 1:
+            raise OutputError(f"{path} is not a dump: its tensors have different first axes")
+        self.boards = counts.pop()
         self._layers = self._find_layers(contents.metadata)
         self.keys = self._find_keys()
 
@@ -105,14 +115,16 @@ class Catalog:
         """Find an activation key, or a tensor by its own name.
 
         Raises:
-            InvalidArgumentError: there is none; the text names those there are.
+            InvalidArgumentError: the file has neither; the text names those it has.
         """
         if name in self.keys:
             return self.keys[name]
         if name in self.tensors:
             return self._key_of(self.tensors[name])
-        has = _listed([*self.keys, *self._others])
-        raise InvalidArgumentError(f"{self._path}: no {name!r} in it, only {has}")
+        others = [other for other in self.tensors if _split_name(other)[0] not in self.keys]
+        raise InvalidArgumentError(
+            f"{self._path}: no {name!r} in it, only {_listed([*self.keys, *others])}"
+        )
 
     @property
     def labels(self) -> list[str]:
@@ -120,21 +132,11 @@ class Catalog:
         names = (name for name in self.tensors if name.startswith(LABEL_PREFIX))
         return [name.removeprefix(LABEL_PREFIX) for name in names]
 
-    @property
-    def _others(self) -> list[str]:
-        return [name for name in self.tensors if _split_name(name)[0] not in self.keys]
-
-    def _count_boards(self) -> int:
-        """Return the length of the first axis: of `indices`, or of all where there are none."""
-        lengths = {name: (*tensor.shape, 0)[0] for name, tensor in self.tensors.items()}
-        counts = {lengths["indices"]} if "indices" in lengths else set(lengths.values())
-        if len(counts) != 1:
-            raise OutputError(f"{self._path} is no dump: its tensors have no first axis in common")
-        return counts.pop()
-
     def _find_layers(self, metadata: Mapping[str, str]) -> tuple[int, ...]:
-        """Return the numbers of the layers kept; none where the file says nothing of them."""
-        layers = metadata.get("layers") or ",".join(map(str, range(_number(metadata))))
+        """Return the numbers of the layers kept; older dumps keep all, others name none."""
+        number = metadata.get("num_layers", "")
+        in_all = int(number) if number.isdecimal() and len(number) < 5 else 0
+        layers = metadata.get("layers") or ",".join(map(str, range(in_all)))
         try:
             return tuple(int(layer) for layer in layers.split(",") if layer)
         except ValueError:
@@ -169,16 +171,40 @@ class Catalog:
         return Key(name, tensor.dtype, shape[2:], layers)
 
 
+def row_numbers(rows: Rows, boards: int, of: object) -> NDArray[np.int64]:
+    """Return the numbers of rows `of` a file of `boards` boards, int64 (R,).
+
+    Raises:
+        InvalidArgumentError: rows are not integers (R,), and not a mask of all boards.
+        RowIndexError: a row is negative or past the end.
+    """
+    if rows is None or isinstance(rows, slice):
+        return np.arange(*(rows or slice(None)).indices(boards))
+    numbers = np.asarray(rows)
+    if numbers.shape == (0,):
+        return np.empty(0, np.int64)
+    if numbers.dtype == bool and numbers.shape == (boards,):
+        return np.flatnonzero(numbers)
+    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
+        got = f"{numbers.dtype} {numbers.shape}" if numbers.ndim else f"a scalar, {rows!r}"
+        raise InvalidArgumentError(
+            f"{option('rows')} must be a 1-D integer array or a boolean mask of length {boards}; "
+            f"got {got}"
+        )
+    outside = (numbers < 0) | (numbers >= boards)
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise RowIndexError(
+            f"{option('rows')}: row {numbers[at]} at position {at} is not in {of}, which has "
+            f"{boards} boards"
+        )
+    return np.ascontiguousarray(numbers, np.int64)
+
+
 def _split_name(name: str) -> tuple[str, int | None]:
-    """Take `KEY.LAYER` apart; any other name has no layer."""
+    """Split `KEY.LAYER`; any other name has no layer."""
     key, _, layer = name.rpartition(".")
     return (key, int(layer)) if _LAYER.fullmatch(layer) and key else (name, None)
-
-
-def _number(metadata: Mapping[str, str]) -> int:
-    """Layers of the model, all of which older dumps have."""
-    text = metadata.get("num_layers", "")
-    return int(text) if text.isdecimal() and len(text) < 5 else 0
 
 
 def _listed(names: Iterable[object] | None) -> str:

@@ -1,5 +1,6 @@
-"""Batches that several cores of the CPU take in pieces."""
+"""Runs of a plan: chunks on several cores of the CPU, and the first batch on a device."""
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from simulated.policies import greedy
+from simulated_device import simulated
 
 from dump_activations import dump, load_encoder, stream
+from dump_activations.errors import DeviceError
 from reference.dumps import read_dump
 
 KEYS = "final_hidden,pooled,head_probs,layer_outputs,attn_norm,mlp_input"
@@ -24,15 +28,15 @@ def cores(request):
     torch.set_num_threads(before)
 
 
-def test_pieces_land_in_their_places(cores, demo_checkpoint, demo_dataset, tmp_path):
-    in_pieces, whole = tmp_path / "pieces.npz", tmp_path / "whole.npz"
+def test_chunks_land_in_their_places(cores, demo_checkpoint, demo_dataset, tmp_path):
+    in_chunks, whole = tmp_path / "chunks.npz", tmp_path / "whole.npz"
     dump(
-        demo_checkpoint, demo_dataset, in_pieces, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU
+        demo_checkpoint, demo_dataset, in_chunks, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU
     )
     assert torch.get_num_threads() == cores
     torch.set_num_threads(1)
     dump(demo_checkpoint, demo_dataset, whole, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
-    found, expected = read_dump(in_pieces), read_dump(whole)
+    found, expected = read_dump(in_chunks), read_dump(whole)
     for key in KEYS.split(","):
         scale = np.abs(expected.numpy(key)).max()
         np.testing.assert_allclose(
@@ -82,7 +86,7 @@ def test_several_threads_run_the_model(cores, demo_checkpoint, demo_dataset):
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_an_error_in_one_piece_ends_the_run(cores, demo_checkpoint, demo_dataset, tmp_path):
+def test_an_error_in_one_chunk_ends_the_run(cores, demo_checkpoint, demo_dataset, tmp_path):
     model = load_encoder(demo_checkpoint)
     calls = []
 
@@ -99,38 +103,7 @@ def test_an_error_in_one_piece_ends_the_run(cores, demo_checkpoint, demo_dataset
     assert torch.get_num_threads() == cores
 
 
-@pytest.mark.parametrize("setting", ["high", "medium"])
-def test_pieces_compute_in_fp32_and_the_setting_is_as_before(
-    setting, cores, demo_checkpoint, demo_dataset, tmp_path
-):
-    model = load_encoder(demo_checkpoint)
-    found = set()
-    model.final_ln.register_forward_hook(lambda *_: found.add(torch.get_float32_matmul_precision()))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
-        dump(model, demo_dataset, tmp_path / "a.pt", n_samples=N, batch_size=BATCH, **CPU)
-        assert torch.get_float32_matmul_precision() == setting
-        for _ in stream(model, demo_dataset, n_samples=N, batch_size=BATCH, **CPU):
-            assert torch.get_float32_matmul_precision() == setting
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert found == {"highest"}
-
-
-def test_a_setting_of_one_backend_is_as_before(cores, demo_checkpoint, demo_dataset):
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, "fp32_precision"):
-        pytest.skip("this torch has one setting for all backends")
-    matmul.fp32_precision = "tf32"
-    try:
-        for _ in stream(demo_checkpoint, demo_dataset, n_samples=N, **CPU):
-            assert matmul.fp32_precision == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-def test_an_interruption_leaves_out_the_pieces_that_have_not_begun(
+def test_an_interruption_drops_the_chunks_that_have_not_begun(
     cores, demo_checkpoint, demo_dataset, tmp_path
 ):
     model = load_encoder(demo_checkpoint)
@@ -144,8 +117,8 @@ def test_an_interruption_leaves_out_the_pieces_that_have_not_begun(
         raise KeyboardInterrupt
 
     model.blocks[0].register_forward_hook(slow)
-    pieces_a_batch = 40
-    rows = 128 * pieces_a_batch
+    chunks_per_batch = 40
+    rows = 128 * chunks_per_batch
     with pytest.raises(KeyboardInterrupt):
         dump(
             model,
@@ -156,5 +129,40 @@ def test_an_interruption_leaves_out_the_pieces_that_have_not_begun(
             progress=interrupt,
             **CPU,
         )
-    # Of the second batch nothing was queued when the first had but a piece a core to go.
-    assert pieces_a_batch - cores <= len(begun) <= pieces_a_batch
+    # The second batch is queued when the first has one chunk per core left.
+    assert chunks_per_batch - cores <= len(begun) <= chunks_per_batch
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "CUDA error: no kernel image is available for execution on the device",
+        "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.",
+    ],
+)
+def test_a_device_that_cannot_run_the_model_is_an_error_before_any_file(
+    reason, demo_checkpoint, demo_dataset, tmp_path
+):
+    def fail(*_: object) -> None:
+        raise RuntimeError(f"{reason}\nand more lines")
+
+    model = load_encoder(demo_checkpoint)
+    model.blocks[0].register_forward_hook(fail)
+    expected = rf"^cuda:0 cannot run the model \({re.escape(reason)}\); install a torch that"
+    with simulated(greedy):
+        for run in (dump, stream):
+            output = {"output": tmp_path / "a.pt"} if run is dump else {}
+            with pytest.raises(DeviceError, match=expected):
+                run(model, demo_dataset, n_samples=N, **output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_batch_on_a_device_is_a_full_one(demo_checkpoint, demo_dataset):
+    model = load_encoder(demo_checkpoint)
+    shapes = []
+    model.final_ln.register_forward_hook(lambda _module, _inputs, out: shapes.append(out.shape[0]))
+    with simulated(greedy):
+        batches = stream(model, demo_dataset, n_samples=N, batch_size=BATCH)
+        assert shapes == [BATCH]
+        assert len([*batches]) == 3
+    assert shapes == [BATCH, BATCH, BATCH, N - 2 * BATCH]

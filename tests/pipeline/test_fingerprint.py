@@ -1,5 +1,6 @@
-"""Each thing that may change a byte of a file makes it other work, and is named alone."""
+"""The fingerprint names everything that determines a run's values, and nothing else."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from dump_activations.options import Options
 from dump_activations.pipeline import provenance
-from dump_activations.pipeline.plan import make_plan
+from dump_activations.pipeline.plan import Plan, make_plan
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 from reference.datasets import encode_rows, random_boards, write_shards
 
@@ -17,9 +18,12 @@ CPU = {"outputs": ["pooled"], "n_samples": 7, "device": "cpu", "allow_cpu": True
 BOARDS = random_boards(60, seed=1)
 
 
+def planned(directory: Path, **options) -> Plan:
+    return make_plan(directory / "checkpoint", directory / "dataset", Options(**(CPU | options)))
+
+
 def work(directory: Path, **options) -> dict[str, str]:
-    plan = make_plan(directory / "checkpoint", directory / "dataset", Options(**(CPU | options)))
-    return provenance.metadata(plan) | provenance.fingerprint(plan)
+    return provenance.fingerprint(planned(directory, **options))
 
 
 def write_dataset(directory: Path, *, layout: str = "packed_46", sizes=(30, 30)) -> None:
@@ -49,13 +53,15 @@ def test_the_same_call_is_the_same_work(inputs):
     [
         ({"precision": "bf16"}, {"precision"}),
         ({"compile": True}, {"compile"}),
-        ({"random_init": True}, {"random_init", "weights_sha256"}),
+        ({"random_init": True}, {"weights_sha256"}),
+        ({"split_layers": True}, {"split_layers"}),
+        ({"labels": "move_dir"}, {"labels"}),
         ({"batch_size": 8}, {"batch_size"}),
         ({"dtype": "fp16"}, {"dtype"}),
         ({"outputs": ["final_hidden"]}, {"outputs"}),
-        ({"seed": 1}, {"seed", "indices"}),
+        ({"seed": 1}, {"indices"}),
         ({"n_samples": 8}, {"n_samples", "indices"}),
-        ({"indices": np.arange(7)}, {"indices", "indices_from"}),
+        ({"indices": np.arange(7)}, {"indices"}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -91,19 +97,30 @@ def test_shards_of_as_many_rows(change, inputs):
     assert differing(before, work(inputs)) == {"dataset_layout_sha256"}
 
 
-def test_the_machine_and_what_is_installed(inputs, monkeypatch):
+def test_versions(inputs, monkeypatch):
     before = work(inputs)
-    monkeypatch.setattr(provenance, "device_name", lambda _device: "another")
-    assert differing(before, work(inputs)) == {"device"}
-    monkeypatch.undo()
     monkeypatch.setattr(torch, "__version__", "1.0")
     assert differing(before, work(inputs)) == {"torch_version"}
     monkeypatch.undo()
     monkeypatch.setattr(provenance, "version", lambda _package: "0.0")
     assert differing(before, work(inputs)) == {"dump_activations_version"}
-    monkeypatch.undo()
-    threads = torch.get_num_threads()
+
+
+def test_paths_and_the_way_to_choose_steps_do_not_count(inputs, tmp_path_factory):
+    steps = planned(inputs).indices[:]
+    other = tmp_path_factory.mktemp("elsewhere") / "copy"
+    shutil.copytree(inputs, other)
+    assert work(other, indices=steps) == work(inputs)
+
+
+def test_the_device_and_its_threads_are_told_apart_from_the_work(inputs, monkeypatch):
+    before, threads = work(inputs), torch.get_num_threads()
     torch.set_num_threads(threads + 1)
-    after = work(inputs)
-    torch.set_num_threads(threads)
-    assert differing(before, after) == {"threads"}
+    monkeypatch.setattr(provenance, "device_name", lambda _device: "another")
+    try:
+        plan = planned(inputs)
+    finally:
+        changed = provenance.computed_by(plan)
+        torch.set_num_threads(threads)
+    assert provenance.fingerprint(plan) == before
+    assert changed == {"device": "another", "threads": str(threads + 1)}

@@ -1,0 +1,252 @@
+"""Progress: the figures of a phase, a bar on terminals, lines in logs, and nothing twice."""
+
+import io
+import re
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dump_activations import dump
+from dump_activations import progress as display
+from dump_activations.commands.console import print_error
+from dump_activations.errors import InvalidArgumentError
+from dump_activations.progress import (
+    BYTES,
+    Phase,
+    Status,
+    begin,
+    counted,
+    reporter,
+    shown_progress,
+    silent_progress,
+)
+
+CPU = {"device": "cpu", "allow_cpu": True}
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d progress: "
+
+
+def test_figures_of_boards():
+    status = Status(Phase("", "boards", of=4000, nbytes=8 * 10**9), now=100.0)
+    assert status.text() == "0/4,000 boards"
+    assert status.figures(103.0) == ["3 s"]
+    status.advance(1000, 4000, now=110.0)
+    assert status.fraction == 0.25
+    assert status.text() == "1,000/4,000 boards"
+    assert status.figures(110.0) == ["10 s", "30 s left", "100 boards/s", "200 MB/s of 8.00 GB"]
+
+
+def test_resumed_boards_count_as_done_and_not_in_the_rate():
+    status = Status(Phase("", "boards", start=3000, of=4000), now=0.0)
+    status.advance(3100, 4000, now=10.0)
+    assert status.figures(10.0) == ["10 s", "1 min 30 s left", "10 boards/s"]
+
+
+def test_the_rate_is_of_the_last_half_minute():
+    status, done = Status(Phase("", "boards", of=10_000), now=0.0), 0
+    for second in range(1, 101):
+        done += 10 if second <= 60 else 1
+        status.advance(done, 10_000, second)
+    assert status.figures(100.0)[2] == "1 boards/s"
+
+
+def test_figures_of_a_download():
+    status = Status(Phase("downloading hf://a/b", BYTES), now=0.0)
+    status.advance(1_500_000, 0, now=2.0)
+    assert status.fraction is None
+    assert status.text() == "downloading hf://a/b: 1.50 MB"
+    status.advance(3_000_000, 6_000_000, now=4.0)
+    assert status.text() == "downloading hf://a/b: 3.00 MB/6.00 MB"
+    assert status.figures(4.0) == ["4 s", "4 s left", "750 kB/s"]
+
+
+class Log(io.StringIO):
+    """A log that reports when it got a line."""
+
+    def __init__(self):
+        super().__init__()
+        self.got_line = threading.Event()
+
+    def flush(self):
+        self.got_line.set()
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Return a function that replaces stderr by a log. pytest sets stderr before each phase."""
+
+    def replace(log=None):
+        log = Log() if log is None else log
+        monkeypatch.setattr(sys, "stderr", log)
+        return log
+
+    return replace
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    monkeypatch.setattr(display, "_FIRST_LINE", 0.001)
+
+
+def test_a_log_gets_a_line_with_the_time_for_each_phase(log, soon):
+    log = log()
+    with shown_progress():
+        begin("loading\x1b[2J")
+        log.got_line.wait(30)
+        while "loading" not in log.getvalue():
+            log.got_line.wait(0.01)
+        counted(Phase("", "boards", of=4000))(1000, 4000)
+        while "boards" not in log.getvalue():
+            log.got_line.wait(0.01)
+    lines = log.getvalue().splitlines()
+    assert re.fullmatch(STAMP + r"(starting|loading\\x1b\[2J), 0 s", lines[0])
+    assert re.match(STAMP + r"(0|1,000)/4,000 boards, (0|25)%", lines[-1])
+    assert threading.active_count() == 1
+
+
+def test_a_log_names_phases_of_ten_seconds_and_then_gets_a_line_a_minute(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(display, "_FIRST_LINE", 10.0)
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    lines, shown = display._Lines(), {}
+    phases = {15: "short", 20: "long", 200: "short", 205: "short", 210: "short", 215: "last"}
+    for second in range(1, 241):
+        clock[0] = float(second)
+        if second in phases:
+            lines.begin(Phase(phases[second]))
+        if (line := lines.due_line(clock[0])) is not None:
+            shown[second] = line.partition(",")[0]
+    assert shown == {
+        **{10: "starting", 30: "long", 90: "long", 150: "long"},
+        **{210: "short", 225: "last"},
+    }
+
+
+def test_a_short_run_prints_nothing_in_a_log(log, demo_checkpoint, demo_dataset, tmp_path):
+    log = log()
+    options = {"n_samples": 5, "progress": True, **CPU}
+    dump(demo_checkpoint, demo_dataset, tmp_path / "a.pt", **options)
+    assert log.getvalue() == ""
+
+
+class NoTerminal:
+    """A stderr that can write and nothing else."""
+
+    def write(self, text):
+        pass
+
+
+def full_disk():
+    return Path("/dev/full").open("w")
+
+
+@pytest.mark.parametrize("make", [NoTerminal, io.StringIO, full_disk])
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_stderr_ends_a_run(make, ends, log, soon):
+    stream = log(make())
+    if ends and hasattr(stream, "close"):
+        stream.close()
+    with shown_progress():
+        begin("loading")
+        counted(Phase("", "boards", of=4))(1, 4)
+        print_error("a line")
+        time.sleep(0.01)
+    assert reporter() is None
+    with suppress(AttributeError, OSError):
+        stream.close()
+
+
+def test_there_may_be_no_stderr_at_all(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with shown_progress():
+        begin("nothing")
+
+
+def test_a_terminal_shows_each_phase(
+    terminal, demo_checkpoint, demo_dataset, tmp_path, monkeypatch
+):
+    close, begun = terminal(), []
+    begin_of = display._Bar.begin
+
+    def note_and_begin(bar, phase):
+        begun.append(phase.name or phase.unit)
+        begin_of(bar, phase)
+
+    monkeypatch.setattr(display._Bar, "begin", note_and_begin)
+    options = {"n_samples": 50, "where": "max_rank >= 5", **CPU}
+    dump(demo_checkpoint, demo_dataset, tmp_path / "a.pt", **options, progress=True)
+    with silent_progress():
+        dump(demo_checkpoint, demo_dataset, tmp_path / "b.pt", **options, progress=True)
+    assert begun == [
+        "opening the dataset",
+        "loading the checkpoint",
+        "choosing the steps",
+        "scanning the dataset",
+        "preparing the file",
+        "boards",
+        "completing the file",
+    ]
+    assert "\x1b[2K" in close()
+
+
+def test_a_terminal_may_close_under_a_bar(terminal):
+    terminal()
+    with shown_progress():
+        begin("loading")
+        display.live_console().file._stream.close()
+        begin("running")
+
+
+def test_a_piped_stdout_gets_what_is_printed_under_a_bar(terminal, monkeypatch):
+    out, close = io.StringIO(), terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    with shown_progress():
+        print("result")
+    assert out.getvalue() == "result\n"
+    assert "result" not in close()
+
+
+class Latin:
+    encoding = "latin-1"
+
+
+@pytest.mark.parametrize("name", ["", "x\ny\x1b[2J", "盤面" * 5], ids=["plain", "control", "wide"])
+@pytest.mark.parametrize("stream", [None, Latin()], ids=["utf-8", "latin-1"])
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 120, 200])
+def test_a_bar_takes_one_line_of_any_width(width, stream, name):
+    bar = display._Bar()
+    bar.begin(Phase(name, "boards", of=4_000_000, nbytes=10**12))
+    bar.advance(1_000_000, 4_000_000)
+    line = bar.line(width, stream)
+    words = re.match(".*1,000,000/4,000,000 boards", line.plain)[0]
+    assert line.no_wrap
+    assert line.cell_len < width or line.plain.startswith(words)
+    assert line.plain.isprintable()
+    assert line.plain.encode("latin-1" if stream else "utf-8")
+    if not name:
+        assert line.cell_len <= max(width - 1, len(words))
+        assert ("/s of 1.00 TB" in line.plain) == (width >= 100)
+        assert ("=" if stream else "━") in line.plain or width < 100
+
+
+def test_progress_is_shown_once_and_given_to_a_callback_too(log, demo_checkpoint, demo_dataset):
+    log()
+    calls = []
+    options = {"write": False, "n_samples": 5, "batch_size": 2, **CPU}
+    with shown_progress():
+        outer = reporter()
+        with shown_progress():
+            assert reporter() is outer
+        dump(demo_checkpoint, demo_dataset, **options, progress=lambda *at: calls.append(at))
+        assert reporter() is outer
+    assert reporter() is None
+    assert calls == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_progress_is_a_bar_or_a_callback(demo_checkpoint, demo_dataset):
+    with pytest.raises(InvalidArgumentError, match="progress: 3"):
+        dump(demo_checkpoint, demo_dataset, progress=3)

@@ -1,0 +1,270 @@
+"""Dumps in shards, read by the name of the whole: as the one file of the same boards."""
+
+import json
+import shutil
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from dump_activations.report.writing import write_report
+from dump_activations.statistics import STATISTICS
+from safetensors.torch import load_file
+
+from dump_activations import ActivationsFile, DumpActivationsWarning, InvalidArgumentError
+from dump_activations.commands.inspect import main
+from dump_activations.commands.step_indices import read_step_indices
+from dump_activations.dtypes import TensorSpec
+from dump_activations.errors import OutputError
+from dump_activations.storage.digests import Digest, integrity_text
+from dump_activations.storage.formats.registry import format_of
+from dump_activations.storage.reading.comparison import compare
+from dump_activations.storage.reading.whole import inspect_dump
+
+N, L, H = 41, 2, 6
+CUTS = (0, 14, 28, N)  # of three shards
+METADATA = {"n_samples": str(N), "layers": "0,3", "num_layers": "4", "fingerprint": "f"}
+
+
+def tensors(start=0, stop=N):
+    """Return the boards of a range of the run, and its statistics, by NumPy."""
+    generator = np.random.default_rng(5)
+    hidden = generator.standard_normal((N, L, 16, H)).astype(np.float32)[start:stop]
+    boards = generator.integers(0, 9, (N, 16)).astype(np.uint8)[start:stop]
+    vectors = hidden.astype(np.float64).transpose(1, 0, 2, 3).reshape(L, -1, H)
+    norms = np.linalg.norm(vectors, axis=2)
+    squares = (norms**2).mean(1)
+    known = {
+        "count": np.full(L, vectors.shape[1], np.float64),
+        "mean": vectors.mean(1),
+        "variance": vectors.var(1),
+        "min": vectors.min(1),
+        "max": vectors.max(1),
+        "norm_mean": norms.mean(1),
+        **dict.fromkeys(("norm_square_mean", "mean_squared_norm"), squares),
+    }
+    outliers = np.zeros((L, H))
+    found = {each.name: known.get(each.name, outliers) for each in STATISTICS}
+    return {
+        "indices": np.arange(1000, 1000 + N)[start:stop],
+        "boards": boards,
+        "layer_outputs": hidden,
+        "labels/move_dir": (np.arange(N) % 4)[start:stop],
+        "rmsnorm_gammas/final_ln": np.arange(H, dtype=np.float32),
+        **{f"stats/layer_outputs/{name}": values for name, values in found.items()},
+    }
+
+
+def write(path, arrays, metadata):
+    """Write a finished file by the layout of its format."""
+    specs = [TensorSpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
+    data = {name: np.ascontiguousarray(array).tobytes() for name, array in arrays.items()}
+    crc32s = {name: zlib.crc32(content) for name, content in data.items()}
+    digests = {name: Digest(0, crc32) for name, crc32 in crc32s.items()}
+    metadata = {**metadata, "integrity": integrity_text(specs, metadata, digests)}
+    layout = format_of(path).layout(specs, metadata, crc32s)
+    content = bytearray(layout.size)
+    for name, offset in layout.offsets.items():
+        content[offset : offset + len(data[name])] = data[name]
+    for offset, piece in layout.skeleton:
+        content[offset : offset + len(piece)] = piece
+    path.write_bytes(content)
+    return path
+
+
+def shard_path(whole, number, count=3):
+    return whole.with_name(f"{whole.stem}-{number:05}-of-{count:05}{whole.suffix}")
+
+
+def write_shards(whole, numbers=(1, 2, 3), **changes):
+    for number in numbers:
+        start, stop = CUTS[number - 1 : number + 1]
+        of_shard = {"shard": f"{number}/3", "first_board": str(start)}
+        write(shard_path(whole, number), tensors(start, stop), METADATA | of_shard | changes)
+    return whole
+
+
+@pytest.fixture(params=[".safetensors", ".pt", ".npz"])
+def whole(request, tmp_path):
+    return write_shards(tmp_path / f"a{request.param}")
+
+
+@pytest.fixture
+def single(tmp_path):
+    return write(tmp_path / "single.safetensors", tensors(), METADATA)
+
+
+def test_every_read_is_as_from_one_file(whole, single):
+    acts, one = ActivationsFile(whole), ActivationsFile(single)
+    assert len(acts) == N
+    assert acts.keys() == one.keys()
+    assert acts.paths == tuple(shard_path(whole, number) for number in (1, 2, 3))
+    assert acts.metadata == {k: v for k, v in one.metadata.items() if k != "integrity"}
+    assert repr(acts) == f"ActivationsFile({str(whole)!r})"
+    rows = [40, 0, 14, 13, 28, 27, 40]
+    for name in one.tensor_names():
+        if not name.startswith("stats/"):
+            assert torch.equal(acts.read(name, verify=True), one.read(name)), name
+            assert acts.shape(name) == one.shape(name)
+    assert torch.equal(
+        acts.read("layer_outputs", rows, layer=3), one.read("layer_outputs", rows, layer=3)
+    )
+    np.testing.assert_array_equal(acts.labels["move_dir"], one.labels["move_dir"])
+    ours, theirs = (list(each.cells("layer_outputs", 3, batch_size=50)) for each in (acts, one))
+    for batch, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(batch.values, expected.values)
+        assert torch.equal(batch.rows, expected.rows)
+    loaded = acts.boards("layer_outputs", 0, labels="move_dir")[12:30]
+    assert torch.equal(loaded[0], one.read("layer_outputs", slice(12, 30), layer=0))
+
+
+@pytest.mark.parametrize("layer", [None, 3])
+def test_statistics_are_those_of_all_boards(whole, layer):
+    found = ActivationsFile(whole).stats("layer_outputs", layer)
+    assert set(found) == {each.name for each in STATISTICS}
+    for name, values in found.items():
+        expected = tensors()[f"stats/layer_outputs/{name}"]
+        np.testing.assert_allclose(values, expected if layer is None else expected[1], rtol=1e-12)
+
+
+def test_one_shard_by_its_own_name(whole):
+    acts = ActivationsFile(shard_path(whole, 2))
+    assert len(acts) == 14
+    assert acts.indices.tolist() == [*range(1014, 1028)]
+    assert acts.metadata["shard"] == "2/3"
+    assert main([str(shard_path(whole, 2)), "--verify"]) == 0
+
+
+def test_a_missing_shard_is_named(whole):
+    shard_path(whole, 2).unlink()
+    message = (
+        r"a-00002-of-00003.* is missing: 2 of 3 shards are finished; run the same dump command"
+    )
+    for read in (ActivationsFile, inspect_dump):
+        with pytest.raises(OutputError, match=message):
+            read(whole)
+
+
+def test_shards_of_different_dumps(tmp_path):
+    whole = write_shards(tmp_path / "a.safetensors")
+    write_shards(whole, [3], fingerprint="another")
+    with pytest.raises(OutputError, match=r"a-00003-of-00003.*-00001-.* their fingerprints differ"):
+        ActivationsFile(whole)
+    shutil.copy(shard_path(whole, 2), shard_path(whole, 3))
+    with pytest.raises(
+        OutputError, match=r"a-00003-of-00003.* is not shard 3/3 .* its shard is 2/3"
+    ):
+        ActivationsFile(whole)
+    write_shards(whole, n_samples="40")
+    with pytest.raises(
+        OutputError, match=r"a-00003-of-00003.* is the last shard, at board 41 of 40"
+    ):
+        ActivationsFile(whole)
+    shutil.copy(shard_path(whole, 2), shard_path(whole, 2, count=8))
+    with pytest.raises(
+        OutputError, match=r"a-00001-of-00003.* and .*a-00002-of-00008.* are shards"
+    ):
+        ActivationsFile(whole)
+
+
+def test_a_whole_file_next_to_shards_is_read_with_a_warning(whole):
+    write(whole, tensors(0, 9), METADATA)
+    with pytest.warns(DumpActivationsWarning, match="a-00001-of-00003.*out of date"):
+        acts = ActivationsFile(whole)
+    assert acts.paths == (whole,)
+
+
+def test_no_file_and_no_shards(tmp_path):
+    with pytest.raises(OutputError, match=r"cannot read .*a.pt: No such file"):
+        ActivationsFile(tmp_path / "a.pt")
+    with pytest.raises(InvalidArgumentError, match="the suffix has to be"):
+        ActivationsFile(tmp_path / "a.bin")
+
+
+def test_inspection_lists_and_verifies_the_whole(whole, capsys):
+    assert main([str(whole), "--verify", "--json", "--stats"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["file"] == str(whole)
+    assert listed["boards"] == N
+    assert listed["damaged"] == []
+    found = {tensor["key"]: tensor for tensor in listed["tensors"]}
+    assert found["layer_outputs"]["shape"] == [N, L, 16, H]
+    assert found["layer_outputs"]["bytes"] == 4 * N * L * 16 * H
+    assert found["rmsnorm_gammas/final_ln"]["shape"] == [H]
+    np.testing.assert_allclose(
+        listed["stats"]["layer_outputs"]["mean"], tensors()["stats/layer_outputs/mean"]
+    )
+
+
+def test_the_digest_of_the_whole_is_joined_from_the_shards(whole):
+    digests = inspect_dump(whole).digests
+    for name in ("layer_outputs", "boards", "rmsnorm_gammas/final_ln"):
+        assert digests[name].crc32 == zlib.crc32(tensors()[name].tobytes())
+
+
+def test_damage_names_the_shard(whole, capsys):
+    path = shard_path(whole, 2)
+    content = bytearray(path.read_bytes())
+    place = content.index(tensors(14, 28)["layer_outputs"].tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert main([str(whole), "--verify"]) == 1
+    out, err = capsys.readouterr()
+    assert err == f"error: {path} is damaged: layer_outputs\n"
+    assert any("layer_outputs" in line and "DAMAGED" in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_unfinished_shards_show_progress(whole, capsys, as_json):
+    partial = shard_path(whole, 2).with_name(f"{shard_path(whole, 2).name}.partial")
+    shard_path(whole, 2).rename(partial)  # without a journal as yet
+    assert main([str(whole), *["--json"] * as_json]) == 0
+    out = capsys.readouterr().out
+    if as_json:
+        assert json.loads(out)["unfinished"] == {"shards": 3, "shards_done": 2, "boards_done": 27}
+    else:
+        assert "2 of 3 shards are finished, 27 of 41 boards are on disk" in out
+        assert f"{partial.name} is unfinished" in out
+    assert main([str(whole), "--verify"]) == 1
+    assert "a-00002-of-00003" in capsys.readouterr().err
+
+
+def test_shards_compare_as_one_file(whole, single, capsys):
+    assert main([str(whole), str(single)]) == 0
+    assert "all 5 tensors are equal" in capsys.readouterr().out
+    changed = tensors()
+    changed["layer_outputs"][30, 1, 2, 3] += 2
+    other = write(single.with_name("other.npz"), changed, METADATA)
+    (pair,) = (
+        pair
+        for pair in compare(inspect_dump(other), inspect_dump(whole), threads=2).tensors
+        if not pair.is_equal
+    )
+    assert pair.name == "layer_outputs"
+    assert (pair.difference.elements, pair.difference.place) == (1, (30, 1, 2, 3))
+
+
+def test_indices_of_shards(whole):
+    class Dataset:
+        sha256 = "0"
+
+    np.testing.assert_array_equal(read_step_indices(whole, Dataset()), np.arange(1000, 1000 + N))
+
+
+def test_a_report_of_shards(whole, tmp_path):
+    write_report(whole, tmp_path / "report.html")
+    assert f"{N} boards" in (tmp_path / "report.html").read_text()
+
+
+def test_shards_are_read_without_warnings(whole):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ActivationsFile(whole).read("boards")
+
+
+def test_files_of_shards_open_with_the_ordinary_reader(tmp_path):
+    """The test's own writer writes what the formats ask for."""
+    path = write(tmp_path / "a.safetensors", tensors(), METADATA)
+    for name, array in load_file(path).items():
+        np.testing.assert_array_equal(array.numpy(), tensors()[name])
