@@ -278,7 +278,7 @@ def test_what_cannot_be_opened(make, tmp_path, suffix):
     whole = make(suffix).read_bytes()
     for content in (whole[: len(whole) // 2], b"no dump at all", b""):
         path.write_bytes(content)
-        with pytest.raises(OutputError, match="is no whole"):
+        with pytest.raises(OutputError, match="is not a whole"):
             ActivationsFile(path)
     with pytest.raises(InvalidArgumentError, match="the suffix has to be"):
         ActivationsFile(__file__)

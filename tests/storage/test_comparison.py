@@ -202,7 +202,7 @@ def test_what_cannot_be_compared_is_neither_equal_nor_different(unlike, tmp_path
     for other, reason in {
         "c.npz": "same is compressed",
         "d.npz": "<c8, which cannot be compared",
-        "e.pt": "no whole pt file",
+        "e.pt": "not a whole pt file",
         "missing.pt": "No such file",
     }.items():
         assert main([ours, str(tmp_path / other)]) == 2

@@ -246,7 +246,7 @@ def test_it_ends_soon_and_in_little_memory(server, tmp_path, suffix, make):
         [str(path), "--verify"], tmp_path / "log", command="inspect-activations", limits=LIMITS
     )
     assert code == 1, lines
-    assert lines[-1].startswith((f"error: {path} is no whole ", f"error: {path} is damaged"))
+    assert lines[-1].startswith((f"error: {path} is not a whole ", f"error: {path} is damaged"))
     # The limit of memory, where it is what ends it, shows as an error without a reason.
     assert not lines[-1].endswith(": ")
     assert "MemoryError" not in lines[-1]

@@ -237,6 +237,7 @@ class _Call:
         with output, Run(self.plan) as run, self._kept_or_discarded(output):
             self._prepare(output, work.specs)
             resumed, write_seconds = self._fill(run, output)
+            self.interrupts.check()
         is_sharded = files[0].shard is not None
         return run.summary(
             self.started,

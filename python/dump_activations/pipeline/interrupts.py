@@ -13,13 +13,7 @@ from typing import Any, Self
 UNREAD = -signal.SIGPIPE
 """Exit code of a process whose reader left."""
 
-TERMINATED = -signal.SIGTERM
-"""Exit code of a process that SIGTERM ended."""
-
-# From Linux's prctl.h.
-_PR_SET_PDEATHSIG = 1
-
-
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 _REPEATED_WITHIN = 1.0  # seconds
 
 
@@ -123,18 +117,8 @@ def ignore_interrupts() -> None:
 
 
 def signal_of(interrupt: KeyboardInterrupt) -> int:
-    """Return the number of the signal that an interruption stands for."""
+    """Return the number of the signal that raised an interruption."""
     return signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
-
-
-def interruption_by(number: int) -> KeyboardInterrupt:
-    """Return the exception for a signal of a command; any but SIGINT stands for SIGTERM."""
-    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
-
-
-def signal_name(number: int) -> str:
-    """Return the name of a signal: SIGKILL."""
-    return signal.Signals(number).name
 
 
 def die_of(number: int) -> None:
@@ -144,12 +128,12 @@ def die_of(number: int) -> None:
 
 
 def terminate_with_parent(parent: int) -> None:
-    """Have this process sent SIGTERM when its parent ends, or at once where it has ended.
+    """Have the kernel send this process SIGTERM when its parent ends, or at once if it has ended.
 
     Args:
-        parent: its number.
+        parent: process id of the parent.
     """
-    import ctypes  # Only where a launcher is, --help is not.
+    import ctypes  # Only processes of a launcher need it, --help does not.
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:

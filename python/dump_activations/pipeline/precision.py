@@ -131,7 +131,7 @@ def _attention_kernels() -> Iterator[None]:
         (SDPBackend.CUDNN_ATTENTION, cuda.cudnn_sdp_enabled(), cuda.enable_cudnn_sdp),
     )
     order = torch._C._get_sdp_priority_order()
-    wanted = [int(kernel) for kernel in _ATTENTION]  # type: ignore[call-overload]
+    wanted = [kernel.value for kernel in _ATTENTION]
     for kernel, _, enable in switches:
         enable(kernel in _ATTENTION)
     torch._C._set_sdp_priority_order([*wanted, *(each for each in order if each not in wanted)])

@@ -83,10 +83,10 @@ class Run:
             self._forward = exits.enter_context(_Forward(plan, rows))
             self._transfer = self._make_transfer(rows, exits)
             exits.callback(self._transfer.close)
-            self._unworked = (0.0, 0.0)
+            self._set_up = (0.0, 0.0)
             if plan.device.type == "cuda" or plan.options.compile:
                 self._warm_up(rows)
-                self._unworked = (self._forward.seconds, self._transfer.copying.seconds)
+                self._set_up = (self._forward.seconds, self._transfer.copying.seconds)
             self._exits = exits.pop_all()
         self._started = time.perf_counter()
         return self
@@ -192,16 +192,16 @@ class Run:
 
         Args:
             started: reading of the performance counter before the plan was made.
-            output: as in `Summary`, as are the others.
-            resumed_boards: ...
-            bytes_written: ...
-            nonfinite: ...
+            output: path of the output.
+            resumed_boards: boards that were already on disk.
+            bytes_written: size of the written files.
+            nonfinite: tensor name -> counts of `nan` and `inf`.
             write_seconds: busy time of the writers.
-            shards_written: ...
-            shards_found: ...
+            shards_written: shards that this process wrote.
+            shards_found: shards that it did not have to write.
         """
         ended = self._ended or time.perf_counter()
-        forward, copying = self._unworked
+        forward, copying = self._set_up
         return Summary(
             output=output,
             boards=self._boards,

@@ -83,6 +83,8 @@ class CellFeed:
             try:
                 return memory, reader.submit(read, taken, memory)
             except RuntimeError:  # The main thread has ended, and no thread can start.
+                if threading.current_thread().daemon:
+                    return None  # The interpreter would end this thread inside of the read.
                 numbers: Future[NDArray[np.int64]] = Future()
                 numbers.set_result(read(taken, memory))
                 return memory, numbers

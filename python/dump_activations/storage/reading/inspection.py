@@ -116,7 +116,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
             contents = file_format.read(file, size)
         except ValueError as error:
             reason = str(error)[:_LONGEST_REASON]  # it may quote the file
-            raise OutputError(f"{path} is no whole {file_format.name} file: {reason}") from None
+            raise OutputError(f"{path} is not a whole {file_format.name} file: {reason}") from None
     return Inspection(path, file_format, size, contents, (status.st_ino, status.st_mtime_ns))
 
 

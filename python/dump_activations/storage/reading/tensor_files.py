@@ -53,11 +53,7 @@ class TensorFiles:
         self.boards = int(self._ends[-1])
         self._open: dict[tuple[str, int], _rust.StoredTensor] = {}
         for other, catalog in zip(self.inspections, self._catalogs, strict=True):
-            differs = self._differs(other, catalog)
-            if differs:
-                raise InvalidArgumentError(
-                    f"{other.path} cannot be read as one with {self.paths[0]}: {differs}"
-                )
+            self._check_alike(other, catalog)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}
@@ -164,15 +160,17 @@ class TensorFiles:
         nbytes = sum(tensor.nbytes for tensor in tensors)
         return _rust.StoredTensor(name, places, parts, nbytes // (rows * parts))
 
-    def _differs(self, other: Inspection, catalog: Catalog) -> str:
-        """Return how another file differs from the first, or an empty text."""
+    def _check_alike(self, other: Inspection, catalog: Catalog) -> None:
+        """Raise InvalidArgumentError if a file has other keys or another model than the first."""
+        apart = f"{other.path} cannot be read as one with {self.paths[0]}"
         if catalog.keys != self.catalog.keys:
-            return "its keys differ in their names, layers, shapes or dtypes"
+            raise InvalidArgumentError(
+                f"{apart}: its keys differ in their names, layers, shapes or dtypes"
+            )
         theirs = other.contents.metadata
         for name in _OF_THE_MODEL:
             if name in theirs and theirs[name] != (ours := self.metadata.get(name, theirs[name])):
-                return f"its {name} is {theirs[name]}, not {ours}"
-        return ""
+                raise InvalidArgumentError(f"{apart}: its {name} is {theirs[name]}, not {ours}")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
