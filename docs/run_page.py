@@ -3,7 +3,7 @@
     python docs/run_page.py README.md docs/guide/*.md [--update] [--pictures docs/guide/pictures]
 
 A `text` block behind a block is its output: the page fails if the words or whole numbers differ, or
-decimals by more than rounding does. `--update` writes the blocks anew. Blocks in other languages
+decimals by more than rounding does. `--update` rewrites these blocks. Blocks in other languages
 (`sh`, `console`) and blocks behind `<!-- not run -->` are only shown.
 
 The Python blocks of a page are one program, those of the README a program each. Pictures that the
