@@ -159,7 +159,10 @@ def dump_activations(
 ) -> None:
     """Dump selected transformer activations to disk for offline analysis."""
     # The first process speaks for all. The others write only warnings and errors.
-    if rank := variable("RANK", 0):
+    rank, processes = variable("RANK", 0), variable("WORLD_SIZE", 1)
+    if rank >= processes:
+        raise InvalidArgumentError(f"RANK must be below WORLD_SIZE, {processes}; got {rank}")
+    if rank:
         speak_as(f"rank {rank}")
         context.with_resource(quietly())
     init, dataset_path = flags.pop("init"), flags.pop("dataset")
@@ -169,8 +172,8 @@ def dump_activations(
         return
     init, dataset_path = _sources(init, dataset_path, use_demo=use_demo)
     options = DumpOptions(**flags)
-    path = locate(output)
-    indices_path = None if flags["indices"] is None else locate(flags["indices"])
+    path = locate(output, "output")
+    indices_path = None if flags["indices"] is None else locate(flags["indices"], "indices")
     if options.write:
         from dump_activations.storage.writing.paths import check_output
 
@@ -197,7 +200,7 @@ def dump_activations(
         if indices_path is not None:
             looked_up = counted(Phase("looking up the indices", "rows"))
             options = replace(options, indices=read_step_indices(indices_path, dataset, looked_up))
-        place = Place(rank, variable("WORLD_SIZE", 1))
+        place = Place(rank, processes)
         share_cores(local_processes)
         if options.device == "cuda" and place.size > 1:
             options = replace(options, device=f"cuda:{variable('LOCAL_RANK', 0)}")
