@@ -30,8 +30,8 @@ def _sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 
 def _run() -> nbformat.NotebookNode:
-    text = "\n\n".join((_GUIDE / page).read_text() for page in _PAGES)
-    notebook = jupytext.reads(_SHOWN_OUTPUT.sub("", text), fmt="md")
+    pages = "\n\n".join((_GUIDE / page).read_text() for page in _PAGES)
+    notebook = jupytext.reads(_SHOWN_OUTPUT.sub("", pages), fmt="md")
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"  # By default, ids are random.
     bin_directory = os.path.dirname(sys.executable)  # noqa: PTH120 -- links stay as they are
@@ -42,8 +42,10 @@ def _run() -> nbformat.NotebookNode:
             notebook, kernel_name="python3", resources=resources, coalesce_streams=True
         )
         client.execute()
-    # Readers do not have this machine's paths.
-    return nbformat.reads(nbformat.writes(notebook).replace(f"{_ROOT}/", ""), as_version=4)
+    text = nbformat.writes(notebook)
+    for path in (_ROOT, Path(directory)):  # Readers do not have this machine's paths.
+        text = text.replace(f"{path}/", "")
+    return nbformat.reads(text, as_version=4)
 
 
 def _main() -> None:
