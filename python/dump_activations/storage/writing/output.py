@@ -34,7 +34,7 @@ from dump_activations.storage.writing.journal import (
 )
 from dump_activations.storage.writing.partial import Partial
 from dump_activations.storage.writing.paths import sync_directory
-from dump_activations.storage.writing.work import FINGERPRINT_KEY, FileWork
+from dump_activations.storage.writing.work import FINGERPRINT_KEY, FileWork, computed_by_text
 
 SYNC_INTERVAL = 0.5
 """Seconds between two flushes: the work that a crash may cost, against the cost of a flush."""
@@ -134,6 +134,11 @@ class OutputFile:
     def partial(self) -> Path:
         """Name of the file until it is complete."""
         return self._partial.path
+
+    @property
+    def computed_by(self) -> str:
+        """JSON list of the devices and threads of all runs that wrote batches."""
+        return computed_by_text(self._computed_by).rstrip()
 
     @property
     def size(self) -> int:
