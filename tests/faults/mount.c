@@ -4,7 +4,7 @@
  * MOUNT_MODE=<octal>  all files show this mode
  * MOUNT_CHMOD=<errno> chmod fails (gcsfuse and others)
  * MOUNT_FLOCK=<errno> flock fails (Lustre, Cray DVS, NFS)
- * MOUNT_INODES=1      each look shows a new inode number (rclone renews them now and then)
+ * MOUNT_INODES=1      each look shows a new inode number (rclone renews them every few minutes)
  * MOUNT_STATFS=zero|<errno>  free space is unknown
  * There is never an fallocate.
  */

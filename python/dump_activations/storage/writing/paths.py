@@ -134,7 +134,7 @@ def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_r
         raise OutputError(f"{target} is a directory; name a file in it")
     if not stat.S_ISREG(found.st_mode):
         raise OutputError(f"{target} is not an ordinary file; choose another output")
-    # Root may write any file, but whoever took the permission away meant root too.
+    # Root may write any file, but a file without write permission is meant to stay.
     if not found.st_mode & 0o222 or not os.access(target, os.W_OK):
         raise OutputError(f"{target} is write-protected; permit writing, or choose another output")
     is_sticky = directory.st_mode & stat.S_ISVTX
