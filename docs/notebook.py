@@ -1,13 +1,14 @@
-"""Makes the notebook of the first two pages of the guide, `guide/tour.ipynb`, by running it.
+"""Makes `guide/tour.ipynb`, the first dump and the probes as a notebook, by running it.
 
     python docs/notebook.py [--check]
 
-With `--check` the notebook is run and nothing is written; it fails where the one that is there has
-other cells than the pages.
+With `--check` the notebook is run and nothing is written. It fails if the cells of the stored
+notebook differ from the pages.
 """
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 _GUIDE = _ROOT / "docs" / "guide"
 _PAGES = ("first-dump.md", "probes.md")
 _NOTEBOOK = _GUIDE / "tour.ipynb"
+# A notebook has the output of its cells without the copy in the page.
+_SHOWN_OUTPUT = re.compile(r"^```text\n.*?^```\n\n?", re.DOTALL | re.MULTILINE)
 
 
 def _sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
@@ -27,10 +30,10 @@ def _sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 
 def _run() -> nbformat.NotebookNode:
-    text = "\n\n".join((_GUIDE / page).read_text() for page in _PAGES)
-    notebook = jupytext.reads(text, fmt="md")
+    pages = "\n\n".join((_GUIDE / page).read_text() for page in _PAGES)
+    notebook = jupytext.reads(_SHOWN_OUTPUT.sub("", pages), fmt="md")
     for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"cell-{number}"  # Drawn at random otherwise.
+        cell["id"] = f"cell-{number}"  # By default, ids are random.
     bin_directory = os.path.dirname(sys.executable)  # noqa: PTH120 -- links stay as they are
     os.environ["PATH"] = f"{bin_directory}:{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as directory:
@@ -39,8 +42,10 @@ def _run() -> nbformat.NotebookNode:
             notebook, kernel_name="python3", resources=resources, coalesce_streams=True
         )
         client.execute()
-    # Where the repository lies on this machine is of no interest to its readers.
-    return nbformat.reads(nbformat.writes(notebook).replace(f"{_ROOT}/", ""), as_version=4)
+    text = nbformat.writes(notebook)
+    for path in (_ROOT, Path(directory)):  # Readers do not have this machine's paths.
+        text = text.replace(f"{path}/", "")
+    return nbformat.reads(text, as_version=4)
 
 
 def _main() -> None:
@@ -50,7 +55,7 @@ def _main() -> None:
     if not parser.parse_args().check:
         nbformat.write(notebook, _NOTEBOOK)
     elif _sources(nbformat.read(_NOTEBOOK, as_version=4)) != _sources(notebook):
-        sys.exit(f"{_NOTEBOOK} has other cells than the pages; make it anew: {sys.argv[0]}")
+        sys.exit(f"{_NOTEBOOK} differs from the pages; run {sys.argv[0]}")
 
 
 if __name__ == "__main__":

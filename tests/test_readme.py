@@ -1,9 +1,10 @@
-"""The README is also the package's page on an index, where no file lies beside it."""
+"""The README is also the package's page on an index, which has no file of the repository."""
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 TARGET = re.compile(
     r"""
@@ -31,4 +32,20 @@ def test_links_are_found():
 
 
 def test_links_and_pictures_are_absolute():
-    assert [target for target in link_targets(README.read_text()) if "://" not in target] == []
+    assert [target for target in link_targets(README) if "://" not in target] == []
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    (command,) = [
+        block
+        for block in re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+        if "pytest" in block
+    ]
+    assert f"\n{command.strip()} || exit 1\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_listed_pages_exist():
+    pages = set(re.findall(r"`((?:guide/)?[a-z-]+\.md)`", README))
+    assert len(pages) > 10
+    assert [page for page in pages if not (ROOT / "docs" / page).exists()] == []
+    assert {f"guide/{path.name}" for path in (ROOT / "docs" / "guide").glob("*.md")} <= pages

@@ -24,7 +24,7 @@ optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=
 cells = acts.cells("layer_outputs", layer, batch_size=512)
 for epoch in range(EPOCHS):
     unexplained = 0.0
-    for batch in cells:  # in another order each time
+    for batch in cells:  # each epoch in another order
         x = (batch.values.float() - mean) / scale
         top = encoder(x).topk(ACTIVE)
         features = torch.zeros(len(x), FEATURES).scatter(1, top.indices, top.values.relu())
