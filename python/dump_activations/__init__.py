@@ -1,4 +1,4 @@
-"""Dump the activations of 2048 transformers, on boards drawn reproducibly from huge datasets.
+"""Dump the activations of 2048 transformers, on boards sampled reproducibly from huge datasets.
 
 `StepsDataset` reads a dataset of recorded steps, `load_encoder` a checkpoint; `dump` writes the
 activations of a run to one file and `stream` hands them out a batch at a time; `ActivationsFile`
