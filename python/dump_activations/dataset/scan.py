@@ -93,17 +93,15 @@ def find_matches(
                 f"{option('where')}: {name!r} must be a number; it is {column.dtype}"
             )
     # Refuse a wrong filter before any row is read.
-    evaluate(where, {name: np.empty(0, c.dtype) for name, c in named.items()}, rows=0)
+    none = {name: np.empty(0, column.dtype) for name, column in named.items()}
+    evaluate(where, none, np.empty(0, np.bool_), first=0)
     rows = range(steps.start, steps[-1] + 1)
     matches = Matches(rows.start, len(rows), chunk_rows=CHUNK_ROWS)
 
     def look(first: int, count: int, values: Values) -> None:
-        selected_N = None
-        if steps.step > 1:
-            selected_N = np.zeros(count, np.bool_)
-            selected_N[(steps.start - first) % steps.step :: steps.step] = True
-        matches_N = evaluate(where, values, rows=count, first=first, selected_N=selected_N)
-        matches.put(first, matches_N)
+        selected_N = np.zeros(count, np.bool_)
+        selected_N[(steps.start - first) % steps.step :: steps.step] = True
+        matches.put(first, evaluate(where, values, selected_N, first))
 
     scan_rows(ColumnReader(columns.dataset, named), rows, look, progress)
     return matches
