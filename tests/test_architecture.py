@@ -42,7 +42,7 @@ ARROWS = {
     "dataset": (*LEAVES, "_rust"),
     "storage.writing": (
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
-        "storage.statistics",
+        *("storage.shards", "storage.statistics"),
     ),
     "storage.reading": (
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
@@ -71,7 +71,7 @@ OWNED = {
     ),
     "commands progress text": ("rich",),
     "commands progress": ("sys.stderr", "sys.stdout"),
-    "pipeline.interrupts": ("signal",),
+    "commands.processes pipeline.interrupts": ("signal",),
 }
 
 

@@ -8,19 +8,19 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from dump_activations.report.writing import write_report
-from dump_activations.statistics import STATISTICS
 from safetensors.torch import load_file
 
 from dump_activations import ActivationsFile, DumpActivationsWarning, InvalidArgumentError
+from dump_activations.api.step_indices import read_step_indices
 from dump_activations.commands.inspect import main
-from dump_activations.commands.step_indices import read_step_indices
 from dump_activations.dtypes import TensorSpec
 from dump_activations.errors import OutputError
+from dump_activations.report.render import write_report
 from dump_activations.storage.digests import Digest, integrity_text
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.reading.comparison import compare
 from dump_activations.storage.reading.whole import inspect_dump
+from dump_activations.storage.statistics import STATISTICS
 
 N, L, H = 41, 2, 6
 CUTS = (0, 14, 28, N)  # of three shards
@@ -247,7 +247,7 @@ def test_shards_compare_as_one_file(whole, single, capsys):
 
 def test_indices_of_shards(whole):
     class Dataset:
-        sha256 = "0"
+        layout_sha256 = "0"
 
     np.testing.assert_array_equal(read_step_indices(whole, Dataset()), np.arange(1000, 1000 + N))
 

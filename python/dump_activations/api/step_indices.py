@@ -30,7 +30,7 @@ _Options = TypeVar("_Options", bound=Options)
 def indices_files(options: Options) -> list[Path]:
     """Return the file that the option names, if it names one."""
     given = options.indices
-    return [locate(given)] if isinstance(given, str | os.PathLike) else []
+    return [locate(given, _NAME)] if isinstance(given, str | os.PathLike) else []
 
 
 def with_step_indices(

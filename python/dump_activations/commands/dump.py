@@ -159,7 +159,10 @@ def dump_activations(
 ) -> None:
     """Dump selected transformer activations to disk for offline analysis."""
     # The first process speaks for all. The others write only warnings and errors.
-    if rank := variable("RANK", 0):
+    rank, processes = variable("RANK", 0), variable("WORLD_SIZE", 1)
+    if rank >= processes:
+        raise InvalidArgumentError(f"RANK must be below WORLD_SIZE, {processes}; got {rank}")
+    if rank:
         speak_as(f"rank {rank}")
         context.with_resource(quietly())
     init, dataset_path = flags.pop("init"), flags.pop("dataset")
@@ -169,11 +172,11 @@ def dump_activations(
         return
     init, dataset_path = _sources(init, dataset_path, use_demo=use_demo)
     options = DumpOptions(**flags)
-    path = locate(output)
+    path = locate(output, "output")
     if options.write:
         from dump_activations.storage.writing.paths import check_output
 
-        inputs = [] if options.indices is None else [locate(flags["indices"])]
+        inputs = [] if options.indices is None else [locate(flags["indices"], "indices")]
         check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=inputs)
     local_processes = variable("LOCAL_WORLD_SIZE", 1)
     if nproc_per_node is not None and not dry_run and "RANK" not in os.environ:
@@ -192,7 +195,7 @@ def dump_activations(
             options = replace(options, device=_device_there_is(options.device))
         begin("opening the dataset")
         dataset = StepsDataset(dataset_path)
-        place = Place(rank, variable("WORLD_SIZE", 1))
+        place = Place(rank, processes)
         share_cores(local_processes)
         if options.device == "cuda" and place.size > 1:
             options = replace(options, device=f"cuda:{variable('LOCAL_RANK', 0)}")

@@ -274,6 +274,7 @@ class Preview:
             "bytes": self.nbytes,
             "output": None if self.output is None else str(self.output),
             "free_bytes": self.free_nbytes,
+            "shards": [str(path) for path in self.shards],
             "tensors": [
                 {"key": each.name, "dtype": each.dtype, "shape": each.shape, "bytes": each.nbytes}
                 for each in self.tensors

@@ -9,8 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
-import numpy as np
-
 from dump_activations.dtypes import DTYPES, READABLE_DTYPES, TensorSpec
 from dump_activations.storage.formats.contents import (
     MAX_JSON_CHARACTERS,
@@ -87,6 +85,9 @@ def read(file: BinaryIO, size: int) -> Contents:
 
 
 def _stored_array(head: bytes, member: StoredMember) -> StoredTensor:
+    # Here, because the command checks the output's suffix before it imports NumPy.
+    import numpy as np
+
     stream = io.BytesIO(head)
     try:
         readers = {

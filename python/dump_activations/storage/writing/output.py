@@ -156,7 +156,7 @@ class OutputFile:
     def resumed_rows(self) -> int:
         """Boards that earlier runs have written."""
         if self._published_digests is not None:
-            return len(self.work.run_rows)
+            return self.work.rows
         return self.work.count_rows(self._resumed)
 
     @property

@@ -86,6 +86,7 @@ class Output:
         self.files = list(files)
         self.open_files: list[OutputFile] = []
         self.written = 0
+        self._own_boards = 0
         self.commit_seconds = 0.0
         self._place = place
         self._overwrite = overwrite
@@ -104,6 +105,11 @@ class Output:
     def __exit__(self, *_: object) -> None:
         for file in self.open_files:
             file.suspend()
+
+    @property
+    def boards_of_others(self) -> int:
+        """Boards of finished files that this process did not write."""
+        return self._count_boards() - self._own_boards
 
     @property
     def finished(self) -> Collection[Finished]:
@@ -163,6 +169,7 @@ class Output:
         self._finished[file.work.target] = Finished(file.size, file.commit())
         self.commit_seconds += time.perf_counter() - started
         self.written += 1
+        self._own_boards += file.work.rows
         self.open_files.remove(file)
 
     def suspend(self, *, discard: bool = False) -> int:
@@ -226,7 +233,7 @@ class Output:
         return True
 
     def _count_boards(self) -> int:
-        return sum(len(file.run_rows) for file in self.files if file.target in self._finished)
+        return sum(file.rows for file in self.files if file.target in self._finished)
 
     def _look(self, file: FileWork) -> None:
         """Look at one file before the run: is it finished, replaceable, or in the way?"""
