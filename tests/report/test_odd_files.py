@@ -105,7 +105,7 @@ SHOWN = {
         {"one": np.ones(N, np.float32), "none": np.ones((N, 0), np.float32)},
         "one has no vectors",
     ),
-    "unreadable-dtype": ({"ints": np.ones((N, 2), np.int32)}, "ints has a dtype"),
+    "unreadable-dtype": ({"odd": np.ones((N, 2), np.complex64)}, "odd has a dtype"),
     "layers-without-numbers": (
         {"attn_pattern": np.ones((N, 3, 2, 16, 16), np.float16)},
         "attn_pattern has layers that the metadata does not number",
