@@ -47,12 +47,8 @@ _SCRATCH = 1 << 20
 class RowField:
     """A field that the rows of all shards have.
 
-    Attributes:
-        name: As in the shards' headers.
-        dtype: Of one element, in the shards' byte order.
-        shape: Of one row's value.
-        offsets: Its first byte in a row, for each layout of rows in the dataset.
-
+    `dtype` is of one element, and `shape` of one row's value. `offsets` count the bytes before it
+    in a row, for each layout of rows in the dataset.
     """
 
     name: str
@@ -70,12 +66,8 @@ class RowField:
 class Column:
     """A named value of every row.
 
-    Attributes:
-        dtype: Of one element.
-        shape: Of one row's value.
-        source: The field that it is computed from; None for the board.
-        compute: The source's values, (N, ...) or cells uint8 (16, N), -> values (N, *shape).
-
+    `compute` takes the values (N, ...) of the field `source`, or cells uint8 (16, N) where that is
+    None, and returns values (N, *shape).
     """
 
     dtype: np.dtype[Any]

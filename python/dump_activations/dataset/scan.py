@@ -26,15 +26,18 @@ RUN = "run_id"
 STEPS = ("step_index", "step_idx")
 """Names that rows may have for the number of their step in its run."""
 
-Look = Callable[[int, int, Values], None]
-"""Takes the first of consecutive rows, their count, and their columns."""
 
-
-def scan_rows(reader: ColumnReader, rows: range, look: Look, progress: Count | None = None) -> None:
+def scan_rows(
+    reader: ColumnReader,
+    rows: range,
+    look: Callable[[int, int, Values], None],
+    progress: Count | None,
+) -> None:
     """Read consecutive rows chunk by chunk, and call `look` from any thread in any order.
 
-    The calling thread reports progress and handles interrupts. Where several chunks fail, the error
-    of the first one is raised.
+    It takes the first row of a chunk, the count of rows and their columns. The calling thread
+    reports progress and handles interrupts. Where several chunks fail, the error of the first one
+    is raised.
     """
     starts = iter(range(rows.start, rows.stop, CHUNK_ROWS))
     done, errors = 0, dict[int, BaseException]()
@@ -77,7 +80,7 @@ def scan_rows(reader: ColumnReader, rows: range, look: Look, progress: Count | N
 
 
 def find_matches(
-    columns: Columns, where: Expression, steps: range, progress: Count | None = None
+    columns: Columns, where: Expression, steps: range, progress: Count | None
 ) -> Matches:
     """Find which of `steps`, ascending, match a filter. Raises as `StepsDataset.find` does."""
     named = {name: columns.find(name, of="where") for name in where.names}
@@ -108,7 +111,7 @@ def find_matches(
 
 
 def locate_rows(
-    columns: Columns, run_ids: Steps, run_steps: Steps, progress: Count | None = None
+    columns: Columns, run_ids: Steps, run_steps: Steps, progress: Count | None
 ) -> Steps:
     """Find the rows of these runs and steps, int64 (n,), as `StepsDataset.locate` does."""
     if len(run_ids) == 0:
