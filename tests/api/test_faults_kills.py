@@ -38,7 +38,7 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Unbroken:
-    """What a run comes to when nothing disturbs it."""
+    """The result of an undisturbed run."""
 
     sha256: str
     seconds: float

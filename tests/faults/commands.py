@@ -132,6 +132,6 @@ class Command:
 
     @property
     def lines(self) -> list[str]:
-        """What it printed, but for the progress that only a slow machine is told."""
+        """The output, without the progress lines that only a slow machine prints."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [line for line in lines if " progress: " not in line]

@@ -1,11 +1,12 @@
 """`dump`: run boards through a model and write the asked-for activations to disk."""
 
+import json
 import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -174,14 +175,14 @@ def preview(
     if not options.write:
         return Preview.of(plan, plan.tensor_specs())
     _check_inputs([path], plan)
-    work, files = _files(plan, path, options, place)
+    files = _files(plan, path, options, place)
     output = Output(files, place=place, overwrite=options.overwrite)
     _check_inputs([each.path for each in output.replaced], plan)
     _check_space(output)
     for text in _already_there(output):
         note(text)
     free = free_space([each.target for each in files])
-    return Preview.of(plan, work.specs, path, free, shards=_shards(files))
+    return _preview(plan, path, files, free)
 
 
 def dump_to_file(
@@ -234,17 +235,18 @@ class _Call:
     def write(self) -> Summary:
         """Run the boards of every file that is missing, and write it."""
         _check_inputs([self.path], self.plan)
-        work, files = _files(self.plan, self.path, self.options, self.place)
+        files = _files(self.plan, self.path, self.options, self.place)
         check = self.interrupts.check
         output = Output(files, place=self.place, overwrite=self.options.overwrite, check=check)
         _check_inputs([each.path for each in output.replaced], self.plan)
         if not output.missing:
             return self._already_complete(output)
-        warn_of_large_tensors(work.specs)
+        warn_of_large_tensors(files[0].work.specs)
         with output, Run(self.plan) as run, self._kept_or_discarded(output):
-            self._prepare(output, work.specs)
+            self._prepare(output)
             resumed, write_seconds = self._fill(run, output)
             self.interrupts.check()
+        _note_mixture(output)
         is_sharded = files[0].shard is not None
         return run.summary(
             self.started,
@@ -290,7 +292,7 @@ class _Call:
             nonfinite=_nonfinite(output),
         )
 
-    def _prepare(self, output: Output, specs: Sequence[TensorSpec]) -> None:
+    def _prepare(self, output: Output) -> None:
         """Make the output's directory, and describe the output in notes."""
         begin("preparing the output")
         _check_space(output)
@@ -301,7 +303,7 @@ class _Call:
                 directory.mkdir(parents=True, exist_ok=True)
             note(f"made the directory {directory}")
         free = free_space(targets)
-        note(Preview.of(self.plan, specs, self.path, free, shards=_shards(output.files)).text)
+        note(_preview(self.plan, self.path, output.files, free).text)
         for text in _already_there(output):
             note(text)
 
@@ -417,10 +419,8 @@ class _Call:
             raise
 
 
-def _files(
-    plan: Plan, path: Path, options: DumpOptions, place: Place
-) -> tuple[Work, list[FileWork]]:
-    """Describe the output, and return the files that this call may write."""
+def _files(plan: Plan, path: Path, options: DumpOptions, place: Place) -> list[FileWork]:
+    """Return the files of the output that this call may write."""
     statistics = _statistics_specs(plan) if options.stats else []
     stats = {"stats": "true"} if options.stats else {}
     specs = [*plan.tensor_specs(), *statistics]
@@ -436,7 +436,7 @@ def _files(
     )
     share = place.size > 1 or options.shards is not None
     assert not isinstance(options.shard_size, str)
-    shards = choose_shards(work, options.shard_size, share=share)
+    shards = choose_shards(work, options.shard_size, share=share, overwrite=options.overwrite)
     files = work.files(shards)
     largest_nbytes = max(files[0].tensor_nbytes, files[-1].tensor_nbytes)
     if options.shard_size is not None and largest_nbytes > options.shard_size:
@@ -448,7 +448,7 @@ def _files(
                 f"{options.shards.stop - 1}"
             )
         files = files[options.shards.start - 1 : options.shards.stop - 1]
-    return work, files
+    return files
 
 
 def _statistics_specs(plan: Plan) -> list[TensorSpec]:
@@ -470,10 +470,8 @@ def _already_there(output: Output) -> Iterator[str]:
         yield f"{_files_are(output)} already complete"
         return
     for existing in output.replaced:
-        boards = existing.metadata.get("n_samples", "")
-        holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
         size = size_text(existing.found.st_size)
-        yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
+        yield f"{existing.path} ({size}) is replaced when the new file is whole"
     finished = len(output.files) - len(output.missing)
     if finished:
         yield f"{finished:,} of {len(output.files):,} shards are already complete"
@@ -500,8 +498,26 @@ def _check_space(output: Output) -> None:
     check_space([each.target for each in missing], sum(each.tensor_nbytes for each in missing))
 
 
-def _shards(files: Sequence[FileWork]) -> list[Path]:
-    return [each.target for each in files if each.shard is not None]
+def _preview(plan: Plan, path: Path, files: Sequence[FileWork], free_nbytes: int | None) -> Preview:
+    """Describe the files that a call may write, as one dump of their boards."""
+    work, rows = files[0].work, sum(file.rows for file in files)
+    specs = [
+        replace(spec, shape=(rows, *spec.shape[1:])) if spec.name in work.batched else spec
+        for spec in work.specs
+    ]
+    shards = [file.target for file in files if file.shard is not None]
+    preview = Preview.of(plan, specs, path, free_nbytes, shards=shards)
+    return replace(preview, boards=rows)
+
+
+def _note_mixture(output: Output) -> None:
+    """Note where different devices or numbers of threads computed the output."""
+    makers: set[str] = set()
+    for text in {each.computed_by for each in output.finished}:
+        with suppress(ValueError, TypeError):  # A file may carry any text.
+            makers.update(map(json.dumps, json.loads(text)))
+    if len(makers) > 1:
+        note(f"values agree to rounding only: they were computed by {', '.join(sorted(makers))}")
 
 
 def _nonfinite(output: Output, *, warn_of_them: bool = False) -> dict[str, dict[str, int]]:

@@ -273,7 +273,7 @@ class FileWork:
             digests: of each tensor; None while they are unknown.
         """
         specs = list(self.specs.values())
-        metadata = {**self.metadata, COMPUTED_BY_KEY: _computed_by_text(computed_by)}
+        metadata = {**self.metadata, COMPUTED_BY_KEY: computed_by_text(computed_by)}
         crc32s = None if digests is None else {name: each.crc32 for name, each in digests.items()}
         integrity = integrity_text(specs, metadata, digests)
         file_format = format_of(self.work.whole)
@@ -300,7 +300,7 @@ class FileWork:
         )
 
 
-def _computed_by_text(computed_by: Sequence[Mapping[str, str]]) -> str:
+def computed_by_text(computed_by: Sequence[Mapping[str, str]]) -> str:
     """Write as many entries as fit, padded with spaces to a fixed length."""
     entries = list(computed_by)
     while len(text := json.dumps(entries)) > _COMPUTED_BY_NBYTES:
