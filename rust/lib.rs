@@ -14,4 +14,3 @@ pub mod statistics;
 mod testing;
 
 pub use error::Error;
-use output::checksum;

@@ -5,7 +5,6 @@ use pyo3::prelude::*;
 
 #[pymodule]
 mod _rust {
-    use std::ffi::OsStr;
     use std::fs::File;
     use std::io;
     use std::mem::ManuallyDrop;
@@ -28,7 +27,7 @@ mod _rust {
     use crate::dataset::layouts::{self, BoardField, Layout};
     use crate::dataset::{self, scan::Columns};
     use crate::error::{Error, Interrupt, Interrupted};
-    use crate::output::checksum::{self, Digester, Element};
+    use crate::output::checksum::{self, Element};
     use crate::output::{rows, spans};
     use crate::rows::files::RowFile;
     use crate::sampling::{self, random::Generator};
@@ -156,28 +155,12 @@ mod _rust {
             self.dataset.rows()
         }
 
-        #[getter]
-        fn itemsize(&self) -> usize {
-            self.dataset.itemsize()
-        }
-
-        #[getter]
-        fn descr(&self) -> &str {
-            &self.dataset.descrs()[0]
-        }
-
         /// The `descr` text of each shard's header, equal ones as one object.
         #[getter]
         fn descrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
             let descrs = self.dataset.descrs().iter();
             let texts: Vec<_> = descrs.map(|text| PyString::new(py, text)).collect();
             PyList::new(py, self.dataset.layout_of().iter().map(|&layout| &texts[layout]))
-        }
-
-        /// The file names of the shards.
-        #[getter]
-        fn names(&self) -> Vec<&OsStr> {
-            self.dataset.files().files().iter().filter_map(|shard| shard.path.file_name()).collect()
         }
 
         #[getter]
@@ -319,7 +302,7 @@ mod _rust {
         }
 
         /// Reads chosen parts, counted through all rows.
-        #[pyo3(signature = (parts, out, *, threads=None, cancel=None))]
+        #[pyo3(signature = (parts, out, *, threads, cancel=None))]
         fn read(
             &self,
             py: Python<'_>,
@@ -444,15 +427,6 @@ mod _rust {
             .detach(|| spans::write_span(&file, direct.as_deref(), offset, bytes, element))
             .map_err(os_error)?;
         Ok(digest.as_tuple())
-    }
-
-    /// Returns the (crc32, nan, inf) of uint8 data.
-    #[pyfunction]
-    fn digest(data: &Bound<'_, PyArray1<u8>>, dtype: &str) -> PyResult<(u32, u64, u64)> {
-        let mut digester = Digester::new(element(dtype)?);
-        let data = data.try_readonly().map_err(not_usable("data"))?;
-        digester.update(data.as_slice().map_err(not_usable("data"))?);
-        Ok(digester.finish().as_tuple())
     }
 
     /// Reads bytes at an offset and returns their (crc32, nan, inf).

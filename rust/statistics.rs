@@ -3,7 +3,7 @@
 //! There is one order of operations and no fused multiply-add, so that the same bytes give the same
 //! bits on every processor.
 
-use crate::checksum::Element;
+use crate::output::checksum::Element;
 
 /// Values that a layer's record holds per feature: mean, M2 (the sum of squared deviations from the
 /// mean), min, max, and how many elements are beyond 6 in magnitude.
@@ -308,22 +308,6 @@ mod tests {
             assert_eq!(found.is_nan(), expected.is_nan(), "{half:#x}");
             assert!(found.is_nan() || found.to_bits() == expected.to_bits(), "{half:#x}");
         }
-    }
-
-    fn measured(vectors: Vectors, values: &[f32]) -> Vec<f64> {
-        let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let mut records = vec![0.0; vectors.layers * vectors.record_len()];
-        measure(vectors, &data, &mut records);
-        records
-    }
-
-    #[test]
-    fn layers_have_their_own_vectors() {
-        let vectors = Vectors { element: Element::Float32, layers: 2, run: 2, width: 1 };
-        let values = [1.0, 3.0, 10.0, 10.0, 5.0, 7.0, 10.0, 10.0];
-        let expected =
-            [[4.0, 20.0, 1.0, 7.0, 1.0, 4.0, 21.0], [10.0, 0.0, 10.0, 10.0, 4.0, 10.0, 100.0]];
-        assert_eq!(measured(vectors, &values), expected.concat());
     }
 
     #[test]

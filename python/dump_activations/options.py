@@ -7,6 +7,7 @@ new field. They are checked before torch is imported or any file is opened.
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
@@ -226,7 +227,7 @@ class Options:
         default=1024,
         check=_whole_from(1),
     )
-    indices: ArrayLike | None = _option(
+    indices: ArrayLike | os.PathLike[str] | None = _option(
         "global step indices to use instead of a sample; order and duplicates are kept",
         group=Group.RUN,
         default=None,

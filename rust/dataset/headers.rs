@@ -22,7 +22,7 @@ use crate::rows::files::{self, FileId, Opened};
 /// Threads that open shards: enough to hide the latency of a network file system.
 const OPENERS: usize = 32;
 /// Shards an opener takes at once, and the fewest that are worth a thread.
-pub const OPEN_BATCH: usize = 32;
+const OPEN_BATCH: usize = 32;
 /// Bytes read at first: all of a usual header.
 const FIRST_READ: u64 = 1024;
 const MAGIC: &[u8] = b"\x93NUMPY";
@@ -390,6 +390,17 @@ mod tests {
             assert!(problem.contains(expected), "{problem:?} should say {expected:?}");
             assert!(!problem.contains('\n'), "{problem:?} is one line");
         }
+    }
+
+    #[test]
+    fn opening_can_be_interrupted() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for index in 0..3 * OPEN_BATCH {
+            let path = directory.path().join(format!("steps-{index}.npy"));
+            fs::write(path, []).expect("a writable directory");
+        }
+        let outcome = Shards::read(directory.path(), &mut || Err(Interrupted));
+        assert!(matches!(outcome, Err(Error::Interrupted(_))));
     }
 
     /// Valid headers, changed, cut and swapped at random, give an error or a header, no panic.

@@ -1,9 +1,7 @@
-//! Reads scattered pieces of files in a bare loop: what a disk gives, for benchmarks to compare
-//! with.
+//! Reads scattered bytes of files in bare loops on 64 threads, for benchmarks to compare with.
 //!
-//! `bare_reads threads|uring LENGTH PLAN FILE...`: PLAN holds pairs of little-endian u64, the
-//! number of a file and an offset in it; LENGTH bytes are read at each. Prints the seconds that
-//! took.
+//! `bare_reads LENGTH PLAN FILE...`: PLAN holds pairs of little-endian u64, the number of a file and
+//! an offset in it. Reads LENGTH bytes at each, and prints the seconds that took.
 
 use std::error::Error;
 use std::fs::File;
@@ -14,12 +12,11 @@ use std::time::Instant;
 
 const THREADS: usize = 64;
 const PER_TURN: usize = 16;
-const QUEUE_DEPTH: usize = 256;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [method, length, plan, paths @ ..] = &arguments[..] else {
-        return Err("usage: bare_reads threads|uring LENGTH PLAN FILE...".into());
+    let [length, plan, paths @ ..] = &arguments[..] else {
+        return Err("usage: bare_reads LENGTH PLAN FILE...".into());
     };
     let length: usize = length.parse()?;
     let words = std::fs::read(plan)?;
@@ -31,11 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         advise_random(file);
     }
     let started = Instant::now();
-    match &method[..] {
-        "threads" => read_with_threads(&files, &plan, length),
-        "uring" => read_with_uring(&files, &plan, length)?,
-        _ => return Err("the method is threads or uring".into()),
-    }
+    read(&files, &plan, length);
     println!("{}", started.elapsed().as_secs_f64());
     Ok(())
 }
@@ -46,7 +39,7 @@ fn advise_random(file: &File) {
     unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
 }
 
-fn read_with_threads(files: &[File], plan: &[(usize, u64)], length: usize) {
+fn read(files: &[File], plan: &[(usize, u64)], length: usize) {
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
@@ -64,32 +57,4 @@ fn read_with_threads(files: &[File], plan: &[(usize, u64)], length: usize) {
             });
         }
     });
-}
-
-#[allow(unsafe_code)]
-fn read_with_uring(files: &[File], plan: &[(usize, u64)], length: usize) -> std::io::Result<()> {
-    let mut ring = io_uring::IoUring::new(QUEUE_DEPTH as u32)?;
-    let mut buffers = vec![0u8; plan.len() * length];
-    let mut reads = plan.iter().zip(buffers.chunks_mut(length));
-    let mut in_flight = 0;
-    loop {
-        for (&(file, offset), buffer) in reads.by_ref().take(QUEUE_DEPTH - in_flight) {
-            let descriptor = io_uring::types::Fd(files[file].as_raw_fd());
-            let read = io_uring::opcode::Read::new(descriptor, buffer.as_mut_ptr(), length as u32)
-                .offset(offset)
-                .build();
-            // SAFETY: the files and buffers outlive the ring's work on them, which is waited for
-            // below.
-            unsafe { ring.submission().push(&read) }.expect("a free entry");
-            in_flight += 1;
-        }
-        if in_flight == 0 {
-            return Ok(());
-        }
-        ring.submit_and_wait(1)?;
-        for completion in ring.completion() {
-            assert_eq!(usize::try_from(completion.result()), Ok(length), "a whole read");
-            in_flight -= 1;
-        }
-    }
 }

@@ -27,11 +27,6 @@ impl Element {
         }
     }
 
-    /// True for floats that a float32 holds.
-    pub fn is_float32_or_shorter(self) -> bool {
-        matches!(self, Self::Float32 | Self::Float16 | Self::BFloat16)
-    }
-
     /// Bytes of an element. Integers count as single bytes.
     pub fn nbytes(self) -> usize {
         match self {

@@ -14,7 +14,6 @@ pub struct StoredTensor {
     files: RowFiles,
     /// Equal parts of a row.
     parts: u64,
-    limits: Limits,
 }
 
 impl StoredTensor {
@@ -33,7 +32,7 @@ impl StoredTensor {
             let rows = rows.saturating_mul(parts);
             files.push(RowFile { path, id, rows, data_offset, itemsize: nbytes })?;
         }
-        Ok(Self { name, files, parts, limits: Limits::of_process() })
+        Ok(Self { name, files, parts })
     }
 
     /// Bytes of a part.
@@ -49,8 +48,8 @@ impl StoredTensor {
         threads: Option<usize>,
         interrupt: Interrupt<'_>,
     ) -> Result<(), Error> {
-        let cores = threads.unwrap_or(self.limits.cores);
-        let limits = Limits { cores: cores.max(1), ..self.limits };
+        let limits = Limits::of_process();
+        let limits = Limits { cores: threads.unwrap_or(limits.cores).max(1), ..limits };
         let column = WholeRows { itemsize: self.nbytes() };
         rows::read(&self.files, limits, indices, &column, out, interrupt)
             .map_err(|error| self.named(error))
@@ -95,22 +94,10 @@ mod tests {
         (StoredTensor::open("x".into(), places, PARTS, NBYTES).expect("files"), all)
     }
 
-    fn read(tensor: &StoredTensor, parts: &[i64], threads: usize) -> Result<Vec<u8>, Error> {
+    fn read(tensor: &StoredTensor, parts: &[i64]) -> Result<Vec<u8>, Error> {
         let mut out = vec![0; parts.len() * NBYTES];
-        tensor.read(parts, &mut out, Some(threads), &mut || Ok(()))?;
+        tensor.read(parts, &mut out, Some(1), &mut || Ok(()))?;
         Ok(out)
-    }
-
-    #[test]
-    fn parts_are_counted_through_all_rows_of_all_files() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let (tensor, all) = tensor(directory.path());
-        let parts: Vec<i64> = (0..2000).map(|i| i * 7 % 32).collect();
-        let part = |&part: &i64| &all[part as usize * NBYTES..][..NBYTES];
-        let expected: Vec<u8> = parts.iter().flat_map(part).copied().collect();
-        for threads in [0, 1, 3] {
-            assert_eq!(read(&tensor, &parts, threads).expect("parts"), expected);
-        }
     }
 
     #[test]
@@ -120,14 +107,14 @@ mod tests {
         let path = directory.path().join("rows-1");
         let file = fs::OpenOptions::new().write(true).open(&path).expect("a file");
         file.set_len(13 + 6 * NBYTES as u64).expect("shorter");
-        read(&tensor, &[17, 0], 1).expect("rows before the end");
-        let error = read(&tensor, &[2, 19], 1).expect_err("cut short").to_string();
+        read(&tensor, &[17, 0]).expect("rows before the end");
+        let error = read(&tensor, &[2, 19]).expect_err("cut short").to_string();
         let expected = "rows-1: row 1 of x cannot be read: the file was cut short before it";
         assert!(error.ends_with(expected), "{error}");
-        assert!(matches!(read(&tensor, &[32], 1), Err(Error::StepIndex { .. })));
+        assert!(matches!(read(&tensor, &[32]), Err(Error::StepIndex { .. })));
         fs::remove_file(&path).expect("a file");
         fs::write(&path, [0; 1000]).expect("written");
-        let error = read(&tensor, &[17], 1).expect_err("another file").to_string();
+        let error = read(&tensor, &[17]).expect_err("another file").to_string();
         assert!(error.contains("another file has taken its place"), "{error}");
     }
 }

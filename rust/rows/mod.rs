@@ -285,14 +285,6 @@ mod tests {
         Ok(out)
     }
 
-    /// Which row of which file cannot be read, and why.
-    fn refused(outcome: Result<Vec<u8>, ReadError>) -> (usize, u64, io::Error) {
-        let Err(ReadError::Row { file, row, source }) = outcome else {
-            panic!("a row is missing, not {:?}", outcome.map(|rows| rows.len()))
-        };
-        (file, row, source)
-    }
-
     #[test]
     fn rows_come_in_the_order_of_the_indices() {
         let directory = tempfile::tempdir().expect("a directory");
@@ -312,78 +304,6 @@ mod tests {
                 assert!(read == expected);
             }
         }
-    }
-
-    #[test]
-    fn indices_that_are_in_no_file() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let (files, _) = files(directory.path());
-        for (indices, at, missing) in [
-            (vec![0, 5, -1, 100_000], 2, -1),
-            (vec![0, 100_000], 1, 100_000),
-            (vec![i64::MAX, i64::MIN], 0, i64::MAX),
-        ] {
-            let outcome = read_rows(&files, LIMITS, &indices, &mut || Ok(()));
-            let Err(ReadError::Outside { position, row }) = outcome else {
-                panic!("out of bounds")
-            };
-            assert_eq!((position, row), (at, missing));
-        }
-        let outcome = read_rows(&RowFiles::default(), LIMITS, &[0], &mut || Ok(()));
-        assert!(matches!(outcome, Err(ReadError::Outside { position: 0, row: 0 })));
-    }
-
-    #[test]
-    fn a_file_cut_short_during_the_read() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let (files, _) = files(directory.path());
-        let last = &files.files()[2];
-        let keep = last.data_offset + 46 * 20_000;
-        let truncate = || {
-            let file = fs::OpenOptions::new().write(true).open(&last.path).expect("the file");
-            file.set_len(keep).expect("shorter");
-        };
-        let indices: Vec<_> = (0..100_000).collect();
-        let mut questions = 0;
-        // Another thread might have read it all by then.
-        let one = Limits { cores: 1, ..LIMITS };
-        let (file, row, source) = refused(read_rows(&files, one, &indices, &mut || {
-            questions += 1;
-            if questions == 1 {
-                truncate();
-            }
-            Ok(())
-        }));
-        assert_eq!((file, row), (2, 50_001));
-        assert_eq!(source.to_string(), "the file was cut short before it");
-        // Rows before the cut are still there.
-        read_rows(&files, LIMITS, &[50_000, 3], &mut || Ok(())).expect("rows");
-        let (_, row, _) = refused(read_rows(&files, LIMITS, &[50_001, 3], &mut || Ok(())));
-        assert_eq!(row, 50_001);
-    }
-
-    #[test]
-    fn a_file_deleted_during_the_read() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let (files, _) = files(directory.path());
-        let mut questions = 0;
-        let (file, row, source) = refused(read_rows(&files, LIMITS, &[1, 30_000, 7], &mut || {
-            questions += 1;
-            if questions == 1 {
-                fs::remove_file(&files.files()[1].path).expect("removed");
-            }
-            Ok(())
-        }));
-        assert_eq!((file, row, source.kind()), (1, 30_000, io::ErrorKind::NotFound));
-    }
-
-    #[test]
-    fn an_interrupt_ends_the_read() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let (files, _) = files(directory.path());
-        let indices: Vec<_> = (0..100_000).collect();
-        let outcome = read_rows(&files, LIMITS, &indices, &mut || Err(Interrupted));
-        assert!(matches!(outcome, Err(ReadError::Interrupted(_))));
     }
 
     fn no_work<'c>(files: &'c RowFiles, column: &'c WholeRows) -> Work<'c, WholeRows> {
@@ -433,18 +353,5 @@ mod tests {
         // All readers of the process share the files of one call. Other tests run readers too.
         let share = limits.files / (others.len() + 1);
         assert!((2..=share).contains(&most), "{most} files were open");
-    }
-
-    #[test]
-    fn a_file_replaced_by_another() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let (files, _) = files(directory.path());
-        let first = &files.files()[0].path;
-        let other = directory.path().join("other");
-        fs::copy(first, &other).expect("copied");
-        fs::rename(&other, first).expect("renamed");
-        let (file, row, source) = refused(read_rows(&files, LIMITS, &[40_000, 7], &mut || Ok(())));
-        assert_eq!((file, row), (0, 7));
-        assert_eq!(source.to_string(), "another file has taken its place");
     }
 }

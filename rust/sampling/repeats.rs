@@ -77,22 +77,3 @@ impl Displaced {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_repeated_positions_hold_values() {
-        let mut repeats = Repeats::new(200).expect("memory");
-        for position in [3, 70, 3, 199, 70, 3, 500] {
-            repeats.visit(position);
-        }
-        let mut displaced = repeats.finish(&mut || Ok(())).expect("memory");
-        assert_eq!(displaced.exchange(70, 9), 70);
-        assert_eq!(displaced.exchange(3, 8), 3);
-        assert_eq!(displaced.exchange(199, 7), 199);
-        assert_eq!(displaced.exchange(70, 6), 9);
-        assert_eq!(displaced.exchange(3, 5), 8);
-    }
-}

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
+from dump_activations import IndicesNotFoundError, InvalidArgumentError, dump, stream
 from dump_activations.commands.dump import main
 from reference.datasets import read_dataset, write_shards
 from reference.dumps import FORMATS, read_dump
@@ -42,6 +43,21 @@ def test_an_earlier_dump(suffix, tmp_path, capsys):
     assert stored_indices(new) == stored_indices(old)
     assert read_dump(new).metadata["sampling"] == "given"
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_file_of_indices_in_python(tmp_path, demo_dataset, demo_checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"indices": "old.npz", "outputs": "pooled", "device": "cpu", "allow_cpu": True}
+    np.savez("old.npz", indices=STEPS)
+    dump(demo_checkpoint, demo_dataset, "new.pt", **given)
+    assert stored_indices(tmp_path / "new.pt") == STEPS
+    for indices in (tmp_path / "new.pt", "old.npz"):
+        (batch,) = stream(demo_checkpoint, demo_dataset, **{**given, "indices": indices})
+        assert batch.indices.tolist() == STEPS
+    with pytest.raises(InvalidArgumentError, match="choose another output"):
+        dump(demo_checkpoint, demo_dataset, "old.npz", **given)
+    with pytest.raises(IndicesNotFoundError, match=r"none\.npy: no such file"):
+        stream(demo_checkpoint, demo_dataset, **{**given, "indices": "none.npy"})
 
 
 def shuffled_dataset(demo_dataset, directory, drop=()):

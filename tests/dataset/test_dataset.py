@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -200,11 +201,11 @@ def test_repr(demo_dataset, tmp_path):
         assert said in text
     assert "steps-00001.npy  5,000 rows from step 5,000" in text
     assert "labels=['move_dir']" in repr(StepsDataset(demo_dataset, labels="move_dir"))
-    many = np.zeros(1, [("board", "<u8"), *((f"f{i}", "u1") for i in range(40))])
+    many = np.zeros(1, [("board", "<u8"), *((f"f{i}", "u1") for i in range(100))])
     for number in range(30):
         np.save(tmp_path / f"steps-{number:02}.npy", many)
     text = repr(StepsDataset(tmp_path))
-    assert "29 more fields" in text
+    assert "89 more fields" in text
     assert "25 more shards" in text
     assert len(text.splitlines()) <= 20
 
@@ -353,6 +354,7 @@ def test_a_shard_that_was_cut_short(three_shards):
         (Path.unlink, "No such file"),
         (lambda path: path.chmod(0), "Permission denied"),
         (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+        (lambda path: Path(shutil.copy(path, path.parent / "x")).replace(path), "another file"),
     ],
 )
 def test_a_shard_that_can_no_longer_be_opened(change, reason, three_shards):
@@ -376,20 +378,20 @@ def test_a_dataset_that_is_cut_short_under_a_stream(tmp_path, demo_checkpoint, m
 
     # Else the first window may be read with all the others before the shard is cut.
     monkeypatch.setattr("dump_activations.pipeline.feed._LARGEST_WINDOW", 64)
-    make_dataset(tmp_path / "dataset", "packed_46", n=5000)
+    make_dataset(tmp_path / "dataset", "packed_46", n=500)
     shard = tmp_path / "dataset" / "steps.npy"
     batches = stream(
         demo_checkpoint,
         tmp_path / "dataset",
         outputs=["pooled"],
-        indices=np.arange(5000),
+        indices=np.arange(500),
         batch_size=8,
         device="cpu",
         allow_cpu=True,
     )
     next(batches)
     os.truncate(shard, shard.stat().st_size - 46)
-    with pytest.raises(DatasetError, match=r"steps\.npy: step 4999 cannot be read"):
+    with pytest.raises(DatasetError, match=r"steps\.npy: step 499 cannot be read"):
         for _ in batches:
             pass
 

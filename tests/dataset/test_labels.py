@@ -217,30 +217,25 @@ def test_pages_that_hold_one_another(demo_dataset, tmp_path):
         ds.read_labels([0], "run_seed")
 
 
-def test_a_damaged_index_is_not_used(demo_dataset, tmp_path):
-    others = "CREATE TABLE t (a, b); INSERT INTO t VALUES ('x', 'y'); CREATE INDEX j ON t(a, b);"
-    script = f"""
-        {RUNS} {ROW} {others} CREATE INDEX i ON runs(id, seed); PRAGMA writable_schema = ON;
+OTHERS = "CREATE TABLE t (a, b); INSERT INTO t VALUES ('x', 'y'); CREATE INDEX j ON t(a, b);"
+SOUND_DATABASES = {
+    "a damaged index": f"""
+        {RUNS} {ROW} {OTHERS} CREATE INDEX i ON runs(id, seed); PRAGMA writable_schema = ON;
         UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'j')
         WHERE name = 'i';
-    """
-    ds = dataset_with_database(demo_dataset, tmp_path / "dataset", script)
-    assert ds.read_labels([0], "run_seed")["run_seed"].tolist() == [5]
+    """,
+    "runs in any order": RUNS + ROW.replace("(0, 5,", "(7, 1, 6, 7, 8), (0, 5, 6, 7, 8), (3, 2,"),
+    "no row numbers": (
+        f"{RUNS.replace('id INT', 'id INT PRIMARY KEY').replace(');', ') WITHOUT ROWID;')} {ROW}"
+    ),
+}
 
 
-def test_runs_may_be_in_any_order(demo_dataset, tmp_path):
-    ids = np.random.default_rng(0).permutation(1000)
-    rows = ", ".join(f"({i}, {7 * i}, 6, 7, 8)" for i in ids)
-    script = f"{RUNS} INSERT INTO runs VALUES {rows};"
-    ds = dataset_with_database(demo_dataset, tmp_path / "dataset", script)
-    labels = ds.read_labels(range(len(ds)), "run_id,run_seed")
-    np.testing.assert_array_equal(labels["run_seed"], 7 * labels["run_id"])
-
-
-def test_a_database_without_row_numbers(demo_dataset, tmp_path):
-    table = RUNS.replace("id INT", "id INT PRIMARY KEY").replace(");", ") WITHOUT ROWID;")
-    ds = dataset_with_database(demo_dataset, tmp_path / "dataset", f"{table} {ROW}")
-    assert ds.read_labels([0, 1], "run_steps")["run_steps"].tolist() == [6, 6]
+@pytest.mark.parametrize("case", SOUND_DATABASES)
+def test_databases_that_can_be_used(case, demo_dataset, tmp_path):
+    ds = dataset_with_database(demo_dataset, tmp_path / "dataset", SOUND_DATABASES[case])
+    labels = ds.read_labels([0, 1], "run_id,run_seed,run_steps")
+    assert [values.tolist() for values in labels.values()] == [[0, 0], [5, 5], [6, 6]]
 
 
 def test_a_database_is_only_read(demo_dataset, tmp_path):

@@ -1,6 +1,5 @@
 """A real Chromium without a screen or a network, driven over its debugging pipe."""
 
-import base64
 import json
 import os
 import shutil
@@ -64,12 +63,12 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def resize(self, width: int, height: int, *, scale: float = 1) -> None:
+    def resize(self, width: int, height: int) -> None:
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
             height=height,
-            deviceScaleFactor=scale,
+            deviceScaleFactor=1,
             mobile=width < 600,
         )
 
@@ -77,11 +76,6 @@ class Page:
         """Be on a screen or on paper, light or dark."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media=media, features=features)
-
-    def screenshot(self, path: Path, **clip: float) -> None:
-        options = {"clip": {"scale": 1, **clip}} if clip else {}
-        answer = self.call("Page.captureScreenshot", captureBeyondViewport=bool(clip), **options)
-        path.write_bytes(base64.b64decode(answer["data"]))
 
     def _receive(self) -> dict[str, Any]:
         text = bytearray()

@@ -53,13 +53,17 @@ LEVELS = """
 """
 
 
+def with_helpers(page, report):
+    page.open(report)
+    page.evaluate(HELPERS)
+    return page
+
+
 @pytest.fixture
 def opened(page, demo_report):
     page.resize(*DESKTOP)
     page.emulate()
-    page.open(demo_report)
-    page.evaluate(HELPERS)
-    return page
+    return with_helpers(page, demo_report)
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +198,7 @@ def test_statistics_in_the_file_are_of_all_boards(page, make_dump, monkeypatch, 
     path = make_dump(outputs=["resid_mid", "pooled"], layers=[3, 1], split_layers=split, stats=True)
     monkeypatch.setattr(data, "FEW_NBYTES", 1)
     write_report(path, path.with_name("report.html"))
-    page.open(path.with_name("report.html"))
-    page.evaluate(HELPERS)
+    with_helpers(page, path.with_name("report.html"))
     dump = read_dump(path)
     for row, layer in zip(ask(page, "numbers('resid_mid in numbers')")[1:], (1, 3), strict=True):
         assert row[0] == str(layer)
@@ -264,8 +267,7 @@ def test_the_share_of_the_sink(page, make_dump, tmp_path):
     init = save_checkpoint(tmp_path / "init", random_state_dict(config), config_json(config))
     path = make_dump(init=init, outputs=["attn_pattern"])
     write_report(path, path.with_name("sinks.html"))
-    page.open(path.with_name("sinks.html"))
-    page.evaluate(HELPERS)
+    with_helpers(page, path.with_name("sinks.html"))
     sink = 1 - read_dump(path).numpy("attn_pattern").sum(axis=-1).mean(axis=(0, 3))
     for row, expected in zip(ask(page, "numbers('layer')")[1:], sink, strict=True):
         shown = [float(text.strip("%")) for text in row[1:]]
@@ -299,8 +301,7 @@ def test_figures_of_some_boards_say_so(page, demo_dump, tensors, tmp_path, monke
     monkeypatch.setattr(data, "MOST_BOARDS", 30)
     monkeypatch.setattr(data, "MOST_NBYTES", 10 * tensors["layer_outputs"][0].size * 4)
     write_report(demo_dump, tmp_path / "some.html")
-    page.open(tmp_path / "some.html")
-    page.evaluate(HELPERS)
+    with_helpers(page, tmp_path / "some.html")
     rows = (np.arange(30) * N // 30)[np.arange(10) * 30 // 10]
     x = tensors["layer_outputs"][rows][:, -1].reshape(-1, tensors["layer_outputs"].shape[-1])
     shown = ask(page, "numbers('layer_outputs in numbers')")[-1]
@@ -385,11 +386,8 @@ def test_light_dark_and_paper(page, demo_report):
     assert background() == light
 
 
-def test_a_page_of_every_key_is_small(demo_report):
+def test_a_page_is_small(make_dump, demo_report, tmp_path):
     assert demo_report.stat().st_size < 300_000
-
-
-def test_a_page_of_a_large_model_is_small(make_dump, tmp_path):
     config = replace(BASE, layers=12, heads=8, kv_heads=8, hidden=64, n_bins=34, sinks=True)
     init = save_checkpoint(tmp_path / "init", random_state_dict(config), config_json(config))
     path = make_dump(init=init, labels=["all"], n_samples=24)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dump_activations import ActivationsFile, DumpActivationsWarning, InvalidArgumentError
+from dump_activations.api.step_indices import read_step_indices
 from dump_activations.commands.inspect import main
-from dump_activations.commands.step_indices import read_step_indices
 from dump_activations.dtypes import TensorSpec
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest, integrity_text

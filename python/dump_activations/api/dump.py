@@ -15,6 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dump_activations.api.step_indices import indices_files, with_step_indices
 from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
@@ -62,7 +63,7 @@ def dump(
     layers: Layers | None = None,
     split_layers: bool = False,
     n_samples: int = 1024,
-    indices: ArrayLike | None = None,
+    indices: ArrayLike | os.PathLike[str] | None = None,
     steps: slice | str | None = None,
     where: str | Expression | None = None,
     labels: str | Sequence[str] = (),
@@ -97,7 +98,8 @@ def dump(
         layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
         split_layers: write one tensor per layer, KEY.LAYER, in place of a stacked one.
         n_samples: steps to sample, unless `indices` or `steps` are given.
-        indices: global step indices to use instead of a sample, whole numbers of any shape.
+        indices: global step indices to use instead of a sample, whole numbers of any shape; or a
+            file of them: a `.npy`, an `.npz` with `indices`, or an earlier dump.
         steps: steps to take in their order instead of a sample, START:STOP or START:STOP:STEP.
         where: take only steps that match this expression, such as "max_rank >= 11".
         labels: labels to store with the boards, globs of them, or "all" for every field.
@@ -167,7 +169,8 @@ def preview(
         DumpActivationsError: what `dump` would raise.
     """
     if options.write:
-        check_output(path, [STORAGE_DTYPES[options.dtype].name])
+        check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=indices_files(options))
+    dataset, options = with_step_indices(dataset, options)
     plan = make_plan(init, dataset, options)
     if not options.write:
         return Preview.of(plan, plan.tensor_specs())
@@ -207,7 +210,8 @@ def dump_to_file(
         batch_oom_named(options.batch_size),
     ):
         if options.write:
-            check_output(path, [STORAGE_DTYPES[options.dtype].name])
+            check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=indices_files(options))
+        dataset, options = with_step_indices(dataset, options)
         slots = HOST_SLOTS if options.write else 0
         plan = make_plan(init, dataset, options, host_slots=slots, local_processes=local_processes)
         with current(plan.device), HeldInterrupts() as interrupts:

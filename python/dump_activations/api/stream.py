@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from dump_activations.api.step_indices import with_step_indices
 from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import LABEL_PREFIX
@@ -97,7 +98,7 @@ def stream(
     layers: Layers | None = None,
     split_layers: bool = False,
     n_samples: int = 1024,
-    indices: ArrayLike | None = None,
+    indices: ArrayLike | os.PathLike[str] | None = None,
     steps: slice | str | None = None,
     where: str | Expression | None = None,
     labels: str | Sequence[str] = (),
@@ -126,7 +127,8 @@ def stream(
         layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
         split_layers: yield one tensor per layer, KEY.LAYER, in place of a stacked one.
         n_samples: steps to sample, unless `indices` or `steps` are given.
-        indices: global step indices to use instead of a sample, whole numbers of any shape.
+        indices: global step indices to use instead of a sample, whole numbers of any shape; or a
+            file of them: a `.npy`, an `.npz` with `indices`, or an earlier dump.
         steps: steps to take in their order instead of a sample, START:STOP or START:STOP:STEP.
         where: take only steps that match this expression, such as "max_rank >= 11".
         labels: labels to read with the boards, globs of them, or "all" for every field.
@@ -168,6 +170,7 @@ def stream(
     on_device = tensors == "device"
     with batch_oom_named(options.batch_size):
         slots = 0 if on_device else _HOST_SLOTS
+        dataset, options = with_step_indices(dataset, options)
         plan = make_plan(init, dataset, options, host_slots=slots)
     caller = _Caller(plan.device, copies=tensors == "copy")
     run = _computed_ahead(plan, on_device=on_device)

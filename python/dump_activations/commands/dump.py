@@ -33,7 +33,7 @@ from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
 from dump_activations.paths import locate
-from dump_activations.progress import Phase, begin, counted, shown_progress
+from dump_activations.progress import begin, shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -173,11 +173,10 @@ def dump_activations(
     init, dataset_path = _sources(init, dataset_path, use_demo=use_demo)
     options = DumpOptions(**flags)
     path = locate(output, "output")
-    indices_path = None if flags["indices"] is None else locate(flags["indices"], "indices")
     if options.write:
         from dump_activations.storage.writing.paths import check_output
 
-        inputs = [] if indices_path is None else [indices_path]
+        inputs = [] if options.indices is None else [locate(flags["indices"], "indices")]
         check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=inputs)
     local_processes = variable("LOCAL_WORLD_SIZE", 1)
     if nproc_per_node is not None and not dry_run and "RANK" not in os.environ:
@@ -189,7 +188,6 @@ def dump_activations(
         begin("loading torch")
         with uncollected_imports():
             from dump_activations.api.dump import dump_to_file, preview
-            from dump_activations.commands.step_indices import read_step_indices
             from dump_activations.dataset.dataset import StepsDataset
             from dump_activations.pipeline.device import share_cores
             from dump_activations.storage.writing.shards import Place
@@ -197,9 +195,6 @@ def dump_activations(
             options = replace(options, device=_device_there_is(options.device))
         begin("opening the dataset")
         dataset = StepsDataset(dataset_path)
-        if indices_path is not None:
-            looked_up = counted(Phase("looking up the indices", "rows"))
-            options = replace(options, indices=read_step_indices(indices_path, dataset, looked_up))
         place = Place(rank, processes)
         share_cores(local_processes)
         if options.device == "cuda" and place.size > 1:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.dataset import game
 from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
-from dump_activations.dataset.shards import row_layouts
+from dump_activations.dataset.shards import row_dtype
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import DatasetError, InvalidArgumentError, option
 
@@ -47,12 +47,8 @@ _SCRATCH = 1 << 20
 class RowField:
     """A field that the rows of all shards have.
 
-    Attributes:
-        name: As in the shards' headers.
-        dtype: Of one element, in the shards' byte order.
-        shape: Of one row's value.
-        offsets: Its first byte in a row, for each layout of rows in the dataset.
-
+    `dtype` is of one element, and `shape` of one row's value. `offsets` count the bytes before it
+    in a row, for each layout of rows in the dataset.
     """
 
     name: str
@@ -70,12 +66,8 @@ class RowField:
 class Column:
     """A named value of every row.
 
-    Attributes:
-        dtype: Of one element.
-        shape: Of one row's value.
-        source: The field that it is computed from; None for the board.
-        compute: The source's values, (N, ...) or cells uint8 (16, N), -> values (N, *shape).
-
+    `compute` takes the values (N, ...) of the field `source`, or cells uint8 (16, N) where that is
+    None, and returns values (N, *shape).
     """
 
     dtype: np.dtype[Any]
@@ -94,7 +86,10 @@ class Columns:
     @cached_property
     def layouts(self) -> list[tuple[Path, np.dtype[np.void]]]:
         """Each distinct layout of rows: the first shard that has it, and the rows' dtype."""
-        return row_layouts(self.dataset)
+        first: dict[str, Path] = {}
+        for descr, (path, *_) in zip(self.dataset.descrs, self.dataset.shards, strict=True):
+            first.setdefault(descr, path)
+        return [(path, row_dtype(path, descr)) for descr, path in first.items()]
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -136,9 +131,7 @@ class Columns:
                 f"{option(of)}: {name!r} needs a {DATABASE} in {self.dataset.path} and an integer "
                 f"run_id in its rows; it has {', '.join(self.names)}"
             )
-        self._runs.load(RUN_LABELS[name])
-        join = self._runs.join
-        return Column(np.dtype(np.int64), (), run_id, lambda ids: join(RUN_LABELS[name], ids))
+        return Column(np.dtype(np.int64), (), run_id, self._runs.column(RUN_LABELS[name]))
 
     def _field(self, name: str) -> RowField | None:
         """Return the field of that name; None where no shard has it."""
@@ -191,7 +184,7 @@ class Columns:
 
 
 class ColumnReader:
-    """Reads columns of rows, chosen or consecutive, in one pass over the shards."""
+    """Reads columns of consecutive rows in one pass over the shards."""
 
     def __init__(self, dataset: _rust.Dataset, columns: Mapping[str, Column]) -> None:
         self._dataset = dataset
@@ -204,19 +197,6 @@ class ColumnReader:
             dataset, [[(f.offsets[i], f.nbytes) for f in self._fields] for i in range(layouts)]
         )
 
-    def read(
-        self,
-        indices: NDArray[np.int64],
-        boards_NS: NDArray[np.uint8],
-        cancel: _rust.Cancel | None = None,
-    ) -> Values:
-        """Read rows by their step indices, and write their boards to `boards_NS`."""
-        ends = np.cumsum([CELLS, *(field.nbytes for field in self._fields)])
-        rows = np.empty((len(indices), ends[-1]), np.uint8)
-        self._selection.read(indices, rows, cancel)
-        boards_NS[:], *fields = np.split(rows, ends[:-1], axis=1)
-        return self._compute(boards_NS, [np.ascontiguousarray(field) for field in fields])
-
     def buffers(self, rows: int) -> list[NDArray[np.uint8]]:
         """Allocate what `scan` reads up to `rows` rows into: scratch, boards, fields."""
         boards = np.empty((rows if self._needs_boards else 0, CELLS), np.uint8)
@@ -228,7 +208,7 @@ class ColumnReader:
         first: int,
         rows: int,
         buffers: Sequence[NDArray[np.uint8]],
-        cancel: _rust.Cancel | None = None,
+        cancel: _rust.Cancel,
     ) -> Values:
         """Read consecutive rows. The values may be views of the buffers."""
         scratch, *outs = buffers
@@ -276,7 +256,11 @@ class LabelReader(ColumnReader):
         Returns name -> the label's values, (n, *shape). Raises DatasetError if a row cannot be
         read, or a value does not fit into int64.
         """
-        read = super().read(indices, boards_NS, cancel)
+        ends = np.cumsum([CELLS, *(field.nbytes for field in self._fields)])
+        rows = np.empty((len(indices), ends[-1]), np.uint8)
+        self._selection.read(indices, rows, cancel)
+        boards_NS[:], *fields = np.split(rows, ends[:-1], axis=1)
+        read = self._compute(boards_NS, [np.ascontiguousarray(field) for field in fields])
         for name, values in read.items():
             if values.dtype.kind == "u" and values.dtype.itemsize == 8:
                 too_large = (values > _INT64_MAX).reshape(len(values), -1).any(axis=1)

@@ -1,5 +1,7 @@
 """StepsDataset: a directory of step shards, read by global step index."""
 
+import hashlib
+import json
 import operator
 import os
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from dump_activations.dataset.columns import Columns, LabelReader
 from dump_activations.dataset.expressions import Expression, parse, split_names
 from dump_activations.dataset.sampling import Matches, StepRange, sample, step_indices
 from dump_activations.dataset.scan import find_matches, locate_rows
-from dump_activations.dataset.shards import Shard, layout_sha256, open_shards
+from dump_activations.dataset.shards import Shard, open_shards
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
     DatasetError,
@@ -89,7 +91,12 @@ class StepsDataset(_Dataset):
     @cached_property
     def layout_sha256(self) -> str:
         """Digest of the shards' names, row counts and row layouts. No row is read."""
-        return layout_sha256(self._dataset)
+        descrs = self._dataset.descrs
+        shards = [
+            [shard.path.name, shard.rows, descr]
+            for shard, descr in zip(self.shards, descrs, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     @cached_property
     def _columns(self) -> Columns:

@@ -46,27 +46,22 @@ _DIVISIONS = (operator.truediv, operator.floordiv, operator.mod)
 def evaluate(
     expression: Expression,
     columns: Mapping[str, NDArray[Any]],
-    *,
-    rows: int,
-    first: int = 0,
-    selected_N: NDArray[np.bool_] | None = None,
+    selected_N: NDArray[np.bool_],
+    first: int,
 ) -> NDArray[np.bool_]:
     """Evaluate a filter on consecutive rows: bool (N,).
 
     Args:
         expression: The filter.
         columns: Name -> values (N,), booleans, integers or floats of any width.
-        rows: N.
+        selected_N: The rows to look at. The others do not match.
         first: Step index of the first row, for errors.
-        selected_N: The rows to look at; None for all. The others do not match.
 
     Raises:
         InvalidArgumentError: The filter mixes numbers and conditions, or is not a condition.
         DatasetError: It divides by zero, or an integer does not fit.
 
     """
-    if selected_N is None:
-        selected_N = np.ones(rows, np.bool_)
     try:
         with np.errstate(all="ignore"):
             value = _Evaluation(expression, columns, first).value(expression.tree, selected_N)

@@ -2,6 +2,7 @@
 
 import shlex
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
@@ -29,7 +30,7 @@ _LONGEST_VALUE = 16 << 20
 
 
 class Runs:
-    """The table `runs`. A column is loaded when it is first needed.
+    """The table `runs`. A column is read when it is first needed.
 
     The file is not trusted: it is opened read-only, and only a plain table of integers is read.
     """
@@ -43,23 +44,23 @@ class Runs:
         """True if the file exists."""
         return self._path.exists()
 
-    def load(self, column: str) -> None:
-        """Read a column, once, or raise DatasetError."""
-        if column not in self._columns:
-            self._columns[column] = _read_column(self._path, column)
+    def column(self, name: str) -> Callable[[NDArray[np.integer]], NDArray[np.int64]]:
+        """Read a column, or raise DatasetError. Return a look-up of run ids (n,): values (n,)."""
+        if name not in self._columns:
+            self._columns[name] = _read_column(self._path, name)
+        ids, values = self._columns[name]
 
-    def join(self, column: str, run_ids: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return the column's value, int64 (n,), for each run id (n,)."""
-        ids, values = self._columns[column]
-        places = np.minimum(np.searchsorted(ids, run_ids.astype(np.int64)), len(ids) - 1)
-        is_found = ids[places] == run_ids
-        if not is_found.all():
-            raise DatasetError(
-                f"{self._path}: steps are of run {run_ids[np.argmin(is_found)]}, but its "
-                f"{len(ids)} runs are numbered {ids[0]} to {ids[-1]} and have no such run"
-            )
-        joined: NDArray[np.int64] = values[places]
-        return joined
+        def look_up(run_ids: NDArray[np.integer]) -> NDArray[np.int64]:
+            places = np.minimum(np.searchsorted(ids, run_ids.astype(np.int64)), len(ids) - 1)
+            is_found = ids[places] == run_ids
+            if not is_found.all():
+                raise DatasetError(
+                    f"{self._path}: steps are of run {run_ids[np.argmin(is_found)]}, but its "
+                    f"{len(ids)} runs are numbered {ids[0]} to {ids[-1]} and have no such run"
+                )
+            return values[places]
+
+        return look_up
 
 
 def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -6,7 +6,6 @@ list would.
 
 import operator
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,14 @@ class Matches:
     def __getitem__(self, places: slice) -> Steps:
         start, stop, step = places.indices(len(self))
         assert step == 1
-        return np.concatenate([np.empty(0, np.int64), *self._between(start, stop)])
+        ends = np.cumsum(self._counts)
+        found = [np.empty(0, np.int64)]
+        for chunk in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
+            before = int(ends[chunk] - self._counts[chunk])
+            if before >= stop:
+                break
+            found.append(self._steps_in(chunk)[max(start - before, 0) : stop - before])
+        return np.concatenate(found)
 
     def take(self, places: Steps) -> Steps:
         """Return the steps at these places among the matches, int64 (n,)."""
@@ -164,14 +170,6 @@ class Matches:
             before = ends[chunk] - self._counts[chunk]
             taken[of_chunk] = self._steps_in(chunk)[places[of_chunk] - before]
         return taken
-
-    def _between(self, start: int, stop: int) -> Iterator[Steps]:
-        ends = np.cumsum(self._counts)
-        for chunk in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
-            before = int(ends[chunk] - self._counts[chunk])
-            if before >= stop:
-                return
-            yield self._steps_in(chunk)[max(start - before, 0) : stop - before]
 
     def _steps_in(self, chunk: int) -> Steps:
         places = np.flatnonzero(np.unpackbits(self._bits[chunk]))

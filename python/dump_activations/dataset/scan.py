@@ -26,15 +26,18 @@ RUN = "run_id"
 STEPS = ("step_index", "step_idx")
 """Names that rows may have for the number of their step in its run."""
 
-Look = Callable[[int, int, Values], None]
-"""Takes the first of consecutive rows, their count, and their columns."""
 
-
-def scan_rows(reader: ColumnReader, rows: range, look: Look, progress: Count | None = None) -> None:
+def scan_rows(
+    reader: ColumnReader,
+    rows: range,
+    look: Callable[[int, int, Values], None],
+    progress: Count | None,
+) -> None:
     """Read consecutive rows chunk by chunk, and call `look` from any thread in any order.
 
-    The calling thread reports progress and handles interrupts. Where several chunks fail, the error
-    of the first one is raised.
+    It takes the first row of a chunk, the count of rows and their columns. The calling thread
+    reports progress and handles interrupts. Where several chunks fail, the error of the first one
+    is raised.
     """
     starts = iter(range(rows.start, rows.stop, CHUNK_ROWS))
     done, errors = 0, dict[int, BaseException]()
@@ -77,7 +80,7 @@ def scan_rows(reader: ColumnReader, rows: range, look: Look, progress: Count | N
 
 
 def find_matches(
-    columns: Columns, where: Expression, steps: range, progress: Count | None = None
+    columns: Columns, where: Expression, steps: range, progress: Count | None
 ) -> Matches:
     """Find which of `steps`, ascending, match a filter. Raises as `StepsDataset.find` does."""
     named = {name: columns.find(name, of="where") for name in where.names}
@@ -93,24 +96,22 @@ def find_matches(
                 f"{option('where')}: {name!r} must be a number; it is {column.dtype}"
             )
     # Refuse a wrong filter before any row is read.
-    evaluate(where, {name: np.empty(0, c.dtype) for name, c in named.items()}, rows=0)
+    none = {name: np.empty(0, column.dtype) for name, column in named.items()}
+    evaluate(where, none, np.empty(0, np.bool_), first=0)
     rows = range(steps.start, steps[-1] + 1)
     matches = Matches(rows.start, len(rows), chunk_rows=CHUNK_ROWS)
 
     def look(first: int, count: int, values: Values) -> None:
-        selected_N = None
-        if steps.step > 1:
-            selected_N = np.zeros(count, np.bool_)
-            selected_N[(steps.start - first) % steps.step :: steps.step] = True
-        matches_N = evaluate(where, values, rows=count, first=first, selected_N=selected_N)
-        matches.put(first, matches_N)
+        selected_N = np.zeros(count, np.bool_)
+        selected_N[(steps.start - first) % steps.step :: steps.step] = True
+        matches.put(first, evaluate(where, values, selected_N, first))
 
     scan_rows(ColumnReader(columns.dataset, named), rows, look, progress)
     return matches
 
 
 def locate_rows(
-    columns: Columns, run_ids: Steps, run_steps: Steps, progress: Count | None = None
+    columns: Columns, run_ids: Steps, run_steps: Steps, progress: Count | None
 ) -> Steps:
     """Find the rows of these runs and steps, int64 (n,), as `StepsDataset.locate` does."""
     if len(run_ids) == 0:

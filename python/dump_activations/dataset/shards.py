@@ -4,8 +4,6 @@ The extension cuts the text of the dtype out of each header, and NumPy reads eac
 """
 
 import ast
-import hashlib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -65,15 +63,14 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
             "rename them"
         )
     dataset = _rust.Dataset(directory, read_layout)
-    _warn_of_numbers(dataset.path, dataset.names)
+    _warn_of_numbers(dataset.path, sorted({*names} - {*copies}))
     return dataset
 
 
 def _warn_of_numbers(path: Path, names: Sequence[str]) -> None:
-    """Warn where numbered shards are not in the order of their numbers, or some are missing."""
     matches = [re.fullmatch(r"steps-([0-9]+)\.npy", name) for name in names]
     numbers = [int(match[1]) for match in matches if match]
-    if len(numbers) < len(names):
+    if not numbers or len(numbers) < len(names):
         return
     # Packers count from 0 or from 1.
     expected = range(min(numbers[0], 1), min(numbers[0], 1) + len(numbers))
@@ -143,22 +140,3 @@ def read_layout(path: Path, descr: str) -> tuple[int, int | None, int | None, in
             )
     board, mask, exps = (found[name][1] if name in found else None for name in _BOARD_FIELDS)
     return row.itemsize, board, mask, exps
-
-
-def row_layouts(dataset: _rust.Dataset) -> list[tuple[Path, np.dtype[np.void]]]:
-    """Return each distinct layout of rows: the first shard that has it, and the rows' dtype."""
-    first: dict[str, Path] = {}
-    for descr, (path, _, _) in zip(dataset.descrs, dataset.shards, strict=True):
-        first.setdefault(descr, path)
-    return [(path, row_dtype(path, descr)) for descr, path in first.items()]
-
-
-def layout_sha256(dataset: _rust.Dataset) -> str:
-    """Digest the shards' names, row counts and row layouts, but no row."""
-    shards = [
-        [name, rows, descr]
-        for name, (_, rows, _), descr in zip(
-            dataset.names, dataset.shards, dataset.descrs, strict=True
-        )
-    ]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()

@@ -191,6 +191,7 @@ def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices,
     """Return the step indices of a run, and how they were chosen."""
     phases.begin("choosing the steps")
     if options.indices is not None:
+        assert not isinstance(options.indices, os.PathLike)
         return dataset.check_indices(options.indices), "given"
     assert not isinstance(options.steps, str)
     progress = options.scan_progress

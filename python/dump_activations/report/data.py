@@ -296,7 +296,10 @@ def key_figures(source: Source, key: str) -> KeyFigures:
     stored, note = source.stored_statistics(key)
     layers = source.file.layers(key)
     places = source.places_within(key, FEW_NBYTES if stored else MOST_NBYTES)
-    axis = _cell_axis(key, source.file.shape(key)[2 if layers else 1 :])
+    # The axis of one layer's value that counts the cells of the vectors.
+    shape = source.file.shape(key)[2 if layers else 1 :]
+    axis = 0 if len(shape) > 1 and shape[0] == CELLS else None
+    axis = 1 if key in ("attn_scores", "attn_pattern") else axis
     quantiles, cell_norms, computed = [], [], []
     for layer in layers or [None]:
         values = source.read(key, places, layer)
@@ -323,13 +326,6 @@ def key_figures(source: Source, key: str) -> KeyFigures:
         largest=largest,
         cell_norms=np.stack(cell_norms) if cell_norms else None,
     )
-
-
-def _cell_axis(key: str, shape: tuple[int, ...]) -> int | None:
-    """Return the axis of one layer's value that counts the cells of the vectors."""
-    if key in ("attn_scores", "attn_pattern"):
-        return 1
-    return 0 if len(shape) > 1 and shape[0] == CELLS else None
 
 
 def _statistics(values: Floats, norms: Array) -> dict[str, Array]:

@@ -17,6 +17,7 @@ from dump_activations.progress import Count, Phase, counted, shown_progress
 from dump_activations.report import charts, sections
 from dump_activations.report.data import Source, choose_examples
 from dump_activations.storage.reading.activations_file import ActivationsFile
+from dump_activations.storage.reading.inspection import inspect
 from dump_activations.storage.reading.whole import inspect_dump
 from dump_activations.text import printable
 
@@ -85,8 +86,8 @@ def render(path: Path, *, progress: Count | None = None) -> str:
         InvalidArgumentError: the suffix names no format.
         OutputError: the file cannot be read, or cannot be shown.
     """
-    inspection = inspect_dump(path)
-    source = Source(ActivationsFile(path))
+    source = Source(ActivationsFile(path))  # Warns of shards next to a whole file.
+    inspection = inspect(path) if path.exists() else inspect_dump(path)
     checkpoint = inspection.contents.metadata.get("checkpoint", path.name)
     # The last two names of a path, or of an address of the hub.
     name = "/".join(Path(checkpoint).parts[-2:])

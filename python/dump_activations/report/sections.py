@@ -47,27 +47,12 @@ _MOST_BINS = 256
 
 # Metadata that a reader looks for, in groups; other metadata follows under `More`.
 _GROUPS = {
-    "Model": (
-        *("checkpoint", "hub_commit", "head_type", "num_layers", "hidden_size", "n_bins"),
-        *("random_init", "weights_dtype", "weights_sha256"),
-    ),
-    "Boards": (
-        *("dataset", "dataset_rows", "dataset_layout_sha256", "n_samples", "sampling", "seed"),
-        *("where", "steps", "labels", "shard", "first_board"),
-    ),
-    "Run": (
-        *(
-            "outputs",
-            "layers",
-            "dtype",
-            "precision",
-            "compile",
-            "computed_by",
-            "batch_size",
-            "stats",
-        ),
-        *("dump_activations_version", "torch_version", "format_version", "fingerprint"),
-    ),
+    "Model": "checkpoint hub_commit head_type num_layers hidden_size n_bins random_init "
+    "weights_dtype weights_sha256",
+    "Boards": "dataset dataset_rows dataset_layout_sha256 n_samples sampling seed where steps "
+    "labels shard first_board",
+    "Run": "outputs layers dtype precision compile computed_by batch_size stats "
+    "dump_activations_version torch_version format_version fingerprint",
 }
 _MOST_ENTRIES, _MOST_TENSORS = 100, 200
 
@@ -78,7 +63,7 @@ def facts(inspection: Inspection) -> Values:
     for key in {"labels", "layers", "outputs"} & metadata.keys():
         metadata[key] = metadata[key].replace(",", ", ")  # Such a list may wrap.
     groups = {
-        title: {key: metadata.pop(key) for key in keys if key in metadata}
+        title: {key: metadata.pop(key) for key in keys.split() if key in metadata}
         for title, keys in _GROUPS.items()
     }
     groups["File"] = _file(inspection)

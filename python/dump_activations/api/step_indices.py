@@ -1,32 +1,49 @@
-"""The option `indices` of the command: a file of step indices, which may be an earlier dump."""
+"""The option `indices` as a file of step indices, which may be an earlier dump."""
 
-from __future__ import annotations
-
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.sampling import load_indices, step_indices
 from dump_activations.dataset.scan import RUN, STEPS
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
+from dump_activations.options import Options
+from dump_activations.paths import locate
+from dump_activations.progress import Count, Phase, begin, counted
 from dump_activations.storage.formats.registry import FORMATS
+from dump_activations.storage.reading.inspection import Inspection
 from dump_activations.storage.reading.whole import find_shards, inspect_dump
-
-if TYPE_CHECKING:
-    from typing import Any
-
-    from numpy.typing import NDArray
-
-    from dump_activations.dataset.dataset import StepsDataset
-    from dump_activations.progress import Count
-    from dump_activations.storage.formats.layout import StoredTensor
-    from dump_activations.storage.reading.inspection import Inspection
 
 _NAME = "indices"
 _RUN = LABEL_PREFIX + RUN
 _STEPS = tuple(LABEL_PREFIX + name for name in STEPS)
+
+_Options = TypeVar("_Options", bound=Options)
+
+
+def indices_files(options: Options) -> list[Path]:
+    """Return the file that the option names, if it names one."""
+    given = options.indices
+    return [locate(given, _NAME)] if isinstance(given, str | os.PathLike) else []
+
+
+def with_step_indices(
+    dataset: str | os.PathLike[str] | StepsDataset, options: _Options
+) -> tuple[str | os.PathLike[str] | StepsDataset, _Options]:
+    """Read the file that the option names, if it names one, and open the dataset for that."""
+    for path in indices_files(options):
+        if not isinstance(dataset, StepsDataset):
+            begin("opening the dataset")
+            dataset = StepsDataset(dataset)
+        looked_up = counted(Phase("looking up the indices", "rows"))
+        options = replace(options, indices=read_step_indices(path, dataset, looked_up))
+    return dataset, options
 
 
 def read_step_indices(
@@ -57,8 +74,8 @@ def read_step_indices(
         return _read(dump, _NAME)
     other = (
         f"{path}: its indices are of another dataset, {contents.metadata.get('dataset')}, or of "
+        f"other shards than {dataset.path} has now"
     )
-    other += f"other shards than {dataset.path} has now"
     steps = next((name for name in _STEPS if name in tensors), None)
     if steps is None or _RUN not in tensors:
         warn(f"{other}; with {option('labels', 'run_id,step_index')} its rows could be found here")
@@ -72,18 +89,17 @@ def _read(dump: Inspection, name: str) -> NDArray[np.int64]:
     """Read step indices, int64 (n,), of all files of a dump."""
     found = []
     for file in dump.files:
+        tensor = file.tensor(name)
         try:
-            found.append(step_indices(_array(file.path, file.tensor(name)).reshape(-1)))
+            if file.path.suffix.lower() == ".npz":  # May be compressed, or of another byte order.
+                with np.load(file.path, allow_pickle=False) as arrays:
+                    array = arrays[name]
+            else:
+                assert tensor.offset is not None
+                dtype = np.dtype(tensor.dtype)
+                count = tensor.nbytes // dtype.itemsize
+                array = np.fromfile(file.path, dtype, count, offset=tensor.offset)
+            found.append(step_indices(array.reshape(-1)))
         except (IndicesError, OSError, ValueError, TypeError) as error:
             raise IndicesError(f"{file.path}: {error}") from None
     return np.concatenate(found)
-
-
-def _array(path: Path, tensor: StoredTensor) -> NDArray[Any]:
-    if path.suffix.lower() == ".npz":  # They may be compressed, or of another byte order.
-        with np.load(path, allow_pickle=False) as arrays:
-            array: NDArray[Any] = arrays[tensor.name]
-        return array
-    assert tensor.offset is not None
-    dtype = np.dtype(tensor.dtype)
-    return np.fromfile(path, dtype, tensor.nbytes // dtype.itemsize, offset=tensor.offset)
