@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from dump_activations.storage.reading.statistics import stored_statistics
+from dump_activations.storage.statistics import stored_statistics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file

@@ -23,11 +23,10 @@ from dump_activations.commands.cli import (
 from dump_activations.commands.console import print_note, quietly, speak_as
 from dump_activations.commands.process import (
     keep_freed_memory,
-    leave,
     run_command,
     uncollected_imports,
 )
-from dump_activations.commands.processes import launch, variable
+from dump_activations.commands.processes import follow_launcher, launch, variable
 from dump_activations.commands.show import print_keys, print_preview, print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
@@ -37,12 +36,6 @@ from dump_activations.progress import Phase, begin, counted, shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import NoReturn
-
-
-def run() -> NoReturn:
-    """Be the command's process."""
-    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,6 +151,7 @@ def dump_activations(
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to disk for offline analysis."""
+    follow_launcher()
     # The first process speaks for all. The others write only warnings and errors.
     if rank := variable("RANK", 0):
         speak_as(f"rank {rank}")

@@ -14,7 +14,7 @@ import click
 
 from dump_activations.commands.cli import CONTEXT_SETTINGS, common_options
 from dump_activations.commands.console import print_note
-from dump_activations.commands.process import leave, run_command
+from dump_activations.commands.process import run_command
 from dump_activations.errors import (
     DumpActivationsError,
     InvalidArgumentError,
@@ -25,15 +25,9 @@ from dump_activations.progress import BYTES, Phase, counted, shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import NoReturn
 
     from dump_activations.storage.reading.inspection import Inspection
     from dump_activations.storage.statistics import TensorStatistics
-
-
-def run() -> NoReturn:
-    """Be the command's process."""
-    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,8 +5,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -38,6 +38,18 @@ def ignored_interrupts() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def forwarded_interrupts(send: Callable[[int], object]) -> Iterator[None]:
+    """Give SIGINT and SIGTERM to a function inside the context; use in the main thread."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda it, _frame: send(it)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -123,7 +135,8 @@ def signal_of(interrupt: KeyboardInterrupt) -> int:
 
 def die_of(number: int) -> None:
     """End the process by a signal. Returns only where it is blocked."""
-    signal.signal(number, signal.SIG_DFL)
+    with suppress(OSError):  # SIGKILL, of which one of several processes may have died.
+        signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 

@@ -9,8 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
-import numpy as np
-
 from dump_activations.dtypes import DTYPES, READABLE_DTYPES, TensorSpec
 from dump_activations.storage.formats.contents import (
     MAX_JSON_CHARACTERS,
@@ -87,6 +85,8 @@ def read(file: BinaryIO, size: int) -> Contents:
 
 
 def _stored_array(head: bytes, member: StoredMember) -> StoredTensor:
+    import numpy as np  # Wrong calls of the command, which need no file, import no NumPy.
+
     stream = io.BytesIO(head)
     try:
         readers = {
