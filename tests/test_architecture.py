@@ -42,7 +42,7 @@ ARROWS = {
     "dataset": (*LEAVES, "_rust"),
     "storage.writing": (
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.reading"),
-        "storage.statistics",
+        *("storage.shards", "storage.statistics"),
     ),
     "storage.reading": (
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from dump_activations.commands.dump import dump_activations, main, run
+from dump_activations.__main__ import run_dump
+from dump_activations.commands.dump import dump_activations, main
 from dump_activations.commands.inspect import main as inspect_main
 from dump_activations.options import PRECISIONS, DumpOptions, Group
 from reference.checkpoints import BASE, config_json, load_demo
@@ -240,7 +241,7 @@ def test_more_samples_than_rows_warn(demo_checkpoint, tmp_path, capsys):
     assert "replacement" in capsys.readouterr().err
     expected = np.random.default_rng(0).integers(0, 101, size=102, dtype=np.int64)
     np.testing.assert_array_equal(read_dump(path).numpy("indices"), expected)
-    assert main([*arguments, "--n-samples", "101"]) == 0
+    assert main([*arguments, "--n-samples", "101", "--overwrite"]) == 0
     assert "replacement" not in capsys.readouterr().err
 
 
@@ -320,6 +321,7 @@ def test_progress_on_a_terminal(tmp_path):
 PROBE = """
 import contextlib, io, sys
 import dump_activations
+from dump_activations.__main__ import run_dump
 from dump_activations.commands.dump import main
 heavy = {"torch", "numpy"}
 assert {"StepsDataset", "dump", "load_encoder", "stream"} <= {*dump_activations.__all__}
@@ -382,4 +384,4 @@ def test_the_installed_command_is_the_module():
     from importlib.metadata import entry_points
 
     (command,) = entry_points(group="console_scripts", name="dump-activations")
-    assert command.load() is run
+    assert command.load() is run_dump

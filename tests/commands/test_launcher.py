@@ -1,4 +1,4 @@
-"""`--nproc-per-node`: processes that share a dump, end together, and never outlive their launcher."""
+"""`--nproc-per-node`: processes share a dump, end together, and never outlive their launcher."""
 
 import json
 import os

@@ -186,9 +186,9 @@ def test_a_terminal_shows_each_phase(
         "loading the checkpoint",
         "choosing the steps",
         "scanning the dataset",
-        "preparing the file",
+        "preparing the output",
         "boards",
-        "completing the file",
+        "completing the output",
     ]
     assert "\x1b[2K" in close()
 

@@ -41,9 +41,14 @@ from dump_activations.pipeline.summary import STAGES, Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
 from dump_activations.progress import Count, Phase, begin, counted, shown_progress
 from dump_activations.storage.statistics import statistics_specs
-from dump_activations.storage.writing.existing import choose_shards
+from dump_activations.storage.writing.existing import choose_shards, find_unfinished
 from dump_activations.storage.writing.output import OutputFile
-from dump_activations.storage.writing.paths import check_output, check_space, free_space
+from dump_activations.storage.writing.paths import (
+    check_output,
+    check_space,
+    free_space,
+    partial_path,
+)
 from dump_activations.storage.writing.shards import Output, Place
 from dump_activations.storage.writing.work import FileWork, Work
 from dump_activations.storage.writing.writers import Writers
@@ -174,7 +179,7 @@ def preview(
     output = Output(files, place=place, overwrite=options.overwrite)
     check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
     _check_space(output)
-    for text in _already_there(output):
+    for text in (*_already_there(output), *_fate_of_partial_files(output)):
         note(text)
     free = free_space([each.target for each in files])
     return Preview.of(plan, work.specs, path, free, shards=_shards(files))
@@ -474,6 +479,32 @@ def _already_there(output: Output) -> Iterator[str]:
     finished = len(output.files) - len(output.missing)
     if finished:
         yield f"{finished:,} of {len(output.files):,} shards are already complete"
+
+
+def _fate_of_partial_files(output: Output) -> Iterator[str]:
+    """Say what a run would do with each partial file. None is locked or changed."""
+    for file in output.missing:
+        partial = partial_path(file.target)
+        if not os.path.lexists(partial):
+            continue
+        try:
+            found = find_unfinished(partial)
+        except OutputError as error:
+            yield f"{error}; it will be started over"
+            continue
+        if found is None:
+            continue
+        if found.header != file.header:
+            yield f"{partial} is of other work and will be dropped"
+        elif found.is_being_written and file.shard is None:
+            raise OutputError(
+                f"another dump to {file.target} is running; wait for it, or choose another output"
+            )
+        elif found.is_being_written:
+            yield f"{partial} is being written by another process"
+        else:
+            n = len(file.run_rows)
+            yield f"{partial} will be resumed: it has {found.rows:,} of {n:,} boards"
 
 
 def _check_space(output: Output) -> None:
