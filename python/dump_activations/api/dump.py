@@ -214,8 +214,8 @@ def dump_to_file(
         slots = HOST_SLOTS if options.write else 0
         plan = make_plan(init, dataset, options, host_slots=slots, local_processes=local_processes)
         with current(plan.device), HeldInterrupts() as interrupts:
-            writer_threads = _writer_threads(local_processes)
-            call = _Call(plan, path, options, place, writer_threads, started, interrupts)
+            threads = writer_threads(local_processes)
+            call = _Call(plan, path, options, place, threads, started, interrupts)
             return call.write() if options.write else call.discard()
 
 
@@ -540,7 +540,7 @@ def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _writer_threads(local_processes: int) -> int:
+def writer_threads(local_processes: int) -> int:
     """Return enough threads that some wait for the disk while others take checksums."""
     cores = len(os.sched_getaffinity(0)) // local_processes
     return min(8, max(2, cores // 2))
