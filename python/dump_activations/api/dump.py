@@ -5,7 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +37,7 @@ from dump_activations.pipeline.oom import batch_oom_named
 from dump_activations.pipeline.plan import Plan, Preview, make_plan, warn_of_large_tensors
 from dump_activations.pipeline.provenance import computed_by, fingerprint, metadata
 from dump_activations.pipeline.run import Run
-from dump_activations.pipeline.summary import STAGES, Summary
+from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
 from dump_activations.progress import Count, Phase, begin, counted, shown_progress
 from dump_activations.storage.statistics import statistics_specs
@@ -174,7 +174,7 @@ def preview(
         check_output(path, [STORAGE_DTYPES[options.dtype].name])
     plan = make_plan(init, dataset, options)
     if not options.write:
-        return Preview.of(plan, plan.tensor_specs())
+        return Preview(plan, plan.tensor_specs())
     work, files = _files(plan, path, options, place)
     output = Output(files, place=place, overwrite=options.overwrite)
     check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
@@ -182,7 +182,7 @@ def preview(
     for text in (*_already_there(output), *_fate_of_partial_files(output)):
         note(text)
     free = free_space([each.target for each in files])
-    return Preview.of(plan, work.specs, path, free, shards=_shards(files))
+    return Preview(plan, work.specs, path, free, _count_shards(files))
 
 
 def dump_to_file(
@@ -244,13 +244,12 @@ class _Call:
             resumed, write_seconds = self._fill(run, output)
             self.interrupts.check()
         is_sharded = files[0].shard is not None
-        return run.summary(
-            self.started,
+        return replace(
+            run.summary(self.started, write_seconds=write_seconds),
             output=self.path,
             resumed_boards=output.found + resumed,
             bytes_written=sum(each.size for each in output.finished),
             nonfinite=_nonfinite(output, warn_of_them=True),
-            write_seconds=write_seconds,
             shards_written=output.written if is_sharded else 0,
             shards_found=len(files) - output.written if is_sharded else 0,
         )
@@ -272,16 +271,10 @@ class _Call:
         note(f"{self.path} is already complete")
         return Summary(
             output=self.path,
-            boards=0,
             resumed_boards=output.found,
             bytes_written=sum(each.size for each in output.finished),
-            shards_written=0,
             shards_found=0 if output.files[0].shard is None else len(output.files),
-            seconds=0.0,
             setup_seconds=time.perf_counter() - self.started,
-            commit_seconds=0.0,
-            stage_seconds=dict.fromkeys(STAGES, 0.0),
-            waiting_seconds=0.0,
             nonfinite=_nonfinite(output),
         )
 
@@ -298,7 +291,7 @@ class _Call:
                 directory.mkdir(parents=True, exist_ok=True)
             note(f"made the directory {directory}")
         free = free_space(targets)
-        note(Preview.of(self.plan, specs, self.path, free, shards=_shards(output.files)).text)
+        note(Preview(self.plan, specs, self.path, free, _count_shards(output.files)).text)
         for text in _already_there(output):
             note(text)
 
@@ -338,7 +331,7 @@ class _Call:
             write_seconds += writers.busy_seconds
         # Shards are committed while others are computed, a whole file after the last batch.
         if output.files[0].shard is None:
-            run.committing.add(output.commit_seconds)
+            run.commit_seconds = output.commit_seconds
         return sum(resumed), write_seconds
 
     def _begin_file(self, file: OutputFile) -> int:
@@ -350,8 +343,8 @@ class _Call:
             n = len(file.work.run_rows)
             note(f"resuming {path}, which has {file.resumed_rows:,} of {n:,} boards")
             self._check_resumed_boards(file)
-        for name, tensor in self.plan.whole_tensors().items():
-            file.write(name, bytes_of(tensor))
+        for name, tensor in self.plan.weights.items():
+            file.write(name, bytes_of(tensor.to(self.plan.storage_dtype)))
         return file.resumed_rows
 
     def _check_resumed_boards(self, file: OutputFile) -> None:
@@ -513,8 +506,8 @@ def _check_space(output: Output) -> None:
     check_space([each.target for each in missing], sum(each.tensor_nbytes for each in missing))
 
 
-def _shards(files: Sequence[FileWork]) -> list[Path]:
-    return [each.target for each in files if each.shard is not None]
+def _count_shards(files: Sequence[FileWork]) -> int:
+    return sum(each.shard is not None for each in files)
 
 
 def _nonfinite(output: Output, *, warn_of_them: bool = False) -> dict[str, dict[str, int]]:

@@ -39,11 +39,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code.
-
-    Args:
-        arguments: those after the command's name; None takes the process's own.
-    """
+    """Run the command and return its exit code; None takes the process's own arguments."""
     return run_command(dump_activations, arguments)
 
 
@@ -76,9 +72,9 @@ def _flag(described: Described) -> Callable[[Any], Any] | None:
 
 def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
     """Give the command a flag for each option that `dump` has."""
-    flags = [_flag(described) for described in describe(DumpOptions)]
-    for flag in reversed([flag for flag in flags if flag is not None]):
-        command = flag(command)
+    for described in reversed(describe(DumpOptions)):
+        if (flag := _flag(described)) is not None:
+            command = flag(command)
     return command
 
 

@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code.
-
-    Args:
-        arguments: the arguments after the command's name; None takes the process's own.
-    """
+    """Run the command and return its exit code; None takes the process's own arguments."""
     return run_command(inspect_activations, arguments)
 
 
@@ -107,14 +103,13 @@ def _show_file(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     from dump_activations.storage.writing.paths import partial_path, target_of
 
     shards = None if os.path.lexists(file) else find_shards(file)
+    unfinished = find_unfinished(file) if shards is None else None
     if shards is not None and shards.missing:
         if verify or stats:
-            raise OutputError(
-                f"{shards.missing[0].path} is not finished: the dump is not whole yet"
-            )
+            raise OutputError(f"{shards.missing[0].path} is not finished: write all shards first")
         print_shards(shards, as_json=as_json)
         return
-    if shards is None and (unfinished := find_unfinished(file)) is not None:
+    if unfinished is not None:
         if verify or stats:
             missing = "there is nothing to verify it by" if verify else "it has no statistics yet"
             raise OutputError(f"{unfinished.path} is not finished: {missing}")
@@ -128,10 +123,8 @@ def _show_file(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     print_file(inspection, damaged=damaged, statistics=statistics, stats=stats, as_json=as_json)
     if (left := partial_path(target_of(file))).exists():
         print_note(f"{left} is next to it: another dump to its name, not finished")
-    if damaged:
-        texts = [
-            f"{path} is damaged: {', '.join(names)}" for path, names in damage.items() if names
-        ]
+    texts = [f"{path} is damaged: {', '.join(names)}" for path, names in damage.items() if names]
+    if texts:
         raise OutputError("; ".join(texts))
 
 
@@ -147,15 +140,25 @@ def _damage(inspection: Inspection) -> dict[Path, list[str]]:
 
 
 def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
-    """Return the statistics that a dump stores, or computed ones if it stores none."""
+    """Return the statistics that a dump stores, or computed ones if it stores none, by tensor."""
     from dump_activations.storage.reading.inspection import each_file
-    from dump_activations.storage.statistics import compute_statistics, stored_statistics
+    from dump_activations.storage.statistics import (
+        compute_statistics,
+        merge_stored,
+        stored_statistics,
+    )
 
-    found = _merged([stored_statistics(each) for each in inspection.files])
-    if found or not compute:
-        return found
+    def merged(found: Sequence[Mapping[str, TensorStatistics]]) -> Mapping[str, TensorStatistics]:
+        if len(found) == 1:
+            return found[0]
+        names = [name for name in found[0] if all(name in of_file for of_file in found)]
+        return {name: merge_stored([of_file[name] for of_file in found]) for name in names}
+
+    stored = merged([stored_statistics(each) for each in inspection.files])
+    if stored or not compute:
+        return stored
     count = counted(Phase("computing statistics", BYTES))
-    return _merged(
+    return merged(
         [
             compute_statistics(each, threads=_threads(), progress=progress)
             for each, progress in each_file(inspection, count)
@@ -163,23 +166,10 @@ def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, Tensor
     )
 
 
-def _merged(found: Sequence[Mapping[str, TensorStatistics]]) -> Mapping[str, TensorStatistics]:
-    """Merge the statistics of the files of a dump, by tensor."""
-    from dump_activations.storage.statistics import merge_stored
-
-    if len(found) == 1:
-        return found[0]
-    names = [name for name in found[0] if all(name in of_file for of_file in found)]
-    return {name: merge_stored([of_file[name] for of_file in found]) for name in names}
-
-
 def _write_report(file: Path, report: Path) -> None:
     from dump_activations.report.render import write_report
-    from dump_activations.storage.reading.whole import find_shards
-    from dump_activations.storage.writing.existing import find_unfinished
 
-    if find_shards(file) is None and (found := find_unfinished(file)) is not None:
-        raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
+    _refuse_unfinished(file, "there is nothing to show yet")
     write_report(file, report, progress=True)
     print_note(f"{report} shows {file}; open it in a browser")
 
@@ -188,18 +178,24 @@ def _show_differences(file: Path, other: Path, *, rtol: float, atol: float, as_j
     """Show what differs in two files, and return whether their tensors are equal."""
     from dump_activations.commands.show import print_differences
     from dump_activations.storage.reading.comparison import compare
-    from dump_activations.storage.reading.whole import find_shards, inspect_dump
-    from dump_activations.storage.writing.existing import find_unfinished
+    from dump_activations.storage.reading.whole import inspect_dump
 
     for path in (file, other):
-        if find_shards(path) is None and (found := find_unfinished(path)) is not None:
-            raise OutputError(f"{found.path} is not finished: there is nothing to compare yet")
+        _refuse_unfinished(path, "there is nothing to compare yet")
     inspections = inspect_dump(file), inspect_dump(other)
     with shown_progress():
         count = counted(Phase("comparing", "values"))
         comparison = compare(*inspections, threads=_threads(), rtol=rtol, atol=atol, progress=count)
     print_differences(file, other, comparison, as_json=as_json)
     return comparison.is_equal
+
+
+def _refuse_unfinished(file: Path, reason: str) -> None:
+    from dump_activations.storage.reading.whole import find_shards
+    from dump_activations.storage.writing.existing import find_unfinished
+
+    if find_shards(file) is None and (found := find_unfinished(file)) is not None:
+        raise OutputError(f"{found.path} is not finished: {reason}")
 
 
 def _threads() -> int:

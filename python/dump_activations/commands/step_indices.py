@@ -12,16 +12,14 @@ from dump_activations.dataset.scan import RUN, STEPS
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
 from dump_activations.storage.formats.registry import FORMATS
+from dump_activations.storage.reading.inspection import read_bytes
 from dump_activations.storage.reading.whole import find_shards, inspect_dump
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from numpy.typing import NDArray
 
     from dump_activations.dataset.dataset import StepsDataset
     from dump_activations.progress import Count
-    from dump_activations.storage.formats.contents import StoredTensor
     from dump_activations.storage.reading.inspection import Inspection
 
 _NAME = "indices"
@@ -72,18 +70,18 @@ def _read(dump: Inspection, name: str) -> NDArray[np.int64]:
     """Read step indices, int64 (n,), of all files of a dump."""
     found = []
     for file in dump.files:
+        tensor = file.tensor(name)
         try:
-            found.append(step_indices(_array(file.path, file.tensor(name)).reshape(-1)))
+            if (
+                file.path.suffix.lower() == ".npz"
+            ):  # They may be compressed, or of another byte order.
+                with np.load(file.path, allow_pickle=False) as arrays:
+                    array = arrays[name].reshape(-1)
+            else:
+                array = np.empty(tensor.nbytes, np.uint8)
+                read_bytes(file, name, 0, array)
+                array = array.view(tensor.dtype)
+            found.append(step_indices(array))
         except (IndicesError, OSError, ValueError, TypeError) as error:
             raise IndicesError(f"{file.path}: {error}") from None
     return np.concatenate(found)
-
-
-def _array(path: Path, tensor: StoredTensor) -> NDArray[Any]:
-    if path.suffix.lower() == ".npz":  # They may be compressed, or of another byte order.
-        with np.load(path, allow_pickle=False) as arrays:
-            array: NDArray[Any] = arrays[tensor.name]
-        return array
-    assert tensor.offset is not None
-    dtype = np.dtype(tensor.dtype)
-    return np.fromfile(path, dtype, tensor.nbytes // dtype.itemsize, offset=tensor.offset)

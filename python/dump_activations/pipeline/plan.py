@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,16 +82,12 @@ class Plan:
     @cached_property
     def board_tensors(self) -> list[BoardTensor]:
         """The tensors that have one value per board."""
+        config, split = self.model.config, self.options.split_layers
         return [
             tensor
-            for activation in self.activations
-            if isinstance(activation, BoardActivation)
-            for tensor in board_tensors(
-                activation,
-                self.model.config,
-                layers=self.layers,
-                split=self.options.split_layers,
-            )
+            for each in self.activations
+            if isinstance(each, BoardActivation)
+            for tensor in board_tensors(each, config, layers=self.layers, split=split)
         ]
 
     @property
@@ -100,10 +96,6 @@ class Plan:
         dtype = getattr(torch, STORAGE_DTYPES[self.options.dtype].name)
         assert isinstance(dtype, torch.dtype)
         return dtype
-
-    def whole_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors without a board axis: parameters, in the storage dtype."""
-        return {name: tensor.to(self.storage_dtype) for name, tensor in self.weights.items()}
 
     def tensor_specs(self) -> list[TensorSpec]:
         """Return every tensor of the output; the first axis of all but the parameters is n."""
@@ -172,18 +164,18 @@ def make_plan(
         for name, tensor in activation.tensors(model, layers).items()
     }
     return Plan(
-        model=model,
-        dataset=dataset,
-        indices=indices,
-        sampling=sampling,
-        labels=labels,
-        activations=activations,
-        layers=layers,
-        weights=weights,
-        options=options,
-        device=device,
-        host_slots=host_slots,
-        local_processes=local_processes,
+        model,
+        dataset,
+        indices,
+        sampling,
+        labels,
+        activations,
+        layers,
+        weights,
+        options,
+        device,
+        host_slots,
+        local_processes,
     )
 
 
@@ -222,33 +214,18 @@ class Preview:
     """The output of a run, known before any forward pass.
 
     Attributes:
-        boards: boards that go through the model.
-        keys: activations to capture.
+        plan: the run.
         tensors: tensors of the output, with `indices` and `boards`.
         output: the file, or the name of its shards; None if nothing is written.
         free_nbytes: free space of the disk; None if it is unknown or nothing is written.
-        shards: the shards to write; empty for one file.
+        shards: number of shards to write; 0 for one file.
     """
 
-    boards: int
-    keys: Sequence[str]
+    plan: Plan
     tensors: Sequence[TensorSpec]
-    output: Path | None
-    free_nbytes: int | None
-    shards: Sequence[Path] = ()
-
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        tensors: Sequence[TensorSpec],
-        output: Path | None = None,
-        free_nbytes: int | None = None,
-        shards: Sequence[Path] = (),
-    ) -> Self:
-        """Preview a plan whose output has these tensors."""
-        keys = [each.key for each in plan.activations]
-        return cls(len(plan.indices), keys, tensors, output, free_nbytes, shards)
+    output: Path | None = None
+    free_nbytes: int | None = None
+    shards: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -258,18 +235,19 @@ class Preview:
     @property
     def text(self) -> str:
         """All but the tensors, in one line."""
-        work = f"{self.boards:,} boards of {', '.join(self.keys)}: {size_text(self.nbytes)}"
+        keys = ", ".join(each.key for each in self.plan.activations)
+        work = f"{len(self.plan.indices):,} boards of {keys}: {size_text(self.nbytes)}"
         if self.output is None:
             return f"{work}, not written"
-        shards = f" in {len(self.shards):,} shards" if self.shards else ""
+        shards = f" in {self.shards:,} shards" if self.shards else ""
         free = "" if self.free_nbytes is None else f"; {size_text(self.free_nbytes)} free"
         return f"{work} to {self.output}{shards}{free}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
         return {
-            "boards": self.boards,
-            "keys": list(self.keys),
+            "boards": len(self.plan.indices),
+            "keys": [each.key for each in self.plan.activations],
             "bytes": self.nbytes,
             "output": None if self.output is None else str(self.output),
             "free_bytes": self.free_nbytes,
