@@ -210,19 +210,6 @@ def test_format_dtype_and_json_summary(suffix, dtype, stored, inputs, tmp_path, 
     assert (summary["boards"], summary["output"]) == (30, str(path))
 
 
-def test_indices_file(inputs, demo_dataset, tmp_path):
-    indices = np.array([[14137, 5], [5, 0]])
-    np.save(tmp_path / "indices.npy", indices)
-    path = tmp_path / "out.npz"
-    arguments = [*inputs, *CPU, "--n-samples", "3", "-o", str(path)]
-    assert main([*arguments, "--indices", str(tmp_path / "indices.npy")]) == 0
-    dump = read_dump(path)
-    np.testing.assert_array_equal(dump.numpy("indices"), [14137, 5, 5, 0])
-    rows = read_dataset(demo_dataset)
-    np.testing.assert_array_equal(dump.numpy("boards"), naive_boards(rows[[14137, 5, 5, 0]]))
-    assert dump.metadata["n_samples"] == "4"
-
-
 @pytest.mark.parametrize(
     "outputs", [["--outputs= pooled, head_logits "], ["--outputs=pooled", "--outputs=head_logits"]]
 )

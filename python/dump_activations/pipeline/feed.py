@@ -91,9 +91,7 @@ def feed_boards(
         labels: reads the labels; None reads boards alone.
         batch_size: boards per batch.
         vocabulary: exponents must be below this.
-        ranges: rows of the run, each range starting at a multiple of `batch_size`. The next one is
-            pulled when its boards are to be read ahead, at most one beyond the range whose batches
-            are yielded. None yields all rows.
+        ranges: rows of the run, as in `Run.batches`.
         reading: counts the time spent reading.
         waiting: counts the time the consumer waited for boards.
 

@@ -153,21 +153,17 @@ class Run:
             reading=self._reading,
             waiting=self._waiting,
         )
-        queued: deque[Chunk] = deque()
         # Leaving the run ends the reading, also where this generator is left unfinished.
-        feed = self._exits.enter_context(closing(feed))
+        self._exits.enter_context(closing(feed))
         try:
             for boards in feed:
                 batch = self._transfer.run(boards, self._forward.start)
-                queued.extend(batch.chunks if self._forward.workers > 1 else ())
                 yield batch
                 # As many as keep the workers busy while the next batch is queued.
-                while len(queued) > self._forward.workers:
-                    queued.popleft().wait()
+                self._forward.finish(leave=self._forward.workers)
                 self._boards += len(boards.indices)
                 done(len(boards.indices))
-            while queued:
-                queued.popleft().wait()
+            self._forward.finish()
         finally:
             self._forward.abandon()
 
@@ -258,8 +254,6 @@ class _Forward:
         if self._executor is None:
             self._run_chunk(tokens_BS, buffers)
             return [Chunk(0, rows)]
-        while self._futures and self._futures[0].done():
-            self._futures.popleft()
         chunks = []
         for start in range(0, rows, self._chunk_rows):
             stop = min(start + self._chunk_rows, rows)
@@ -268,6 +262,11 @@ class _Forward:
             self._futures.append(future)
             chunks.append(Chunk(start, stop, future.result))
         return chunks
+
+    def finish(self, *, leave: int = 0) -> None:
+        """Wait for the oldest chunks until so many are left; raise the error of one that failed."""
+        while len(self._futures) > leave:
+            self._futures.popleft().result()
 
     def abandon(self) -> None:
         """Drop chunks that are queued and not begun; waiting for one raises CancelledError."""
