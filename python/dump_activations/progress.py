@@ -191,7 +191,7 @@ def silent_progress() -> AbstractContextManager[None]:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether a stream is a terminal. A closed stream is none, nor is one without isatty."""
+    """Return True where a stream is a terminal. A closed stream, or one without isatty, is not."""
     try:
         return bool(stream.isatty())
     except (AttributeError, OSError, ValueError):

@@ -193,24 +193,6 @@ def test_short_flags(command, capsys):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "dtype", "stored"),
-    [
-        ("npz", "fp32", torch.float32),
-        ("pt", "fp16", torch.float16),
-        ("safetensors", "bf16", torch.bfloat16),
-    ],
-)
-def test_format_dtype_and_json_summary(suffix, dtype, stored, inputs, tmp_path, capsys):  # noqa: PLR0917
-    path = tmp_path / f"a.{suffix}"
-    given = ["--n-samples", "30", "--output", str(path), "--dtype", dtype, "--json"]
-    assert main([*inputs, *CPU, *given]) == 0
-    tensor = read_dump(path).tensors["final_hidden"]
-    assert (tensor.shape, tensor.dtype) == ((30, 16, 64), stored)
-    summary = json.loads(capsys.readouterr().out)
-    assert (summary["boards"], summary["output"]) == (30, str(path))
-
-
-@pytest.mark.parametrize(
     "outputs", [["--outputs= pooled, head_logits "], ["--outputs=pooled", "--outputs=head_logits"]]
 )
 def test_outputs_may_have_blanks_or_be_given_more_than_once(outputs, inputs, tmp_path):

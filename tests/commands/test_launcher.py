@@ -43,8 +43,9 @@ def test_processes_end_with_their_launcher(number, endless):
 def test_the_first_error_ends_the_other_process_and_is_the_launchers(endless):
     launcher, children = endless
     os.kill(children[1], signal.SIGKILL)
-    launcher.communicate(timeout=HANG)
+    _, shown = launcher.communicate(timeout=HANG)
     assert launcher.returncode == -signal.SIGKILL
+    assert "error: process 1 was ended by signal 9\n" in shown
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 

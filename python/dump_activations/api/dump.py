@@ -460,7 +460,7 @@ def _statistics_specs(plan: Plan) -> list[TensorSpec]:
 
 
 def _already_there(output: Output) -> Iterator[str]:
-    """Say what becomes of the files that are there."""
+    """Describe what becomes of finished files that are there."""
     if not output.missing:
         yield f"{output.files[0].work.whole} is already complete"
         return
@@ -475,7 +475,7 @@ def _already_there(output: Output) -> Iterator[str]:
 
 
 def _fate_of_partial_files(output: Output) -> Iterator[str]:
-    """Say what a run would do with each partial file. None is locked or changed."""
+    """Describe what a run would do with each partial file. None is locked or changed."""
     for file in output.missing:
         partial = partial_path(file.target)
         if not os.path.lexists(partial):

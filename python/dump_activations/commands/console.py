@@ -93,7 +93,7 @@ def _print_line(label: str, colour: str, text: str) -> None:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Print each warning and note of this package in a line, and those of no other package."""
+    """Print each warning and note of this package in a line. Other packages' are hidden."""
 
     def show(message: Warning | str, *_more: Any, **_others: Any) -> None:
         if isinstance(message, DumpActivationsNote):

@@ -175,7 +175,7 @@ def _write_report(file: Path, report: Path) -> None:
 
 
 def _show_differences(file: Path, other: Path, *, rtol: float, atol: float, as_json: bool) -> bool:
-    """Show what differs in two files, and return whether their tensors are equal."""
+    """Show what differs in two files, and return True where their tensors are equal."""
     from dump_activations.commands.show import print_differences
     from dump_activations.storage.reading.comparison import compare
     from dump_activations.storage.reading.whole import inspect_dump

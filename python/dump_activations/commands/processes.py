@@ -8,8 +8,10 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from dump_activations.commands.console import print_error
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
 from dump_activations.pipeline.interrupts import (
+    UNREAD,
     HeldInterrupts,
     forwarded_interrupts,
     terminate_with_parent,
@@ -58,8 +60,11 @@ def launch(arguments: Sequence[str], processes: str) -> int:
     """
     count = _count(processes)
     started: list[subprocess.Popen[bytes]] = []
+    is_interrupted = False
 
     def send(number: int) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
         for process in started:
             process.send_signal(number)
 
@@ -73,7 +78,10 @@ def launch(arguments: Sequence[str], processes: str) -> int:
                     started.append(subprocess.Popen([*_COMMAND, *arguments], env=environment))
             while None in (codes := [process.poll() for process in started]) and not any(codes):
                 time.sleep(_POLL_SECONDS)
-            return next(filter(None, codes), 0)
+            code = next(filter(None, codes), 0)
+            if code < 0 and code != UNREAD and not is_interrupted:  # Such a process wrote no line.
+                print_error(f"process {codes.index(code)} was ended by signal {-code}")
+            return code
         finally:
             for process in started:
                 process.terminate()

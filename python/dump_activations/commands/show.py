@@ -310,7 +310,7 @@ def _shortened(value: str) -> str:
 def _json_value(key: str, text: str | None) -> Any:
     """Return the JSON in a text of the metadata: a table, a list, a whole number, true or false.
 
-    Every other text stays a text. A version such as 2.10 is no number.
+    Every other text stays a text: a version such as 2.10 must not become a number.
     """
     if text is None or key in _TYPED:
         return text

@@ -38,7 +38,7 @@ def in_precision(model: Encoder, precision: str, device: torch.device) -> Encode
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Run a forward pass inside the context with its own settings, whatever the caller's are.
+    """Run a forward pass inside the context with its own settings, not the caller's.
 
     fp32 values are computed with in IEEE single precision, but for `tf32`, where CUDA rounds the
     factors of matrix products to 10 bits of mantissa.

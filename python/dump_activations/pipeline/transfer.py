@@ -58,7 +58,7 @@ class ActivationBatch:
         boards: the batch of boards.
         tensors: key -> tensor (B, *shape) in the memory that the consumer asked for; empty if it
             asked for none.
-        chunks: the batch's rows. Those of a chunk are there once it has been waited for: on the
+        chunks: the batch's rows. The rows of a chunk are there once it has been waited for: on the
             host, or on a device for work that is queued afterwards in the thread's current stream.
         release: gives the memory back to the ring. `tensors` must not be used after it.
     """
@@ -185,7 +185,7 @@ class PinnedSlots:
 
     @property
     def are_pinned(self) -> bool:
-        """Whether copies to them need not be waited for."""
+        """True where copies to them are queued, and the program continues meanwhile."""
         return self._locked.result().is_pinned
 
     def __enter__(self) -> "PinnedSlots":
