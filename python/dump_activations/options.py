@@ -310,7 +310,7 @@ class Options:
         if self.device == "cpu" and not self.allow_cpu:
             raise InvalidArgumentError(
                 f"{option('device')}: cpu is not a CUDA device; {switch('allow_cpu')} runs "
-                "on the CPU"
+                "on the CPU all the same"
             )
         if self.device == "cpu" and self.precision == "tf32":
             raise InvalidArgumentError(

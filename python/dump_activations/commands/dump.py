@@ -159,6 +159,9 @@ def dump_activations(
         return
     init, dataset_path = _sources(init, dataset_path, use_demo=use_demo)
     options = DumpOptions(**flags)
+    for name, given in {"output": output, "indices": flags["indices"]}.items():
+        if given == "":
+            raise InvalidArgumentError(f"{option(name)}: a path must not be empty")
     path = locate(output)
     indices_path = None if flags["indices"] is None else locate(flags["indices"])
     if options.write:
