@@ -8,7 +8,7 @@ import pytest
 
 
 class AlarmError(Exception):
-    """What the handler raises."""
+    """Raised by the handler."""
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ before this starts.
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 
 def main() -> None:
@@ -16,19 +17,22 @@ def main() -> None:
     import torch
     from huggingface_hub import constants
 
-    from dump_activations import load_encoder
+    from dump_activations import load_encoder, progress
 
     for line in sys.stdin:
-        request = json.loads(line)
+        request, phases = json.loads(line), []
+        told = SimpleNamespace(begin=lambda phase, phases=phases: phases.append(phase.name))
         constants.HF_HUB_ETAG_TIMEOUT = request["timeout"]
         try:
-            model = load_encoder(request["init"])
+            with progress.reported_to(told):
+                model = load_encoder(request["init"])
             with torch.no_grad():
                 _, logits = model(torch.tensor(request["boards"]))
             answer = {
                 "logits": logits.tolist(),
                 "commit": model.hub_commit,
                 "tokenizer": model.tokenizer,
+                "phases": phases,
             }
         except Exception as error:
             kinds = [kind.__name__ for kind in type(error).__mro__]

@@ -22,7 +22,7 @@ SUFFIXES = (".safetensors", ".pt", ".npz")
 
 @dataclass(frozen=True)
 class Dump:
-    """What a file is to hold: bytes of every tensor, and which of them come in batches."""
+    """The content of a dump: bytes of every tensor, and the names of those in batches."""
 
     specs: Sequence[TensorSpec]
     data: Mapping[str, np.ndarray]

@@ -1,4 +1,4 @@
-"""What the pages list is what the code has, and what they say of a digest gives that digest."""
+"""The pages list what the code has, and their recipes for digests give the stored digests."""
 
 import ast
 import json
@@ -26,6 +26,7 @@ COMMAND, KEYS, ARCHITECTURE, FORMAT = (
     (ROOT / "docs" / name).read_text()
     for name in ("command.md", "keys.md", "architecture.md", "file-format.md")
 )
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def table(page: str, heading: str) -> list[list[str]]:
@@ -65,50 +66,121 @@ def test_the_statistics():
 
 
 def test_the_rooms():
-    rooms = column(ARCHITECTURE, "Room") - {"leaves"}
-    assert rooms == ARROWS.keys() - {*LEAVES}
+    rows = table(ARCHITECTURE, "Room")
+    assert {row[0] for row in rows} - {"leaves"} == ARROWS.keys() - {*LEAVES}
+    (leaves,) = (row[1] for row in rows if row[0] == "leaves")
+    assert set(leaves.split(", ")) == {*LEAVES}
+
+
+@pytest.mark.parametrize("page", [ARCHITECTURE, CONTRIBUTING], ids=["architecture", "contributing"])
+def test_files_that_the_pages_name_exist(page):
+    _, _, page = page.partition("\n## ")
+    named = re.findall(r"`([\w*./-]+(?:\.(?:py|rs|md|j2)|/))`", page)
+    assert named
+    places = (PACKAGE, PACKAGE / "storage" / "reading", PACKAGE / "storage" / "formats", ROOT)
+    places += (ROOT / "tests" / "storage", ROOT / "rust")
+    missing = {name for name in named if not any([*place.glob(name)] for place in places)}
+    assert missing == set()
+
+
+# 5 batches, of which at most 3 fit into a shard: 2 shards.
+N, BATCH_SIZE = 20, 4
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, demo_checkpoint, demo_dataset):
-    path = tmp_path_factory.mktemp("documented") / "a.safetensors"
-    keys = ["pooled", "rmsnorm_gammas"]
+    """Dump to one file and to two shards; return the metadata and the tensors of each file."""
+    directory = tmp_path_factory.mktemp("documented")
+    whole = directory / "a.safetensors"
+    write(whole, demo_checkpoint, demo_dataset)
+    tensors = load_file(whole).values()
+    batch_nbytes = BATCH_SIZE * sum(each.nbytes // N for each in tensors if len(each) == N)
+    other_nbytes = sum(each.nbytes for each in tensors if len(each) != N)
+    size = 3 * batch_nbytes + other_nbytes
+    write(directory / "b.safetensors", demo_checkpoint, demo_dataset, shard_size=size)
+    return [(metadata_of(path), load_file(path)) for path in sorted(directory.iterdir())]
+
+
+def write(path: Path, checkpoint: Path, dataset: Path, **options: int) -> None:
     dump(
-        demo_checkpoint,
-        demo_dataset,
+        checkpoint,
+        dataset,
         path,
-        outputs=keys,
-        n_samples=20,
+        outputs=["pooled", "rmsnorm_gammas"],
+        n_samples=N,
+        batch_size=BATCH_SIZE,
+        stats=True,
         device="cpu",
         allow_cpu=True,
+        **options,
     )
-    # The library gives the metadata in no order, and its digest is of the file's.
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Read the metadata in the order of the file, which its digest covers."""
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return header["__metadata__"], load_file(path)
+    metadata: dict[str, str] = header["__metadata__"]
+    return metadata
 
 
 def keys_in_the_code() -> set[str]:
     """Name the keys of the dicts that a run's metadata is put together from, written or not."""
     tree = ast.parse((PACKAGE / "pipeline" / "provenance.py").read_text())
-    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name != "fingerprint"]
+    functions = [
+        n
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef) and n.name not in {"fingerprint", "computed_by"}
+    ]
     dicts = [n for function in functions for n in ast.walk(function) if isinstance(n, ast.Dict)]
     return {key.value for each in dicts for key in each.keys if isinstance(key, ast.Constant)}
 
 
 def test_the_metadata(written):
-    metadata, _ = written
     documented = table(FORMAT, "Key")
-    added_by_storage = {"fingerprint", "integrity"}
-    assert {row[0] for row in documented} == keys_in_the_code() | added_by_storage
-    assert {row[0] for row in documented if row[1] == "always"} <= metadata.keys()
-    assert metadata.keys() <= {row[0] for row in documented}
+    added_later = {"stats", "shard", "first_board", "fingerprint", "computed_by", "integrity"}
+    assert {row[0] for row in documented} == keys_in_the_code() | added_later
     (version,) = re.findall(r"normative for `format_version` (\d+)", FORMAT.replace("\n", " "))
-    assert metadata["format_version"] == version
+    for metadata, _ in written:
+        assert {row[0] for row in documented if row[1] == "always"} <= metadata.keys()
+        assert metadata.keys() <= {row[0] for row in documented}
+        assert metadata["format_version"] == version
+        assert len(metadata["computed_by"]) == 1024
+        assert json.loads(metadata["computed_by"])[0].keys() == {"device", "threads"}
+
+
+def test_shards_are_what_the_page_says(written):
+    (whole, tensors), *shards = written
+    batches, count = -(-N // BATCH_SIZE), len(shards)
+    assert count == 2
+    starts = [i * batches // count * BATCH_SIZE for i in range(count + 1)]
+    assert [metadata["shard"] for metadata, _ in shards] == ["1/2", "2/2"]
+    assert [metadata["first_board"] for metadata, _ in shards] == [str(at) for at in starts[:-1]]
+    assert {metadata["fingerprint"] for metadata, _ in shards} == {whole["fingerprint"]}
+    assert {metadata["n_samples"] for metadata, _ in shards} == {str(N)}
+    for name in tensors:
+        parts = [each[name] for _, each in shards]
+        if name.startswith("rmsnorm_gammas"):
+            assert all(part.tobytes() == tensors[name].tobytes() for part in parts)
+        elif not name.startswith("stats/"):
+            assert np.concatenate(parts).tobytes() == tensors[name].tobytes()
+
+    (a, b) = (
+        {name: each[f"stats/pooled/{name}"] for name in ("count", "mean", "variance")}
+        for _, each in shards
+    )
+    n, d = a["count"] + b["count"], b["mean"] - a["mean"]
+    m2 = (
+        sum(each["variance"] * each["count"] for each in (a, b))
+        + d * d * a["count"] * b["count"] / n
+    )
+    np.testing.assert_allclose(tensors["stats/pooled/variance"], m2 / n, rtol=1e-12)
+    mean = a["mean"] + d * b["count"] / n
+    np.testing.assert_allclose(tensors["stats/pooled/mean"], mean, rtol=1e-12, atol=1e-12)
 
 
 def test_digests_are_what_the_page_says(written, demo_checkpoint, demo_dataset):
-    metadata, tensors = dict(written[0]), written[1]
+    metadata, tensors = dict(written[0][0]), written[0][1]
 
     shards = []
     for path in sorted(demo_dataset.glob("steps-*.npy")):
@@ -133,8 +205,8 @@ def test_digests_are_what_the_page_says(written, demo_checkpoint, demo_dataset):
 
 
 def commands_shown() -> list[tuple[str, list[str]]]:
-    """Every call of a command in the pages' blocks of code: its name and arguments."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    """Return each call of a command in the pages' code blocks: its name and arguments."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     blocks = [
         block
         for page in pages
@@ -145,7 +217,7 @@ def commands_shown() -> list[tuple[str, list[str]]]:
     return [(call[1], shlex.split(call[2])) for call in called if call]
 
 
-def test_the_pages_commands_are_ones_there_are():
+def test_commands_in_the_pages_parse():
     commands = {
         "dump-activations": dump_activations,
         "-m dump_activations": dump_activations,

@@ -1,4 +1,4 @@
-"""What the pages show does what they say, on a small dump of the demo."""
+"""Examples of the pages, run on a small dump of the demo."""
 
 import re
 import runpy

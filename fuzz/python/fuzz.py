@@ -27,12 +27,12 @@ with atheris.instrument_imports(include=INSTRUMENTED):
 
 def mutate(data: bytes, longest: int, seed: int) -> bytes:
     """Put an extreme in the place of a number in text, or do what libFuzzer does to bytes."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     numbers = list(NUMBER.finditer(data))
-    if not numbers or draw.random() < 0.5:
+    if not numbers or rng.random() < 0.5:
         return atheris.Mutate(data, longest)
-    number = draw.choice(numbers)
-    return (data[: number.start()] + draw.choice(EXTREMES) + data[number.end() :])[:longest]
+    number = rng.choice(numbers)
+    return (data[: number.start()] + rng.choice(EXTREMES) + data[number.end() :])[:longest]
 
 
 def main() -> None:

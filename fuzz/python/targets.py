@@ -1,7 +1,7 @@
-"""What is fuzzed: each target hands bytes, as a file, to a reader of files that are not trusted.
+"""Fuzz targets: each hands bytes, as a file, to a reader of files that are not trusted.
 
-It raises where the reader raises anything else than the package's own error, takes more than a
-second of the processor, or more than 200 MB.
+A target raises where the reader raises anything else than the package's own error, takes more than
+a second of the processor, or takes more than 200 MB.
 """
 
 import io
@@ -23,11 +23,12 @@ from dataset_targets import (
     make_runs_target,
     make_selection_target,
 )
-from dump_activations.storage.writing.recorded import JournalError, read_journal
-from dump_activations.storage.writing.records import BatchRecord, Header
 
+from dump_activations import load_encoder
 from dump_activations.errors import DumpActivationsError, OutputError
 from dump_activations.storage.reading.inspection import find_damage, inspect
+from dump_activations.storage.writing.journal import Header, JournalError, read_journal
+from dump_activations.storage.writing.paths import journal_path
 
 SECONDS = 1.0
 NBYTES = 200 << 20
@@ -35,7 +36,9 @@ NBYTES = 200 << 20
 _CORPUS = Path(__file__).with_name("corpus")
 _DIRECTORY = Path(tempfile.mkdtemp(prefix="fuzz-"))
 
-_HEADER = Header(work={"outputs": "pooled"}, rows=40, batch_rows=8, tensors=("pooled", "boards"))
+_HEADER = Header(
+    "f", {"outputs": "pooled"}, "", rows=40, batch_rows=8, tensors=("pooled", "boards")
+)
 
 
 def _inspected(suffix: str) -> Callable[[bytes], None]:
@@ -67,8 +70,6 @@ def _checkpoint(name: str) -> Callable[[bytes], None]:
         shutil.copy(_CORPUS / "checkpoint_safetensors" / "base", directory / "model.safetensors")
 
     def run(data: bytes) -> None:
-        from dump_activations import load_encoder
-
         path.write_bytes(data)
         with suppress(DumpActivationsError):
             load_encoder(path if name == "bundle.pt" else directory)
@@ -77,24 +78,16 @@ def _checkpoint(name: str) -> Callable[[bytes], None]:
 
 
 def _journal(data: bytes) -> None:
-    """Read a journal as it is, with the right CRC-32 on every line, and after its own header."""
-    path = _DIRECTORY / "x.journal"
+    """Read a journal as it is, with the right CRC-32 on every line, and after a right header."""
+    target = _DIRECTORY / "x.npz"
     header = json.dumps(asdict(_HEADER)).encode()
     records = _with_crc32s(data.split(b"\n"))
     for content in (data, records, _with_crc32s([header]) + records):
-        path.write_bytes(content)
+        journal_path(target).write_bytes(content)
         with suppress(JournalError):
-            read_journal(path, _HEADER, _check_record)
-
-
-def _check_record(batch: int, record: BatchRecord) -> None:
-    """Place no edge outside of what the record says its batch has."""
-    assert batch in range(_HEADER.batches)
-    for name, edges in record.edges.items():
-        for start, data in edges:
-            end = start + len(data)
-            assert 0 <= start <= end <= record.digests[name].nbytes
-            assert end == int(end) < 1 << 63
+            recorded = read_journal(target)
+            assert all(batch in range(recorded.header.batches) for batch in recorded.batches)
+            assert 0 <= recorded.header.count_rows(recorded.batches) <= recorded.header.rows
 
 
 def _with_crc32s(lines: Iterable[bytes]) -> bytes:

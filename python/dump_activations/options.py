@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def _progress(name: str, value: Any) -> Count | bool:
     if value is not None and not isinstance(value, bool) and not callable(value):
         raise InvalidArgumentError(
-            f"{option(name)}: {value!r} is neither True, for a bar, nor to be called"
+            f"{option(name)}: must be True for a bar, or a function; got {value!r}"
         )
     return value or False
 
@@ -48,7 +48,7 @@ _Check = Callable[[str, Any], Any]
 
 
 class Group(StrEnum):
-    """What an option is about, as `--help` has it."""
+    """The subject of an option, a heading of `--help`."""
 
     RUN = "What to run"
     KEEP = "What to keep"
@@ -59,14 +59,14 @@ class Group(StrEnum):
 
 @dataclass(frozen=True)
 class Described:
-    """An option as others show it.
+    """An option as `--help` shows it.
 
     Attributes:
-        name: of the field.
+        name: the field's name.
         default: its default.
-        text: what it is.
-        group: what it is about.
-        choices: all values that it takes, where they are few.
+        text: the description, imperative, in at most 12 words.
+        group: its heading.
+        choices: all values that it takes; empty where there are too many.
     """
 
     name: str
@@ -196,7 +196,7 @@ def _device(name: str, value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Options:
-    """What a run computes and how, apart from its model, its dataset and its file.
+    """The options of a run, apart from its model, its dataset and its output.
 
     Raises:
         InvalidArgumentError: a value that no model or dataset could make right.
@@ -320,7 +320,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DumpOptions(Options):
-    """A run's options and those of its output.
+    """The options of a run and its output.
 
     Raises:
         InvalidArgumentError: as `Options`.
@@ -361,7 +361,7 @@ class DumpOptions(Options):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamOptions(Options):
-    """What a run computes and how, and in which memory its batches are handed out."""
+    """The options of a run whose batches are yielded."""
 
     tensors: str = _option(
         "copy: yours to keep. view: host buffers, valid until the next batch. device: the same on "

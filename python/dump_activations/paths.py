@@ -5,22 +5,26 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from dump_activations.errors import DumpActivationsError, InvalidArgumentError
+from dump_activations.errors import DumpActivationsError, InvalidArgumentError, option
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
+def locate(path: str | os.PathLike[str], name: str = "") -> Path:
     """Turn a path argument into an absolute path, with `~` expanded and links kept.
 
     A program may change its directory later, so a relative path is resolved when it is given.
+
+    Args:
+        path: what the user gave.
+        name: the option it was given for; errors name it.
 
     Raises:
         InvalidArgumentError: the path is empty, a URL, or names a home that does not exist.
     """
     text = os.fsdecode(path)
     if not text:
-        raise InvalidArgumentError("a path must not be empty")
+        raise InvalidArgumentError(f"{option(name) if name else 'a path'}: must not be empty")
     if _URL.match(text):
         raise InvalidArgumentError(
             f"{text}: must be a path, got a URL; copy it to a disk, or mount it, and give its path"

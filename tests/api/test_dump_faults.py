@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dump_activations.storage.writing.output_file import OutputFile
 
-from dump_activations import dump, load_encoder, stream
+from dump_activations import dump, load_encoder
 from dump_activations.commands.dump import main
 from dump_activations.errors import DumpActivationsNote
-from dump_activations.model.checkpoint import WEIGHT_NAMES
+from dump_activations.model.checkpoint_files import WEIGHT_NAMES
+from dump_activations.storage.writing.output import OutputFile
 from reference.checkpoints import BASE, bundle, config_json, random_state_dict, save_checkpoint
 from reference.datasets import make_dataset, write_shards
 from reference.dumps import FORMATS, read_dump
@@ -31,7 +31,7 @@ cpu_dump = partial(dump, device="cpu", allow_cpu=True)
 
 
 class BrokenError(Exception):
-    """Stands for whatever may happen in the middle of a run."""
+    """Stands for an error of any kind in the middle of a run."""
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def broken(inputs, tmp_path):
         options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH}
         noted = pytest.warns(DumpActivationsNote, match="is replaced") if before else nullcontext()
         with noted, pytest.raises(BrokenError) as caught:
-            cpu_dump(model, inputs / "dataset", target, **options)
+            cpu_dump(model, inputs / "dataset", target, overwrite=bool(before), **options)
         assert any("the same call again does the rest" in n for n in caught.value.__notes__)
         assert target.exists() == bool(before)
         return target
@@ -124,33 +124,28 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["again", "overwrite"])
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_the_same_call_does_only_the_rest_and_says_so(suffix, broken, command, unbroken):
+def test_the_same_call_does_only_the_rest_and_says_so(suffix, more, broken, command, unbroken):
+    """Also with --overwrite, which never discards the same work."""
     target = broken(suffix)
-    code, lines = command(f"--output={target}")
+    code, lines = command(f"--output={target}", *more)
     assert code == 0, lines
     (line,) = lines
-    going_on = re.fullmatch(
-        rf"note: going on with {target}\.partial, which has (\d+) of {N} boards", line
+    resuming = re.fullmatch(
+        rf"note: resuming {target}\.partial, which has (\d+) of {N} boards", line
     )
-    # Batches that were under way are lost; those that were written are not.
-    assert going_on, line
-    assert 0 < int(going_on[1]) <= DONE * BATCH
+    # Batches that were under way are lost. Written ones are not.
+    assert resuming, line
+    assert 0 < int(resuming[1]) <= DONE * BATCH
     assert contents(target.parent) == {target.name: unbroken(suffix)}
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_overwrite_drops_the_leftover(suffix, broken, command, unbroken):
-    target = broken(suffix)
-    assert command(f"--output={target}", "--overwrite") == (0, [])
-    assert contents(target.parent) == {target.name: unbroken(suffix)}
-
-
-def test_a_leftover_that_is_of_no_use_is_started_anew_with_a_note(broken, command, unbroken):
+def test_a_partial_file_of_no_use_is_started_over_with_a_note(broken, command, unbroken):
     target = broken(".pt")
     Path(f"{target}.partial.journal").write_bytes(b"nonsense")
     code, lines = command(f"--output={target}")
-    assert (code, lines) == (0, [f"note: {target}.partial is started anew: its journal is damaged"])
+    assert (code, lines) == (0, [f"note: {target}.partial is started over: its journal is damaged"])
     assert contents(target.parent) == {target.name: unbroken(".pt")}
 
 
@@ -162,7 +157,7 @@ def test_no_forward_is_run_twice_and_progress_ends_at_the_total(
     forwards = break_after(model, N)
     progress = []
     options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH}
-    with pytest.warns(DumpActivationsNote, match="going on"):
+    with pytest.warns(DumpActivationsNote, match="resuming"):
         summary = cpu_dump(
             model, inputs / "dataset", target, progress=lambda *at: progress.append(at), **options
         )
@@ -172,33 +167,40 @@ def test_no_forward_is_run_twice_and_progress_ends_at_the_total(
     assert progress == [(boards, N) for boards in steps]
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["again", "overwrite"])
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_resume_of_what_is_complete_does_nothing(suffix, broken, command, unbroken):
-    target = broken(suffix)
-    assert command(f"--output={target}", "--resume")[0] == 0
+def test_a_complete_dump_is_left_as_it_is(suffix, more, command, unbroken, tmp_path):
+    target = tmp_path / f"a{suffix}"
+    target.write_bytes(unbroken(suffix))
     before = target.stat()
-    # What a run leaves that was killed as soon as its file had its name.
+    # A run that is killed as soon as its file has its name leaves this.
     Path(f"{target}.partial.journal").write_text("left")
-    done = [f"note: {target} is complete already: there is nothing to do"]
-    assert command(f"--output={target}", "--resume") == (0, done)
+    done = [f"note: {target} is already complete"]
+    assert command(f"--output={target}", *more) == (0, done)
     after = target.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert contents(target.parent) == {target.name: unbroken(suffix)}
 
 
-def test_resume_leaves_the_partial_file_of_other_work_beside_a_complete_one(broken, command):
-    target = broken(".pt", before=b"old")
-    assert command(f"--output={target}")[0] == 0
+def test_a_partial_file_next_to_a_complete_dump_stays(command, unbroken, tmp_path):
+    target = tmp_path / "a.pt"
+    target.write_bytes(unbroken(".pt"))
     Path(f"{target}.partial").write_text("other")
-    before = contents(target.parent)
-    assert command(f"--output={target}", "--resume")[0] == 0
-    assert contents(target.parent) == before
+    before = contents(tmp_path)
+    assert command(f"--output={target}")[0] == 0
+    assert contents(tmp_path) == before
 
 
-def test_resume_makes_what_is_of_other_work(command, unbroken, tmp_path):
+def test_a_complete_dump_of_other_work_is_replaced_only_where_asked(command, unbroken, tmp_path):
     target = tmp_path / "a.npz"
-    assert command(f"--output={target}", "--seed=1", "--resume") == (0, [])
-    code, lines = command(f"--output={target}", "--resume")
+    assert command(f"--output={target}", "--seed=1") == (0, [])
+    other = target.read_bytes()
+    code, (line,) = command(f"--output={target}")
+    assert code == 1
+    assert f"{target} is of other work, which differs in --seed (1 there, 0 here);" in line
+    assert "--overwrite" in line
+    assert contents(tmp_path) == {target.name: other}
+    code, lines = command(f"--output={target}", "--overwrite")
     size = f"{len(unbroken('.npz')) / 1e6:.2f} MB"
     replaced = f"note: {target} ({size}, {N} boards) is replaced when the new file is whole"
     assert (code, lines) == (0, [replaced])
@@ -214,9 +216,9 @@ OTHER_WORK = {
     "split layers": (["--split-layers"], "the tensors (--split-layers);"),
     "dtype": (["--dtype=fp16"], "--dtype (fp32 there, fp16 here);"),
     "precision": (["--precision=bf16"], "--precision (fp32 there, bf16 here);"),
-    "weights": ([], "the weights"),
-    "dataset": ([], "the dataset's shards or their rows' layout;"),
-    "indices": ([], "indices from (draw there, given here);"),
+    "weights": ([], "the weights;"),
+    "dataset": ([], "the dataset's shards or the layout of their rows;"),
+    "indices": ([], "sampling (without replacement there, given here);"),
 }
 
 
@@ -238,15 +240,23 @@ def test_other_work_is_not_resumed_and_named(case, broken, inputs, command, unbr
         other.mkdir()
         np.save(other / "indices.npy", np.arange(N))
         changes = [f"--indices={other / 'indices.npy'}"]
-    for more in ([], ["--resume"]):
-        code, (line,) = command(*changes, f"--output={target}", *more)
-        assert code == 1
-        assert f"{target}.partial is left over from other work" in line
-        assert named in line
+    code, (line,) = command(*changes, f"--output={target}")
+    assert code == 1
+    assert f"{target}.partial is of other work, which differs in" in line
+    assert named in line
     assert contents(target.parent) == before
     code, lines = command(f"--output={target}")
     assert code == 0, lines
     assert target.read_bytes() == unbroken(".safetensors")
+
+
+def test_overwrite_drops_a_partial_file_of_other_work(broken, command, unbroken):
+    target = broken(".pt")
+    code, lines = command(f"--output={target}", "--seed=1", "--overwrite")
+    assert code == 0, lines
+    assert command(f"--output={target}")[0] == 1
+    assert command(f"--output={target}", "--overwrite")[0] == 0
+    assert contents(target.parent) == {target.name: unbroken(".pt")}
 
 
 def test_a_second_run_to_the_same_target_is_refused(model, inputs, command, unbroken, tmp_path):
@@ -256,7 +266,7 @@ def test_a_second_run_to_the_same_target_is_refused(model, inputs, command, unbr
     def run_another(*_):
         if not refused:
             another = partial(command, f"--output={target}")
-            refused.extend([another(), another("--resume"), another("--overwrite")])
+            refused.extend([another(), another("--overwrite")])
 
     model.blocks[0].register_forward_hook(run_another)
     options = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH}
@@ -272,9 +282,13 @@ def test_a_second_run_to_the_same_target_is_refused(model, inputs, command, unbr
 def test_an_existing_target_lasts_until_the_new_file_is_whole(suffix, broken, command, unbroken):
     target = broken(suffix, before=b"old")
     assert target.read_bytes() == b"old"
-    code, lines = command(f"--output={target}")
+    code, (line,) = command(f"--output={target}")
+    assert code == 1
+    assert f"{target} exists and is not a dump of this package" in line
+    assert target.read_bytes() == b"old"
+    code, lines = command(f"--output={target}", "--overwrite")
     assert code == 0, lines
-    assert lines[1:] == [f"note: {target} (3 B) is replaced when the new file is whole"]
+    assert f"note: {target} (3 B) is replaced when the new file is whole" in lines
     assert contents(target.parent) == {target.name: unbroken(suffix)}
 
 
@@ -314,7 +328,7 @@ def test_a_second_interruption_does_not_cost_what_is_done(model, inputs, tmp_pat
     finally:
         signal.signal(signal.SIGTERM, before)
     (note,) = caught.value.__notes__
-    assert "are kept in" in note
+    assert "are kept" in note
     assert contents(tmp_path).keys() == {"a.pt.partial", "a.pt.partial.journal"}
 
 
@@ -334,7 +348,7 @@ def is_refused(command, output, **inputs):
     flags = [f"--{name}={path}" for name, path in inputs.items()]
     code, (line,) = command(*flags, f"--output={output}")
     assert code == 2
-    assert f"{output.resolve()} is read by this run, or would be taken for what is" in line
+    assert f"this run reads {output.resolve()}, or would read it next time" in line
     assert contents(output.parent) == before
 
 
@@ -359,7 +373,7 @@ def test_a_checkpoints_directory_would_not_take_the_dump_for_its_weights(own, co
     for name in names[: rank + 1]:
         code, (line,) = command(*flags, f"--init={init}", f"--output={init / name}")
         assert code == 2, name
-        assert f"{init / name} is read by this run" in line
+        assert f"this run reads {init / name}, or would" in line
     code, lines = command(*flags, f"--init={init}", f"--output={init / 'model-step-1.pt'}")
     assert code == 0, lines
     for name in names[rank + 1 :][:1]:
@@ -380,6 +394,22 @@ def test_a_shard_and_the_indices_are_not_written_over(command, inputs, tmp_path)
     is_refused(command, tmp_path / "indices.npz", indices=tmp_path / "indices.npz")
 
 
+def test_shards_replace_nothing_that_the_run_reads(command, inputs, tmp_path):
+    shard = next((inputs / "dataset").iterdir())
+    moved = shard.rename(tmp_path / "a-00001-of-00001.pt")
+    shard.symlink_to(moved)
+    before = moved.read_bytes()
+    try:
+        arguments = [f"--output={tmp_path / 'a.pt'}", "--shard-size=1GB", "--overwrite"]
+        code, (line,) = command(*arguments)
+        assert code == 2
+        assert f"this run reads {moved}" in line
+        assert moved.read_bytes() == before
+    finally:
+        shard.unlink()
+        moved.rename(shard)
+
+
 # --- Failures of one stage end the others.
 
 
@@ -394,22 +424,6 @@ def nothing_left_open():
     before = count()
     yield
     assert count() == before
-
-
-@pytest.mark.usefixtures("nothing_left_open")
-@pytest.mark.parametrize("use", ["dump", "stream", "no-write"])
-def test_an_error_in_the_forward(use, model, inputs, tmp_path):
-    forwards = break_after(model, 6)
-    options = {"outputs": ["layer_outputs"], "n_samples": N, "batch_size": BATCH}
-    uses = {
-        "dump": partial(dump, output=tmp_path / "a.safetensors"),
-        "no-write": partial(dump, write=False),
-        "stream": lambda *inputs, **options: list(stream(*inputs, **options)),
-    }
-    with pytest.raises(BrokenError):
-        uses[use](model, inputs / "dataset", device="cpu", allow_cpu=True, **options)
-    assert len(forwards) == 7
-    assert not (tmp_path / "a.safetensors").exists()
 
 
 @pytest.mark.usefixtures("nothing_left_open")

@@ -51,7 +51,7 @@ def assert_labelled(result, ds, indices):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_labels_lie_beside_the_boards(suffix, model, demo_dataset, rows, tmp_path):
+def test_labels_lie_next_to_the_boards(suffix, model, demo_dataset, rows, tmp_path):
     path = tmp_path / f"a{suffix}"
     where = "max_rank >= 10 and run_id % 3 != 0"
     cpu_dump(model, demo_dataset, path, n_samples=300, seed=5, labels=",".join(NAMES), where=where)
@@ -63,7 +63,7 @@ def test_labels_lie_beside_the_boards(suffix, model, demo_dataset, rows, tmp_pat
     assert set(result.tensors) == {"pooled", "indices", "boards", *labels}
     metadata = result.metadata
     assert (metadata["labels"], metadata["where"]) == (",".join(NAMES), where)
-    assert (metadata["indices_from"], "steps" in metadata) == ("draw", False)
+    assert (metadata["sampling"], "steps" in metadata) == ("without replacement", False)
 
 
 def test_without_labels_the_file_holds_no_more(model, demo_dataset, tmp_path):
@@ -97,8 +97,8 @@ def test_a_resumed_dump_is_that_of_an_unbroken_run(
     with pytest.raises(StopError):
         cpu_dump(model, demo_dataset, broken, labels=NAMES, progress=stop, **selection)
     with pytest.raises(OutputError, match="labels"):
-        cpu_dump(model, demo_dataset, broken, labels=NAMES[1:], resume=True, **selection)
-    summary = cpu_dump(model, demo_dataset, broken, labels=NAMES, resume=True, **selection)
+        cpu_dump(model, demo_dataset, broken, labels=NAMES[1:], **selection)
+    summary = cpu_dump(model, demo_dataset, broken, labels=NAMES, **selection)
     assert summary.resumed_boards >= 64
     assert broken.read_bytes() == whole.read_bytes()
     assert_labelled(read_dump(whole), StepsDataset(demo_dataset), read_dump(whole).numpy("indices"))
@@ -118,9 +118,9 @@ def test_a_label_that_changed_is_not_resumed(model, demo_dataset, rows, tmp_path
     changed["move_dir"] += 1
     np.save(tmp_path / "dataset" / "steps.npy", changed)
     with pytest.raises(OutputError, match="holds other boards"):
-        run(labels="move_dir", resume=True)
+        run(labels="move_dir")
     np.save(tmp_path / "dataset" / "steps.npy", rows)
-    run(labels="move_dir", resume=True)
+    run(labels="move_dir")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_ranges_come_in_their_order(steps, expected, model, demo_dataset, tmp_pa
     result = read_dump(tmp_path / "a.npz")
     np.testing.assert_array_equal(result.numpy("indices"), expected)
     text = f"{expected.start}:{expected.stop}:{expected.step}"
-    assert result.metadata["indices_from"] == f"steps {text}"
+    assert result.metadata["sampling"] == f"steps {text}"
     assert result.metadata["steps"] == text
     assert result.metadata["n_samples"] == str(len(expected))
 
@@ -149,13 +149,13 @@ def test_where_the_indices_come_from(model, demo_dataset, tmp_path):
     ds = StepsDataset(demo_dataset)
 
     def source(**options):
-        cpu_dump(model, ds, tmp_path / "a.pt", **options)
-        return read_dump(tmp_path / "a.pt").metadata["indices_from"]
+        cpu_dump(model, ds, tmp_path / "a.pt", overwrite=True, **options)
+        return read_dump(tmp_path / "a.pt").metadata["sampling"]
 
     assert source(indices=[3, 4.0]) == "given"
     assert source(steps="1:4", where="max_rank > 0") == "steps 1:4:1"
     with pytest.warns(UserWarning, match="9 rows that match the filter, .* sampled with"):
-        assert source(n_samples=10, where="max_rank < 2") == "draw with replacement"
+        assert source(n_samples=10, where="max_rank < 2") == "with replacement"
 
 
 def test_streamed_batches_have_labels(model, demo_dataset, rows):
@@ -184,17 +184,12 @@ def test_scans_report_rows_apart_from_boards(model, demo_dataset):
     [
         ({"indices": [1], "steps": ":"}, InvalidArgumentError, "indices: contradicts steps"),
         ({"indices": [1], "where": "run_id > 1"}, InvalidArgumentError, "contradicts where"),
-        ({"steps": "5"}, InvalidArgumentError, "steps: '5' is no START:STOP"),
-        ({"steps": "1:2:3:4"}, InvalidArgumentError, "no START:STOP"),
-        ({"steps": "a:b"}, InvalidArgumentError, "no START:STOP"),
-        ({"steps": "::0"}, InvalidArgumentError, "no START:STOP"),
-        ({"steps": 5}, InvalidArgumentError, "no START:STOP"),
-        ({"steps": "::-1"}, InvalidArgumentError, "not backwards"),
-        ({"steps": "20000:"}, InvalidArgumentError, "is empty; .* 14138 rows"),
+        ({"steps": "5"}, InvalidArgumentError, "steps: .*'5'.* START:STOP"),
+        ({"steps": "1:2:3:4"}, InvalidArgumentError, "START:STOP"),
+        ({"steps": "::0"}, InvalidArgumentError, "START:STOP"),
+        ({"steps": 5}, InvalidArgumentError, "START:STOP"),
         ({"steps": ":", "where": "max_rank > 99"}, IndicesError, "no row of .* matches"),
         ({"where": "max_rank > 99"}, IndicesError, "no row of .* matches"),
-        ({"where": "max_rnk > 9"}, InvalidArgumentError, "no 'max_rnk' .*max_rank"),
-        ({"labels": "mve"}, InvalidArgumentError, "no 'mve'.*move_dir"),
     ],
 )
 def test_wrong_selections(case, model, demo_dataset, tmp_path):
@@ -212,7 +207,7 @@ def test_not_finite_labels_are_counted_and_no_cause_for_a_warning(
     np.save(tmp_path / "steps.npy", rows)
     options = {"steps": ":", "labels": "branch_evs"}
     made = cpu_dump(model, tmp_path, tmp_path / "a.pt", **options)
-    again = cpu_dump(model, tmp_path, tmp_path / "a.pt", resume=True, **options)
+    again = cpu_dump(model, tmp_path, tmp_path / "a.pt", **options)
     assert made.nonfinite == again.nonfinite == {}
     counts = json.loads(read_dump(tmp_path / "a.pt").metadata["integrity"])["labels/branch_evs"]
     assert (counts["nan"], counts["inf"]) == (1, 2)

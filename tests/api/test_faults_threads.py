@@ -19,7 +19,7 @@ from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
 from dump_activations.errors import OutputError
 from dump_activations.pipeline import transfer
 
-N, BATCH = 2000, 10
+N, BATCH = 1000, 10
 OPTIONS = {"outputs": ["layer_outputs", "pooled"], "n_samples": N, "batch_size": BATCH}
 cpu_dump = partial(dump, device="cpu", allow_cpu=True, **OPTIONS)
 cpu_stream = partial(stream, device="cpu", allow_cpu=True, **OPTIONS)
@@ -53,14 +53,14 @@ def model(demo_model):
 def buffers(monkeypatch):
     """Return weak references to all tensors that runs have captured activations in."""
     known = []
-    allocate = transfer._allocate
+    allocate = transfer._empty_on_pages
 
     def remember(*arguments, **options):
         tensors = allocate(*arguments, **options)
         known.extend(weakref.ref(tensor) for tensor in tensors.values())
         return tensors
 
-    monkeypatch.setattr(transfer, "_allocate", remember)
+    monkeypatch.setattr(transfer, "_empty_on_pages", remember)
     return known
 
 
@@ -218,7 +218,7 @@ def test_a_consumer_that_raises(nothing_stays, model):
         consume()
 
 
-@pytest.mark.parametrize("batches", [0, 1, 2, 100, N // BATCH])
+@pytest.mark.parametrize("batches", [0, 1, 2, N // BATCH])
 def test_a_stream_closed_early(batches, nothing_stays, model):
     stream_of_batches = cpu_stream(model, DEMO_DATASET)
     for _ in range(batches):

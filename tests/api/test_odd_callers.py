@@ -1,4 +1,4 @@
-"""What callers may do that is no mistake: odd names, types, streams, and signals at odd times."""
+"""Unusual but correct calls: odd names, types, streams, and signals at odd times."""
 
 import os
 import pickle

@@ -1,299 +1,299 @@
-"""Several processes that write one file: byte for byte that of one process, whatever befalls them.
+"""Several processes that write the shards of one dump, through kills, failures and signals.
 
-With 20 moments a format, 60 kills and as many interruptions:
+With 20 moments per format, 60 kills and as many interruptions:
 
     uv run --locked pytest tests/api/test_processes.py --faults 20
 """
 
+import errno
 import json
+import os
 import random
 import re
-import shutil
 import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import safetensors.torch
 
-from api.test_faults_kills import PROMPTLY, SYNC_INTERVAL, sha256
+from api.test_faults_kills import SYNC_INTERVAL, sha256
 from conftest import DEMO_CHECKPOINT, DEMO_DATASET
-from faults.groups import Launcher
-from reference.datasets import encode_rows, random_boards
+from dump_activations import dump, load_encoder
+from dump_activations.api.dump import dump_to_file
+from dump_activations.options import DumpOptions
+from dump_activations.storage.writing.shards import Place
+from faults.groups import place, start_group, without_notes
 from reference.dumps import FORMATS
 
-N = 1500
-# 31 MB in 188 batches: about half a second of one process.
+N = 600
+# 12 MB in 75 batches, cut into 13 shards. Statistics, labels and whole tensors are in each.
 ARGUMENTS = [
     *["--demo", f"--n-samples={N}", "--batch-size=8", "--json", "--labels=move_dir", "--stats"],
-    "--outputs=layer_outputs,final_hidden,rmsnorm_gammas",
+    *["--outputs=layer_outputs,final_hidden,rmsnorm_gammas", "--shard-size=1MB"],
 ]
+# One format has a tensor per layer.
+MORE = {".safetensors": [], ".pt": ["--split-layers"], ".npz": ["--dtype=fp16"]}
+
+
+class Runs:
+    """Starts runs of one output, and knows the files of one undisturbed process."""
+
+    def __init__(self, server, root, suffix, *more):
+        self.server, self.root, self.suffix = server, root, suffix
+        self.arguments = [*ARGUMENTS, *MORE[suffix], *more]
+        self.directory = root / "output"
+        started = time.monotonic()
+        code, lines = self.run(f"-o{root}/one/a{suffix}")
+        assert code == 0, lines
+        self.seconds = time.monotonic() - started
+        self.expected = digests(root / "one")
+
+    def run(self, *more, **options):
+        """Run one process to its end; return its exit code and what it printed but notes."""
+        code, lines = self.server.run([*self.arguments, *more], self.root / "log", **options)
+        return code, without_notes(lines)
+
+    def start(self, size, **options):
+        arguments = [*self.arguments, f"-o{self.target}"]
+        return start_group(self.server, arguments, self.root / "logs", size=size, **options)
+
+    @property
+    def target(self):
+        return self.directory / f"a{self.suffix}"
+
+    def finish(self):
+        code, lines = self.run(f"-o{self.target}")
+        assert code == 0, lines
+        self.is_whole()
+        return json.loads(lines[-1])
+
+    def is_whole(self):
+        """Check that the shards are there and nothing else, and that no process is left."""
+        assert digests(self.directory) == self.expected
+        assert processes_of(self.directory) == []
+
+    def is_part(self):
+        """Check that every shard that has its name is whole."""
+        finished = {n: d for n, d in digests(self.directory).items() if "partial" not in n}
+        assert finished.items() <= self.expected.items()
+
+
+def digests(directory: Path) -> dict[str, str]:
+    paths = directory.iterdir() if directory.exists() else ()
+    return {path.name: sha256(path) for path in paths if path.exists()}
+
+
+def processes_of(directory: Path) -> list[str]:
+    """List the commands that name a directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_bytes().decode(errors="replace"))
+        except OSError:  # it ended
+            continue
+    return [text for text in found if str(directory) in text]
 
 
 @pytest.fixture(scope="module")
-def unbroken(server, tmp_path_factory):
-    """Return the digest of what one process writes, and the seconds it takes, by its suffix."""
-    directory = tmp_path_factory.mktemp("unbroken")
+def known(server, tmp_path_factory):
+    """Return what makes the runs of a format, whose expected files are computed once."""
+    made = {}
 
-    def run(suffix):
-        started = time.monotonic()
-        target = directory / f"a{suffix}"
-        code, lines = server.run([*ARGUMENTS, f"-o{target}"], directory / "log")
-        assert code == 0, lines
-        return sha256(target), time.monotonic() - started
+    def of(suffix, *more):
+        key = (suffix, *more)
+        if key not in made:
+            made[key] = Runs(server, tmp_path_factory.mktemp("runs"), suffix, *more)
+        return made[key]
 
-    return {suffix: run(suffix) for suffix in FORMATS}
-
-
-@pytest.fixture
-def launcher(server, tmp_path):
-    return Launcher(server, tmp_path / "logs")
+    return of
 
 
 @pytest.fixture
-def directory(tmp_path):
-    directory = tmp_path / "output"
-    directory.mkdir()
-    return directory
+def runs(known, tmp_path):
+    """Return the runs of a format, with an output directory of the test's own."""
+
+    def of(suffix, *more):
+        found = known(suffix, *more)
+        found.directory = tmp_path / "output"
+        return found
+
+    return of
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Spread the moments evenly over a run, each drawn from its own part of it."""
+    """Spread the moments evenly over a run, each sampled from its own range of it."""
     if "moment" in metafunc.fixturenames:
         count = metafunc.config.getoption("--faults")
-        draw = random.Random(metafunc.function.__name__)
-        moments = [(i + draw.random()) / count for i in range(count)]
+        chance = random.Random(metafunc.function.__name__)
+        moments = [(i + chance.random()) / count for i in range(count)]
         metafunc.parametrize("moment", moments, ids="{:.3f}".format)
 
 
-def is_whole(target: Path, expected: str) -> None:
-    assert [path.name for path in target.parent.iterdir()] == [target.name]
-    assert sha256(target) == expected
+# --- However the processes are started, the shards are the same bytes.
 
 
-def finish(launcher, target, size, expected):
-    group = launcher.start([*ARGUMENTS, "--resume", f"-o{target}"], size=size)
+@pytest.mark.parametrize(
+    ("suffix", "size"), [(".safetensors", 1), (".safetensors", 2), (".pt", 3), (".npz", 3)]
+)
+def test_started_together(suffix, size, runs):
+    run = runs(suffix)
+    group = run.start(size)
     assert group.wait() == [0] * size, group.lines
-    is_whole(target, expected)
-
-
-@pytest.mark.parametrize("order", [[0], [1, 0], [2, 0, 1]], ids=len)
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_the_bytes_are_those_of_one_process(suffix, order, launcher, unbroken, directory):
-    size = len(order)
-    target = directory / f"a{suffix}"
-    group = launcher.start([*ARGUMENTS, f"-o{target}"], size=size, order=order)
-    assert group.wait() == [0] * size, group.lines
-    is_whole(target, unbroken[suffix][0])
-    # One summary, of all; whoever does not make the file says nothing.
+    run.is_whole()
+    # The first process speaks for all.
     (line,) = group.lines
-    assert line == group.commands[0].lines[-1]
     summary = json.loads(line)
-    assert (summary["boards"], summary["processes"]) == (N, size)
-    assert sum(summary["boards_by_rank"]) == N
-    fewest = min(summary["boards_by_rank"])
-    assert summary["boards_by_rank"][summary["slowest_rank"]] == fewest
+    assert summary["shards_written"] + summary["shards_found"] == len(run.expected)
     assert [command.lines for command in group.commands[1:]] == [[]] * (size - 1)
 
 
+def test_started_by_hand_each_batch_is_computed_once(runs):
+    run = runs(".safetensors")
+    commands = [
+        run.server.start([*run.arguments, f"-o{run.target}"], run.directory.with_name(name))
+        for name in ("first", "second")
+    ]
+    assert [command.wait() for command in commands] == [0, 0]
+    run.is_whole()
+    summaries = [json.loads(command.lines[-1]) for command in commands]
+    assert sum(each["boards"] for each in summaries) == N
+    assert sum(each["shards_written"] for each in summaries) == len(run.expected)
+
+
+def test_started_one_after_another(runs):
+    run = runs(".pt")
+    for shards in ("3-9", "12", "1-13"):
+        code, lines = run.run(f"-o{run.target}", f"--shards={shards}")
+        assert code == 0, lines
+        run.is_part()
+    run.is_whole()
+    before = {path: path.stat() for path in run.directory.iterdir()}
+    summary = run.finish()
+    assert (summary["boards"], summary["resumed_boards"]) == (0, N)
+    assert {path: path.stat() for path in run.directory.iterdir()} == before
+
+
+@pytest.mark.parametrize("launcher", ["own", "torchrun"])
+def test_started_by_a_launcher(launcher, runs):
+    run = runs(".npz")
+    arguments = [*run.arguments, f"-o{run.target}"]
+    log = run.directory.with_name("log")
+    two_cores = {"cores": 2}  # one thread per process, as in the other runs
+    if launcher == "own":
+        code, lines = run.server.run([*arguments, "--nproc-per-node=2"], log, **two_cores)
+    else:
+        of_torchrun = ["--standalone", "--nproc-per-node=2", "-m", "dump_activations"]
+        code, lines = run.server.run([*of_torchrun, *arguments], log, command="torchrun")
+    assert code == 0, lines
+    run.is_whole()
+    assert sum(line.startswith("{") for line in lines) == 1
+
+
+def test_a_call_from_python_takes_no_place_from_a_launcher(tmp_path, monkeypatch):
+    """`if rank == 0: dump(...)` in a training script waits for nobody."""
+    for name, value in (place(0, 4) | {"MASTER_ADDR": "none", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    model = load_encoder(DEMO_CHECKPOINT)
+    options = {"n_samples": 20, "batch_size": 4, "device": "cpu", "allow_cpu": True}
+    summary = dump(model, DEMO_DATASET, tmp_path / "a.pt", **options)
+    assert summary.boards == 20
+    assert os.listdir(tmp_path) == ["a.pt"]  # noqa: PTH208
+
+
+# --- Processes that die, fail or are interrupted.
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_killed(suffix, moment, launcher, unbroken, directory):
-    """One of three is killed, the launcher ends the others; any number of them does the rest."""
-    expected, seconds = unbroken[suffix]
-    draw = random.Random(f"{suffix} {moment}")
-    target = directory / f"a{suffix}"
-    group = launcher.start([*ARGUMENTS, f"-o{target}"], size=3, sync_interval=SYNC_INTERVAL)
-    time.sleep(moment * seconds)
-    killed = draw.randrange(3)
-    group.commands[killed].signal(signal.SIGKILL)
-    time.sleep(0.1 * draw.random())
-    group.signal(signal.SIGTERM)
-    codes = group.wait(PROMPTLY)
-    assert codes[killed] in {-signal.SIGKILL, 0}
-    # Whatever it is that the others say, one of them says it.
-    assert len(group.lines) <= 1 or 0 in codes, group.lines
-    assert not target.exists() or sha256(target) == expected
-    finish(launcher, target, draw.randint(1, 3), expected)
+def test_killed(suffix, moment, runs, tmp_path):
+    """Some of three processes are killed. The survivors finish, or else a later call does."""
+    chance = random.Random(f"{suffix} {moment}")
+    run = runs(suffix, *chance.choice([[], ["--shard-size=4MB"]]))
+    group = run.start(3, sync_interval=SYNC_INTERVAL)
+    killed = chance.sample(range(3), chance.randint(1, 3))
+    time.sleep(moment * run.seconds)
+    for rank in killed:
+        group.commands[rank].signal(signal.SIGKILL)
+        time.sleep(0.05 * chance.random())
+    codes = group.wait()
+    assert {codes[rank] for rank in killed} <= {-signal.SIGKILL, 0}
+    assert {codes[rank] for rank in range(3) if rank not in killed} <= {0}, group.lines
+    run.is_part()
+    if len(killed) < 3:
+        run.is_whole()
+    run.finish()
+
+
+def test_a_killed_process_loses_no_more_than_its_last_batches(runs):
+    run = runs(".safetensors", "--shard-size=20MB")
+    command = run.start(1, sync_interval=0).commands[0]
+    (journal,) = [run.directory / f"{name}.partial.journal" for name in run.expected]
+    command.wait_until(lambda: journal.exists() and journal.stat().st_size > 10_000)
+    command.signal(signal.SIGKILL)
+    command.wait()
+    summary = run.finish()
+    assert summary["resumed_boards"] > 20
+    assert summary["boards"] == N - summary["resumed_boards"]
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
+def test_one_fails_and_the_others_finish(reason, runs):
+    run = runs(".safetensors")
+    fault = {"FAULT": f"any:3:{reason}:{run.directory}/"}
+    group = run.start(3, of_rank={2: fault}, sync_interval=0)
+    assert group.wait() == [0, 0, 1], group.lines
+    _, line = group.lines
+    assert line.startswith("error: rank 2: ")
+    assert os.strerror(reason) in line
+    assert str(run.target.with_suffix("")) in line
+    run.is_whole()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_interrupted(number, moment, launcher, unbroken, directory):
-    draw = random.Random(f"{number} {moment}")
-    suffix = draw.choice(FORMATS)
-    expected, seconds = unbroken[suffix]
-    target = directory / f"a{suffix}"
-    target.write_bytes(b"old")
-    group = launcher.start([*ARGUMENTS, f"-o{target}"], size=2, sync_interval=SYNC_INTERVAL)
-    for command in group.commands:
-        command.wait_until(command.log.exists)
-    time.sleep(0.05 + moment * seconds)
-    group.signal(number)
-    codes = group.wait(PROMPTLY)
-    assert set(codes) <= {0, 1, -number}
-    if target.read_bytes() == b"old":
-        (line,) = group.lines
-        assert "interrupted" in line
-        left = {path.name for path in directory.iterdir()} - {target.name}
-        assert left <= {f"{target.name}.partial{end}" for end in ("", ".journal", ".journal.1")}
-        assert not left or re.search(rf"\d+ of {N:,} boards are kept in {target}.partial", line)
-        finish(launcher, target, 1, expected)
-    is_whole(target, expected)
+def test_a_signal_to_the_launcher_ends_all(number, runs):
+    run = runs(".safetensors", "--n-samples=3000", "--shard-size=30MB")
+    arguments = [*run.arguments, f"-o{run.target}", "--nproc-per-node=2"]
+    launcher = run.server.start(arguments, run.directory.with_name("log"), cores=2)
+    launcher.wait_until(lambda: len([*run.directory.glob("*.journal")]) == 2)
+    launcher.signal(number)
+    assert launcher.wait() == -number
+    assert processes_of(run.directory) == []
+    lines = without_notes(launcher.lines)
+    assert 1 <= len(lines) <= 2
+    assert all("interrupted" in line for line in lines), lines
+    run.is_part()
+    run.finish()
 
 
-def test_what_the_others_have_done_is_kept(launcher, directory):
-    """A process that is killed takes none of their batches with it, nor all of its own."""
-    target = directory / "a.safetensors"
-    arguments = [*ARGUMENTS, "--n-samples=14000", f"-o{target}"]
-    group = launcher.start(arguments, size=3, sync_interval=0)
-    journals = [directory / f"a.safetensors.partial.journal{end}" for end in ("", ".1", ".2")]
-    for journal, command in zip(journals, group.commands, strict=True):
-        command.wait_until(lambda path=journal: path.exists() and path.stat().st_size > 20_000)
-    group.commands[2].signal(signal.SIGKILL)
-    sizes = [journal.stat().st_size for journal in journals]
-    group.signal(signal.SIGTERM)
-    group.wait(PROMPTLY)
-    (line,) = group.lines
-    kept = int(re.search(r"([\d,]+) of 14,000 boards are kept", line)[1].replace(",", ""))
-    assert all(
-        journal.stat().st_size >= size for journal, size in zip(journals, sizes, strict=True)
-    )
-    group = launcher.start(arguments, size=1)
-    group.commands[0].wait_until(lambda: "going on" in "".join(group.commands[0].lines))
-    group.signal(signal.SIGTERM)
-    group.wait(PROMPTLY)
-    resumed = re.search(r"which has ([\d,]+) of 14,000", "".join(group.commands[0].lines))[1]
-    # Whoever said it need not have seen the last batches of all.
-    assert 14_000 > int(resumed.replace(",", "")) >= kept > 100
+def test_the_launchers_exit_code_is_the_first_errors(server, tmp_path):
+    arguments = ["--demo", "--layers=9", "--nproc-per-node=2", f"-o{tmp_path}/out/a.pt"]
+    code, lines = server.run(arguments, tmp_path / "log")
+    assert code == 2, lines
+    assert any("no layer 9" in line for line in lines), lines
+    assert not re.search("Traceback", "\n".join(lines))
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-def test_who_is_slow_is_waited_for(launcher, unbroken, directory):
-    target = directory / "a.safetensors"
-    group = launcher.start([*ARGUMENTS, f"-o{target}"], size=2, sync_interval=0)
-    journals = [directory / f"a.safetensors.partial.journal{end}" for end in ("", ".1")]
-    for journal, command in zip(journals, group.commands, strict=True):
-        command.wait_until(lambda path=journal: path.exists() and path.stat().st_size > 5000)
-    group.commands[1].signal(signal.SIGSTOP)
-    size = 0
-    while size != (size := journals[0].stat().st_size):
-        time.sleep(1)  # Until the other one has nothing more to do.
-    group.commands[1].signal(signal.SIGCONT)
-    assert group.wait() == [0, 0], group.lines
-    is_whole(target, unbroken[".safetensors"][0])
+def test_who_is_slow_is_waited_for_by_name(runs):
+    run = runs(".safetensors")
+    group = run.start(1, sync_interval=0)
+    slow = group.commands[0]
+    slow.wait_until(lambda: [*run.directory.glob("*.partial.journal")])
+    slow.signal(signal.SIGSTOP)
+    held = next(run.directory.glob("*.partial")).name.removesuffix(".partial")
+    log = run.directory.with_name("log")
+    waits = run.server.start([*run.arguments, f"-o{run.target}"], log, first_note=0)
+    note = f"note: waiting for {held} (host {os.uname().nodename}, process {slow.pid})"
+    waits.wait_until(lambda: note in waits.lines)
+    slow.signal(signal.SIGCONT)
+    assert [waits.wait(), *group.wait()] == [0, 0]
+    run.is_whole()
 
 
-def test_started_again_it_goes_on_by_itself(launcher, unbroken, directory):
-    """Also where --overwrite is given, which counted when all were started first."""
-    target = directory / "a.safetensors"
-    arguments = [*ARGUMENTS, "--overwrite", f"-o{target}"]
-    group = launcher.start(arguments, size=2, sync_interval=0)
-    journal = directory / "a.safetensors.partial.journal.1"
-    group.commands[1].wait_until(lambda: journal.exists() and journal.stat().st_size > 5000)
-    group.commands[1].signal(signal.SIGKILL)
-    group.signal(signal.SIGTERM)
-    group.wait(PROMPTLY)
-    # On another machine than the one whose process was killed nothing was started again.
-    group = launcher.start(arguments, size=2, restarts=[0, 1])
-    assert group.wait() == [0, 0], group.lines
-    is_whole(target, unbroken[".safetensors"][0])
-    assert json.loads(group.lines[-1])["resumed_boards"] > 0
-    group = launcher.start(arguments, size=2, restarts=[1, 1])
-    assert group.wait() == [0, 0], group.lines
-    assert json.loads(group.lines[-1])["boards"] == 0
-
-
-@pytest.fixture
-def other_checkpoint(tmp_path):
-    """Return a checkpoint with one other weight."""
-    directory = Path(shutil.copytree(DEMO_CHECKPOINT, tmp_path / "other"))
-    weights = safetensors.torch.load_file(directory / "model.safetensors")
-    next(iter(weights.values())).view(-1)[0] += 1
-    safetensors.torch.save_file(weights, directory / "model.safetensors")
-    return directory
-
-
-def fails(group, codes, pattern):
-    """Check that all ended so, and that one of them said why, in one line."""
-    assert group.wait(PROMPTLY) == codes, group.lines
-    (line,) = group.lines
-    assert re.search(pattern, line), line
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_without_the_dataset(rank, launcher, directory, tmp_path):
-    arguments = [f"--init={DEMO_CHECKPOINT}", "--allow-cpu", f"-o{directory}/a.pt"]
-    datasets = {0: [f"--dataset={DEMO_DATASET}"], 1: [f"--dataset={DEMO_DATASET}"]}
-    datasets[rank] = [f"--dataset={tmp_path}/none"]
-    group = launcher.start(arguments, size=2, of_rank=datasets)
-    fails(group, [1, 1], f"{tmp_path}/none: no such directory")
-    assert [*directory.iterdir()] == []
-
-
-def test_one_of_other_work(launcher, directory, other_checkpoint):
-    arguments = [f"--dataset={DEMO_DATASET}", "--allow-cpu", f"-o{directory}/a.pt"]
-    inits = [
-        [f"--init={DEMO_CHECKPOINT}"],
-        [f"--init={DEMO_CHECKPOINT}"],
-        [f"--init={other_checkpoint}", "--seed=1"],
+def test_without_writing_the_batches_are_split_by_rank(tmp_path):
+    options = DumpOptions(n_samples=50, batch_size=8, device="cpu", allow_cpu=True, write=False)
+    boards = [
+        dump_to_file(DEMO_CHECKPOINT, DEMO_DATASET, tmp_path, options, place=Place(rank, 3)).boards
+        for rank in range(3)
     ]
-    group = launcher.start(arguments, size=3, of_rank=dict(enumerate(inits)))
-    fails(group, [1, 1, 1], "rank 2 differs from rank 0 in checkpoint, the weights, --seed$")
-    assert [*directory.iterdir()] == []
-
-
-def test_a_wrong_call_is_said_once(launcher):
-    group = launcher.start(["--demo", "--batch-size=0"], size=3)
-    fails(group, [2, 2, 2], "--batch-size: must be 1 or more")
-
-
-def test_a_directory_that_is_not_shared(launcher, directory, tmp_path):
-    group = launcher.start(
-        ARGUMENTS, size=2, of_rank={0: [f"-o{directory}/a.pt"], 1: [f"-o{tmp_path}/a.pt"]}
-    )
-    fails(group, [1, 1], f"{tmp_path} is not shared")
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("a.pt")]
-
-
-def test_a_full_disk(launcher, small_disk):
-    group = launcher.start([*ARGUMENTS, f"-o{small_disk}/a.pt"], size=2)
-    fails(group, [1, 1], "cannot reserve .* No space left")
-    assert [*small_disk.iterdir()] == []
-
-
-def test_what_other_work_left(launcher, directory):
-    target = directory / "a.pt"
-    group = launcher.start([*ARGUMENTS, f"-o{target}"], size=2, sync_interval=0)
-    journal = directory / "a.pt.partial.journal.1"
-    group.commands[1].wait_until(lambda: journal.exists() and journal.stat().st_size > 5000)
-    group.signal(signal.SIGTERM)
-    group.wait(PROMPTLY)
-    left = {path: path.read_bytes() for path in directory.iterdir()}
-    group = launcher.start([*ARGUMENTS, "--seed=1", f"-o{target}"], size=2)
-    fails(group, [1, 1], r"other work, which differs in --seed \(0 there, 1 here\)")
-    assert {path: path.read_bytes() for path in directory.iterdir()} == left
-
-
-def test_exponents_outside_leave_nothing(launcher, directory, tmp_path):
-    """The process that finds them need not be the one that made the file."""
-    rows = encode_rows(random_boards(2000, seed=1, largest=15), "selfplay_v1")
-    rows["exps"][1900, 3] = 30
-    np.save(tmp_path / "steps.npy", rows)
-    arguments = [
-        f"--init={DEMO_CHECKPOINT}",
-        f"--dataset={tmp_path}",
-        "--steps=:",
-        "--batch-size=8",
-    ]
-    group = launcher.start(
-        [*arguments, "--allow-cpu", f"-o{directory}/a.pt"], size=2, sync_interval=0
-    )
-    fails(group, [1, 1], "step 1900: exponent 30 is outside")
-    assert [*directory.iterdir()] == []
-
-
-def test_nothing_is_written(launcher):
-    group = launcher.start([*ARGUMENTS, "--no-write"], size=2)
-    assert group.wait() == [0, 0], group.lines
-    summary = json.loads(group.lines[-1])
-    assert sum(summary["boards_by_rank"]) == N
-    assert summary["bytes_written"] == 0
+    assert boards == [16, 16, 18]  # of 7 batches, the last of which has 2 boards
+    assert list(tmp_path.iterdir()) == []

@@ -16,10 +16,17 @@ from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
 from dump_activations.errors import DatasetError, DeviceError, DumpActivationsNote, OutputError
 from dump_activations.model import capture
 from dump_activations.pipeline.run import Run
-from dump_activations.storage.writing import journal
-from dump_activations.storage.writing import output_file as file_module
+from dump_activations.storage.writing import output as file_module
+from dump_activations.storage.writing import paths
 from dump_activations.timing import SharedStopwatch
-from output_support import open_file, small_dump, write_batches, write_dump, write_whole_tensors
+from output_support import (
+    open_file,
+    open_output,
+    small_dump,
+    write_batches,
+    write_dump,
+    write_whole_tensors,
+)
 from reference.dumps import read_dump
 
 CPU = {"device": "cpu", "allow_cpu": True}
@@ -191,7 +198,7 @@ def test_what_a_batch_is_short_of(error, text, model):
 
 def test_a_model_that_does_not_fit(model, monkeypatch):
     short = failing("CUDA out of memory. Tried to allocate 2.00 GiB.", torch.OutOfMemoryError)
-    monkeypatch.setattr("dump_activations.model.prepared.replicate", short)
+    monkeypatch.setattr("dump_activations.model.checkpoint.replicate", short)
     for run in uses(model, "a.pt"):
         with pytest.raises(DeviceError, match=r"^out of device memory: the model does not fit on"):
             run()
@@ -248,7 +255,7 @@ def test_nothing_of_a_run_that_lacked_memory_is_alive(cores, model, tmp_path):
         torch.set_num_threads(1)
 
 
-def test_want_of_memory_names_the_batch_size(model, tmp_path):
+def test_too_little_memory_names_the_batch_size(model, tmp_path):
     short_of_memory(model, 0)
     for run in uses(model, tmp_path / "a.pt"):
         with pytest.raises(DeviceError, match=r"out of device memory at batch_size=8.*=4$"):
@@ -256,28 +263,26 @@ def test_want_of_memory_names_the_batch_size(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_want_of_memory_in_the_middle_says_what_is_kept_and_the_way_out(
+def test_too_little_memory_in_the_middle_names_the_boards_kept_and_the_way_out(
     model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
+    monkeypatch.setattr("dump_activations.storage.writing.output.SYNC_INTERVAL", 0)
     handle = short_of_memory(model, 4)
     target = tmp_path / "a.pt"
     with pytest.raises(DeviceError, match="try batch_size=4 and overwrite=True") as caught:
         dump(model, DEMO_DATASET, target, overwrite=True, **OPTIONS)
-    assert any(
-        "the same call without overwrite does the rest" in note for note in caught.value.__notes__
-    )
+    assert any("the same call again does the rest" in note for note in caught.value.__notes__)
     handle.remove()
     dump(model, DEMO_DATASET, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
 
 
 def test_boards_that_were_resumed_are_not_counted_as_done(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("dump_activations.storage.writing.durability.SYNC_INTERVAL", 0)
+    monkeypatch.setattr("dump_activations.storage.writing.output.SYNC_INTERVAL", 0)
     handle = short_of_memory(model, 4)
     with pytest.raises(DeviceError):
         dump(model, DEMO_DATASET, tmp_path / "a.pt", **OPTIONS)
     handle.remove()
-    with pytest.warns(DumpActivationsNote, match="going on"):
+    with pytest.warns(DumpActivationsNote, match="resuming"):
         summary = dump(model, DEMO_DATASET, tmp_path / "a.pt", **OPTIONS)
     assert summary.resumed_boards in {8, 16, 24, 32}
     assert summary.boards == 50 - summary.resumed_boards
@@ -326,7 +331,7 @@ def test_a_directory_that_fails_to_be_flushed_after_the_rename(tmp_path, monkeyp
     assert file.suspend() == 0
     assert target.exists()
     monkeypatch.undo()
-    write_dump(target, described)
+    assert open_output(target, described).next() is None
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
@@ -342,7 +347,7 @@ def refuse_directories(monkeypatch, number):
             fail_with(number)
         fsync(descriptor)
 
-    monkeypatch.setattr(journal.os, "fsync", refuse)
+    monkeypatch.setattr(paths.os, "fsync", refuse)
 
 
 def test_a_read_is_cancelled_from_another_thread():

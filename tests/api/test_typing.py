@@ -1,4 +1,4 @@
-"""What type checkers and readers see of the public names."""
+"""Public names as type checkers and readers see them."""
 
 import inspect
 import re

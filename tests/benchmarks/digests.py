@@ -1,4 +1,4 @@
-"""What the digests and the counts of NaN and infinite values cost a dump."""
+"""The cost of digests and of counting NaN and infinite values."""
 
 import time
 from collections.abc import Callable

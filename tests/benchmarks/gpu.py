@@ -1,7 +1,7 @@
 """Dumps of the 50M model on a GPU: against the plain script and against each stage's own limit.
 
 Everything runs in this process, in turns; what the first dump takes to set up is a figure of its
-own. Each run page-locks its memory anew, before its loop: only whole calls count that.
+own. Each run page-locks its memory again, before its loop: only whole calls count that.
 
 Shape letters: N boards in all, S cells (16).
 """

@@ -1,4 +1,4 @@
-"""What keys and layers cost a dump of the 50M model on the CPU.
+"""The cost of keys and layers in a dump of the 50M model on the CPU.
 
 All run in this process, with the same model; what a dump does before its loop is not counted.
 

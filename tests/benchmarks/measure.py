@@ -63,7 +63,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """What one script measured, with the conditions it was measured under."""
+    """The figures of one script, and the conditions of the measurement."""
 
     title: str
     conditions: str
@@ -80,7 +80,7 @@ class Process:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What `dump-activations --json` printed; notes may stand before it."""
+        """The output of `dump-activations --json`; notes may precede it."""
         summary: dict[str, Any] = json.loads(self.output.splitlines()[-1])
         return summary
 

@@ -1,4 +1,4 @@
-"""Peak memory of a dump of many boards against that of few: it must not grow."""
+"""Peak memory of a dump of many boards and of few boards: it must not grow."""
 
 from measure import Figure, Section, run_process
 from setting import Setting, command

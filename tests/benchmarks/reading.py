@@ -113,7 +113,7 @@ def measure(setting: Setting) -> Section:
 
 
 def _write(directory: Path) -> list[Path]:
-    """Write a file of one key, and those of a key with layers, stacked and split."""
+    """Write a file of one key, and files of a key with layers, stacked and split."""
     hidden_NSD = torch.randn(_BOARDS, CELLS, _WIDTH, dtype=torch.float32).half()
     few_NLSD = hidden_NSD.view(-1, _LAYERS, CELLS, _WIDTH)
     layers = {f"resid.{layer}": few_NLSD[:, layer].contiguous() for layer in range(_LAYERS)}

@@ -1,4 +1,4 @@
-"""What every section is given: where to write, how often to run, how to start processes."""
+"""Settings of every section: directories, rounds, and the start of processes."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ class Setting:
     def environment(self) -> dict[str, str]:
         """Variables for child processes, which find their bytecode ready as installed programs do.
 
-        The warm-up compiles it into the scratch directory, whatever this process was told.
+        The warm-up compiles it into the scratch directory, whatever PYTHONDONTWRITEBYTECODE says.
         """
         kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         return {**kept, "PYTHONPYCACHEPREFIX": str(self.scratch / "bytecode")}

@@ -1,4 +1,4 @@
-"""What a run costs besides its loop: `--help`, imports, set-up and commit."""
+"""The cost of a run outside its loop: `--help`, imports, set-up and commit."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What statistics cost a dump that takes them as it writes."""
+"""The cost of statistics that a dump takes while it writes."""
 
 import time
 from collections.abc import Callable

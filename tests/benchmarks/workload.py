@@ -1,4 +1,4 @@
-"""What is dumped: keys, the 50M model, and datasets of any size made of the demo's."""
+"""The workload: keys, the 50M model, and datasets of any size made from the demo's."""
 
 import json
 from pathlib import Path

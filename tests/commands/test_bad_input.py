@@ -157,8 +157,8 @@ WRONG_CALLS = {
     "no-such-device": ({"device": "banana"}, ["--device", "banana"]),
     "no-init": ({"init": None}, ["--init"]),
     "no-dataset": ({"dataset": None}, ["--dataset"]),
-    "no-indices-name": ({"indices": ""}, ["--indices", "no name"]),
-    "no-output-name": ({"output": ""}, ["--output", "no name"]),
+    "no-indices-name": ({"indices": ""}, ["--indices", "empty"]),
+    "no-output-name": ({"output": ""}, ["--output", "empty"]),
     "tf32-on-a-cpu": ({"precision": "tf32"}, ["--precision", "tf32", "CUDA"]),
     "where-no-expression": ({"where": "max_rank >="}, ["--where", "max_rank >="]),
     "where-call": ({"where": "print(1) > 0"}, ["--where", "print(1)"]),
@@ -189,38 +189,20 @@ def test_stray_argument(place, capsys):
     assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("keys", [["attn_weights"], ["pooled", "attn_weights"]])
-def test_attn_weights_is_not_implemented(keys, good_inputs, tmp_path):
-    with pytest.raises(NotImplementedError, match="attn_weights"):
-        dump(
-            good_inputs / "checkpoint",
-            good_inputs / "dataset",
-            tmp_path / "a.pt",
-            outputs=keys,
-            device="cpu",
-            allow_cpu=True,
-        )
-
-
 # --- Files and machines: exit code 1.
 
 
-@pytest.mark.parametrize("name", ["nowhere", "nowhere.pt"])
-def test_no_such_checkpoint(name, place, capsys):
-    place.run(capsys, code=1, names=[name], init=place.root / name)
-
-
-def test_no_such_dataset(place, capsys):
-    place.run(capsys, code=1, names=["nowhere"], dataset=place.root / "nowhere")
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [("init", "none"), ("init", "none.pt"), ("dataset", "none"), ("indices", "none.npy")],
+)
+def test_nothing_at_a_path(flag, name, place, capsys):
+    place.run(capsys, code=1, names=[place.root / name], **{flag: place.root / name})
 
 
 def test_a_dataset_that_is_a_file(place, capsys):
     (place.root / "dataset").write_bytes(b"")
     place.run(capsys, code=1, names=[place.root / "dataset"], dataset=place.root / "dataset")
-
-
-def test_no_such_indices(place, capsys):
-    place.run(capsys, code=1, names=["nowhere.npy"], indices=place.root / "nowhere.npy")
 
 
 @pytest.mark.parametrize("others", [[], ["annotations-0.npy", "embeddings-0.npy", "steps.npz"]])
@@ -289,7 +271,6 @@ BAD_SHARDS = {
     "shape-empty": npy(header(shape="()"), BOARD_DATA),
     "pickled": saved(np.array([{"a": 1}, None], dtype=object), allow_pickle=True),
     "pickled-field": npy(header("[('board', '<u8'), ('note', '|O')]"), bytes(64)),
-    "fortran-order": npy(header(fortran="True"), BOARD_DATA),
     "two-dimensional": saved(good_rows().reshape(5, 6)),
     "plain-numbers": saved(np.arange(10)),
     "no-board": saved(np.zeros(4, [("run_id", "<u4"), ("boards", "<u8")])),
@@ -312,25 +293,19 @@ BAD_SHARDS = {
 }
 
 
+@pytest.mark.parametrize("name", ["steps.npy", "steps-00001.npy"])
 @pytest.mark.parametrize("case", BAD_SHARDS)
-def test_bad_shard(case, place, capsys):
+def test_bad_shard(case, name, place, capsys):
     dataset = place.root / "dataset"
     dataset.mkdir()
-    np.save(dataset / "steps-00000.npy", good_rows())
-    (dataset / "steps-00001.npy").write_bytes(BAD_SHARDS[case])
-    line = place.run(capsys, code=1, names=["steps-00001.npy"], dataset=dataset)
+    if name != "steps.npy":
+        np.save(dataset / "steps-00000.npy", good_rows())
+    (dataset / name).write_bytes(BAD_SHARDS[case])
+    line = place.run(capsys, code=1, names=[name], dataset=dataset)
     if case == "no-board":
         assert "board" in line
         assert "run_id" in line
     assert not (place.root / "canary").exists()
-
-
-@pytest.mark.parametrize("case", BAD_SHARDS)
-def test_bad_lone_shard(case, place, capsys):
-    dataset = place.root / "dataset"
-    dataset.mkdir()
-    (dataset / "steps.npy").write_bytes(BAD_SHARDS[case])
-    place.run(capsys, code=1, names=["steps.npy"], dataset=dataset)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +374,26 @@ def test_bad_indices_file(case, place, capsys):
     path = place.root / "indices.npy"
     path.write_bytes(BAD_INDEX_FILES[case])
     place.run(capsys, code=1, names=["indices.npy"], indices=path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        ({"RANK": "one"}, ["RANK", "'one'"]),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, ["WORLD_SIZE", "'-2'"]),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK", "WORLD_SIZE", "2"]),
+    ],
+)
+def test_a_launchers_wrong_variables(variables, names, place, capsys, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    place.run(capsys, code=2, names=names)
+
+
+@pytest.mark.parametrize("processes", ["0", "-1", "two", ""])
+def test_processes_that_cannot_be_started(processes, place, capsys):
+    names = ["--nproc-per-node", repr(processes)]
+    place.run(capsys, code=2, names=names, nproc_per_node=processes)
 
 
 def test_a_filter_that_no_row_passes(place, capsys):
@@ -716,6 +711,7 @@ def test_an_existing_target_survives_a_failure(suffix, place, capsys):
         dataset=dataset,
         indices=place.root / "all.npy",
         output=target,
+        overwrite=True,
     )
     assert target.read_bytes() == b"precious"
     assert not list(place.root.glob(f"kept{suffix}?*"))
@@ -755,22 +751,6 @@ def test_exceptions_of_dump_and_stream(changes, kind, good_inputs, tmp_path):
     with pytest.raises(kind):
         list(stream(*inputs, **options))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_string_of_outputs_is_not_a_list_of_letters(good_inputs, tmp_path):
-    """Either it is the one key, or the message does not speak of the key `p`."""
-    inputs = good_inputs / "checkpoint", good_inputs / "dataset"
-    try:
-        dump(
-            *inputs,
-            tmp_path / "a.pt",
-            outputs="pooled",
-            n_samples=3,
-            device="cpu",
-            allow_cpu=True,
-        )
-    except (TypeError, ValueError) as error:
-        assert "'p'" not in str(error)  # noqa: PT017
 
 
 def test_missing_files_from_python(good_inputs, tmp_path):

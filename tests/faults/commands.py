@@ -54,6 +54,8 @@ class CommandServer:
         environment: dict[str, str] | None = None,
         limits: dict[str, int] | None = None,
         sync_interval: float | None = None,
+        first_note: float | None = None,
+        cores: int | None = None,
     ) -> Command:
         """Start a command.
 
@@ -61,10 +63,12 @@ class CommandServer:
             arguments: those after its name.
             log: where all that it prints goes; made when the command itself begins.
             command: its name.
-            environment: variables set beside those of this process.
+            environment: variables set in addition to this process's.
             limits: resource limits by their names in `resource`; RLIMIT_DATA beyond what the server
                 holds already.
             sync_interval: seconds between flushes of the output, in place of the command's own.
+            first_note: seconds of waiting for other processes before the first note.
+            cores: number of cores that it may use.
         """
         log.unlink(missing_ok=True)
         pid = self.ask(
@@ -74,6 +78,8 @@ class CommandServer:
             environment=environment or {},
             limits=limits or {},
             sync_interval=sync_interval,
+            first_note=first_note,
+            cores=cores,
         )
         return Command(self, pid, log)
 
@@ -126,6 +132,6 @@ class Command:
 
     @property
     def lines(self) -> list[str]:
-        """What it printed, but for the progress that only a slow machine is told."""
+        """The output, without the progress lines that only a slow machine prints."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [line for line in lines if " progress: " not in line]

@@ -23,7 +23,7 @@ import dump_activations.api
 import dump_activations.commands.dump
 import dump_activations.commands.inspect
 from dump_activations.pipeline.interrupts import die_of
-from dump_activations.storage.writing import durability
+from dump_activations.storage.writing import output, shards
 
 
 def torchrun(arguments: list[str]) -> int:
@@ -70,7 +70,11 @@ def run(request: dict[str, Any]) -> None:
     """Become the command that a request describes; does not return."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if request["sync_interval"] is not None:
-        durability.SYNC_INTERVAL = request["sync_interval"]
+        output.SYNC_INTERVAL = request["sync_interval"]
+    if request["first_note"] is not None:
+        shards._FIRST_NOTE_SECONDS = request["first_note"]
+    if request["cores"] is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: request["cores"]])
     for name, limit in request["limits"].items():
         used = used_memory() if name == "RLIMIT_DATA" else 0
         resource.setrlimit(getattr(resource, name), (used + limit, used + limit))
@@ -82,7 +86,7 @@ def run(request: dict[str, Any]) -> None:
     # Last: from here on the preloaded library may break a system call.
     os.environ.update(request["environment"])
     code = COMMANDS[request["command"]](request["arguments"])
-    # Threads that were left behind hold up the end, as they would that of any process; but tearing
+    # Threads that were left behind hold up the end, as in any process. Tearing
     # down torch's modules would take longer than the command.
     threading._shutdown()
     sys.stdout.flush()

@@ -1,95 +1,68 @@
-"""Runs a command as the processes of a torchrun group, without torchrun: forked, and signalled."""
+"""Runs a command as several processes, as a launcher does, but forked and signalled by the test."""
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
-
 from faults.commands import HANG, Command, CommandServer
 
 
 @dataclass(frozen=True)
 class Group:
-    """Commands that share a run.
-
-    Attributes:
-        commands: by rank.
-    """
+    """Processes of one command, by rank."""
 
     commands: list[Command]
 
     def wait(self, seconds: float = HANG) -> list[int]:
-        """Return their exit codes, by rank."""
+        """Return their exit codes."""
         end = time.monotonic() + seconds
         return [command.wait(max(end - time.monotonic(), 1)) for command in self.commands]
-
-    def signal(self, number: signal.Signals) -> None:
-        """Signal all of them, as their launcher does; none may have been waited for."""
-        for command in self.commands:
-            command.signal(number)
 
     @property
     def lines(self) -> list[str]:
         """All that they printed but notes."""
-        return [
-            line
-            for command in self.commands
-            for line in command.lines
-            if not line.startswith("note: ")
-        ]
+        return [line for command in self.commands for line in without_notes(command.lines)]
 
 
-class Launcher:
-    """Starts groups one after another, which all find the same store, as those of a launcher do."""
+def without_notes(lines: Sequence[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("note: ")]
 
-    def __init__(self, server: CommandServer, logs: Path) -> None:
-        self._server = server
-        self._logs = logs
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-    def start(
-        self,
-        arguments: Sequence[str],
-        *,
-        size: int,
-        of_rank: Mapping[int, Sequence[str]] | None = None,
-        order: Sequence[int] | None = None,
-        restarts: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Group:
-        """Start a group of so many processes.
+def place(rank: int, size: int) -> dict[str, str]:
+    """Return the variables that a launcher sets."""
+    values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank}
+    # Each process has all cores: the number of threads may change the bytes.
+    return {name: str(value) for name, value in values.items()} | {"LOCAL_WORLD_SIZE": "1"}
 
-        Args:
-            arguments: the command's.
-            size: how many processes.
-            of_rank: arguments that only one of them has.
-            order: in which they are started; by default that of the ranks.
-            restarts: how often each was started before.
-            options: for `CommandServer.start`.
-        """
-        self._logs.mkdir(exist_ok=True)
-        commands = {}
-        for rank in order or range(size):
-            environment = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": "1",  # or the cores would be shared out
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self._store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RESTART_COUNT": str(restarts[rank] if restarts else 0),
-            }
-            commands[rank] = self._server.start(
-                [*arguments, *(of_rank or {}).get(rank, ())],
-                self._logs / str(rank),
-                environment=environment,
-                **options,
-            )
-        return Group([commands[rank] for rank in range(size)])
+
+def start_group(
+    server: CommandServer,
+    arguments: Sequence[str],
+    logs: Path,
+    *,
+    size: int,
+    of_rank: Mapping[int, Mapping[str, str]] | None = None,
+    **options: Any,
+) -> Group:
+    """Start processes of a command.
+
+    Args:
+        server: what starts them.
+        arguments: the command's.
+        logs: directory of their logs.
+        size: how many processes.
+        of_rank: variables that only one of them has.
+        options: for `CommandServer.start`.
+    """
+    logs.mkdir(exist_ok=True)
+    commands = {}
+    for rank in reversed(range(size)):
+        environment = place(rank, size) | dict((of_rank or {}).get(rank, {}))
+        commands[rank] = server.start(
+            arguments, logs / str(rank), environment=environment, **options
+        )
+    return Group([commands[rank] for rank in range(size)])

@@ -17,6 +17,7 @@ from dump_activations.errors import DumpActivationsError, DumpActivationsWarning
 from reference.checkpoints import (
     BASE,
     VARIANTS,
+    WEIGHT_FILES,
     bundle,
     config_json,
     load_demo,
@@ -36,59 +37,48 @@ def forward(model, boards=BOARDS):
     return hidden.double().numpy(), logits.double().numpy()
 
 
-def assert_loads_as(model, checkpoint):
-    expected_hidden, expected_logits = naive_forward(
-        checkpoint.state_dict, checkpoint.config, BOARDS
-    )
-    hidden, logits = forward(model)
-    assert_close(hidden, expected_hidden)
-    assert_close(logits, expected_logits)
+def assert_loads_as(model, state_dict, config=BASE):
+    hidden, logits = naive_forward(state_dict, config, BOARDS)
+    found = forward(model)
+    assert_close(found[0], hidden)
+    assert_close(found[1], logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_equals_the_naive_one(variant, tmp_path):
     checkpoint = VARIANTS[variant](tmp_path / "checkpoint")
     model = load_encoder(checkpoint.init)
-    assert_loads_as(model, checkpoint)
+    assert_loads_as(model, checkpoint.state_dict, checkpoint.config)
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert set(model.state_dict()) == set(checkpoint.state_dict)
 
 
 def test_demo_checkpoint(demo_checkpoint):
-    assert_loads_as(load_encoder(str(demo_checkpoint)), load_demo(demo_checkpoint))
+    demo = load_demo(demo_checkpoint)
+    assert_loads_as(load_encoder(str(demo_checkpoint)), demo.state_dict, demo.config)
 
 
-def test_a_copy_of_the_weights_is_kept(tmp_path):
+def test_the_model_keeps_a_copy_of_the_weights_and_reads_no_other_file(tmp_path):
     """The model does not map the file, so nobody can change the weights of a run."""
     checkpoint = VARIANTS["gqa-4-2"](tmp_path / "checkpoint")
-    model = load_encoder(checkpoint.init)
-    with (checkpoint.init / "model.safetensors").open("r+b") as file:
-        file.write(bytes((checkpoint.init / "model.safetensors").stat().st_size))
-    assert_loads_as(model, checkpoint)
-
-
-def test_other_files_are_left_alone(tmp_path):
-    checkpoint = VARIANTS["gqa-4-2"](tmp_path / "checkpoint")
-    for name in ("optimizer.pt", "model-00001.safetensors", "latest.pt", "model-final.pt"):
+    for name in ("optimizer.pt", "model-00001.safetensors", "latest.pt", *WEIGHT_FILES[2:]):
         (checkpoint.init / name).write_bytes(b"not weights")
-    assert_loads_as(load_encoder(checkpoint.init), checkpoint)
+    model = load_encoder(checkpoint.init)
+    weights = checkpoint.init / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.write(bytes(weights.stat().st_size))
+    assert_loads_as(model, checkpoint.state_dict)
 
 
-@pytest.fixture
-def config_alone(tmp_path):
+def test_random_init_gives_an_untrained_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_json(replace(BASE, sinks=True))))
-    return tmp_path
-
-
-def test_random_init_gives_an_untrained_model(config_alone):
-    model = load_encoder(config_alone, random_init=True)
+    model = load_encoder(tmp_path, random_init=True)
     hidden, logits = forward(model)
     assert hidden.shape == (23, 16, BASE.hidden)
     assert logits.shape == (23, 4, BASE.n_bins)
-    assert np.isfinite(logits).all()
     assert np.unique(logits).size > 23
-    same, other = (load_encoder(config_alone, random_init=True, seed=seed) for seed in (0, 1))
+    same, other = (load_encoder(tmp_path, random_init=True, seed=seed) for seed in (0, 1))
     assert equal_weights(model, same)
     assert not equal_weights(model, other)
     # PyTorch's default initialisation, module after module.
@@ -130,13 +120,11 @@ def test_misfits_are_listed(weights, tmp_path):
     state_dict["blocks.0.attn.extra"] = torch.zeros(3)
     state_dict["blocks.0.attn.wo.weight"] = torch.zeros(32, 31)
     state_dict["tok_emb.weight"] = torch.zeros(16, 32)  # smaller than the vocabulary
-    text = refused(
-        save_checkpoint(tmp_path / "bad", state_dict, config_json(BASE), weights=weights)
-    )
-    assert "missing blocks.1.mlp.w_up.weight;" in text
+    text = refused(save_checkpoint(tmp_path, state_dict, config_json(BASE), weights=weights))
     assert (
-        "misshapen tok_emb.weight (16, 32), not (17, 32), blocks.0.attn.wo.weight (32, 31)" in text
-    )
+        "missing blocks.1.mlp.w_up.weight; "
+        "misshapen tok_emb.weight (16, 32), not (17, 32), blocks.0.attn.wo.weight (32, 31)"
+    ) in text
     assert "unexpected blocks.0.attn.extra" in text
 
 
@@ -193,31 +181,19 @@ def _safetensors(header, data=b""):
     return struct.pack("<Q", len(header)) + header + data
 
 
-_ENTRY = '{"tok_emb.weight": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}'
+def _entry(shape, data=b""):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, len(data)]}
+    return _safetensors({"tok_emb.weight": entry}, data)
+
+
 HOSTILE_SAFETENSORS = {
-    "thousands-of-axes": _safetensors((_ENTRY % ", ".join(["1"] * 20_000)).encode(), bytes(4)),
-    "a-million-digits": _safetensors((_ENTRY % ("1" + "0" * 10**6)).encode(), bytes(4)),
-    "giant-header": struct.pack("<Q", 2**63) + b"{}",
+    "thousands-of-axes": _entry([1] * 20_000, bytes(4)),
+    "a-million-digits": _entry(["N"], bytes(4)).replace(b'"N"', b"1" + b"0" * 10**6),
     "header-past-the-end": struct.pack("<Q", 10**6) + b"{}",
-    "not-json": _safetensors(b"{'a': os}"),
-    "list": _safetensors([1, 2]),
     "empty": _safetensors({}),
-    "offsets-past-the-end": _safetensors(
-        {"tok_emb.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"\0\0"
-    ),
-    "giant-shape": _safetensors(
-        {"tok_emb.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}},
-        b"\0" * 8,
-    ),
-    "overflowing-strides": _safetensors(
-        {"tok_emb.weight": {"dtype": "F32", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}}
-    ),
-    "length-past-int64": _safetensors(
-        {"tok_emb.weight": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}
-    ),
-    "odd-name": _safetensors(
-        {"\n\x1b[31m": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4
-    ),
+    "overflowing-strides": _entry([0, 2**40, 2**40]),
+    "length-past-int64": _entry([0, 2**63]),
+    "odd-name": _entry([1], bytes(4)).replace(b"tok_emb.weight", b"\\n\\u001b[31m456"),
 }
 
 
@@ -231,31 +207,29 @@ def test_hostile_safetensors(case, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
-def test_weights_of_a_dtype_that_is_none(dtype, tmp_path):
+def test_weights_must_be_floating_point(dtype, tmp_path):
     state_dict = random_state_dict(BASE)
     state_dict["tok_emb.weight"] = state_dict["tok_emb.weight"].to(dtype)
     save_checkpoint(tmp_path / "ints", state_dict, config_json(BASE))
     assert "tok_emb.weight" in refused(tmp_path / "ints")
 
 
-HOSTILE_CONFIGS = {
-    "empty": "",
-    "not-json": "{hidden_size: 32}",
-    "cut": '{"hidden_size": 32,',
-    "list": "[1, 2]",
-    "number": "12",
-    "null": "null",
-    "not-text": b"\xff\xfe\x00\x01",
-    "deep": "[" * 100_000,
-    "deep-object": '{"a":' * 100_000 + "1" + "}" * 100_000,
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE_CONFIGS)
-def test_config_that_is_not_an_object(case, tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{hidden_size: 32}",
+        b"[1, 2]",
+        b"null",
+        b"\xff\xfe\0\1",
+        b"[" * 10**5,
+        b'{"a":' * 10**5,
+    ],
+    ids=["empty", "not-json", "list", "null", "not-text", "deep", "deep-object"],
+)
+def test_config_that_is_not_an_object(text, tmp_path):
     directory = save_checkpoint(tmp_path / "bad", random_state_dict(BASE), config_json(BASE))
-    text = HOSTILE_CONFIGS[case]
-    (directory / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (directory / "config.json").write_bytes(text)
     assert "config.json" in refused(directory)
 
 
@@ -275,24 +249,13 @@ BAD_VALUES = [
         for field in (*REQUIRED[:-1], "num_key_value_heads")
         for value in (0, -4, "32", 32.5, True, [4], {}, 10**30, 2**40)
     ],
-    *[
-        (field, value)
-        for field in ("input_vocab_size", "max_position_embeddings")
-        for value in ("16", 2.5, [16], 2**50)
-    ],
-    ("max_position_embeddings", 0),
-    ("max_position_embeddings", -1),
-    ("max_position_embeddings", 8),
-    ("max_position_embeddings", 15),
-    *[("layer_norm_eps", value) for value in ("1e-6", -1.0, [1e-6], True)],
-    *[
-        (field, value)
-        for field in ("use_attention_sinks", "use_qk_norm")
-        for value in ("yes", 2, [])
-    ],
-    ("num_key_value_heads", 3),
-    ("num_attention_heads", 5),
-    ("num_attention_heads", 3),
+    *[("input_vocab_size", value) for value in ("16", 2.5, [16], 2**50)],
+    *[("max_position_embeddings", value) for value in ("16", 2.5, [16], 2**50, 0, -1, 8, 15)],
+    *[("layer_norm_eps", value) for value in ("1e-6", -1.0, [1e-6], True, 10**400)],
+    *[("layer_norm_eps", float(value)) for value in ("nan", "inf", "-inf")],
+    *[("use_attention_sinks", value) for value in ("yes", 2, [])],
+    *[("use_qk_norm", value) for value in ("yes", 2, [])],
+    *[("num_key_value_heads", 3), ("num_attention_heads", 5), ("num_attention_heads", 3)],
     ("hidden_size", 34),
 ]
 
@@ -324,26 +287,14 @@ def test_bad_value_of_a_field_that_the_weights_settle(field, value, tmp_path):
     except DumpActivationsError as error:
         assert field in str(error)  # noqa: PT017
     else:
-        assert_close(forward(model)[1], naive_forward(state_dict, BASE, BOARDS)[1])
+        assert_loads_as(model, state_dict)
 
 
 def test_null_means_the_default(tmp_path):
-    fields = config_json(replace(BASE, kv_heads=4)) | {"num_key_value_heads": None}
-    state_dict = random_state_dict(replace(BASE, kv_heads=4))
-    model = load_encoder(save_checkpoint(tmp_path / "null", state_dict, fields))
-    expected = naive_forward(state_dict, replace(BASE, kv_heads=4), BOARDS)
-    assert_close(forward(model)[0], expected[0])
-
-
-@pytest.mark.parametrize("eps", ["NaN", "Infinity", "-Infinity", "1e400", "1" + "0" * 400])
-def test_eps_that_is_no_number(eps, tmp_path):
-    directory = save_checkpoint(tmp_path / "bad", random_state_dict(BASE), config_json(BASE))
-    text = json.dumps(config_json(BASE)).replace(
-        '"layer_norm_eps": 1e-06', f'"layer_norm_eps": {eps}'
-    )
-    assert eps in text
-    (directory / "config.json").write_text(text)
-    assert "layer_norm_eps" in refused(directory)
+    config = replace(BASE, kv_heads=4)
+    state_dict = random_state_dict(config)
+    fields = config_json(config) | {"num_key_value_heads": None}
+    assert_loads_as(load_encoder(save_checkpoint(tmp_path, state_dict, fields)), state_dict, config)
 
 
 def _one_storage_in_every_weight(path):
@@ -372,7 +323,7 @@ def _compressed(path):
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
-            archive.writestr(name, data + bytes(50 << 20))
+            archive.writestr(name, data + bytes(1 << 20))
 
 
 # How a bundle is changed, and a word of its refusal.
@@ -394,12 +345,8 @@ def test_a_bundle_that_would_take_more_than_its_size_is_refused(hurt, tmp_path):
 NOT_BUNDLES = {
     "empty": b"",
     "garbage": b"\x00\x01garbage" * 100,
-    "text": b"not a bundle",
     "zip": b"PK\x03\x04" + b"\0" * 60,
-}
-NOT_BUNDLE_OBJECTS = {
     "list": [1, 2],
-    "number": 3,
     "tensor": torch.zeros(3),
     "no-model": {"encoder_config": config_json(BASE)},
     "model-is-a-list": {"model": [torch.zeros(2)], "encoder_config": config_json(BASE)},
@@ -417,16 +364,15 @@ NOT_BUNDLE_OBJECTS = {
 }
 
 
-@pytest.mark.parametrize("case", [*NOT_BUNDLES, *NOT_BUNDLE_OBJECTS])
-@pytest.mark.parametrize("place", ["file", "directory"])
-def test_a_bundle_that_is_not_one(case, place, tmp_path):
+@pytest.mark.parametrize("content", NOT_BUNDLES.values(), ids=NOT_BUNDLES)
+def test_a_bundle_that_is_not_one(content, tmp_path):
     path = tmp_path / "model.pt"
-    if case in NOT_BUNDLES:
-        path.write_bytes(NOT_BUNDLES[case])
+    if isinstance(content, bytes):
+        path.write_bytes(content)
     else:
-        torch.save(NOT_BUNDLE_OBJECTS[case], path)
-    init = path if place == "file" else tmp_path
-    assert str(init) in refused(init)
+        torch.save(content, path)
+    for init in (path, tmp_path):
+        assert str(init) in refused(init)
 
 
 POLICY = {"policy_head.weight": torch.ones(4, 32), "policy_head.bias": torch.zeros(4)}
@@ -439,7 +385,7 @@ VALUE = {
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.pt"])
-def test_what_the_model_has_no_part_for_is_left_out_with_one_warning(weights, tmp_path):
+def test_weights_without_a_module_are_left_out_with_one_warning(weights, tmp_path):
     state_dict = random_state_dict(BASE)
     config = config_json(BASE, value_head={"type": "mean"})
     directory = save_checkpoint(
@@ -451,16 +397,16 @@ def test_what_the_model_has_no_part_for_is_left_out_with_one_warning(weights, tm
     for module in ("policy_head", "value_head", "value_pre_pool_norm", "value_pre_pool_mlp"):
         assert f"{module}," in str(warning.message) or f"{module}:" in str(warning.message)
     assert "ev_heads" not in str(warning.message)
-    assert_close(forward(model)[1], naive_forward(state_dict, BASE, BOARDS)[1])
+    assert_loads_as(model, state_dict)
 
 
-def test_of_two_heads_the_configs_is_used(tmp_path):
+def test_the_config_chooses_one_of_two_heads(tmp_path):
     policy = replace(BASE, head_type="action_policy")
     state_dict = random_state_dict(policy)
     both = random_state_dict(BASE, seed=1) | state_dict
     with pytest.warns(DumpActivationsWarning, match="ev_heads"):
         model = load_encoder(save_checkpoint(tmp_path / "both", both, config_json(policy)))
-    assert_close(forward(model)[1], naive_forward(state_dict, policy, BOARDS)[1])
+    assert_loads_as(model, state_dict, policy)
 
 
 @pytest.mark.parametrize("lacking", ["ev_heads.0", "ev_heads.2.bias"])
@@ -527,7 +473,7 @@ def test_sharded_safetensors(tmp_path):
     weight_map, index = save_shards(tmp_path / "a", wrapped)
     save_weights(index.parent / "model.pt", random_state_dict(BASE, seed=1), config_json(BASE))
     model = load_encoder(index.parent)
-    assert_close(forward(model)[0], naive_forward(state_dict, BASE, BOARDS)[0])
+    assert_loads_as(model, state_dict)
     assert {path.name for path in model.checkpoint_files} == {
         "config.json",
         index.name,
@@ -579,7 +525,7 @@ def test_weights_that_are_not_finite_are_named_once(tmp_path):
     assert "blocks.0.attn.wq.weight (0 NaN, 1 infinite)" in str(warning.message)
 
 
-def test_the_tokenizer_beside_a_checkpoint_is_kept_as_its_text(tmp_path):
+def test_the_tokenizer_next_to_a_checkpoint_is_kept_as_text(tmp_path):
     directory = save_checkpoint(tmp_path / "a", random_state_dict(BASE), config_json(BASE))
     assert load_encoder(directory).tokenizer is None
     text = '{"bins": [0.5,\r\n 1],\t"name": "é"}'
@@ -600,33 +546,29 @@ def test_two_keys_that_are_one_without_their_prefix(tmp_path):
     assert "tok_emb.weight" in refused(tmp_path)
 
 
-def test_weights_saved_beside_a_config_of_the_bundle(tmp_path):
-    """A bundle file given by its path uses its own config, not that of its directory."""
+def test_a_bundle_given_by_its_path_uses_its_own_config(tmp_path):
     save_checkpoint(tmp_path, random_state_dict(BASE, seed=1), config_json(replace(BASE, eps=0.5)))
-    checkpoint_state = random_state_dict(BASE)
-    save_weights(tmp_path / "model-best.pt", checkpoint_state, config_json(BASE))
-    expected = naive_forward(checkpoint_state, BASE, BOARDS)
-    assert_close(forward(load_encoder(tmp_path / "model-best.pt"))[0], expected[0])
+    state_dict = random_state_dict(BASE)
+    save_weights(tmp_path / "model-best.pt", state_dict, config_json(BASE))
+    assert_loads_as(load_encoder(tmp_path / "model-best.pt"), state_dict)
 
 
-def test_safetensors_beside_a_bundle_that_has_the_config(tmp_path):
+def test_safetensors_take_the_config_of_a_bundle_next_to_them(tmp_path):
     state_dict = random_state_dict(BASE)
     save_file(state_dict, tmp_path / "model.safetensors")
     torch.save(bundle(random_state_dict(BASE, seed=1), config_json(BASE)), tmp_path / "model.pt")
-    expected = naive_forward(state_dict, BASE, BOARDS)
-    assert_close(forward(load_encoder(tmp_path))[0], expected[0])
+    assert_loads_as(load_encoder(tmp_path), state_dict)
 
 
 def test_an_empty_config_of_a_bundle_and_nulls_in_it_are_none(tmp_path):
     state_dict = random_state_dict(BASE)
-    expected = naive_forward(state_dict, BASE, BOARDS)
     (tmp_path / "config.json").write_text(json.dumps(config_json(BASE)))
     content = bundle(state_dict, config_json(BASE)) | {"encoder_config": {"layer_norm_eps": None}}
     torch.save(content, tmp_path / "model.pt")
-    assert_close(forward(load_encoder(tmp_path))[0], expected[0])
+    assert_loads_as(load_encoder(tmp_path), state_dict)
     old = {"model": state_dict, "encoder_config": {}}
     torch.save(old | {"training_config": {"encoder": config_json(BASE)}}, tmp_path / "old.pt")
-    assert_close(forward(load_encoder(tmp_path / "old.pt"))[0], expected[0])
+    assert_loads_as(load_encoder(tmp_path / "old.pt"), state_dict)
 
 
 def test_a_bundle_of_more_than_plain_values_says_of_what(tmp_path):
@@ -675,3 +617,11 @@ def test_a_path_without_a_checkpoint(name, words, tmp_path):
     text = refused(tmp_path / name)
     assert words in text
     assert str(tmp_path / name) in text
+
+
+def test_a_path_may_start_with_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    checkpoint = VARIANTS["gqa-4-2"](tmp_path / "checkpoint")
+    model = load_encoder("~/checkpoint")
+    assert_loads_as(model, checkpoint.state_dict)
+    assert model.checkpoint == "~/checkpoint"

@@ -33,6 +33,7 @@ class Session:
 
     process: subprocess.Popen
     home: Path
+    stderr: Path
 
     def ask(self, init, timeout=60):
         request = {"init": init, "boards": BOARDS.tolist(), "timeout": timeout}
@@ -70,15 +71,18 @@ def hub():
 
 @pytest.fixture(scope="module")
 def session(hub, tmp_path_factory):
-    home = tmp_path_factory.mktemp("hub") / "cache"
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parents[1] / "hub_session.py")],
-        env=hub_environment(hub, home),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield Session(process, home)
+    root = tmp_path_factory.mktemp("hub")
+    home, stderr = root / "cache", root / "stderr"
+    with stderr.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parents[1] / "hub_session.py")],
+            env=hub_environment(hub, home),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    yield Session(process, home, stderr)
     process.stdin.close()
     assert process.wait(timeout=30) == 0
 
@@ -99,15 +103,11 @@ def outside(session):
     """Return the files around the cache; afterwards check that they are still the same."""
 
     def listing():
-        return sorted(
-            path
-            for path in session.home.parent.rglob("*")
-            if session.home not in path.parents and path != session.home
-        )
+        return {each for each in session.home.parent.rglob("*") if session.home not in each.parents}
 
-    before = listing()
+    before = listing() | {session.home}
     yield
-    assert listing() == before
+    assert listing() | {session.home} == before
 
 
 def checkpoint_files(root, *, seed=0, weights="model.safetensors"):
@@ -179,22 +179,18 @@ def test_a_subdirectory_of_a_revision(folder, ref, hub, session, tmp_path):
     assert sorted(hub.downloads) == [f"{folder}/config.json", f"{folder}/model.safetensors"]
 
 
-def test_revisions(hub, session, tmp_path):
-    wanted = {}
+def test_revisions_are_found_and_a_moved_branch_is_followed(hub, session, tmp_path):
+    expected = {}
     for seed, ref in enumerate(("main", "v0.1", "refs/pr/1")):
         files, logits = checkpoint_files(tmp_path / str(seed), seed=seed)
         commit = hub.commit("lab/revised", files, ref=ref)
-        wanted |= {ref: logits, commit: logits}
-    for revision, logits in wanted.items():
+        expected |= {ref: logits, commit: logits}
+    for revision, logits in expected.items():
         assert_close(session.logits(f"hf://lab/revised@{revision}"), logits)
-    assert_close(session.logits("hf://lab/revised"), wanted["main"])
-
-
-def test_a_moved_branch_is_followed(hub, session, tmp_path):
-    for seed in range(2):
-        files, logits = checkpoint_files(tmp_path / str(seed), seed=seed)
-        hub.commit("lab/moving", files)
-        assert_close(session.logits("hf://lab/moving"), logits)
+    assert_close(session.logits("hf://lab/revised"), expected["main"])
+    files, logits = checkpoint_files(tmp_path / "later", seed=9)
+    hub.commit("lab/revised", files)
+    assert_close(session.logits("hf://lab/revised"), logits)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +201,7 @@ def test_a_moved_branch_is_followed(hub, session, tmp_path):
         ("hf://lab/flat/nowhere", "not a checkpoint"),
     ],
 )
-def test_what_the_hub_does_not_have(init, words, hub, session, tmp_path):
+def test_a_missing_repository_revision_or_directory_is_named(init, words, hub, session, tmp_path):
     files, _ = checkpoint_files(tmp_path / "a")
     hub.commit("lab/flat", files)
     answer = session.error(init)
@@ -214,20 +210,17 @@ def test_what_the_hub_does_not_have(init, words, hub, session, tmp_path):
     assert hub.downloads == []
 
 
-CONFIG = {"config.json": json.dumps(config_json(BASE)).encode()}
-
-
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("names", "words"),
     [
-        ({"README.md": b"nothing here"}, "not a checkpoint"),
-        (CONFIG, "no weights"),
-        (CONFIG | {"model-step-00001000.pt": b"x"}, "it has model-step-00001000.pt"),
+        (["README.md"], "not a checkpoint"),
+        (["config.json"], "no weights"),
+        (["config.json", "model-step-00001000.pt"], "it has model-step-00001000.pt"),
     ],
     ids=["readme", "config", "step"],
 )
-def test_a_repository_without_weights_is_not_downloaded(files, words, hub, session):
-    hub.commit("lab/weightless", files)
+def test_a_repository_without_weights_is_not_downloaded(names, words, hub, session):
+    hub.commit("lab/weightless", dict.fromkeys(names, b"{}"))
     assert words in session.error("hf://lab/weightless")["error"]
     assert hub.downloads == []
 
@@ -297,36 +290,13 @@ def test_a_branch_that_moves_meanwhile_gives_one_commit(hub, session, tmp_path):
 @pytest.mark.parametrize(
     "init",
     [
-        "hf://",
-        "hf://lab",
-        "hf://lab/",
-        "hf:///repo",
-        "hf://lab/repo@",
-        "hf://lab//sub",
-        "hf://@main",
-        "hf://la b/repo",
-        "hf://lab/a--b",
-        "hf://lab/r-",
-        "hf://lab/r.git",
-        "hf://lab/" + "r" * 97,
-        "hf://lab/re?po",
-        "hf://../x",
-        "hf://lab/..",
-        "hf://./repo",
-        "hf://lab/repo/../../etc",
-        "hf://lab/repo/..",
-        "hf://lab/repo/a/../b",
-        "hf://lab/repo//etc/passwd",
-        "hf://lab/repo/./a",
-        "hf://lab/repo/a\\..\\..\\b",
-        "hf://lab/repo@../../main",
-        "hf://lab/repo@/etc",
-        "hf://lab/repo@a/../../b",
-        "hf://lab/repo@v1/..",
-        "hf://datasets/lab/repo",
-        "hf://spaces/lab/repo@main",
-        "https://huggingface.co/lab/repo/tree/main",
-        "s3://bucket/model.pt",
+        *("hf://", "hf://lab", "hf:///repo", "hf://lab/repo@", "hf://lab//sub", "hf://@main"),
+        *("hf://la b/repo", "hf://lab/a--b", "hf://lab/" + "r" * 97, "hf://lab/re?po"),
+        *("hf://../x", "hf://lab/..", "hf://lab/repo/../../etc", "hf://lab/repo/a/../b"),
+        *("hf://lab/repo//etc/passwd", "hf://lab/repo/./a", "hf://lab/repo/a\\..\\..\\b"),
+        *("hf://lab/repo@../../main", "hf://lab/repo@/etc", "hf://lab/repo@v1/.."),
+        *("hf://datasets/lab/repo", "hf://spaces/lab/repo@main"),
+        *("https://huggingface.co/lab/repo/tree/main", "s3://bucket/model.pt"),
     ],
 )
 def test_malformed_names_are_refused_before_any_request(init, hub, session, outside):
@@ -388,31 +358,11 @@ def test_command_dumps_from_the_hub_and_then_offline(hub, demo_checkpoint, demo_
     assert sorted(hub.downloads) == ["v0.1/config.json", "v0.1/model.safetensors"]
 
 
-TOLD = """
-import json
-from dump_activations import load_encoder
-from dump_activations import progress as phases
-
-class Told:
-    events = []
-    def begin(self, phase):
-        self.events.append(phase.name)
-
-with phases.reported_to(Told()):
-    load_encoder("hf://lab/told")
-print(json.dumps(Told.events))
-"""
-
-
-def test_a_download_is_told_of_and_draws_no_bars(hub, tmp_path):
+def test_a_download_is_reported_and_shows_no_bars(hub, session, tmp_path):
     files, _ = checkpoint_files(tmp_path / "a")
-    hub.commit("lab/told", files)
-    run = subprocess.run(
-        [sys.executable, "-c", TOLD],
-        env=hub_environment(hub, tmp_path / "cache"),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(run.stdout) == ["downloading hf://lab/told", "loading the checkpoint"]
-    assert run.stderr == ""
+    hub.commit("lab/reported", files)
+    session.ask("hf://lab/nowhere")
+    before = session.stderr.read_text()
+    answer = session.ask("hf://lab/reported")
+    assert answer["phases"] == ["downloading hf://lab/reported", "loading the checkpoint"]
+    assert session.stderr.read_text() == before

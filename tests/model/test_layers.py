@@ -1,4 +1,4 @@
-"""Only the layers asked for: which they are, what is run for them, and where they are stored."""
+"""A choice of layers: how it is indexed, what runs for it, and where it is stored."""
 
 from functools import partial
 
@@ -42,25 +42,24 @@ bounds = st.one_of(st.none(), numbers)
 )
 def test_layers_are_indexed_as_python_does(items, count):
     values = [item if isinstance(item, int) else slice(*item) for item in items]
-    text = ",".join(
+    texts = [
         str(item)
         if isinstance(item, int)
         else ":".join("" if bound is None else str(bound) for bound in item)
         for item in items
-    )
-    expected = set()
+    ]
+    text = ",".join(texts)
     try:
-        for value in values:
-            found = range(count)[value]
-            expected |= {found} if isinstance(found, int) else set(found)
+        found = [np.atleast_1d(np.arange(count)[value]) for value in values]
+        expected = {*map(int, np.concatenate(found))}
     except (IndexError, ValueError):
         expected = set()
     for layers in (values, text):
         if expected:
-            assert find_layers("layers", layers, count) == tuple(sorted(expected))
+            assert find_layers(layers, count) == tuple(sorted(expected))
         else:
             with pytest.raises(InvalidArgumentError, match="layers"):
-                find_layers("layers", layers, count)
+                find_layers(layers, count)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -97,7 +96,7 @@ def test_a_split_dump_is_resumed(suffix, model, demo_dataset, tmp_path):
         cpu_dump(model, demo_dataset, broken, progress=interrupt, **options)
     if not broken.with_name(f"{broken.name}.partial").exists():
         pytest.skip("nothing was on disk yet")
-    summary = cpu_dump(model, demo_dataset, broken, resume=True, **options)
+    summary = cpu_dump(model, demo_dataset, broken, **options)
     assert summary.resumed_boards > 0
     assert broken.read_bytes() == whole.read_bytes()
 
@@ -138,15 +137,10 @@ def test_an_alias_with_a_layer_is_stored_as_the_layer(model, demo_dataset, tmp_p
     keys = ["layer_outputs", "resid_pre", "attn_q"]
     cpu_dump(model, demo_dataset, tmp_path / "all.safetensors", outputs=keys)
     some, everything = (read_dump(tmp_path / f"{name}.safetensors") for name in ("some", "all"))
-    assert some.metadata["outputs"] == "attn_q.3,layer_outputs.2,resid_pre.0"
-    assert some.tensors.keys() == {
-        "attn_q.3",
-        "layer_outputs.2",
-        "resid_pre.0",
-        "indices",
-        "boards",
-    }
-    for name in ("attn_q.3", "layer_outputs.2", "resid_pre.0"):
+    kept = ("attn_q.3", "layer_outputs.2", "resid_pre.0")
+    assert some.metadata["outputs"] == ",".join(kept)
+    assert some.tensors.keys() == {*kept, "indices", "boards"}
+    for name in kept:
         key, layer = name.split(".")
         assert torch.equal(some.tensors[name], everything.tensors[key][:, int(layer)]), name
     acts = ActivationsFile(tmp_path / "some.safetensors")

@@ -1,1 +1,1 @@
-"""What the tests hold the package against: written from the formats, importing none of its code."""
+"""Independent truth for the tests, written from the formats. Imports none of the package."""

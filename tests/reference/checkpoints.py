@@ -46,7 +46,7 @@ _REFERENCE_FIELDS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What to give as `--init`, and what it must load as: a clean fp32 state dict and sizes."""
+    """A value of `--init`, and the fp32 state dict and sizes that it must load as."""
 
     init: Path
     state_dict: StateDict
@@ -57,7 +57,7 @@ def random_state_dict(config: ReferenceConfig, *, seed: int = 0, positions: int 
     """Return fp32 weights: gains around 1, sinks and biases around 0, all of them spread wide."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(name: str, shape: torch.Size) -> torch.Tensor:
+    def sample(name: str, shape: torch.Size) -> torch.Tensor:
         noise = torch.randn(shape, generator=generator)
         if "norm" in name or name == "final_ln.weight":
             return 1 + 0.4 * noise
@@ -66,7 +66,7 @@ def random_state_dict(config: ReferenceConfig, *, seed: int = 0, positions: int 
         return noise * (1.5 / math.sqrt(shape[-1]))
 
     shapes = ReferenceEncoder(config, positions=positions).state_dict()
-    return {name: draw(name, value.shape) for name, value in shapes.items()}
+    return {name: sample(name, value.shape) for name, value in shapes.items()}
 
 
 def config_json(config: ReferenceConfig, **changes: Any) -> dict[str, Any]:
@@ -145,24 +145,6 @@ def _plain(config: ReferenceConfig, **changes: Any) -> Callable[[Path], Checkpoi
     return make
 
 
-def _weight_file(name: str) -> Callable[[Path], Checkpoint]:
-    """Return the maker of a directory where `name` and every name after it exist.
-
-    Each file holds other weights, so that only the first one gives the right numbers.
-    """
-
-    def make(directory: Path) -> Checkpoint:
-        config = BASE
-        first = WEIGHT_FILES.index(name)
-        for seed, later in enumerate(WEIGHT_FILES[first:]):
-            save_checkpoint(
-                directory, random_state_dict(config, seed=seed), config_json(config), weights=later
-            )
-        return Checkpoint(directory, random_state_dict(config, seed=0), config)
-
-    return make
-
-
 def _bundle_file(place: str) -> Callable[[Path], Checkpoint]:
     def make(directory: Path) -> Checkpoint:
         directory.mkdir(parents=True)
@@ -214,6 +196,11 @@ def _stored_as(dtype: torch.dtype, weights: str) -> Callable[[Path], Checkpoint]
 
 BASE = ReferenceConfig(kv_heads=2)
 _POLICY = replace(BASE, head_type="action_policy")
+_OPTIONAL_FIELDS = (
+    *("input_vocab_size", "num_key_value_heads", "head_type", "output_n_bins"),
+    *("use_attention_sinks", "use_qk_norm", "max_position_embeddings"),
+    *("dropout_prob", "attention_dropout_prob"),
+)
 
 VARIANTS: dict[str, Callable[[Path], Checkpoint]] = {
     "mha": _plain(replace(BASE, kv_heads=4)),
@@ -225,29 +212,13 @@ VARIANTS: dict[str, Callable[[Path], Checkpoint]] = {
     "sinks-mha": _plain(replace(BASE, sinks=True, kv_heads=4)),
     "sinks-gqa-4-2": _plain(replace(BASE, sinks=True)),
     "sinks-gqa-6-2": _plain(replace(BASE, sinks=True, hidden=48, heads=6, kv_heads=2)),
-    "sinks-gqa-4-1": _plain(replace(BASE, sinks=True, kv_heads=1)),
     "qk-norm": _plain(replace(BASE, qk_norm=True, eps=1e-2)),
     "qk-norm-sinks-policy": _plain(replace(_POLICY, qk_norm=True, sinks=True, layers=3)),
     "policy": _plain(_POLICY),
     "one-layer": _plain(replace(BASE, layers=1)),
     "large-eps": _plain(replace(BASE, eps=0.3)),
     "more-positions": _plain(BASE, max_position_embeddings=24),
-    "minimal-config": _plain(
-        replace(BASE, kv_heads=4),
-        **dict.fromkeys(
-            (
-                "input_vocab_size",
-                "num_key_value_heads",
-                "head_type",
-                "output_n_bins",
-                "use_attention_sinks",
-                "use_qk_norm",
-                "max_position_embeddings",
-                "dropout_prob",
-                "attention_dropout_prob",
-            )
-        ),
-    ),
+    "minimal-config": _plain(replace(BASE, kv_heads=4), **dict.fromkeys(_OPTIONAL_FIELDS)),
     "unknown-fields": _plain(BASE, model_type="2048former", rope_theta=[1.0], dropout_prob=0.9),
     "vocabulary-of-weights-wins": _plain(BASE, input_vocab_size=16),
     "binned-ev-of-weights-wins": _plain(BASE, head_type="action_policy"),
@@ -260,12 +231,9 @@ VARIANTS: dict[str, Callable[[Path], Checkpoint]] = {
     "bundle-old-model": _bundle_file("model"),
     "bundle-directory": _bundle_directory,
     "bundle-beats-config": _bundle_beats_config,
-    "prefix-compile": _prefixed(lambda _: "_orig_mod."),
-    "prefix-ddp": _prefixed(lambda _: "module."),
     "prefix-nested": _prefixed(lambda _: "module._orig_mod.module."),
     "prefix-mixed": _prefixed(lambda i: ("_orig_mod.module.", "module.", "")[i % 3]),
     "fp16": _stored_as(torch.float16, "model.safetensors"),
     "bf16": _stored_as(torch.bfloat16, "model.safetensors"),
     "bf16-bundle": _stored_as(torch.bfloat16, "model.pt"),
-    **{f"file-{name}": _weight_file(name) for name in WEIGHT_FILES},
 }

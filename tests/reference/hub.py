@@ -1,4 +1,4 @@
-"""A hub-shaped HTTP server on the loopback: what the real huggingface-hub client asks of one."""
+"""A hub-shaped HTTP server on the loopback, for the real huggingface-hub client."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 class _Repo:
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-
-    def resolve(self, revision: str) -> str | None:
-        commit = self.refs.get(revision, revision)
-        return commit if commit in self.commits else None
 
 
 class Hub:
@@ -74,7 +70,7 @@ class Hub:
 
     def commit(self, repo_id: str, files: Mapping[str, bytes], *, ref: str = "main") -> str:
         """Make `files` the content of a branch or pull request, and return the commit's hash."""
-        digest = hashlib.sha1(repr((repo_id, sorted(files.items()))).encode()).hexdigest()
+        digest = _sha1(repr((repo_id, sorted(files.items()))).encode())
         repo = self.repos[repo_id]
         repo.commits[digest] = dict(files)
         repo.refs[ref] = digest
@@ -97,13 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
 
-    def do_HEAD(self) -> None:
-        self._route()
-
     def do_GET(self) -> None:
-        self._route()
-
-    def _route(self) -> None:
         if not self.hub.is_up:
             self.close_connection = True
             return
@@ -122,10 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "models", org, name, "revision", revision]:
                 self._info(f"{org}/{name}", unquote(revision))
                 self.hub.after_listing()
-            case ["api", "models", org, name, "tree", revision, *folder]:
-                recursive = parse_qs(url.query).get("recursive", [""])[0].lower() == "true"
-                path = unquote("/".join(folder))
-                self._tree(f"{org}/{name}", unquote(revision), path, recursive=recursive)
+            case ["api", "models", org, name, "tree", revision]:
+                self._tree(f"{org}/{name}", unquote(revision))
             case [org, name, "resolve", revision, *path]:
                 self._file(f"{org}/{name}", unquote(revision), unquote("/".join(path)))
             case ["lfs", org, name, commit, *path]:
@@ -133,13 +121,15 @@ class _Handler(BaseHTTPRequestHandler):
             case _:
                 self._error(404, "NotFound")
 
+    do_HEAD = do_GET
+
     def _find(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         if repo_id not in self.hub.repos:
             self._error(401, "RepoNotFound")
             return None
         repo = self.hub.repos[repo_id]
-        commit = repo.resolve(revision)
-        if commit is None:
+        commit = repo.refs.get(revision, revision)
+        if commit not in repo.commits:
             self._error(404, "RevisionNotFound")
             return None
         return commit, repo.commits[commit]
@@ -150,23 +140,13 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             self._json({"id": repo_id, "sha": commit, "private": False, "siblings": siblings})
 
-    def _tree(self, repo_id: str, revision: str, folder: str, *, recursive: bool) -> None:
-        if not (found := self._find(repo_id, revision)):
-            return
-        below = f"{folder}/" if folder else ""
-        entries = {}
-        for name, content in found[1].items():
-            if not name.startswith(below):
-                continue
-            child, _, rest = name.removeprefix(below).partition("/")
-            if rest and not recursive:
-                entries[child] = {"type": "directory", "path": below + child, "oid": "0", "size": 0}
-            else:
-                entries[name] = _describe(name, content)
-        if folder and not entries:
-            self._error(404, "EntryNotFound")
-        else:
-            self._json(list(entries.values()))
+    def _tree(self, repo_id: str, revision: str) -> None:
+        if found := self._find(repo_id, revision):
+            entries = [
+                {"type": "file", "path": name, "oid": _sha1(content), "size": len(content)}
+                for name, content in found[1].items()
+            ]
+            self._json(entries)
 
     def _file(self, repo_id: str, revision: str, path: str) -> None:
         if not (found := self._find(repo_id, revision)):
@@ -188,8 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.hub.repos[repo_id].commits[commit][path]
         if self.command == "GET":
             self.hub.downloads.append(path)
-        etag = f'"{hashlib.sha1(content).hexdigest()}"'
-        self._send(200, content, {"ETag": etag, "X-Repo-Commit": commit})
+        self._send(200, content, {"ETag": f'"{_sha1(content)}"', "X-Repo-Commit": commit})
 
     def _json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -208,6 +187,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-def _describe(name: str, content: bytes) -> dict[str, object]:
-    oid = hashlib.sha1(content).hexdigest()
-    return {"type": "file", "path": name, "oid": oid, "size": len(content)}
+def _sha1(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()

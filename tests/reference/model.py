@@ -50,7 +50,7 @@ LAYER_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """What the weights of a checkpoint really are, whatever its config.json says."""
+    """The true sizes of a checkpoint's weights. Its config.json may differ."""
 
     vocab: int = 17
     hidden: int = 32

@@ -1,4 +1,4 @@
-"""Few cases of many settings: whatever two values go wrong together meet in one of them."""
+"""Few cases of many settings: each pair of values meets in one of them."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence

@@ -1,4 +1,4 @@
-"""What the fuzz targets are fed first, and all that ever broke one, breaks none."""
+"""The first inputs of the fuzz targets, and every input that ever broke one, break none."""
 
 import sys
 from pathlib import Path

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dump_activations.storage.writing.targets import partial_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from dump_activations.dtypes import STATISTICS_PREFIX
 from dump_activations.storage.formats.layout import storage_order
 from dump_activations.storage.reading.inspection import find_damage, inspect
 from dump_activations.storage.statistics import statistics_specs
+from dump_activations.storage.writing.paths import partial_path
 from output_support import (
     SUFFIXES,
     Dump,

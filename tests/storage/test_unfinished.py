@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from dump_activations.storage.writing.private_files import lock
 
 from dump_activations.commands.inspect import main
 from dump_activations.errors import OutputError
 from dump_activations.storage.writing.existing import find_unfinished
+from dump_activations.storage.writing.partial import BusyError, _lock
 from output_support import SUFFIXES, open_file, small_dump, write_batches, write_dump
 
 DUMP = small_dump()  # 23 boards in batches of 4
@@ -86,14 +86,15 @@ def test_a_dump_starts_while_someone_looks(target):
         fcntl.flock(looking, fcntl.LOCK_SH)
         fd = os.open(f"{target}.partial", os.O_RDWR)
         try:
-            assert not lock(fd)
+            with pytest.raises(BusyError):
+                _lock(fd, target)
             threading.Timer(0.005, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
-            assert lock(fd)
+            assert _lock(fd, target)
         finally:
             os.close(fd)
 
 
-def test_a_partial_file_beside_a_finished_one_is_noted(target, capsys):
+def test_a_partial_file_next_to_a_finished_one_is_noted(target, capsys):
     target.write_bytes(write_dump(target.with_name(f"other{target.suffix}"), DUMP).read_bytes())
     assert main([str(target), "--verify"]) == 0
     shown = capsys.readouterr()

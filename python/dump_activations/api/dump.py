@@ -1,10 +1,11 @@
 """`dump`: run boards through a model and write the asked-for activations to disk."""
 
+import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -155,7 +156,7 @@ def dump(
         overwrite=overwrite,
         progress=progress,
     )
-    return dump_to_file(init, dataset, locate(output), options)
+    return dump_to_file(init, dataset, locate(output, "output"), options)
 
 
 def preview(
@@ -174,15 +175,16 @@ def preview(
         check_output(path, [STORAGE_DTYPES[options.dtype].name])
     plan = make_plan(init, dataset, options)
     if not options.write:
-        return Preview(plan, plan.tensor_specs())
-    work, files = _files(plan, path, options, place)
+        return Preview.of(plan, plan.tensor_specs())
+    _check_inputs([path], plan)
+    files = _files(plan, path, options, place)
     output = Output(files, place=place, overwrite=options.overwrite)
-    check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
+    _check_inputs([each.path for each in output.replaced], plan)
     _check_space(output)
     for text in (*_already_there(output), *_fate_of_partial_files(output)):
         note(text)
     free = free_space([each.target for each in files])
-    return Preview(plan, work.specs, path, free, _count_shards(files))
+    return _preview(plan, path, files, free)
 
 
 def dump_to_file(
@@ -233,16 +235,19 @@ class _Call:
 
     def write(self) -> Summary:
         """Run the boards of every file that is missing, and write it."""
-        work, files = _files(self.plan, self.path, self.options, self.place)
+        _check_inputs([self.path], self.plan)
+        files = _files(self.plan, self.path, self.options, self.place)
         check = self.interrupts.check
         output = Output(files, place=self.place, overwrite=self.options.overwrite, check=check)
+        _check_inputs([each.path for each in output.replaced], self.plan)
         if not output.missing:
             return self._already_complete(output)
-        warn_of_large_tensors(work.specs)
+        warn_of_large_tensors(files[0].work.specs)
         with output, Run(self.plan) as run, self._kept_or_discarded(output):
-            self._prepare(output, work.specs)
+            self._prepare(output)
             resumed, write_seconds = self._fill(run, output)
             self.interrupts.check()
+        _note_mixture(output)
         is_sharded = files[0].shard is not None
         return replace(
             run.summary(self.started, write_seconds=write_seconds),
@@ -260,15 +265,18 @@ class _Call:
         batches, (rank, world) = -(-n // size), (self.place.rank, self.place.size)
         start, stop = (batches * each // world * size for each in (rank, rank + 1))
         rows = range(start, min(stop, n))
+        count, done = self._counter(0, len(rows), 0), 0
         with Run(self.plan) as run:
-            for batch in run.batches([rows], done=self._count(0, 0)):
+            for batch in run.batches([rows]):
                 batch.release()
+                done += len(batch.boards.indices)
+                count(done, len(rows))
                 self.interrupts.check()
         return run.summary(self.started)
 
     def _already_complete(self, output: Output) -> Summary:
         output.tidy()
-        note(f"{self.path} is already complete")
+        note(f"{_files_are(output)} already complete")
         return Summary(
             output=self.path,
             resumed_boards=output.found,
@@ -278,11 +286,9 @@ class _Call:
             nonfinite=_nonfinite(output),
         )
 
-    def _prepare(self, output: Output, specs: Sequence[TensorSpec]) -> None:
-        """Check the output again, now that everything is loaded, and describe it in notes."""
+    def _prepare(self, output: Output) -> None:
+        """Make the output's directory, and describe the output in notes."""
         begin("preparing the output")
-        dtypes = [STORAGE_DTYPES[self.options.dtype].name]
-        check_output(self.path, dtypes, inputs=self.plan.input_files)
         _check_space(output)
         targets = [each.target for each in output.missing]
         directory = targets[0].parent
@@ -291,7 +297,7 @@ class _Call:
                 directory.mkdir(parents=True, exist_ok=True)
             note(f"made the directory {directory}")
         free = free_space(targets)
-        note(Preview(self.plan, specs, self.path, free, _count_shards(output.files)).text)
+        note(_preview(self.plan, self.path, output.files, free).text)
         for text in _already_there(output):
             note(text)
 
@@ -301,28 +307,31 @@ class _Call:
         Returns:
             The boards that were resumed, and the seconds in which writers were busy.
         """
-        resumed: list[int] = []
+        resumed = done = 0
         write_seconds = 0.0
+        n = sum(file.rows for file in output.files)
 
         def ranges(file: OutputFile | None) -> Iterator[range]:
+            nonlocal resumed
             while file is not None:
-                resumed.append(self._begin_file(file))
-                start = file.work.run_rows.start
-                for batches in file.missing:
-                    rows = file.work.rows_of(batches)
-                    yield range(start + rows.start, start + rows.stop)
+                self._begin_file(file)
+                resumed += file.resumed_rows
+                yield from map(file.work.run_rows_of, file.missing)
                 if not file.missing:
                     output.commit(file)
                 file = output.take()
 
+        def advance(boards: int) -> None:
+            nonlocal done
+            done += boards
+            count(output.boards_of_others + resumed + done, n)
+
         while (first := output.next()) is not None:
-            done = sum(len(each.run_rows) for each in output.files) - sum(
-                len(each.run_rows) for each in output.missing
-            )
-            count = self._count(done + first.resumed_rows, first.size)
+            there = output.boards_of_others + resumed + done + first.resumed_rows
+            count = self._counter(there, n, first.size)
             with (
                 Writers(output.commit, threads=self.writer_threads) as writers,
-                closing(run.batches(ranges(first), done=count)) as batches,
+                closing(run.batches(ranges(first), done=advance)) as batches,
             ):
                 for batch in batches:
                     self._submit(writers, output, batch)
@@ -332,31 +341,27 @@ class _Call:
         # Shards are committed while others are computed, a whole file after the last batch.
         if output.files[0].shard is None:
             run.commit_seconds = output.commit_seconds
-        return sum(resumed), write_seconds
+        return resumed, write_seconds
 
-    def _begin_file(self, file: OutputFile) -> int:
-        """Write the tensors that do not come in batches; return the boards that are kept."""
+    def _begin_file(self, file: OutputFile) -> None:
+        """Write the tensors that do not come in batches, and say what is resumed."""
         path = file.partial
         if file.restarted_because:
             note(f"{path} is started over: {file.restarted_because}")
         if file.resumed_rows:
-            n = len(file.work.run_rows)
-            note(f"resuming {path}, which has {file.resumed_rows:,} of {n:,} boards")
+            note(f"resuming {path}, which has {file.resumed_rows:,} of {file.work.rows:,} boards")
             self._check_resumed_boards(file)
         for name, tensor in self.plan.weights.items():
             file.write(name, bytes_of(tensor.to(self.plan.storage_dtype)))
-        return file.resumed_rows
 
     def _check_resumed_boards(self, file: OutputFile) -> None:
         """Refuse to resume where the dataset's rows changed since the last batch was written."""
         if (last := file.last_resumed) is None:
             return
         batch, digests = last
-        start = file.work.run_rows.start
-        rows = file.work.rows_of(range(batch, batch + 1))
-        first_row = start + rows.start
-        indices = self.plan.indices[first_row : start + rows.stop]
-        boards = read_batch(self.plan.dataset, self.plan.labels, indices, first_row=first_row)
+        rows = file.work.run_rows_of(range(batch, batch + 1))
+        indices = self.plan.indices[rows.start : rows.stop]
+        boards = read_batch(self.plan.dataset, self.plan.labels, indices, first_row=rows.start)
         if any(
             zlib.crc32(bytes_of(tensor).data) != digests[name].crc32
             for name, tensor in boards.tensors.items()
@@ -367,31 +372,25 @@ class _Call:
             )
 
     def _submit(self, writers: Writers, output: Output, batch: ActivationBatch) -> None:
-        first_row = batch.boards.first_row
-        file = next(each for each in output.open_files if first_row in each.work.run_rows)
+        row = batch.boards.first_row
+        file = next(each for each in output.open_files if row in each.work.run_rows)
         tensors = {**batch.boards.tensors, **batch.tensors}
         writers.submit(
             file,
-            (first_row - file.work.run_rows.start) // self.options.batch_size,
+            file.work.batch_at(row),
             {name: bytes_of(tensor) for name, tensor in tensors.items()},
             chunks=batch.chunks,
             done=batch.release,
         )
 
-    def _count(self, done: int, nbytes: int) -> Callable[[int], None]:
-        """Begin to count boards; return the function that takes the boards of each batch."""
-        n, progress = len(self.plan.indices), self.options.progress
+    def _counter(self, done: int, n: int, nbytes: int) -> Count:
+        """Begin to count boards; return the function that takes boards done and boards in all."""
+        progress = self.options.progress
         phase = Phase("", "boards", start=done, of=n, nbytes=nbytes)
         count = counted(phase, also=progress if callable(progress) else None)
         if done:
             count(done, n)
-
-        def add(boards: int) -> None:
-            nonlocal done
-            done += boards
-            count(done, n)
-
-        return add
+        return count
 
     @contextmanager
     def _kept_or_discarded(self, output: Output) -> Iterator[None]:
@@ -402,20 +401,20 @@ class _Call:
             with ignored_interrupts():
                 kept = output.suspend(discard=isinstance(error, VocabularyError))
             if not output.missing:
-                error.add_note(f"{self.path} is complete")
+                error.add_note(f"{_files_are(output)} complete")
             elif kept:
-                again = f"without {option('overwrite')}" if self.options.overwrite else "again"
-                n = sum(len(each.run_rows) for each in output.files)
+                n = sum(file.rows for file in output.files)
                 error.add_note(
-                    Note(f"{kept:,} of {n:,} boards are kept; the same call {again} does the rest")
+                    Note(
+                        f"{kept:,} of {n:,} boards of {self.path} are kept; the same call again "
+                        "does the rest"
+                    )
                 )
             raise
 
 
-def _files(
-    plan: Plan, path: Path, options: DumpOptions, place: Place
-) -> tuple[Work, list[FileWork]]:
-    """Describe the output, and return the files that this call may write."""
+def _files(plan: Plan, path: Path, options: DumpOptions, place: Place) -> list[FileWork]:
+    """Return the files of the output that this call may write."""
     statistics = _statistics_specs(plan) if options.stats else []
     stats = {"stats": "true"} if options.stats else {}
     specs = [*plan.tensor_specs(), *statistics]
@@ -431,7 +430,7 @@ def _files(
     )
     share = place.size > 1 or options.shards is not None
     assert not isinstance(options.shard_size, str)
-    shards = choose_shards(work, options.shard_size, share=share)
+    shards = choose_shards(work, options.shard_size, share=share, overwrite=options.overwrite)
     files = work.files(shards)
     largest_nbytes = max(files[0].tensor_nbytes, files[-1].tensor_nbytes)
     if options.shard_size is not None and largest_nbytes > options.shard_size:
@@ -443,7 +442,7 @@ def _files(
                 f"{options.shards.stop - 1}"
             )
         files = files[options.shards.start - 1 : options.shards.stop - 1]
-    return work, files
+    return files
 
 
 def _statistics_specs(plan: Plan) -> list[TensorSpec]:
@@ -462,13 +461,11 @@ def _statistics_specs(plan: Plan) -> list[TensorSpec]:
 def _already_there(output: Output) -> Iterator[str]:
     """Describe what becomes of finished files that are there."""
     if not output.missing:
-        yield f"{output.files[0].work.whole} is already complete"
+        yield f"{_files_are(output)} already complete"
         return
     for existing in output.replaced:
-        boards = existing.metadata.get("n_samples", "")
-        holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
         size = size_text(existing.found.st_size)
-        yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
+        yield f"{existing.path} ({size}) is replaced when the new file is whole"
     finished = len(output.files) - len(output.missing)
     if finished:
         yield f"{finished:,} of {len(output.files):,} shards are already complete"
@@ -496,8 +493,22 @@ def _fate_of_partial_files(output: Output) -> Iterator[str]:
         elif found.is_being_written:
             yield f"{partial} is being written by another process"
         else:
-            n = len(file.run_rows)
-            yield f"{partial} will be resumed: it has {found.rows:,} of {n:,} boards"
+            yield f"{partial} will be resumed: it has {found.rows:,} of {file.rows:,} boards"
+
+
+def _files_are(output: Output) -> str:
+    """Begin a sentence about the files that this call may write: "activations.pt is"."""
+    shards = [each.shard for each in output.files if each.shard is not None]
+    name = str(output.files[0].work.whole)
+    if shards and len(shards) < shards[0].count:
+        return f"shards {shards[0].number} to {shards[-1].number} of {name} are"
+    return f"{name} is"
+
+
+def _check_inputs(paths: Sequence[Path], plan: Plan) -> None:
+    """Raise InvalidArgumentError where writing these files would replace what the run reads."""
+    for path in paths:
+        check_output(path, [STORAGE_DTYPES[plan.options.dtype].name], inputs=plan.input_files)
 
 
 def _check_space(output: Output) -> None:
@@ -506,8 +517,26 @@ def _check_space(output: Output) -> None:
     check_space([each.target for each in missing], sum(each.tensor_nbytes for each in missing))
 
 
-def _count_shards(files: Sequence[FileWork]) -> int:
-    return sum(each.shard is not None for each in files)
+def _preview(plan: Plan, path: Path, files: Sequence[FileWork], free_nbytes: int | None) -> Preview:
+    """Describe the files that a call may write, as one dump of their boards."""
+    work, rows = files[0].work, sum(file.rows for file in files)
+    specs = [
+        replace(spec, shape=(rows, *spec.shape[1:])) if spec.name in work.batched else spec
+        for spec in work.specs
+    ]
+    shards = [file.target for file in files if file.shard is not None]
+    preview = Preview.of(plan, specs, path, free_nbytes, shards=shards)
+    return replace(preview, boards=rows)
+
+
+def _note_mixture(output: Output) -> None:
+    """Note where different devices or numbers of threads computed the output."""
+    makers: set[str] = set()
+    for text in {each.computed_by for each in output.finished}:
+        with suppress(ValueError, TypeError):  # A file may carry any text.
+            makers.update(map(json.dumps, json.loads(text)))
+    if len(makers) > 1:
+        note(f"values agree to rounding only: they were computed by {', '.join(sorted(makers))}")
 
 
 def _nonfinite(output: Output, *, warn_of_them: bool = False) -> dict[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""What a run may be given as its model and its dataset."""
+"""Types of the model and the dataset that `dump` and `stream` take."""
 
 import os
 

@@ -149,7 +149,10 @@ def dump_activations(
     """Dump selected transformer activations to disk for offline analysis."""
     follow_launcher()
     # The first process speaks for all. The others write only warnings and errors.
-    if rank := variable("RANK", 0):
+    rank, processes = variable("RANK", 0), variable("WORLD_SIZE", 1)
+    if rank >= processes:
+        raise InvalidArgumentError(f"RANK must be below WORLD_SIZE, {processes}; got {rank}")
+    if rank:
         speak_as(f"rank {rank}")
         context.with_resource(quietly())
     init, dataset_path = flags.pop("init"), flags.pop("dataset")
@@ -159,11 +162,8 @@ def dump_activations(
         return
     init, dataset_path = _sources(init, dataset_path, use_demo=use_demo)
     options = DumpOptions(**flags)
-    for name, given in {"output": output, "indices": flags["indices"]}.items():
-        if given == "":
-            raise InvalidArgumentError(f"{option(name)}: a path must not be empty")
-    path = locate(output)
-    indices_path = None if flags["indices"] is None else locate(flags["indices"])
+    path = locate(output, "output")
+    indices_path = None if flags["indices"] is None else locate(flags["indices"], "indices")
     if options.write:
         from dump_activations.storage.writing.paths import check_output
 
@@ -174,7 +174,6 @@ def dump_activations(
         context.exit(launch(context.obj, nproc_per_node))
 
     keep_freed_memory()
-    has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT
     with shown_progress():
         begin("loading torch")
         with uncollected_imports():
@@ -183,14 +182,14 @@ def dump_activations(
             from dump_activations.dataset.dataset import StepsDataset
             from dump_activations.pipeline.device import share_cores
             from dump_activations.storage.writing.shards import Place
-        if options.allow_cpu and not has_device:
+        if options.allow_cpu and _is_default(context, "device"):
             options = replace(options, device=_device_there_is(options.device))
         begin("opening the dataset")
         dataset = StepsDataset(dataset_path)
         if indices_path is not None:
             looked_up = counted(Phase("looking up the indices", "rows"))
             options = replace(options, indices=read_step_indices(indices_path, dataset, looked_up))
-        place = Place(rank, variable("WORLD_SIZE", 1))
+        place = Place(rank, processes)
         share_cores(local_processes)
         if options.device == "cuda" and place.size > 1:
             options = replace(options, device=f"cuda:{variable('LOCAL_RANK', 0)}")
@@ -215,6 +214,10 @@ def _sources(init: str | None, dataset: str | None, *, use_demo: bool) -> tuple[
         if not use_demo and not value:
             raise InvalidArgumentError(f"{option(name)}: required (or try {option('demo')})")
     return (str(demo.CHECKPOINT), str(demo.DATASET)) if use_demo else (init or "", dataset or "")
+
+
+def _is_default(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.DEFAULT
 
 
 def _device_there_is(device: str) -> str:

@@ -457,7 +457,7 @@ def _describe(
         axes = ["L"] * activation.per_layer
         axes += [size for letter in activation.shape for size in _AXES.get(letter, (letter,))]
     else:
-        layers = find_layers("layers", options.layers, config.num_hidden_layers)
+        layers = find_layers(options.layers, config.num_hidden_layers)
         sizes = [len(layers)] * activation.per_layer + [*activation.shape_in(config)]
         axes = [*sizes]
         if of_boards:

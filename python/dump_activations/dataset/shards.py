@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,9 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
         DatasetError: a shard's header, fields or size are wrong.
     """
     directory = Path(os.path.expanduser(path))  # noqa: PTH111 - `~nobody` is a name, not an error
-    names = [each.name for each in directory.glob("steps-*.npy")]
+    names: list[str] = []
+    with suppress(OSError):  # The reader, which comes next, names what is wrong.
+        names = [each.name for each in directory.glob("steps-*.npy")]
     copies = sorted(name for name in names if any(mark in name.lower() for mark in _COPY_MARKS))
     if copies:
         others = f" and {len(copies) - 1} more" if copies[1:] else ""

@@ -209,38 +209,16 @@ ACTIVATIONS: tuple[Activation, ...] = (
     _head("head_probs", "softmax of head_logits", lambda logits: logits.float().softmax(dim=-1)),
     _input("resid_pre", "", "residual stream into the block", "hook_resid_pre"),
     _output("attn_norm", "attn_norm", "output of the attention norm"),
+    _input("attn_q", _DOT, "queries, after the qk-norm", "attn.hook_q", "SQD", lambda q, *_: q),
+    _input("attn_k", _DOT, "keys, after the qk-norm", "attn.hook_k", "SKD", lambda _q, k, *_: k),
+    _input("attn_v", _DOT, "values", "attn.hook_v", "SKD", lambda _q, _k, v, _sinks: v),
     _input(
-        "attn_q",
-        _DOT,
-        "queries, after the qk-norm",
-        "attn.hook_q",
-        "SQD",
-        lambda q_BSQD, *_: q_BSQD,
+        *("attn_scores", _DOT, "scaled dot products, before the softmax"),
+        *("attn.hook_attn_scores", "QSS", _attention_scores),
     ),
     _input(
-        "attn_k",
-        _DOT,
-        "keys, after the qk-norm",
-        "attn.hook_k",
-        "SKD",
-        lambda _q, k_BSKD, *_: k_BSKD,
-    ),
-    _input("attn_v", _DOT, "values", "attn.hook_v", "SKD", lambda _q, _k, v_BSKD, _sinks: v_BSKD),
-    _input(
-        "attn_scores",
-        _DOT,
-        "scaled dot products, before the softmax",
-        "attn.hook_attn_scores",
-        "QSS",
-        _attention_scores,
-    ),
-    _input(
-        "attn_pattern",
-        _DOT,
-        "attention weights, after the softmax",
-        "attn.hook_pattern",
-        "QSS",
-        _attention_pattern,
+        *("attn_pattern", _DOT, "attention weights, after the softmax"),
+        *("attn.hook_pattern", "QSS", _attention_pattern),
     ),
     _output("attn_z", _DOT, "values weighted by the pattern, per head", "attn.hook_z", "SQD"),
     _output("attn_out", "attn", "output of the attention", "hook_attn_out"),
@@ -294,6 +272,11 @@ def find_activations(
     layered: dict[str, dict[int, str]] = defaultdict(dict)
     for name in outputs:
         alias, layer = split_layer_alias(name) or (name, None)
+        if config is not None and layer is not None and layer >= config.num_hidden_layers:
+            raise InvalidArgumentError(
+                f"{option('outputs')}: {name}: the model has layers 0 to "
+                f"{config.num_hidden_layers - 1}"
+            )
         for activation in _matches(alias, config):
             if layer is None:
                 whole.add(activation.key)
@@ -302,33 +285,16 @@ def find_activations(
     activations: list[Activation] = []
     for activation in ACTIVATIONS:
         names = layered[activation.key]
-        if activation.key not in whole:
-            activations += _single_layers(activation, names, config)
-        elif names:
+        if activation.key in whole and names:
             raise InvalidArgumentError(
                 f"{option('outputs')}: {next(iter(names.values()))} is a layer of "
                 f"{activation.key}, which is requested too; leave one of them out"
             )
-        else:
+        if activation.key in whole:
             activations.append(activation)
+        elif isinstance(activation, BoardActivation):  # as all are that have an alias
+            activations += map(activation.of_layer, sorted(names))
     return activations
-
-
-def _single_layers(
-    activation: Activation, names: Mapping[int, str], config: EncoderConfig | None
-) -> list[BoardActivation]:
-    """Return the activations of some layers alone, by the names that request them."""
-    for layer, name in names.items():
-        if config is not None and layer >= config.num_hidden_layers:
-            raise InvalidArgumentError(
-                f"{option('outputs')}: {name}: the model has layers 0 to "
-                f"{config.num_hidden_layers - 1}"
-            )
-    return [
-        activation.of_layer(layer)
-        for layer in sorted(names)
-        if isinstance(activation, BoardActivation)  # as all are that have an alias
-    ]
 
 
 def split_layer_alias(name: str) -> tuple[str, int] | None:
@@ -395,53 +361,48 @@ def parse_layers(name: str, layers: Layers | None) -> tuple[int | slice, ...] | 
         return None
     try:
         items = layers.split(",") if isinstance(layers, str) else layers
-        parsed = tuple(_parse_item(item) for item in items)
+        parsed = tuple(map(_parse_item, items))
+        if not parsed:
+            raise ValueError("no layers")
     except (TypeError, ValueError):
         raise InvalidArgumentError(
-            f"{option(name)} must be numbers and slices such as {option(name, '0,3,-1,4:8')}; "
-            f"got {brief(layers)}"
+            f"{option(name)} must be numbers and slices (without a step of 0) such as "
+            f"{option(name, '0,3,-1,4:8')}; got {brief(layers)}"
         ) from None
-    if any(isinstance(item, slice) and item.step == 0 for item in parsed):
-        raise InvalidArgumentError(f"{option(name)}: a slice's step cannot be 0")
-    if not parsed:
-        raise InvalidArgumentError(f"{option(name)}: no layers")
     return parsed
 
 
 def _parse_item(item: Any) -> int | slice:
     """Return a number or a slice; raise TypeError or ValueError for anything else."""
-    if isinstance(item, str):
-        if ":" not in item:
-            return int(item)
-        return slice(*(int(text) if text.strip() else None for text in item.split(":")))
+    if isinstance(item, str) and ":" in item:
+        item = slice(*(int(text) if text.strip() else None for text in item.split(":")))
     if isinstance(item, slice):
-        bounds = [item.start, item.stop, item.step]
-        return slice(*(None if bound is None else operator.index(bound) for bound in bounds))
-    return operator.index(item)
+        item.indices(0)  # raises for a step of 0 and bounds that are not integers
+        return item
+    return int(item) if isinstance(item, str) else operator.index(item)
 
 
-def find_layers(name: str, layers: Layers | None, count: int) -> tuple[int, ...]:
+def find_layers(layers: Layers | None, count: int) -> tuple[int, ...]:
     """Return the numbers of the chosen layers among `count`, each once and ascending.
 
     Raises:
         InvalidArgumentError: a layer that the model does not have, or slices that select none.
     """
     numbers = range(count)
-    parsed = parse_layers(name, layers)
-    if parsed is None:
-        return tuple(numbers)
     found: set[int] = set()
-    for item in parsed:
+    for item in parse_layers("layers", layers) or [slice(None)]:
         if isinstance(item, slice):
             found.update(numbers[item])
         elif -count <= item < count:
             found.add(numbers[item])
         else:
             raise InvalidArgumentError(
-                f"{option(name)}: no layer {item}: the model has {count}, 0 to {count - 1}"
+                f"{option('layers')}: no layer {item}: the model has {count}, 0 to {count - 1}"
             )
     if not found:
-        raise InvalidArgumentError(f"{option(name)}: the slices select none of the {count} layers")
+        raise InvalidArgumentError(
+            f"{option('layers')}: the slices select none of the {count} layers"
+        )
     return tuple(sorted(found))
 
 

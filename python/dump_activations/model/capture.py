@@ -16,7 +16,7 @@ from dump_activations.model.activations import BoardTensor
 from dump_activations.model.encoder import Encoder
 
 
-class _AllCaptured(Exception):  # noqa: N818 -- ends the forward early, it is no error
+class _AllCaptured(Exception):  # noqa: N818 -- it ends the forward early, without an error
     """Raised by the last hook that a forward needs, so that nothing after it runs."""
 
 
@@ -26,13 +26,11 @@ class _Pass(threading.local):
     Attributes:
         buffers: targets by tensor name; empty outside of a pass.
         ran: indices of the hooks that have run.
-        stops_early: True where the pass ends with the last hook.
     """
 
     def __init__(self) -> None:
         self.buffers: Mapping[str, Tensor] = {}
         self.ran: set[int] = set()
-        self.stops_early = True
 
 
 class Capture:
@@ -93,20 +91,15 @@ class Capture:
             return
         self._now.buffers = buffers
         try:
-            if not self._is_checked:
-                # The first pass runs to the end, so that a module that runs again is noticed.
-                self._run_eagerly(tokens_BS, stops_early=False)
-                self._is_checked = True
-            elif len(tokens_BS) != self._compiled_rows:
-                self._run_eagerly(tokens_BS, stops_early=True)
+            if not self._is_checked or len(tokens_BS) != self._compiled_rows:
+                self._run_eagerly(tokens_BS)
             if len(tokens_BS) == self._compiled_rows:
                 self._compiled(tokens_BS)
         finally:
             self._now.buffers = {}
 
-    def _run_eagerly(self, tokens_BS: Tensor, *, stops_early: bool) -> None:
+    def _run_eagerly(self, tokens_BS: Tensor) -> None:
         self._now.ran = set()
-        self._now.stops_early = stops_early
         try:
             self._forward(tokens_BS)
         except _AllCaptured:
@@ -114,6 +107,7 @@ class Capture:
         for number, (tensor, i) in enumerate(self._hooked):
             if number not in self._now.ran:
                 raise _misrun(tensor, i, "does not run")
+        self._is_checked = True
 
     def _forward(self, tokens_BS: Tensor) -> None:
         self._model(tokens_BS)
@@ -132,7 +126,8 @@ class Capture:
             if number in self._now.ran:
                 raise _misrun(tensor, i, "runs more than once")
             self._now.ran.add(number)
-            if self._now.stops_early and len(self._now.ran) == len(self._hooked):
+            # The first pass runs to the end, so that a module that runs again is noticed.
+            if self._is_checked and len(self._now.ran) == len(self._hooked):
                 raise _AllCaptured
 
         if tensor.activation.at == "input":

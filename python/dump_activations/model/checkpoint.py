@@ -1,83 +1,48 @@
-"""Loads a checkpoint into an Encoder: a directory, a `.pt` bundle, or `hf://org/repo`.
+"""The model of a run: loaded from a checkpoint, or an Encoder that a caller hands in."""
 
-Checkpoints are not trusted: they cannot run code, name files outside of their directory, or take
-memory beyond the size of their files.
-"""
-
-import json
 import os
-import re
-import zipfile
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dump_activations.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     DumpActivationsError,
+    InvalidArgumentError,
     option,
-    switch,
     warn,
 )
+from dump_activations.model.checkpoint_files import (
+    CheckpointFiles,
+    files_to_download,
+    first_few,
+    one_line,
+    read_checkpoint,
+)
 from dump_activations.model.config import EncoderConfig, HeadType
-from dump_activations.model.encoder import Encoder, empty_encoder, random_encoder
-from dump_activations.paths import check_ordinary
+from dump_activations.model.encoder import (
+    Encoder,
+    empty_encoder,
+    random_encoder,
+    replicate,
+    weights_sha256,
+)
+from dump_activations.paths import locate
 from dump_activations.progress import begin
 
-_CONFIG_NAME = "config.json"
-_TOKENIZER_NAME = "tokenizer.json"
-_INDEX_NAME = "model.safetensors.index.json"
-_SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
-# The first of these in a directory is read.
-WEIGHT_NAMES = (
-    "model-best.safetensors",
-    "model.safetensors",
-    _INDEX_NAME,
-    "model-final.safetensors",
-    "model-stable.safetensors",
-    "model-best.pt",
-    "model.pt",
-    "model-stable.pt",
-)
-_LARGEST_TOKENIZER = 64 << 10
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-# torch.compile and DistributedDataParallel name their wrappers so, around any module.
-_WRAPPERS = re.compile(r"\b(?:_orig_mod|module)\.")
 _TRUNK = frozenset({"tok_emb", "pos_emb", "blocks", "final_ln"})
 _HEADS: dict[str, HeadType] = {"ev_heads": "binned_ev", "policy_head": "action_policy"}
 # Two norms, four projections of the attention and three of the MLP.
 _FEWEST_TENSORS_PER_BLOCK = 9
-_LONGEST_QUOTE = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Files:
-    """Content of a checkpoint's files.
-
-    Attributes:
-        config: raw config values.
-        config_origin: the files of the config, for messages.
-        weights: state dict by names without wrappers; None if there is none.
-        weights_origin: the file of the weights, for messages.
-        tokenizer: the text of tokenizer.json, if it is there and small.
-        paths: the files of the config and the weights.
-    """
-
-    config: dict[str, Any]
-    config_origin: str
-    weights: dict[str, Any] | None
-    weights_origin: str
-    tokenizer: str | None
-    paths: tuple[Path, ...]
+_WAY_OUT = (
+    "give a checkpoint's path, or an Encoder as load_encoder returns it: with every block, "
+    "adapters merged (merge_and_unload), not traced, sharded, quantised or parametrized"
+)
 
 
 def load_encoder(
@@ -101,32 +66,37 @@ def load_encoder(
     Raises:
         CheckpointNotFoundError: no such checkpoint, or no weights in it.
         CheckpointError: the config or the weights are damaged, contradictory or do not fit.
-        InvalidArgumentError: a malformed `hf://` address.
+        InvalidArgumentError: a malformed `hf://` address, or another URL.
     """
-    source, commit = os.fsdecode(init), None
+    source = os.fsdecode(init)
+    load = _load_from_hub if "://" in source else _load_from_disk
     with torch.device("cpu"):  # in place of the caller's default device
-        if "://" not in source:
-            model = _load(Path(source), random_init=random_init, seed=seed)
-        else:
-            from dump_activations.model.hub import download_checkpoint
-
-            choose = partial(_files_to_download, where=source, weights_required=not random_init)
-            directory, commit = download_checkpoint(source, choose)
-            begin("loading the checkpoint")
-            try:
-                model = _load(directory, random_init=random_init, seed=seed)
-            except (CheckpointError, CheckpointNotFoundError) as error:
-                raise type(error)(f"{source}: {error.args[0]}") from error
-    model.checkpoint, model.hub_commit, model.random_init = source, commit, random_init
+        model = load(source, random_init=random_init, seed=seed)
+    model.checkpoint, model.random_init = source, random_init
     return model.to(device).eval().requires_grad_(requires_grad=False)
 
 
-def _load(path: Path, *, random_init: bool, seed: int) -> Encoder:
+def _load_from_hub(source: str, *, random_init: bool, seed: int) -> Encoder:
+    from dump_activations.model.hub import download_checkpoint
+
+    choose = partial(files_to_download, where=source, weights_required=not random_init)
+    directory, commit = download_checkpoint(source, choose)
+    begin("loading the checkpoint")
     try:
-        files = _read_checkpoint(path, weights_required=not random_init)
+        model = _load_from_disk(str(directory), random_init=random_init, seed=seed)
+    except (CheckpointError, CheckpointNotFoundError) as error:
+        raise type(error)(f"{source}: {error.args[0]}") from error
+    model.hub_commit = commit
+    return model
+
+
+def _load_from_disk(source: str, *, random_init: bool, seed: int) -> Encoder:
+    path = locate(source)
+    try:
+        files = read_checkpoint(path, weights_required=not random_init)
+    except DumpActivationsError:
+        raise
     except OSError as error:
-        if isinstance(error, DumpActivationsError):
-            raise
         raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
     fields = files.config
     if files.weights:
@@ -136,259 +106,75 @@ def _load(path: Path, *, random_init: bool, seed: int) -> Encoder:
     except CheckpointError as error:
         raise CheckpointError(f"{files.config_origin}: {error.args[0]}") from error
     model = random_encoder(config, seed=seed) if random_init else _encoder_with(config, files)
-    model.checkpoint_files, model.tokenizer = files.paths, files.tokenizer
+    model.checkpoint_files = tuple(files.paths)
+    model.tokenizer = files.tokenizer
     return model
 
 
-# Directory rules.
+def prepare_model(
+    init: str | os.PathLike[str] | nn.Module,
+    device: torch.device,
+    *,
+    random_init: bool = False,
+    seed: int = 0,
+) -> Encoder:
+    """Return a run's own model in eval mode on a device, with `weights_sha256` set.
 
+    Args:
+        init: a checkpoint as `load_encoder` takes it; or an Encoder, which may be wrapped by
+            torch.compile, DistributedDataParallel, DataParallel or AveragedModel. A run leaves it
+            as it is.
+        device: the run's device.
+        random_init: load the checkpoint's architecture with untrained weights.
+        seed: of the untrained weights.
 
-def _read_checkpoint(path: Path, *, weights_required: bool) -> _Files:
-    if path.is_dir():
-        directory, names = path, [file.name for file in path.iterdir()]
-        needed = _files_needed(names, where=str(path), weights_required=weights_required)
-    elif not path.exists():
-        raise CheckpointNotFoundError(
-            f"{path}: no such checkpoint; give a directory, a .pt bundle or hf://org/repo"
+    Raises:
+        InvalidArgumentError: neither of these, or a model that does not match its config.
+        DumpActivationsError: as `load_encoder` raises.
+    """
+    if isinstance(init, str | os.PathLike):
+        model = load_encoder(init, random_init=random_init, seed=seed)
+    elif random_init:
+        raise InvalidArgumentError(
+            f"{option('random_init')}: the model is loaded already; give load_encoder "
+            "random_init=True"
         )
-    elif path.suffix in (".json", ".safetensors"):
-        raise CheckpointError(f"{path}: not a .pt bundle; give the directory that holds it")
     else:
-        directory, needed = path.parent, [path.name]
-    config: dict[str, Any] = {}
-    weights: Mapping[Any, Any] | None = None
-    origins: list[str] = []
-    read: list[Path] = []
-    for file in (directory / name for name in needed):
-        check_ordinary(file, CheckpointError)
-        read.append(file)
-        if file == path or file.suffix == ".pt":
-            bundle_config, weights = _read_bundle(file, config_required=not origins)
-            config |= _checked(bundle_config, file)
-            origins += [str(file)] if bundle_config else []
-        elif file.name == _CONFIG_NAME:
-            config = _checked(_read_json_object(file), file)
-            origins.append(str(file))
-        elif file.name == _INDEX_NAME:
-            weights, shards = _read_shards(file)
-            read += shards
-        else:
-            weights = _read_safetensors(file)
-    weights_origin = str(directory / needed[-1])
-    return _Files(
-        config=config,
-        config_origin=" and ".join(origins),
-        weights=None if weights is None else _without_wrappers(weights, weights_origin),
-        weights_origin=weights_origin,
-        tokenizer=_read_tokenizer(directory),
-        paths=tuple(read),
-    )
+        model = unwrap_model(init)
+    replica = replicate(model, device)
+    # Of the model on the host, so that no weight comes back from the device.
+    replica.weights_sha256 = weights_sha256(model)
+    return replica
 
 
-def _files_needed(names: Sequence[str], *, where: str, weights_required: bool) -> list[str]:
-    """Choose the file of the config, if it has its own, and the file of the weights."""
-    weights = [name for name in WEIGHT_NAMES if name in names]
-    bundles = [name for name in weights if name.endswith(".pt")]
-    config = [_CONFIG_NAME] if _CONFIG_NAME in names else bundles[:1]
-    others = sorted(name for name in names if name.endswith((".pt", ".safetensors")))
-    it_has = f"; it has {first_few(others, most=5)}" if others else ""
-    if others:
-        it_has += f" (to read another .pt, name it in {option('init')})"
-    if not config:
-        raise CheckpointNotFoundError(
-            f"{where}: not a checkpoint: neither {_CONFIG_NAME} nor a bundle with one of the names "
-            f"{', '.join(name for name in WEIGHT_NAMES if name.endswith('.pt'))}{it_has}"
-        )
-    if weights_required and not weights:
-        raise CheckpointNotFoundError(
-            f"{where}: no weights; expected one of {', '.join(WEIGHT_NAMES)} "
-            f"({switch('random_init')} runs the untrained model){it_has}"
-        )
-    return list(dict.fromkeys([*config, *weights[:1]]))
+def unwrap_model(model: object) -> Encoder:
+    """Take an Encoder out of the wrappers of training scripts, and check that it can be run.
 
-
-def _files_to_download(names: Sequence[str], *, where: str, weights_required: bool) -> list[str]:
-    """Choose what to download of a repository's directory; raise where it is no checkpoint."""
-    needed = _files_needed(names, where=where, weights_required=weights_required)
-    if _INDEX_NAME in needed:
-        needed += filter(_SHARD_NAME.fullmatch, names)
-    return [*needed, _TOKENIZER_NAME] if _TOKENIZER_NAME in names else needed
-
-
-def preferred_files(directory: Path) -> list[Path]:
-    """List absent files of a checkpoint's directory that would be read first if they were there."""
-
-    def needed(names: Sequence[str]) -> list[str]:
-        return _files_needed(names, where=str(directory), weights_required=False)
-
-    try:
-        names = [path.name for path in directory.iterdir()]
-        now = needed(names)
-    except (OSError, CheckpointNotFoundError):  # No checkpoint could be read from it either.
-        return []
-    return [directory / name for name in WEIGHT_NAMES if needed([*names, name]) != now]
-
-
-def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    backend = config.get("model_backend")
-    if backend == "transformer_engine":
-        raise CheckpointError(
-            f"{path}: model_backend {backend}: its blocks have other names, which are not read; "
-            "save the model with the plain backend"
-        )
-    return config
-
-
-def _read_tokenizer(directory: Path) -> str | None:
-    path = directory / _TOKENIZER_NAME
-    try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_TOKENIZER:
-            return None
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-# Files, which are not trusted.
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    check_ordinary(path, CheckpointError)
-    _read_head(path)
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {one_line(str(error))}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must be a JSON object; got a {type(values).__name__}")
-    return values
-
-
-def _read_head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        head = file.read(len(_LFS_POINTER))
-    if head == _LFS_POINTER:
-        raise CheckpointError(f"{path}: a git-LFS pointer, not the file itself; run git lfs pull")
-    return head
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    _read_head(path)
-    try:
-        # load_file would map the file. If it were cut short later, the process would be killed.
-        return safetensors.torch.load(path.read_bytes())
-    except OSError:
-        raise
-    except Exception as error:
-        # For a damaged header torch raises errors of any type, about its dtypes and shapes.
-        reason = one_line(str(error))
-        raise CheckpointError(f"{path}: not a readable safetensors file: {reason}") from error
-
-
-def _read_shards(index: Path) -> tuple[dict[str, Any], list[Path]]:
-    """Read the tensors that an index of sharded safetensors names, and list their files."""
-    weight_map = _read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map, which names the file of each tensor")
-    names_of: dict[str, list[str]] = defaultdict(list)
-    for name, file in weight_map.items():
-        # A path in the place of a name could lead out of the directory.
-        if (
-            not isinstance(file, str)
-            or set("/\\\0") & set(file)
-            or not file.endswith(".safetensors")
-        ):
-            raise CheckpointError(f"{index}: {one_line(str(file))} is not the name of a file there")
-        names_of[file].append(name)
-    weights: dict[str, Any] = {}
-    for file, names in sorted(names_of.items()):
-        path = index.parent / file
-        if not path.exists():
-            raise CheckpointError(f"{index}: no {one_line(file)}, which it names")
-        check_ordinary(path, CheckpointError)
-        held = _read_safetensors(path)
-        missing = [name for name in names if name not in held]
-        if missing:
-            raise CheckpointError(f"{path}: lacks {first_few(missing)}, which {index.name} names")
-        weights |= {name: held[name] for name in names}
-    return weights, [index.parent / file for file in sorted(names_of)]
-
-
-def _read_bundle(
-    path: Path, *, config_required: bool = True
-) -> tuple[dict[str, Any], Mapping[Any, Any]]:
-    """Read the raw config, {} if it may be missing, and the state dict of a `.pt` bundle."""
-    try:
-        _check_archive(path)
-        bundle = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, CheckpointError):
-        raise
-    except Exception as error:
-        # For a foreign file torch.load raises errors of any type.
-        raise CheckpointError(f"{path}: {_why_not_loaded(path)}") from error
-    if not isinstance(bundle, dict) or not isinstance(bundle.get("model"), Mapping):
-        raise CheckpointError(f"{path}: not a checkpoint bundle: no state dict under 'model'")
-    tensors = [value for value in bundle["model"].values() if isinstance(value, Tensor)]
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > path.stat().st_size:
-        raise CheckpointError(f"{path}: its weights are larger than the file: views of one another")
-    training = bundle.get("training_config")
-    training = training if isinstance(training, Mapping) else {}
-    for config in (bundle.get("encoder_config"), training.get("encoder"), training.get("model")):
-        if isinstance(config, Mapping) and config:
-            # A null is not a value, so config.json's value stays.
-            fields = {name: value for name, value in config.items() if value is not None}
-            return fields, bundle["model"]
-    if config_required:
-        raise CheckpointError(
-            f"{path}: no encoder_config (nor training_config['encoder'] or ['model'])"
-        )
-    return {}, bundle["model"]
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse an archive whose members would take more memory than the file's size."""
-    if not _read_head(path).startswith(b"PK\x03\x04"):
-        raise CheckpointError(
-            f"{path}: not a zip archive: damaged, or saved by torch before 1.6; save it again"
-        )
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > path.stat().st_size:
-        raise CheckpointError(
-            f"{path}: its members are larger than the file, compressed or overlapping; save it "
-            "with torch.save"
-        )
-
-
-def _why_not_loaded(path: Path) -> str:
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:
-        foreign = []
-    if not foreign:
-        return "damaged, or not a checkpoint bundle written by torch.save"
-    return (
-        f"holds objects that could run code ({first_few(sorted(foreign), most=8)}), which are "
-        "never loaded; save it again with 'model' and 'encoder_config' alone"
-    )
-
-
-# The state dict.
-
-
-def _without_wrappers(weights: Mapping[Any, Any], origin: str) -> dict[str, Any]:
-    """Strip the names of wrappers from a state dict's keys."""
-    clean: dict[str, Any] = {}
-    for key, value in weights.items():
-        if not isinstance(key, str):
-            raise CheckpointError(f"{origin}: its weights have names of type {type(key).__name__}")
-        name = _WRAPPERS.sub("", key)
-        if name in clean:
-            raise CheckpointError(
-                f"{origin}: two tensors named {one_line(name)} once wrapper names are stripped"
+    Raises:
+        InvalidArgumentError: no Encoder, weights that are not plain tensors, or modules that
+            differ from its config. The text says what to give instead.
+    """
+    inner = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, Encoder):
+        wrapped = getattr(inner, "_orig_mod", getattr(inner, "module", None))
+        if not isinstance(wrapped, nn.Module):
+            break
+        inner = wrapped
+    if not isinstance(inner, Encoder):
+        raise InvalidArgumentError(f"the model is a {type(model).__name__}; {_WAY_OUT}")
+    for name, tensor in inner.state_dict(keep_vars=True).items():
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_meta:
+            raise InvalidArgumentError(
+                f"the model's {one_line(name)} must be a plain tensor with values; got a "
+                f"{type(tensor).__name__} on {getattr(tensor, 'device', 'no device')}; {_WAY_OUT}"
             )
-        clean[name] = value
-    return clean
+    problems = misfits(empty_encoder(inner.config).state_dict(), inner.state_dict())
+    # Modules of its own that a subclass adds do no harm.
+    if problems and not problems.startswith("unexpected"):
+        raise InvalidArgumentError(
+            f"the model's weights do not fit its config: {problems}; {_WAY_OUT}"
+        )
+    return inner
 
 
 def _config_of_weights(config: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -416,14 +202,15 @@ def _config_of_weights(config: Mapping[str, Any], weights: Mapping[str, Any]) ->
     return found
 
 
-def _encoder_with(config: EncoderConfig, files: _Files) -> Encoder:
+def _encoder_with(config: EncoderConfig, files: CheckpointFiles) -> Encoder:
     assert files.weights is not None
     origin = files.weights_origin
     used = _TRUNK | {module for module, head in _HEADS.items() if head == config.head_type}
     weights = {name: value for name, value in files.weights.items() if _module_of(name) in used}
     others = sorted(set(map(_module_of, files.weights)) - used)
     for name, value in weights.items():
-        if not _is_weight(value):
+        is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+        if not (is_dense and value.is_floating_point() and value.device.type == "cpu"):
             raise CheckpointError(
                 f"{origin}: {one_line(name)} must be a dense floating-point tensor"
             )
@@ -470,26 +257,5 @@ def _warn_of_nonfinite(weights: Mapping[str, Tensor], origin: str) -> None:
         warn(f"{origin}: weights that are not finite: {first_few(found)}")
 
 
-def _is_weight(value: object) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.is_floating_point()
-        and value.device.type == "cpu"
-    )
-
-
 def _module_of(name: str) -> str:
     return name.partition(".")[0]
-
-
-def one_line(text: str) -> str:
-    """Quote text from a file in one line of bounded length."""
-    text = text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-
-
-def first_few(names: Sequence[str], *, most: int = 3) -> str:
-    """Quote the first of some names from a file, and count the others."""
-    more = len(names) - most
-    return ", ".join(map(one_line, names[:most])) + (f" and {more} more" if more > 0 else "")

@@ -1,7 +1,7 @@
 """The fields of a checkpoint's `config.json` that shape the model."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from reprlib import repr as brief
 from typing import Any, Literal, Self, get_args
 
@@ -39,14 +39,18 @@ class EncoderConfig:
         Unknown fields are ignored, and null counts as absent.
 
         Raises:
-            CheckpointError: a field is missing, out of range or contradicts another.
+            CheckpointError: a field is missing, out of range or contradicts another, or the
+                model has blocks that are not read.
         """
-        known = {
-            field.name: values[field.name]
-            for field in fields(cls)
-            if values.get(field.name) is not None
-        }
-        missing = [name for name in _REQUIRED if name not in known]
+        if (backend := values.get("model_backend")) == "transformer_engine":
+            raise CheckpointError(
+                f"model_backend {backend}: its blocks have other names, which are not read; "
+                "save the model with the plain backend"
+            )
+        given = {name: value for name, value in values.items() if value is not None}
+        known = {each.name: given[each.name] for each in fields(cls) if each.name in given}
+        required = [each.name for each in fields(cls) if each.default is MISSING]
+        missing = [name for name in required if name not in known]
         if missing:
             raise CheckpointError(f"missing {', '.join(missing)}")
         return cls(**known)
@@ -70,30 +74,23 @@ class EncoderConfig:
             if self.output_n_bins is None:
                 raise CheckpointError("missing output_n_bins, which head_type binned_ev needs")
             _check_size("output_n_bins", self.output_n_bins)
-        self._check_consistency()
-
-    def _check_consistency(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise CheckpointError(
-                f"num_attention_heads {self.num_attention_heads} does not divide "
-                f"hidden_size {self.hidden_size}"
-            )
-        if self.num_attention_heads % self.kv_heads:
-            raise CheckpointError(
-                f"num_key_value_heads {self.kv_heads} does not divide "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
+        self._check_divides("num_attention_heads", "hidden_size")
+        if self.num_key_value_heads is not None:
+            self._check_divides("num_key_value_heads", "num_attention_heads")
         if self.max_position_embeddings < CELLS:
             raise _must_be(
                 "max_position_embeddings", f"at least {CELLS}", self.max_position_embeddings
             )
 
+    def _check_divides(self, name: str, of: str) -> None:
+        divisor, whole = getattr(self, name), getattr(self, of)
+        if whole % divisor:
+            raise CheckpointError(f"{name} {divisor} does not divide {of} {whole}")
+
     @property
     def kv_heads(self) -> int:
         """Number of key/value heads. Without a value in the config, as many as query heads."""
-        if self.num_key_value_heads is None:
-            return self.num_attention_heads
-        return self.num_key_value_heads
+        return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def head_size(self) -> int:
@@ -111,13 +108,6 @@ class EncoderConfig:
         return (MOVES, self.output_n_bins)
 
 
-_REQUIRED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "layer_norm_eps",
-)
 _SIZES = (
     "hidden_size",
     "num_attention_heads",

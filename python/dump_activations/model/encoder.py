@@ -8,10 +8,13 @@ Shape letters: B boards in a batch, S cells (16), H hidden size, Q query heads, 
 G query heads that share one key/value head (Q = G K), D size of a head, N bins of a value head.
 """
 
+import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.model.config import EncoderConfig
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 
 class PositionEmbedding(nn.Module):
@@ -188,10 +193,10 @@ class Encoder(nn.Module):
         weights_sha256: digest of the weights in a run's own model; "" elsewhere.
     """
 
-    def __init__(self, config: EncoderConfig, *, checkpoint: str = "") -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint = checkpoint
+        self.checkpoint = ""
         self.checkpoint_files: tuple[Path, ...] = ()
         self.hub_commit: str | None = None
         self.tokenizer: str | None = None
@@ -271,3 +276,43 @@ class _NoInitialisation(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+def weights_sha256(model: Encoder) -> str:
+    """Digest names, dtypes, shapes and bytes of a model's weights, as docs/file-format.md says."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def replicate(
+    module: _ModuleT,
+    device: torch.device,
+    dtype_in: Callable[[nn.Module], torch.dtype | None] = lambda _: None,
+) -> _ModuleT:
+    """Return a model in eval mode on a device that shares all it can with the given one.
+
+    It has the same hooks and the same weights, in the same memory where they are neither moved nor
+    cast. Its mode, its device and the hooks that it gets later are its own, so that a run leaves
+    the caller's model as it was.
+
+    Args:
+        module: the model.
+        device: the replica's device.
+        dtype_in: module -> dtype to cast its own weights to; None leaves them as they are.
+    """
+    replica = copy.copy(module)
+    tables = {name: copy.copy(it) for name, it in vars(module).items() if isinstance(it, dict)}
+    vars(replica).update(tables)
+    for name, child in module.named_children():
+        setattr(replica, name, replicate(child, device, dtype_in))
+    dtype = dtype_in(module)
+    for name, weight in module.named_parameters(recurse=False):
+        moved = weight.detach().to(device, dtype or weight.dtype)
+        if (moved.device, moved.dtype) != (weight.device, weight.dtype):
+            setattr(replica, name, nn.Parameter(moved, requires_grad=weight.requires_grad))
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(replica, name, buffer.to(device))
+    return replica.eval()

@@ -2,7 +2,6 @@
 
 import glob
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +19,18 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
-    validate_repo_id,
 )
 
 from dump_activations.errors import (
     CheckpointError,
     CheckpointNotFoundError,
+    DumpActivationsError,
     InvalidArgumentError,
     warn,
 )
 from dump_activations.progress import begin, reporter
+
+_Choice = Callable[[Sequence[str]], Sequence[str]]
 
 _SCHEME = "hf://"
 _FORM = "hf://org/repo[/subdir][@revision]"
@@ -54,21 +55,13 @@ class _Location(NamedTuple):
         path, at, revision = uri.removeprefix(_SCHEME).partition("@")
         org, _, rest = path.rstrip("/").partition("/")
         repo, _, subdir = rest.partition("/")
-        if not uri.startswith(_SCHEME) or not (org and repo):
-            raise InvalidArgumentError(f"{uri}: a checkpoint's address must be {_FORM}")
-        if org in _OTHER_KINDS:
-            raise InvalidArgumentError(
-                f"{uri}: {org}/ does not name a model repository; give {_FORM}"
-            )
+        if not uri.startswith(_SCHEME) or not (org and repo) or org in _OTHER_KINDS:
+            raise InvalidArgumentError(f"{uri}: a model repository's address must be {_FORM}")
         view, _, rest = subdir.partition("/")
         if view in ("blob", "resolve", "tree") and rest and not at:
             branch, slash, below = rest.partition("/")
             address = f"{_SCHEME}{org}/{repo}{slash}{below}@{branch}"
             raise InvalidArgumentError(f"{uri}: the address of a web page; give {address}")
-        try:
-            validate_repo_id(f"{org}/{repo}")
-        except HFValidationError as error:
-            raise InvalidArgumentError(f"{uri}: must be {_FORM}: {error}") from error
         if (subdir and not _stays_inside(subdir)) or (at and not _stays_inside(revision)):
             raise InvalidArgumentError(f"{uri}: subdir and revision must be plain relative names")
         return cls(f"{org}/{repo}", subdir, revision or constants.DEFAULT_REVISION)
@@ -78,9 +71,7 @@ def _stays_inside(path: str) -> bool:
     return not set("\\\0@") & set(path) and not {"", ".", ".."} & set(path.split("/"))
 
 
-def download_checkpoint(
-    uri: str, choose_files: Callable[[Sequence[str]], Sequence[str]]
-) -> tuple[Path, str]:
+def download_checkpoint(uri: str, choose_files: _Choice) -> tuple[Path, str]:
     """Download the files of a checkpoint into the hub's cache.
 
     Where the hub does not answer, a checkpoint that is already in the cache is used.
@@ -105,6 +96,8 @@ def download_checkpoint(
             snapshot = _download(location, choose_files)
     except CheckpointNotFoundError:
         raise
+    except HFValidationError as error:
+        raise InvalidArgumentError(f"{uri}: must be {_FORM}: {error}") from error
     except Exception as error:
         # The client raises errors of many libraries.
         _raise_refusal(uri, location, error)
@@ -112,7 +105,7 @@ def download_checkpoint(
     return snapshot / location.subdir, snapshot.name
 
 
-def _download(location: _Location, choose_files: Callable[[Sequence[str]], Sequence[str]]) -> Path:
+def _download(location: _Location, choose_files: _Choice) -> Path:
     # The client waits without end unless it is given a timeout.
     info = HfApi().model_info(
         location.repo_id, revision=location.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
@@ -121,44 +114,41 @@ def _download(location: _Location, choose_files: Callable[[Sequence[str]], Seque
     paths = [file.rfilename for file in info.siblings or []]
     names = [name for path in paths if below + (name := path.rpartition("/")[2]) == path]
     chosen = [glob.escape(below + name) for name in choose_files(names)]
-    # Files are those of one commit, also if the branch moves in between.
+    # Files are of one commit, even if the branch moves in between.
     assert info.sha is not None
     snapshot = Path(snapshot_download(location.repo_id, revision=info.sha, allow_patterns=chosen))
     if location.revision != info.sha:
-        _keep_ref(snapshot.parents[1] / "refs" / location.revision, info.sha)
+        # Asked for a commit, the client does not record where the branch is. The cache needs that
+        # once the hub cannot be reached.
+        ref = snapshot.parents[1] / "refs" / location.revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(info.sha)
     return snapshot
-
-
-def _keep_ref(ref: Path, commit: str) -> None:
-    """Record the commit of a branch, so that the cache can be asked for it without the hub."""
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    own = ref.with_name(f"{ref.name}.{os.getpid()}")
-    own.write_text(commit)
-    own.replace(ref)
 
 
 def _raise_refusal(uri: str, location: _Location, error: Exception) -> None:
     """Raise an error with the hub's reason and a way out where the hub answered."""
     refusal: BaseException | None = error
-    while not isinstance(refusal, HfHubHTTPError):
-        if refusal is None:
-            return
+    while refusal is not None and not isinstance(refusal, HfHubHTTPError):
         refusal = refusal.__cause__
-    status = refusal.response.status_code
-    if isinstance(refusal, RevisionNotFoundError):
-        raise CheckpointNotFoundError(
-            f"{uri}: no revision {location.revision}; the form is {_FORM}"
-        ) from error
-    if isinstance(refusal, GatedRepoError):
-        raise CheckpointError(f"{uri}: gated; ask for access, then `hf auth login`") from error
-    if isinstance(refusal, RepositoryNotFoundError):
-        raise CheckpointNotFoundError(
-            f"{uri}: no such repository, or a private one: check the name or `hf auth login`"
-        ) from error
-    if status in _WAYS_OUT:
-        raise CheckpointError(
-            f"{uri}: the hub refuses ({status}: {_reason(refusal)}); {_WAYS_OUT[status]}"
-        ) from error
+    kind: type[DumpActivationsError] = CheckpointError
+    match refusal:
+        case None:
+            return
+        case RevisionNotFoundError():
+            kind = CheckpointNotFoundError
+            text = f"no revision {location.revision}; the form is {_FORM}"
+        case GatedRepoError():
+            text = "gated; ask for access, then `hf auth login`"
+        case RepositoryNotFoundError():
+            kind = CheckpointNotFoundError
+            text = "no such repository, or a private one: check the name or `hf auth login`"
+        case _:
+            status = refusal.response.status_code
+            if status not in _WAYS_OUT:
+                return
+            text = f"the hub refuses ({status}: {_reason(refusal)}); {_WAYS_OUT[status]}"
+    raise kind(f"{uri}: {text}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -167,22 +157,14 @@ def _reason(error: Exception) -> str:
     return text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _cached(
-    uri: str,
-    location: _Location,
-    choose_files: Callable[[Sequence[str]], Sequence[str]],
-    reason: str,
-) -> Path:
+def _cached(uri: str, location: _Location, choose_files: _Choice, reason: str) -> Path:
+    repo_id, revision = location.repo_id, location.revision
     try:
         # Without a pattern the client would miss the files that were never asked for.
-        snapshot = Path(
-            snapshot_download(
-                location.repo_id,
-                revision=location.revision,
-                local_files_only=True,
-                allow_patterns=[],
-            )
+        found = snapshot_download(
+            repo_id, revision=revision, local_files_only=True, allow_patterns=[]
         )
+        snapshot = Path(found)
         choose_files([path.name for path in (snapshot / location.subdir).iterdir()])
     except (OSError, ValueError) as error:
         raise CheckpointNotFoundError(
@@ -194,7 +176,7 @@ def _cached(
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Keep the client from logging its attempts, and from drawing bars where progress is shown."""
+    """Keep the client from logging its attempts, and from showing bars where progress is shown."""
     logger = logging.getLogger("huggingface_hub")
     level, hides_bars = logger.level, reporter() is not None and not are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)

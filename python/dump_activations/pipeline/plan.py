@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ from dump_activations.model.activations import (
     find_activations,
     find_layers,
 )
-from dump_activations.model.checkpoint import preferred_files
+from dump_activations.model.checkpoint import prepare_model
+from dump_activations.model.checkpoint_files import preferred_files
 from dump_activations.model.encoder import Encoder
-from dump_activations.model.prepared import prepare_model
 from dump_activations.options import Options
 from dump_activations.pipeline.device import current, find_device
 from dump_activations.pipeline.oom import model_oom_named
@@ -151,7 +151,7 @@ def make_plan(
     with model_oom_named(device), current(device):
         model = prepare_model(init, device, random_init=options.random_init, seed=options.seed)
     activations = find_activations(options.outputs, model.config)
-    layers = find_layers("layers", options.layers, model.config.num_hidden_layers)
+    layers = find_layers(options.layers, model.config.num_hidden_layers)
     if options.layers is not None and not any(each.per_layer for each in activations):
         keys = ", ".join(each.key for each in activations)
         warn(f"{option('layers')}: no layers to choose from in {keys}")
@@ -214,18 +214,33 @@ class Preview:
     """The output of a run, known before any forward pass.
 
     Attributes:
-        plan: the run.
+        boards: boards that go through the model.
+        keys: activations to capture.
         tensors: tensors of the output, with `indices` and `boards`.
         output: the file, or the name of its shards; None if nothing is written.
         free_nbytes: free space of the disk; None if it is unknown or nothing is written.
-        shards: number of shards to write; 0 for one file.
+        shards: the shards to write; empty for one file.
     """
 
-    plan: Plan
+    boards: int
+    keys: Sequence[str]
     tensors: Sequence[TensorSpec]
-    output: Path | None = None
-    free_nbytes: int | None = None
-    shards: int = 0
+    output: Path | None
+    free_nbytes: int | None
+    shards: Sequence[Path] = ()
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        tensors: Sequence[TensorSpec],
+        output: Path | None = None,
+        free_nbytes: int | None = None,
+        shards: Sequence[Path] = (),
+    ) -> Self:
+        """Preview a plan whose output has these tensors."""
+        keys = [each.key for each in plan.activations]
+        return cls(len(plan.indices), keys, tensors, output, free_nbytes, shards)
 
     @property
     def nbytes(self) -> int:
@@ -235,22 +250,22 @@ class Preview:
     @property
     def text(self) -> str:
         """All but the tensors, in one line."""
-        keys = ", ".join(each.key for each in self.plan.activations)
-        work = f"{len(self.plan.indices):,} boards of {keys}: {size_text(self.nbytes)}"
+        work = f"{self.boards:,} boards of {', '.join(self.keys)}: {size_text(self.nbytes)}"
         if self.output is None:
             return f"{work}, not written"
-        shards = f" in {self.shards:,} shards" if self.shards else ""
+        shards = f" in {len(self.shards):,} shards" if self.shards else ""
         free = "" if self.free_nbytes is None else f"; {size_text(self.free_nbytes)} free"
         return f"{work} to {self.output}{shards}{free}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
         return {
-            "boards": len(self.plan.indices),
-            "keys": [each.key for each in self.plan.activations],
+            "boards": self.boards,
+            "keys": list(self.keys),
             "bytes": self.nbytes,
             "output": None if self.output is None else str(self.output),
             "free_bytes": self.free_nbytes,
+            "shards": [str(path) for path in self.shards],
             "tensors": [
                 {"key": each.name, "dtype": each.dtype, "shape": each.shape, "bytes": each.nbytes}
                 for each in self.tensors

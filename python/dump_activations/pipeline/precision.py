@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from dump_activations.model.encoder import Encoder
-from dump_activations.model.prepared import replicate
+from dump_activations.model.encoder import Encoder, replicate
 
 # Kernels of the attention, in the order of preference, and torch's names of their switches. Without
 # cuDNN's, which plans each shape for 0.4 s and raises where it has no plan.

@@ -85,7 +85,8 @@ def read(file: BinaryIO, size: int) -> Contents:
 
 
 def _stored_array(head: bytes, member: StoredMember) -> StoredTensor:
-    import numpy as np  # Wrong calls of the command, which need no file, import no NumPy.
+    # Here, because the command checks the output's suffix before it imports NumPy.
+    import numpy as np
 
     stream = io.BytesIO(head)
     try:

@@ -19,7 +19,22 @@ from dump_activations.storage.writing.journal import Header, JournalError, read_
 from dump_activations.storage.writing.output import OtherWorkError
 from dump_activations.storage.writing.partial import is_locked
 from dump_activations.storage.writing.paths import PARTIAL, partial_path, target_of
-from dump_activations.storage.writing.work import FINGERPRINT_KEY, FileWork, Work
+from dump_activations.storage.writing.work import COMPUTED_BY_KEY, FINGERPRINT_KEY, FileWork, Work
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A file under its final name.
+
+    Attributes:
+        size: its bytes.
+        digests: of each tensor.
+        computed_by: text of the devices and threads that computed it.
+    """
+
+    size: int
+    digests: Mapping[str, Digest]
+    computed_by: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,12 @@ class Existing:
     found: os.stat_result
     metadata: Mapping[str, str]
     digests: Mapping[str, Digest]
+
+    @property
+    def finished(self) -> Finished:
+        """The facts of the file as one of a dump's finished files."""
+        computed_by = self.metadata.get(COMPUTED_BY_KEY, "")
+        return Finished(self.found.st_size, self.digests, computed_by.rstrip())
 
     @property
     def content(self) -> tuple[int, int]:
@@ -72,13 +93,16 @@ def find_existing(target: Path) -> Existing | None:
     return Existing(target, found, inspection.contents.metadata, inspection.digests)
 
 
-def choose_shards(work: Work, size: int | None, *, share: bool) -> int | None:
+def choose_shards(
+    work: Work, size: int | None, *, share: bool, overwrite: bool = False
+) -> int | None:
     """Return the number of shards that a work is written in; None for one file.
 
     Args:
         work: the work.
         size: largest bytes of a shard, where the caller gave a size.
         share: True where several processes share the work, or it is limited to some shards.
+        overwrite: True where the shards that are there may be of other work.
 
     Raises:
         OutputError: files that are there contradict it; nothing is changed.
@@ -89,7 +113,8 @@ def choose_shards(work: Work, size: int | None, *, share: bool) -> int | None:
         shards = work.count_shards(size)
     elif there and not whole:
         shards = min(there)
-        _check_same_work(work, shards)
+        if not overwrite:
+            _check_same_work(work, shards)
     elif share and not whole:
         shards = work.default_shards()
     elif share and work.whole not in whole:
@@ -98,7 +123,7 @@ def choose_shards(work: Work, size: int | None, *, share: bool) -> int | None:
         )
     else:
         if there:
-            raise _mixed(whole[0], work, there)
+            raise mixed_error(whole[0], work, there)
         return None
     if others := sorted(there - {shards}):
         raise OutputError(
@@ -107,7 +132,7 @@ def choose_shards(work: Work, size: int | None, *, share: bool) -> int | None:
             "them, remove them, or choose another output"
         )
     if whole:
-        raise _mixed(whole[0], work, {shards})
+        raise mixed_error(whole[0], work, {shards})
     return shards
 
 
@@ -129,7 +154,8 @@ def _check_same_work(work: Work, shards: int) -> None:
             return
 
 
-def _mixed(whole: Path, work: Work, counts: Iterable[int]) -> OutputError:
+def mixed_error(whole: Path, work: Work, counts: Iterable[int]) -> OutputError:
+    """Make the error for a whole dump next to shards of its name."""
     return OutputError(
         f"{whole} is there, and so one name would stand for a whole dump and for shards "
         f"({_pattern(work, min(counts))}); remove one of them, or choose another output"

@@ -11,7 +11,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,8 @@ from dump_activations import _rust
 from dump_activations.errors import OutputError, switch
 from dump_activations.storage.digests import Digest, RunningDigest, parse_integrity
 from dump_activations.storage.formats.registry import format_of
+from dump_activations.storage.parallel import in_parallel
+from dump_activations.storage.reading.inspection import READ_NBYTES
 from dump_activations.storage.statistics import Moments, RunningStatistics
 from dump_activations.storage.writing.journal import (
     BatchDigests,
@@ -34,13 +35,12 @@ from dump_activations.storage.writing.journal import (
 )
 from dump_activations.storage.writing.partial import Partial
 from dump_activations.storage.writing.paths import sync_directory
-from dump_activations.storage.writing.work import FINGERPRINT_KEY, FileWork
+from dump_activations.storage.writing.work import FINGERPRINT_KEY, FileWork, computed_by_text
 
 SYNC_INTERVAL = 0.5
 """Seconds between two flushes: the work that a crash may cost, against the cost of a flush."""
 
 _VERIFY_THREADS = 8
-_VERIFY_NBYTES = 32 << 20
 
 
 class OtherWorkError(OutputError):
@@ -136,6 +136,11 @@ class OutputFile:
         return self._partial.path
 
     @property
+    def computed_by(self) -> str:
+        """JSON list of the devices and threads of all runs that wrote batches."""
+        return computed_by_text(self._computed_by).rstrip()
+
+    @property
     def size(self) -> int:
         """Bytes of the finished file."""
         return self.work.empty_layout.size
@@ -156,7 +161,7 @@ class OutputFile:
     def resumed_rows(self) -> int:
         """Boards that earlier runs have written."""
         if self._published_digests is not None:
-            return len(self.work.run_rows)
+            return self.work.rows
         return self.work.count_rows(self._resumed)
 
     @property
@@ -324,36 +329,29 @@ class OutputFile:
         self, candidates: Mapping[int, BatchDigests], check: Callable[[], object]
     ) -> dict[int, BatchDigests]:
         """Return the batches whose bytes in the file have the recorded digests."""
-        ended = threading.Event()
+        found: dict[int, BatchDigests] = {}
 
         def is_whole(batch: int) -> bool:
             digests = candidates[batch]
             return self.work.fits(batch, digests) and all(
-                self._read_digest(batch, name, ended) == digest for name, digest in digests.items()
+                self._read_digest(batch, name) == digest for name, digest in digests.items()
             )
 
-        found = {}
-        executor = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="verify")
-        try:
-            batches = sorted(candidates)
-            for batch, whole in zip(batches, executor.map(is_whole, batches), strict=True):
-                check()
-                if whole:
-                    found[batch] = candidates[batch]
-        finally:
-            ended.set()
-            executor.shutdown(cancel_futures=True)
+        def take(batch: int, whole: bool) -> None:  # noqa: FBT001 -- the result of is_whole
+            check()
+            if whole:
+                found[batch] = candidates[batch]
+
+        in_parallel(is_whole, sorted(candidates), _VERIFY_THREADS, take)
         return found
 
-    def _read_digest(self, batch: int, name: str, ended: threading.Event) -> Digest:
+    def _read_digest(self, batch: int, name: str) -> Digest:
         start, stop = self.work.span_of(batch, name)
-        dtype = self.work.specs[name].dtype
         digest = Digest()
-        for at in range(start, stop, _VERIFY_NBYTES):
-            if not ended.is_set():
-                nbytes = min(_VERIFY_NBYTES, stop - at)
-                found = _rust.digest_span(self._partial.fd, at, nbytes, dtype)
-                digest += Digest(nbytes, *found)
+        for at in range(start, stop, READ_NBYTES):
+            nbytes = min(READ_NBYTES, stop - at)
+            dtype = self.work.specs[name].dtype
+            digest += Digest(nbytes, *_rust.digest_span(self._partial.fd, at, nbytes, dtype))
         return digest
 
     def _reserve(self) -> None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from dump_activations import _rust
 from dump_activations.errors import OutputError, switch
 from dump_activations.storage.digests import Digest
-from dump_activations.storage.writing.paths import partial_path
+from dump_activations.storage.writing.paths import free_bytes, partial_path
 
 # Cray's DVS answers with this number, which has no name in user space.
 _ENOTSUPP = 524
@@ -148,10 +148,9 @@ class Partial:
         """Take `size` bytes of disk; raise OSError where the disk has fewer."""
         if _rust.reserve(self.fd, size):
             return
-        # Without fallocate the file system can still report its free space. Zero means unknown.
-        disk = os.fstatvfs(self.fd)
-        taken = os.fstat(self.fd).st_blocks * 512
-        if disk.f_blocks and disk.f_bavail * disk.f_frsize + taken < size:
+        # Without fallocate the file system can still report its free space.
+        free = free_bytes(self.fd)
+        if free is not None and free + os.fstat(self.fd).st_blocks * 512 < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def clear(self) -> None:

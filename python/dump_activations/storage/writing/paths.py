@@ -79,20 +79,26 @@ def free_space(targets: Sequence[Path]) -> int | None:
     """Count the bytes that unfinished targets of one directory may take.
 
     These are the free bytes of the disk, and the bytes that their partial files have already. None
-    where the file system does not tell: some network mounts report a size of zero, or nothing.
+    where the file system reports a size of zero or nothing, as some network mounts do.
     """
     with OutputError.when(f"cannot write {targets[0]}"):
-        try:
-            disk = os.statvfs(nearest_directory(targets[0]))
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
-                return None
-            raise
+        free = free_bytes(nearest_directory(targets[0]))
         taken = 0
         for target in targets:
             with suppress(FileNotFoundError):
                 taken += partial_path(target).stat().st_blocks * 512
-    return disk.f_bavail * disk.f_frsize + taken if disk.f_blocks else None
+    return None if free is None else free + taken
+
+
+def free_bytes(where: Path | int) -> int | None:
+    """Return the free bytes of a disk, by a path or descriptor on it; None where it is unknown."""
+    try:
+        disk = os.statvfs(where)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+            return None
+        raise
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
 
 
 def check_space(targets: Sequence[Path], nbytes: int) -> None:
@@ -128,7 +134,7 @@ def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_r
         raise OutputError(f"{target} is a directory; name a file in it")
     if not stat.S_ISREG(found.st_mode):
         raise OutputError(f"{target} is not an ordinary file; choose another output")
-    # Root may write any file, but whoever took the permission away meant root too.
+    # Root may write any file, but a file without write permission is meant to stay.
     if not found.st_mode & 0o222 or not os.access(target, os.W_OK):
         raise OutputError(f"{target} is write-protected; permit writing, or choose another output")
     is_sticky = directory.st_mode & stat.S_ISVTX

@@ -7,18 +7,19 @@ docs/architecture.md has the rules of the lock.
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dump_activations.errors import OutputError, note, option
-from dump_activations.storage.digests import Digest
 from dump_activations.storage.shards import list_shards
 from dump_activations.storage.writing.existing import (
     Existing,
+    Finished,
     find_existing,
     header_of,
+    mixed_error,
 )
 from dump_activations.storage.writing.journal import JournalError, read_journal, remove_journal
 from dump_activations.storage.writing.output import OtherWorkError, OutputFile
@@ -44,14 +45,6 @@ class Place:
 
     rank: int = 0
     size: int = 1
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A file under its final name: its bytes, and the digest of each tensor."""
-
-    size: int
-    digests: Mapping[str, Digest]
 
 
 class Output:
@@ -86,6 +79,7 @@ class Output:
         self.files = list(files)
         self.open_files: list[OutputFile] = []
         self.written = 0
+        self._own_boards = 0
         self.commit_seconds = 0.0
         self._place = place
         self._overwrite = overwrite
@@ -104,6 +98,11 @@ class Output:
     def __exit__(self, *_: object) -> None:
         for file in self.open_files:
             file.suspend()
+
+    @property
+    def boards_of_others(self) -> int:
+        """Boards of finished files that this process did not write."""
+        return self._count_boards() - self._own_boards
 
     @property
     def finished(self) -> Collection[Finished]:
@@ -160,9 +159,10 @@ class Output:
     def commit(self, file: OutputFile) -> None:
         """Give a file that is written whole its final name."""
         started = time.perf_counter()
-        self._finished[file.work.target] = Finished(file.size, file.commit())
+        self._finished[file.work.target] = Finished(file.size, file.commit(), file.computed_by)
         self.commit_seconds += time.perf_counter() - started
         self.written += 1
+        self._own_boards += file.work.rows
         self.open_files.remove(file)
 
     def suspend(self, *, discard: bool = False) -> int:
@@ -226,13 +226,13 @@ class Output:
         return True
 
     def _count_boards(self) -> int:
-        return sum(len(file.run_rows) for file in self.files if file.target in self._finished)
+        return sum(file.rows for file in self.files if file.target in self._finished)
 
     def _look(self, file: FileWork) -> None:
         """Look at one file before the run: is it finished, replaceable, or in the way?"""
         existing = find_existing(file.target)
         if existing is not None and existing.is_of(file):
-            self._finished[file.target] = Finished(existing.found.st_size, existing.digests)
+            self._finished[file.target] = existing.finished
             return
         if existing is not None:
             if not self._overwrite:
@@ -266,7 +266,7 @@ class Output:
             return False
         if not existing.is_of(file):
             raise existing.refusal(file.work)
-        self._finished[file.target] = Finished(existing.found.st_size, existing.digests)
+        self._finished[file.target] = existing.finished
         return True
 
     def _may_replace(self, existing: Existing) -> bool:
@@ -279,15 +279,22 @@ class Output:
 
         Each of two such processes makes its journal before it looks, so that one sees the other.
         """
+        whole = file.work.whole
         if file.shard is None:
+            shards = [*list_shards(whole), *list_shards(whole, PARTIAL)]
+            if shards:
+                raise mixed_error(whole, file.work, {shard.count for shard in shards})
             return
+        for path in (whole, partial_path(whole)):
+            if os.path.lexists(path):
+                raise mixed_error(path, file.work, {file.shard.count})
         ours = {each.target: each for each in file.work.files(file.shard.count)}
         for ending in ("", PARTIAL, JOURNAL):
-            for shard, path in list_shards(file.work.whole, ending).items():
+            for shard, path in list_shards(whole, ending).items():
                 other = ours.get(shard.path)
                 if other is None:
                     raise OutputError(
-                        f"{path} is of another cut of {file.work.whole}; one dump has one "
+                        f"{path} is of another cut of {whole}; one dump has one "
                         f"{option('shard_size')}: remove one of the cuts, or choose another output"
                     )
                 if ending == JOURNAL and shard != file.shard and self._is_of_other_work(other):

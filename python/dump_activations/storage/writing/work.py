@@ -204,10 +204,24 @@ class FileWork:
         )
         return range(start, min(stop, self.work.rows))
 
+    @property
+    def rows(self) -> int:
+        """Boards of the file."""
+        return len(self.run_rows)
+
     def rows_of(self, batches: range) -> range:
         """Return the boards of consecutive batches, both as the file numbers them."""
         size = self.work.batch_rows
-        return range(batches.start * size, min(batches.stop * size, len(self.run_rows)))
+        return range(batches.start * size, min(batches.stop * size, self.rows))
+
+    def run_rows_of(self, batches: range) -> range:
+        """Return the boards of consecutive batches of the file, as the run numbers boards."""
+        rows = self.rows_of(batches)
+        return self.run_rows[rows.start : rows.stop]
+
+    def batch_at(self, run_row: int) -> int:
+        """Return the number of the batch that a board of the run is in."""
+        return run_row // self.work.batch_rows - self.run_batches.start
 
     def count_rows(self, batches: Collection[int]) -> int:
         """Count the boards of some batches of the file."""
@@ -216,9 +230,8 @@ class FileWork:
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """The file's tensors by name, with the file's number of rows."""
-        rows = len(self.run_rows)
         return {
-            spec.name: replace(spec, shape=(rows, *spec.shape[1:]))
+            spec.name: replace(spec, shape=(self.rows, *spec.shape[1:]))
             if spec.name in self.work.batched
             else spec
             for spec in self.work.specs
@@ -231,7 +244,7 @@ class FileWork:
             self.work.fingerprint,
             self.work.described,
             "" if self.shard is None else self.shard.text,
-            len(self.run_rows),
+            self.rows,
             self.work.batch_rows,
             tuple(self.work.batched),
         )
@@ -260,7 +273,7 @@ class FileWork:
             digests: of each tensor; None while they are unknown.
         """
         specs = list(self.specs.values())
-        metadata = {**self.metadata, COMPUTED_BY_KEY: _computed_by_text(computed_by)}
+        metadata = {**self.metadata, COMPUTED_BY_KEY: computed_by_text(computed_by)}
         crc32s = None if digests is None else {name: each.crc32 for name, each in digests.items()}
         integrity = integrity_text(specs, metadata, digests)
         file_format = format_of(self.work.whole)
@@ -270,7 +283,7 @@ class FileWork:
     def tensor_nbytes(self) -> int:
         """Bytes of the file's tensors; its header adds a few thousand."""
         row_nbytes, other_nbytes = self.work.nbytes_per_row
-        return len(self.run_rows) * row_nbytes + other_nbytes
+        return self.rows * row_nbytes + other_nbytes
 
     def span_of(self, batch: int, name: str) -> tuple[int, int]:
         """Return (start, stop) of the bytes of a batch of a tensor in the file."""
@@ -287,7 +300,7 @@ class FileWork:
         )
 
 
-def _computed_by_text(computed_by: Sequence[Mapping[str, str]]) -> str:
+def computed_by_text(computed_by: Sequence[Mapping[str, str]]) -> str:
     """Write as many entries as fit, padded with spaces to a fixed length."""
     entries = list(computed_by)
     while len(text := json.dumps(entries)) > _COMPUTED_BY_NBYTES:

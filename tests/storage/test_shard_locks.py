@@ -465,7 +465,7 @@ def test_a_whole_dump_next_to_shards_is_refused(target):
         choose_shards(work, None, share=True)
     partial_path(target).unlink()
     write_shards(target, DUMP, 2)
-    write_dump(target, DUMP)
+    target.touch()
     with pytest.raises(OutputError, match="a whole dump and for shards"):
         choose_shards(work, None, share=False)
 
@@ -477,3 +477,22 @@ def test_limited_to_some_shards(target):
             write(file)
             output.commit(file)
     assert [shard.number for shard in list_shards(target)] == [2, 3]
+
+
+def test_a_whole_dump_and_shards_that_begin_at_once_see_each_other(target):
+    for first_shards, second_shards in ((None, 2), (2, None)):
+        second = open_output(target, DUMP, shards=second_shards)
+        with open_output(target, DUMP, shards=first_shards) as first:
+            first.take()
+            before = names_in(target.parent)
+            with pytest.raises(OutputError, match="a whole dump and for shards"):
+                second.take()
+            assert names_in(target.parent) == before
+
+
+def test_overwrite_continues_the_cut_of_other_work(target):
+    write_shards(target, OTHER, 2)
+    work = work_of(target, DUMP)
+    with pytest.raises(OutputError, match="of other work"):
+        choose_shards(work, None, share=False)
+    assert choose_shards(work, None, share=False, overwrite=True) == 2
