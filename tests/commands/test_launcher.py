@@ -20,12 +20,17 @@ TWO = [sys.executable, "-m", "dump_activations", "--demo", "--nproc-per-node=2"]
 
 @pytest.fixture
 def endless(tmp_path):
-    """Start two processes with hours of work; return the launcher and their process ids."""
+    """Start two processes with hours of work; return the launcher and their process ids.
+
+    Both are loading torch: Python itself ends in other ways where a signal meets its own start.
+    """
     call = [*TWO, "--n-samples=100000000", "--batch-size=64", "--no-write"]
     launcher = subprocess.Popen(call, stdout=-1, stderr=-1, text=True, cwd=tmp_path)
     listing = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     while len(children := listing.read_text().split()) < 2:
         assert launcher.poll() is None
+        time.sleep(0.01)
+    while any("libtorch_cpu" not in Path(f"/proc/{child}/maps").read_text() for child in children):
         time.sleep(0.01)
     return launcher, [*map(int, children)]
 
