@@ -8,12 +8,12 @@ from typing import NoReturn
 
 
 def run_dump() -> NoReturn:
-    """Be the process of `dump-activations`."""
+    """Run `dump-activations` and end the process."""
     _run("dump")
 
 
 def run_inspect() -> NoReturn:
-    """Be the process of `inspect-activations`."""
+    """Run `inspect-activations` and end the process."""
     _run("inspect")
 
 

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dump_activations.text import duration_text, printable, size_text
 
@@ -51,14 +51,19 @@ class Phase:
     nbytes: int = 0
 
 
-class Reporter(Protocol):
-    """Receives the progress of a run. Any thread may call it."""
+class Reporter:
+    """Receives the progress of a run, and keeps the status of its phase. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._status = Status(Phase("starting"), time.monotonic())
 
     def begin(self, phase: Phase) -> None:
         """Begin a phase."""
+        self._status = Status(phase, time.monotonic())
 
     def advance(self, done: int, of: int) -> None:
         """Note how much of the phase is done."""
+        self._status.advance(done, of, time.monotonic())
 
 
 _reporter: ContextVar[Reporter | None] = ContextVar("_reporter", default=None)
@@ -81,17 +86,11 @@ def reported_to(listener: Reporter) -> Iterator[None]:
 
 def begin(name: str) -> None:
     """Begin a phase that is not counted."""
-    if (listener := _reporter.get()) is not None:
-        listener.begin(Phase(name))
+    counted(Phase(name))
 
 
 def counted(phase: Phase, also: Count | None = None) -> Count:
-    """Begin a phase, and return the function to call as it advances.
-
-    Args:
-        phase: the phase.
-        also: a second function to call with the same numbers.
-    """
+    """Begin a phase, and return the function to call as it advances, which calls `also` too."""
     listener = _reporter.get()
     if listener is not None:
         listener.begin(phase)
@@ -110,16 +109,12 @@ _RATE_SECONDS = 30.0
 
 
 class Status:
-    """A phase, how much of it is done, and its rate.
-
-    Args:
-        phase: the phase.
-        now: the time at which it began, in seconds of any clock.
-    """
+    """A phase, how much of it is done, and its rate. Times are in seconds of any clock."""
 
     def __init__(self, phase: Phase, now: float) -> None:
         self.began = now
         self._phase = phase
+        self._unit = "" if phase.unit == BYTES else f" {phase.unit}"
         self._done, self._of = phase.start, phase.of
         self._samples = deque([(now, phase.start)])
 
@@ -158,10 +153,6 @@ class Status:
             figures.append(f"{throughput}/s of {size_text(self._phase.nbytes)}")
         return figures
 
-    @property
-    def _unit(self) -> str:
-        return "" if self._phase.unit == BYTES else f" {self._phase.unit}"
-
     def _amount(self, number: float) -> str:
         return size_text(int(number)) if self._phase.unit == BYTES else f"{number:,.0f}"
 
@@ -185,18 +176,22 @@ def shown_progress() -> AbstractContextManager[None]:
     """Show the progress of this thread inside the context, unless it has a reporter already."""
     if reporter() is not None or sys.stderr is None:
         return nullcontext()
-    if _is_notebook() or (is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"):
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    # Without these widgets rich shows no bar in a notebook.
+    is_notebook = type(shell).__name__ == "ZMQInteractiveShell" and find_spec("ipywidgets")
+    if is_notebook or (is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"):
         return _bar()
     return _lines()
 
 
 def silent_progress() -> AbstractContextManager[None]:
     """Show no progress of this thread inside the context."""
-    return reported_to(_Display())
+    return reported_to(Reporter())
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether a stream is a terminal. A closed stream is none, nor is one without isatty."""
+    """Return True where a stream is a terminal. A closed stream, or one without isatty, is not."""
     try:
         return bool(stream.isatty())
     except (AttributeError, OSError, ValueError):
@@ -221,20 +216,7 @@ class _Stderr:
         return getattr(self._stream, name)
 
 
-class _Display:
-    """A reporter that keeps the status of the phase."""
-
-    def __init__(self) -> None:
-        self._status = Status(Phase("starting"), time.monotonic())
-
-    def begin(self, phase: Phase) -> None:
-        self._status = Status(phase, time.monotonic())
-
-    def advance(self, done: int, of: int) -> None:
-        self._status.advance(done, of, time.monotonic())
-
-
-class _Bar(_Display):
+class _Bar(Reporter):
     """A line with the phase, a bar and figures."""
 
     def line(self, width: int, stream: object = None) -> Text:
@@ -284,8 +266,8 @@ def _bar() -> Iterator[None]:
             _live = None
 
 
-class _Lines(_Display):
-    """Lines of text at intervals."""
+class _Lines(Reporter):
+    """Lines of a log, for new phases and at intervals."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,10 +307,3 @@ def _lines() -> Iterator[None]:
     finally:
         display.ended.set()
         writer.join()
-
-
-def _is_notebook() -> bool:
-    """Return whether a notebook and the widgets that rich needs for a bar are there."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return type(shell).__name__ == "ZMQInteractiveShell" and find_spec("ipywidgets") is not None

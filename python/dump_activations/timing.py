@@ -6,10 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-def _ready() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Chunk:
     """Consecutive rows of a batch, `start` to `stop`: all of it, or the rows one core computes.
@@ -20,7 +16,7 @@ class Chunk:
 
     start: int
     stop: int
-    wait: Callable[[], object] = _ready
+    wait: Callable[[], object] = lambda: None
 
 
 class Stopwatch:
@@ -35,10 +31,7 @@ class Stopwatch:
         self._local.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.add(time.perf_counter() - self._local.start)
-
-    def add(self, seconds: float) -> None:
-        """Count time that was measured elsewhere."""
+        seconds = time.perf_counter() - self._local.start
         with self._lock:
             self.seconds += seconds
 

@@ -12,8 +12,7 @@ from measure import timed
 from output import write_raw
 from torch import Tensor, nn
 
-from dump_activations.api.dumping import writer_threads
-from dump_activations.place import Place
+from dump_activations.api.dump import writer_threads
 
 _COPIED_NBYTES = 1 << 30
 
@@ -32,7 +31,7 @@ def write_speed(directory: Path, nbytes: int) -> float:
 
     Through the page cache or past it, whichever is faster here.
     """
-    options = Namespace(directory=directory, threads=writer_threads(Place.here()))
+    options = Namespace(directory=directory, threads=writer_threads(1))
     seconds = [write_raw(nbytes, options, direct=False, flush=True)]
     with suppress(OSError):  # Not every file system has direct writes.
         seconds.append(write_raw(nbytes, options, direct=True, flush=True))

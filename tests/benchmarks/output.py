@@ -34,9 +34,10 @@ from undigested import undigested
 from dump_activations.dtypes import TensorSpec
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.inspection import find_damage, inspect
-from dump_activations.storage.writing.output_file import OutputFile
+from dump_activations.storage.writing.shards import Output
 from dump_activations.storage.writing.work import Work
-from dump_activations.storage.writing.writers import WriterPool
+from dump_activations.storage.writing.writers import Writers
+from dump_activations.timing import Chunk
 
 BATCH_ROWS = 128
 SLOTS = 3
@@ -158,15 +159,24 @@ def write_file(
     for slot in slots:
         free.put(slot)
     started = time.perf_counter()
-    work = Work.of(path, specs, {}, batched=names, batch_rows=BATCH_ROWS, fingerprint={})
-    with OutputFile.open(work, overwrite=True) as file:
-        with WriterPool(file, threads=options.threads) as writers:
-            for first_row in range(0, rows, BATCH_ROWS):
+    work = Work(
+        whole=path,
+        specs=specs,
+        batched=names,
+        batch_rows=BATCH_ROWS,
+        metadata={},
+        computed_by={},
+        identity={},
+    )
+    with Output(work.files(None), overwrite=True) as output:
+        file = output.take()
+        with Writers(output.commit, threads=options.threads) as writers:
+            for batch, first_row in enumerate(range(0, rows, BATCH_ROWS)):
                 slot = free.get()
                 count = min(BATCH_ROWS, rows - first_row)
                 slices = {s.name: slot[s.name][: count * s.row_nbytes] for s in specs}
-                writers.submit(first_row, slices, done=lambda slot=slot: free.put(slot))
-        file.commit()
+                done = functools.partial(free.put, slot)
+                writers.submit(file, batch, slices, chunks=[Chunk(0, count)], done=done)
     return time.perf_counter() - started
 
 

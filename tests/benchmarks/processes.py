@@ -1,23 +1,19 @@
-"""What several processes cost: against one of as many threads, a ticket, a slow one, the start."""
+"""Cost of several processes: against one of as many threads, with a slow one, and at the start."""
 
 import json
 import os
+import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from measure import Figure, Section, alternate, ratios, run_process
 from setting import Setting, command
-from torch.distributed import TCPStore
 from workload import BATCH_50M_CPU, KEYS_50M, KEYS_DEMO
 
 from dump_activations import demo
-from dump_activations.pipeline.group import Group
-from dump_activations.place import Place
 
-_TICKETS = 2000
 _SLOW_BOARDS, _SLOW_BATCH = 65_536, 256
 
 
@@ -34,7 +30,6 @@ def measure(setting: Setting) -> Section:
                 boards=BATCH_50M_CPU * max(round(setting.seconds), 8),
                 batch=BATCH_50M_CPU,
             ),
-            Figure.of("a ticket", _ticket_milliseconds(setting.rounds), "ms", at_most=1),
             Figure.of(
                 "demo: one of two at half speed, to the ideal",
                 [_slow_rank(setting) for _ in range(setting.rounds)],
@@ -67,9 +62,10 @@ def _rates(
             *arguments,
         )
         environment = {**setting.environment, "OMP_NUM_THREADS": "1" if arguments else "2"}
-        summary = run_process(run, environment).summary
-        target.unlink()
-        return summary["boards"] / summary["seconds"]
+        # The first process returns when the dump is whole, so its time is that of all.
+        seconds = run_process(run, environment).summary["seconds"]
+        _remove(target)
+        return boards / seconds
 
     contenders = {
         f"{title}: two processes of one thread": lambda: rate("--nproc-per-node", "2"),
@@ -82,29 +78,19 @@ def _rates(
     ]
 
 
-def _ticket_milliseconds(rounds: int) -> list[float]:
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    tickets = [range(i, i + 1) for i in range(_TICKETS)]
-    values = []
-    for _ in range(rounds):
-        group = Group(Place(), TCPStore("127.0.0.1", server.port, is_master=False))
-        started = time.perf_counter()
-        for _ticket in group.take(tickets):
-            pass
-        values.append((time.perf_counter() - started) / _TICKETS * 1e3)
-    return values
-
-
 def _slow_rank(setting: Setting) -> float:
-    """Return the time of a run over that of processes which all work until the end."""
+    """Return the time of a dump over that of processes which all work until the end."""
     script = Path(__file__).parent / "slow_rank.py"
-    run = [
-        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-        *[script, demo.CHECKPOINT, setting.dataset(_SLOW_BOARDS), KEYS_DEMO],
-        *[_SLOW_BOARDS, _SLOW_BATCH],
+    target = setting.scratch / "slow.safetensors"
+    run = [sys.executable, script, demo.CHECKPOINT, setting.dataset(_SLOW_BOARDS), target]
+    run += [KEYS_DEMO, _SLOW_BOARDS, _SLOW_BATCH]
+    environment = setting.environment | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([*map(str, run), rank], stdout=subprocess.PIPE, env=environment)
+        for rank in "01"
     ]
-    output = run_process([*map(str, run)], setting.environment).output
-    ranks = [json.loads(line) for line in output.splitlines() if line.startswith('{"first"')]
+    ranks = [json.loads(process.communicate()[0]) for process in processes]
+    _remove(target)
     speed = sum(rank["boards"] / (rank["last"] - rank["first"]) for rank in ranks)
     seconds = max(rank["last"] for rank in ranks) - min(rank["first"] for rank in ranks)
     return seconds * speed / _SLOW_BOARDS
@@ -116,7 +102,7 @@ def _starts(setting: Setting) -> list[Figure]:
     def seconds(*arguments: str) -> float:
         run = command("--demo", "--n-samples", 8, "-o", target, *arguments)
         process = run_process(run, setting.environment)
-        target.unlink()
+        _remove(target)
         return process.seconds
 
     contenders = {
@@ -125,3 +111,9 @@ def _starts(setting: Setting) -> list[Figure]:
     }
     rounds = alternate(contenders, rounds=setting.rounds)
     return [Figure.of(name, values, "s") for name, values in rounds.items()]
+
+
+def _remove(target: Path) -> None:
+    """Remove a dump, which is one file or shards."""
+    for path in target.parent.glob(f"{target.stem}*{target.suffix}"):
+        path.unlink()

@@ -1,49 +1,39 @@
-"""Dumps nothing, as one of several processes of which the last is half as fast; prints its times.
+"""Dumps as one of two processes, of which the second is half as fast, and prints its times.
 
-A script for torchrun: `slow_rank.py CHECKPOINT DATASET KEYS BOARDS BATCH`.
+`slow_rank.py CHECKPOINT DATASET OUTPUT KEYS BOARDS BATCH RANK`
 """
 
 import json
-import os
 import sys
 import time
+from pathlib import Path
 
-import torch
-
-from dump_activations import dump
-from dump_activations.pipeline.forward import Forward
-
-_SLOW = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+from dump_activations.api.dump import dump_to_file
+from dump_activations.options import DumpOptions
+from dump_activations.storage.writing.shards import Place
 
 
 def main() -> None:
-    checkpoint, dataset, keys, boards, batch = sys.argv[1:]
-    times: list[tuple[float, float]] = []
-    done = 0
-    fill = Forward._fill
+    checkpoint, dataset, output, keys, boards, batch, rank = sys.argv[1:]
+    times: list[float] = []
 
-    def slowed(self: Forward, tokens_BS: torch.Tensor, buffers: dict[str, torch.Tensor]) -> None:
-        nonlocal done
-        started = time.perf_counter()
-        fill(self, tokens_BS, buffers)
-        if _SLOW:
-            time.sleep(time.perf_counter() - started)
-        done += len(tokens_BS)
-        times.append((started, time.perf_counter()))
+    def note_time(_done: int, _of: int) -> None:
+        if times and rank == "1":
+            time.sleep(time.perf_counter() - times[-1])
+        times.append(time.perf_counter())
 
-    Forward._fill = slowed
-    dump(
-        checkpoint,
-        dataset,
+    options = DumpOptions(
         outputs=keys,
         n_samples=int(boards),
         batch_size=int(batch),
         device="cpu",
         allow_cpu=True,
-        write=False,
+        progress=note_time,
     )
+    summary = dump_to_file(checkpoint, dataset, Path(output), options, place=Place(int(rank), 2))
     # The clock is the machine's: the same in every process.
-    print(json.dumps({"first": times[0][0], "last": times[-1][1], "boards": done}), flush=True)
+    first, last = times[0], times[-1]
+    print(json.dumps({"first": first, "last": last, "boards": summary.boards - int(batch)}))
 
 
 main()

@@ -193,37 +193,6 @@ def test_short_flags(command, capsys):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "dtype", "stored"),
-    [
-        ("npz", "fp32", torch.float32),
-        ("pt", "fp16", torch.float16),
-        ("safetensors", "bf16", torch.bfloat16),
-    ],
-)
-def test_format_dtype_and_json_summary(suffix, dtype, stored, inputs, tmp_path, capsys):  # noqa: PLR0917
-    path = tmp_path / f"a.{suffix}"
-    given = ["--n-samples", "30", "--output", str(path), "--dtype", dtype, "--json"]
-    assert main([*inputs, *CPU, *given]) == 0
-    tensor = read_dump(path).tensors["final_hidden"]
-    assert (tensor.shape, tensor.dtype) == ((30, 16, 64), stored)
-    summary = json.loads(capsys.readouterr().out)
-    assert (summary["boards"], summary["output"]) == (30, str(path))
-
-
-def test_indices_file(inputs, demo_dataset, tmp_path):
-    indices = np.array([[14137, 5], [5, 0]])
-    np.save(tmp_path / "indices.npy", indices)
-    path = tmp_path / "out.npz"
-    arguments = [*inputs, *CPU, "--n-samples", "3", "-o", str(path)]
-    assert main([*arguments, "--indices", str(tmp_path / "indices.npy")]) == 0
-    dump = read_dump(path)
-    np.testing.assert_array_equal(dump.numpy("indices"), [14137, 5, 5, 0])
-    rows = read_dataset(demo_dataset)
-    np.testing.assert_array_equal(dump.numpy("boards"), naive_boards(rows[[14137, 5, 5, 0]]))
-    assert dump.metadata["n_samples"] == "4"
-
-
-@pytest.mark.parametrize(
     "outputs", [["--outputs= pooled, head_logits "], ["--outputs=pooled", "--outputs=head_logits"]]
 )
 def test_outputs_may_have_blanks_or_be_given_more_than_once(outputs, inputs, tmp_path):
@@ -321,6 +290,7 @@ def test_progress_on_a_terminal(tmp_path):
 PROBE = """
 import contextlib, io, sys
 import dump_activations
+from dump_activations.__main__ import run_dump
 from dump_activations.commands.dump import main
 heavy = {"torch", "numpy"}
 assert {"StepsDataset", "dump", "load_encoder", "stream"} <= {*dump_activations.__all__}

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from dump_activations.storage.reading.statistics import stored_statistics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -15,6 +14,7 @@ from dump_activations.commands.console import Table, print_parts
 from dump_activations.commands.dump import main as dump_main
 from dump_activations.commands.inspect import main
 from dump_activations.storage.reading.inspection import inspect
+from dump_activations.storage.statistics import stored_statistics
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")
 WORDS = st.text(st.sampled_from("abc/._0盤\x1b"), min_size=1, max_size=40)
@@ -130,7 +130,7 @@ def test_a_pipe_gets_a_file_and_a_preview_in_whole_lines(
 
 def test_a_run_that_did_nothing_has_no_table(tmp_path, capsys):
     target = tmp_path / "a.pt"
-    arguments = ["--demo", "--n-samples=9", "--resume", f"--output={target}"]
+    arguments = ["--demo", "--n-samples=9", f"--output={target}"]
     assert dump_main(arguments) == 0
     assert "forward" in capsys.readouterr().out
     assert dump_main(arguments) == 0
@@ -196,14 +196,14 @@ def test_a_table_has_a_row_per_layer(path, known, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = {tuple(line[:2]): line[2:] for line in lines if len(line) == 8}
     layer = known["layer_outputs"]
-    rms = np.sqrt(layer["norm_square_mean"][1] / 64)
+    rms = np.sqrt(layer["mean_squared_norm"][1] / 64)
     assert found["layer_outputs", "3"] == [
         "1,600",
         f"{layer['norm_mean'][1]:.5g}",
         f"{rms:.5g}",
         f"{layer['min'][1].min():.5g}",
         f"{layer['max'][1].max():.5g}",
-        f"{layer['outliers'][1].sum():,.0f}",
+        f"{layer['count_abs_gt_6'][1].sum():,.0f}",
     ]
 
 

@@ -186,9 +186,9 @@ def test_a_terminal_shows_each_phase(
         "loading the checkpoint",
         "choosing the steps",
         "scanning the dataset",
-        "preparing the file",
+        "preparing the output",
         "boards",
-        "completing the file",
+        "completing the output",
     ]
     assert "\x1b[2K" in close()
 
@@ -248,5 +248,5 @@ def test_progress_is_shown_once_and_given_to_a_callback_too(log, demo_checkpoint
 
 
 def test_progress_is_a_bar_or_a_callback(demo_checkpoint, demo_dataset):
-    with pytest.raises(InvalidArgumentError, match="progress: 3"):
+    with pytest.raises(InvalidArgumentError, match=r"progress: must be .* got 3"):
         dump(demo_checkpoint, demo_dataset, progress=3)

@@ -84,13 +84,6 @@ def test_a_signal_that_a_launcher_repeats_is_one(clock):
         held.check()
 
 
-def test_the_handler_of_a_signal_gets_it(received):
-    with HeldInterrupts():
-        signal.raise_signal(signal.SIGTERM)
-        assert received == []
-    assert received == [signal.SIGTERM]
-
-
 def test_contexts_may_be_nested(received):
     with HeldInterrupts():
         with HeldInterrupts():

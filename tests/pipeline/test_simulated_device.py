@@ -1,7 +1,7 @@
 """The GPU's path on a simulated device, under schedulers that are out to break it.
 
-Whatever the device runs early or late, the bytes are those of a run on the CPU. Then each wait that
-the path consists of is taken out: the program with one slip has to be found out.
+The device may run work early or late: the bytes are the same as on the CPU. Then each wait of the
+path is taken out: the program with one slip has to be found out.
 """
 
 import sys

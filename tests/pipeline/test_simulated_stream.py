@@ -1,4 +1,4 @@
-"""`stream` on a simulated device: what is lent holds until the next batch, in whichever streams.
+"""`stream` on a simulated device: views hold until the next batch, in any streams.
 
 The caller's work on a batch is queued, in another stream for every other batch, and the run is in a
 third: only waits on the device keep them apart. As in `test_simulated_device`, each wait is then
@@ -163,7 +163,7 @@ SLIPS = {
             ("whole = Chunk(", "ring.give_back(target); whole = Chunk("),
         ),
     ),
-    "a batch is computed in the memory of the one that is lent": (
+    "a batch is computed in the memory of a view": (
         ("device", greedy),
         one_device_slot,
     ),

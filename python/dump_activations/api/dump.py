@@ -39,13 +39,18 @@ from dump_activations.pipeline.oom import batch_oom_named
 from dump_activations.pipeline.plan import Plan, Preview, make_plan, warn_of_large_tensors
 from dump_activations.pipeline.provenance import computed_by, fingerprint, metadata
 from dump_activations.pipeline.run import Run
-from dump_activations.pipeline.summary import STAGES, Summary
+from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
 from dump_activations.progress import Count, Phase, begin, counted, shown_progress
 from dump_activations.storage.statistics import statistics_specs
-from dump_activations.storage.writing.existing import choose_shards
+from dump_activations.storage.writing.existing import choose_shards, find_unfinished
 from dump_activations.storage.writing.output import OutputFile
-from dump_activations.storage.writing.paths import check_output, check_space, free_space
+from dump_activations.storage.writing.paths import (
+    check_output,
+    check_space,
+    free_space,
+    partial_path,
+)
 from dump_activations.storage.writing.shards import Output, Place
 from dump_activations.storage.writing.work import FileWork, Work
 from dump_activations.storage.writing.writers import Writers
@@ -179,7 +184,7 @@ def preview(
     output = Output(files, place=place, overwrite=options.overwrite)
     _check_inputs([each.path for each in output.replaced], plan)
     _check_space(output)
-    for text in _already_there(output):
+    for text in (*_already_there(output), *_fate_of_partial_files(output)):
         note(text)
     free = free_space([each.target for each in files])
     return _preview(plan, path, files, free)
@@ -215,8 +220,8 @@ def dump_to_file(
         slots = HOST_SLOTS if options.write else 0
         plan = make_plan(init, dataset, options, host_slots=slots, local_processes=local_processes)
         with current(plan.device), HeldInterrupts() as interrupts:
-            writer_threads = _writer_threads(local_processes)
-            call = _Call(plan, path, options, place, writer_threads, started, interrupts)
+            threads = writer_threads(local_processes)
+            call = _Call(plan, path, options, place, threads, started, interrupts)
             return call.write() if options.write else call.discard()
 
 
@@ -248,13 +253,12 @@ class _Call:
             self.interrupts.check()
         _note_mixture(output)
         is_sharded = files[0].shard is not None
-        return run.summary(
-            self.started,
+        return replace(
+            run.summary(self.started, write_seconds=write_seconds),
             output=self.path,
             resumed_boards=output.found + resumed,
             bytes_written=sum(each.size for each in output.finished),
             nonfinite=_nonfinite(output, warn_of_them=True),
-            write_seconds=write_seconds,
             shards_written=output.written if is_sharded else 0,
             shards_found=len(files) - output.written if is_sharded else 0,
         )
@@ -279,16 +283,10 @@ class _Call:
         note(f"{_files_are(output)} already complete")
         return Summary(
             output=self.path,
-            boards=0,
             resumed_boards=output.found,
             bytes_written=sum(each.size for each in output.finished),
-            shards_written=0,
             shards_found=0 if output.files[0].shard is None else len(output.files),
-            seconds=0.0,
             setup_seconds=time.perf_counter() - self.started,
-            commit_seconds=0.0,
-            stage_seconds=dict.fromkeys(STAGES, 0.0),
-            waiting_seconds=0.0,
             nonfinite=_nonfinite(output),
         )
 
@@ -346,7 +344,7 @@ class _Call:
             write_seconds += writers.busy_seconds
         # Shards are committed while others are computed, a whole file after the last batch.
         if output.files[0].shard is None:
-            run.committing.add(output.commit_seconds)
+            run.commit_seconds = output.commit_seconds
         return resumed, write_seconds
 
     def _begin_file(self, file: OutputFile) -> None:
@@ -357,8 +355,8 @@ class _Call:
         if file.resumed_rows:
             note(f"resuming {path}, which has {file.resumed_rows:,} of {file.work.rows:,} boards")
             self._check_resumed_boards(file)
-        for name, tensor in self.plan.whole_tensors().items():
-            file.write(name, bytes_of(tensor))
+        for name, tensor in self.plan.weights.items():
+            file.write(name, bytes_of(tensor.to(self.plan.storage_dtype)))
 
     def _check_resumed_boards(self, file: OutputFile) -> None:
         """Refuse to resume where the dataset's rows changed since the last batch was written."""
@@ -465,7 +463,7 @@ def _statistics_specs(plan: Plan) -> list[TensorSpec]:
 
 
 def _already_there(output: Output) -> Iterator[str]:
-    """Say what becomes of the files that are there."""
+    """Describe what becomes of finished files that are there."""
     if not output.missing:
         yield f"{_files_are(output)} already complete"
         return
@@ -475,6 +473,31 @@ def _already_there(output: Output) -> Iterator[str]:
     finished = len(output.files) - len(output.missing)
     if finished:
         yield f"{finished:,} of {len(output.files):,} shards are already complete"
+
+
+def _fate_of_partial_files(output: Output) -> Iterator[str]:
+    """Describe what a run would do with each partial file. None is locked or changed."""
+    for file in output.missing:
+        partial = partial_path(file.target)
+        if not os.path.lexists(partial):
+            continue
+        try:
+            found = find_unfinished(partial)
+        except OutputError as error:
+            yield f"{error}; it will be started over"
+            continue
+        if found is None:
+            continue
+        if found.header != file.header:
+            yield f"{partial} is of other work and will be dropped"
+        elif found.is_being_written and file.shard is None:
+            raise OutputError(
+                f"another dump to {file.target} is running; wait for it, or choose another output"
+            )
+        elif found.is_being_written:
+            yield f"{partial} is being written by another process"
+        else:
+            yield f"{partial} will be resumed: it has {found.rows:,} of {file.rows:,} boards"
 
 
 def _files_are(output: Output) -> str:
@@ -543,7 +566,7 @@ def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _writer_threads(local_processes: int) -> int:
+def writer_threads(local_processes: int) -> int:
     """Return enough threads that some wait for the disk while others take checksums."""
     cores = len(os.sched_getaffinity(0)) // local_processes
     return min(8, max(2, cores // 2))

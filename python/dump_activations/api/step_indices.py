@@ -57,7 +57,7 @@ def read_step_indices(
     Raises:
         IndicesNotFoundError: there is no such file.
         IndicesError: there are no step indices in it, or their rows are not in the dataset.
-        OutputError: it is no whole file of its format.
+        OutputError: it is not a whole file of its format.
         DatasetError: the rows are looked for, and one cannot be read.
     """
     if path.suffix.lower() not in FORMATS:

@@ -214,22 +214,18 @@ class _Caller:
         for chunk in computed.chunks:
             chunk.wait()
         boards = computed.boards
+
+        def given(tensor: Tensor) -> Tensor:
+            return tensor.clone() if self._copies else tensor
+
         batch = Batch(
             boards.first_row,
             torch.from_numpy(boards.indices.copy()),
-            boards.boards_BS,
-            boards.labels,
-            computed.tensors,
+            given(boards.boards_BS),
+            {name: given(values) for name, values in boards.labels.items()},
+            {name: given(tensor) for name, tensor in computed.tensors.items()},
         )
-        if self._copies:
-            batch = Batch(
-                batch.first_row,
-                batch.indices,
-                batch.boards.clone(),
-                {name: values.clone() for name, values in batch.labels.items()},
-                {name: tensor.clone() for name, tensor in batch.tensors.items()},
-            )
-        elif self._run_stream is not None:
+        if not self._copies and self._run_stream is not None:
             self._viewed_in = torch.cuda.current_stream(self._device)
         computed.release()
         return batch

@@ -93,7 +93,7 @@ def _print_line(label: str, colour: str, text: str) -> None:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Print each warning and note of this package in a line, and those of no other package."""
+    """Print each warning and note of this package in a line. Other packages' are hidden."""
 
     def show(message: Warning | str, *_more: Any, **_others: Any) -> None:
         if isinstance(message, DumpActivationsNote):
@@ -125,12 +125,7 @@ def written_stdout() -> Iterator[None]:
 
 
 def print_json(value: object) -> None:
-    """Print JSON on one line of stdout. Numbers that are not finite become null.
-
-    Raises:
-        OutputError: stdout cannot be written.
-        UnreadError: the reader has closed stdout.
-    """
+    """Print JSON on one line of stdout. Numbers that are not finite become null."""
     with written_stdout():
         click.echo(json.dumps(_finite(value), allow_nan=False))
 
@@ -162,10 +157,6 @@ def print_parts(*parts: str | Table) -> None:
     """Print lines and tables on stdout, unless the command is quiet.
 
     A pipe gets each line and each row of a table on one line, whole and without styles.
-
-    Raises:
-        OutputError: stdout cannot be written.
-        UnreadError: the reader has closed stdout.
     """
     if sys.stdout is None or _is_quiet.get():
         return
@@ -188,11 +179,9 @@ def print_parts(*parts: str | Table) -> None:
             _print_table(console, part)
         else:
             # A word longer than the terminal stays whole: a path is for copying.
+            text = printable(part, sys.stdout)
             text = textwrap.fill(
-                printable(part, sys.stdout),
-                console.width,
-                break_long_words=False,
-                break_on_hyphens=False,
+                text, console.width, break_long_words=False, break_on_hyphens=False
             )
             console.print(Text(text), overflow="ignore", crop=False)
     with written_stdout():
@@ -200,8 +189,12 @@ def print_parts(*parts: str | Table) -> None:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    """Print a table whose last column of text may wrap. Names and numbers stay whole."""
+    """Print a table whose last column of text may wrap. Names and numbers stay whole.
+
+    On a terminal that is too narrow, each row is printed as lines below its first cell.
+    """
     from rich.cells import cell_len
+    from rich.padding import Padding
     from rich.table import Table as Grid
     from rich.text import Text
 
@@ -213,7 +206,12 @@ def _print_table(console: Console, table: Table) -> None:
         needed[-1] = min(needed[-1], _NARROWEST_TEXT)
     console.print()
     if sum(needed) + 2 * len(needed) - 2 > console.width:
-        _print_stacked(console, table.headings, rows)
+        for first, *others in rows:
+            console.print(Text(first), overflow="ignore", crop=False)
+            for heading, cell in zip(table.headings[1:], others, strict=False):
+                if cell:
+                    text = Text(f"{heading} {cell}", overflow="fold")
+                    console.print(Padding(text, (0, 0, 0, 2)))
         return
     grid = Grid(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for heading in table.headings:
@@ -227,17 +225,3 @@ def _print_table(console: Console, table: Table) -> None:
             grid.add_row()
         grid.add_row(*[Text(cell, style="bold" if is_title else "") for cell in row])
     console.print(grid)
-
-
-def _print_stacked(
-    console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
-    """Print each row as lines below its first cell, for a terminal too narrow for a table."""
-    from rich.padding import Padding
-    from rich.text import Text
-
-    for first, *others in rows:
-        console.print(Text(first), overflow="ignore", crop=False)
-        for heading, cell in zip(headings[1:], others, strict=False):
-            if cell:
-                console.print(Padding(Text(f"{heading} {cell}", overflow="fold"), (0, 0, 0, 2)))

@@ -23,11 +23,10 @@ from dump_activations.commands.cli import (
 from dump_activations.commands.console import print_note, quietly, speak_as
 from dump_activations.commands.process import (
     keep_freed_memory,
-    leave,
     run_command,
     uncollected_imports,
 )
-from dump_activations.commands.processes import launch, variable
+from dump_activations.commands.processes import follow_launcher, launch, variable
 from dump_activations.commands.show import print_keys, print_preview, print_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
@@ -37,20 +36,10 @@ from dump_activations.progress import begin, shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import NoReturn
-
-
-def run() -> NoReturn:
-    """Be the command's process."""
-    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code.
-
-    Args:
-        arguments: those after the command's name; None takes the process's own.
-    """
+    """Run the command and return its exit code; None takes the process's own arguments."""
     return run_command(dump_activations, arguments)
 
 
@@ -83,9 +72,9 @@ def _flag(described: Described) -> Callable[[Any], Any] | None:
 
 def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
     """Give the command a flag for each option that `dump` has."""
-    flags = [_flag(described) for described in describe(DumpOptions)]
-    for flag in reversed([flag for flag in flags if flag is not None]):
-        command = flag(command)
+    for described in reversed(describe(DumpOptions)):
+        if (flag := _flag(described)) is not None:
+            command = flag(command)
     return command
 
 
@@ -158,6 +147,7 @@ def dump_activations(
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to disk for offline analysis."""
+    follow_launcher()
     # The first process speaks for all. The others write only warnings and errors.
     rank, processes = variable("RANK", 0), variable("WORLD_SIZE", 1)
     if rank >= processes:
@@ -183,7 +173,6 @@ def dump_activations(
         context.exit(launch(context.obj, nproc_per_node))
 
     keep_freed_memory()
-    has_device = context.get_parameter_source("device") is not ParameterSource.DEFAULT
     with shown_progress():
         begin("loading torch")
         with uncollected_imports():
@@ -191,7 +180,7 @@ def dump_activations(
             from dump_activations.dataset.dataset import StepsDataset
             from dump_activations.pipeline.device import share_cores
             from dump_activations.storage.writing.shards import Place
-        if options.allow_cpu and not has_device:
+        if options.allow_cpu and _is_default(context, "device"):
             options = replace(options, device=_device_there_is(options.device))
         begin("opening the dataset")
         dataset = StepsDataset(dataset_path)
@@ -220,6 +209,10 @@ def _sources(init: str | None, dataset: str | None, *, use_demo: bool) -> tuple[
         if not use_demo and not value:
             raise InvalidArgumentError(f"{option(name)}: required (or try {option('demo')})")
     return (str(demo.CHECKPOINT), str(demo.DATASET)) if use_demo else (init or "", dataset or "")
+
+
+def _is_default(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.DEFAULT
 
 
 def _device_there_is(device: str) -> str:

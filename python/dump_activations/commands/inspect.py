@@ -14,7 +14,7 @@ import click
 
 from dump_activations.commands.cli import CONTEXT_SETTINGS, common_options
 from dump_activations.commands.console import print_note
-from dump_activations.commands.process import leave, run_command
+from dump_activations.commands.process import run_command
 from dump_activations.errors import (
     DumpActivationsError,
     InvalidArgumentError,
@@ -25,23 +25,13 @@ from dump_activations.progress import BYTES, Phase, counted, shown_progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import NoReturn
 
     from dump_activations.storage.reading.inspection import Inspection
     from dump_activations.storage.statistics import TensorStatistics
 
 
-def run() -> NoReturn:
-    """Be the command's process."""
-    leave(main())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code.
-
-    Args:
-        arguments: the arguments after the command's name; None takes the process's own.
-    """
+    """Run the command and return its exit code; None takes the process's own arguments."""
     return run_command(inspect_activations, arguments)
 
 
@@ -113,14 +103,13 @@ def _show_file(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     from dump_activations.storage.writing.paths import partial_path, target_of
 
     shards = None if os.path.lexists(file) else find_shards(file)
+    unfinished = find_unfinished(file) if shards is None else None
     if shards is not None and shards.missing:
         if verify or stats:
-            raise OutputError(
-                f"{shards.missing[0].path} is not finished: the dump is not whole yet"
-            )
+            raise OutputError(f"{shards.missing[0].path} is not finished: write all shards first")
         print_shards(shards, as_json=as_json)
         return
-    if shards is None and (unfinished := find_unfinished(file)) is not None:
+    if unfinished is not None:
         if verify or stats:
             missing = "there is nothing to verify it by" if verify else "it has no statistics yet"
             raise OutputError(f"{unfinished.path} is not finished: {missing}")
@@ -134,10 +123,8 @@ def _show_file(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     print_file(inspection, damaged=damaged, statistics=statistics, stats=stats, as_json=as_json)
     if (left := partial_path(target_of(file))).exists():
         print_note(f"{left} is next to it: another dump to its name, not finished")
-    if damaged:
-        texts = [
-            f"{path} is damaged: {', '.join(names)}" for path, names in damage.items() if names
-        ]
+    texts = [f"{path} is damaged: {', '.join(names)}" for path, names in damage.items() if names]
+    if texts:
         raise OutputError("; ".join(texts))
 
 
@@ -165,31 +152,34 @@ def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, Tensor
 
 def _write_report(file: Path, report: Path) -> None:
     from dump_activations.report.render import write_report
-    from dump_activations.storage.reading.whole import find_shards
-    from dump_activations.storage.writing.existing import find_unfinished
 
-    if find_shards(file) is None and (found := find_unfinished(file)) is not None:
-        raise OutputError(f"{found.path} is not finished: there is nothing to show yet")
+    _refuse_unfinished(file, "there is nothing to show yet")
     write_report(file, report, progress=True)
     print_note(f"{report} shows {file}; open it in a browser")
 
 
 def _show_differences(file: Path, other: Path, *, rtol: float, atol: float, as_json: bool) -> bool:
-    """Show what differs in two files, and return whether their tensors are equal."""
+    """Show what differs in two files, and return True where their tensors are equal."""
     from dump_activations.commands.show import print_differences
     from dump_activations.storage.reading.comparison import compare
-    from dump_activations.storage.reading.whole import find_shards, inspect_dump
-    from dump_activations.storage.writing.existing import find_unfinished
+    from dump_activations.storage.reading.whole import inspect_dump
 
     for path in (file, other):
-        if find_shards(path) is None and (found := find_unfinished(path)) is not None:
-            raise OutputError(f"{found.path} is not finished: there is nothing to compare yet")
+        _refuse_unfinished(path, "there is nothing to compare yet")
     inspections = inspect_dump(file), inspect_dump(other)
     with shown_progress():
         count = counted(Phase("comparing", "values"))
         comparison = compare(*inspections, threads=_threads(), rtol=rtol, atol=atol, progress=count)
     print_differences(file, other, comparison, as_json=as_json)
     return comparison.is_equal
+
+
+def _refuse_unfinished(file: Path, reason: str) -> None:
+    from dump_activations.storage.reading.whole import find_shards
+    from dump_activations.storage.writing.existing import find_unfinished
+
+    if find_shards(file) is None and (found := find_unfinished(file)) is not None:
+        raise OutputError(f"{found.path} is not finished: {reason}")
 
 
 def _threads() -> int:

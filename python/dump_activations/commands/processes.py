@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
+import time
 from typing import TYPE_CHECKING
 
+from dump_activations.commands.console import print_error
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
+from dump_activations.pipeline.interrupts import (
+    UNREAD,
+    HeldInterrupts,
+    forwarded_interrupts,
+    terminate_with_parent,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # As a module, but without the working directory among the places that modules come from.
 _COMMAND = (sys.executable, "-P", "-m", "dump_activations")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LAUNCHER = "DUMP_ACTIVATIONS_LAUNCHER"
+_POLL_SECONDS = 0.05
 
 
 def variable(name: str, default: int) -> int:
@@ -29,6 +36,12 @@ def variable(name: str, default: int) -> int:
     if not text.isdecimal():
         raise InvalidArgumentError(f"{name} must be a whole number; got {text!r}")
     return int(text)
+
+
+def follow_launcher() -> None:
+    """Have a process of `launch` terminated when its launcher ends, even by SIGKILL."""
+    if launcher := variable(_LAUNCHER, 0):
+        terminate_with_parent(launcher)
 
 
 def launch(arguments: Sequence[str], processes: str) -> int:
@@ -47,38 +60,33 @@ def launch(arguments: Sequence[str], processes: str) -> int:
     """
     count = _count(processes)
     started: list[subprocess.Popen[bytes]] = []
+    is_interrupted = False
 
-    def pass_on(number: int, _frame: object) -> None:
+    def send(number: int) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
         for process in started:
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
+            process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
-    try:
-        for rank in range(count):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-            place["LOCAL_WORLD_SIZE"] = count
-            environment = os.environ | {name: str(value) for name, value in place.items()}
-            started.append(subprocess.Popen([*_COMMAND, *arguments], env=environment))
-        return _first_error(started)
-    finally:
-        for process in started:
-            process.terminate()
-            process.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _first_error(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for the first process that fails, or for all of them."""
-    running = {process.pid: process for process in processes}
-    while running:
-        pid, status = os.waitpid(-1, 0)
-        if (process := running.pop(pid, None)) is not None:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode:
-                return process.returncode
-    return 0
+    with forwarded_interrupts(send):
+        try:
+            with HeldInterrupts():  # So that each process gets a signal that comes meanwhile.
+                for rank in range(count):
+                    place = {"RANK": rank, "LOCAL_RANK": rank, _LAUNCHER: os.getpid()}
+                    place |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+                    environment = os.environ | {name: str(each) for name, each in place.items()}
+                    started.append(subprocess.Popen([*_COMMAND, *arguments], env=environment))
+            while None in (codes := [process.poll() for process in started]) and not any(codes):
+                time.sleep(_POLL_SECONDS)
+            code = next(filter(None, codes), 0)
+            if code < 0 and code != UNREAD and not is_interrupted:  # Such a process wrote no line.
+                print_error(f"process {codes.index(code)} was ended by signal {-code}")
+            return code
+        finally:
+            for process in started:
+                process.terminate()
+            for process in started:
+                process.wait()
 
 
 def _count(processes: str) -> int:

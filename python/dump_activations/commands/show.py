@@ -103,42 +103,34 @@ class _Contents:
             "bytes": self.size,
             "boards": self.boards,
             "layers": self.layers,
-            "tensors": [self._tensor_dict(tensor) for tensor in self.tensors],
+            "tensors": [
+                {
+                    "key": tensor.name,
+                    "group": _group_of(tensor.name),
+                    "dtype": tensor.dtype,
+                    "shape": tensor.shape,
+                    "bytes": tensor.nbytes,
+                    "nan": (digest := self.digests.get(tensor.name)) and digest.nan,
+                    "inf": digest and digest.inf,
+                }
+                for tensor in self.tensors
+            ],
             "metadata": {key: _json_value(key, text) for key, text in self.metadata.items()},
-        }
-
-    def _tensor_dict(self, tensor: Tensor) -> dict[str, Any]:
-        digest = self.digests.get(tensor.name)
-        return {
-            "key": tensor.name,
-            "group": _group_of(tensor.name),
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "bytes": tensor.nbytes,
-            "nan": digest and digest.nan,
-            "inf": digest and digest.inf,
         }
 
     def parts(
         self, *, damaged: Sequence[str] | None = None, statistics: Table | None = None
     ) -> Iterator[str | Table]:
-        """Yield a title and tables.
-
-        Args:
-            damaged: names of damaged tensors; None if the file was not verified.
-            statistics: a table that replaces the row of the tensors with statistics.
-        """
+        """Yield a title and tables; the table of statistics replaces the row of their tensors."""
         yield self._title()
         yield self._tensor_table(damaged, has_statistics=statistics is None)
         if statistics is not None:
             yield statistics
-        rows = [
-            (key, _shortened(value))
-            for key, value in self.metadata.items()
-            if key != INTEGRITY_KEY or not self.digests
-        ]
-        if rows:
-            yield Table(("metadata", "value"), rows)
+        shown = {key: _shortened(value) for key, value in self.metadata.items()}
+        if self.digests:
+            shown.pop(INTEGRITY_KEY, None)
+        if shown:
+            yield Table(("metadata", "value"), [*shown.items()])
 
     def _title(self) -> str:
         facts = [f"{size_text(self.size)} ({self.size:,} bytes)"]
@@ -180,18 +172,13 @@ def print_file(
     Args:
         inspection: the file.
         damaged: names of damaged tensors; None if the file was not verified.
-        statistics: statistics of its tensors, by tensor name.
+        statistics: statistics of its tensors, by tensor name. JSON has them only with `stats`.
         stats: include the statistics in JSON.
         as_json: print JSON instead of tables.
     """
-    contents = _Contents(
-        inspection.path,
-        inspection.format.name,
-        inspection.size,
-        inspection.contents.tensors,
-        inspection.contents.metadata,
-        inspection.digests,
-    )
+    path, name, size = inspection.path, inspection.format.name, inspection.size
+    tensors, metadata = inspection.contents.tensors, inspection.contents.metadata
+    contents = _Contents(path, name, size, tensors, metadata, inspection.digests)
     if not as_json:
         table = _statistics_table(statistics, contents.layers or []) if statistics else None
         print_parts(*contents.parts(damaged=damaged, statistics=table))
@@ -323,7 +310,7 @@ def _shortened(value: str) -> str:
 def _json_value(key: str, text: str | None) -> Any:
     """Return the JSON in a text of the metadata: a table, a list, a whole number, true or false.
 
-    Every other text stays a text. A version such as 2.10 is no number.
+    Every other text stays a text: a version such as 2.10 must not become a number.
     """
     if text is None or key in _TYPED:
         return text
@@ -359,10 +346,7 @@ def print_differences(first: Path, second: Path, comparison: Comparison, *, as_j
 
 
 def _difference_parts(comparison: Comparison) -> Iterator[str | Table]:
-    """Yield tables of what differs, and a verdict.
-
-    Statistics are left out where the activations differ too.
-    """
+    """Yield tables of what differs, and a verdict. Other differences hide those in statistics."""
     differing = [pair for pair in comparison.tensors if not pair.is_equal]
     shown = [pair for pair in differing if not _is_statistics(pair)] or differing
     if comparison.metadata:
@@ -385,7 +369,16 @@ def _difference_parts(comparison: Comparison) -> Iterator[str | Table]:
         yield _value_table(found)
     if comparison.metadata or shapes or found:
         yield ""
-    yield _verdict(differing, len(comparison.tensors))
+    of = len(comparison.tensors)
+    if not differing:
+        yield f"all {of:,} tensors are equal"
+        return
+    text = f"{len(differing):,} of {of:,} tensors differ"
+    if statistics := sum(map(_is_statistics, differing)):
+        text += f", {statistics:,} of them statistics"
+    if "indices" in [pair.name for pair in differing]:
+        text += "; their rows are of other boards, so the values are not comparable"
+    yield text
 
 
 def _is_statistics(pair: TensorPair) -> bool:
@@ -397,11 +390,7 @@ def _described(tensor: StoredTensor | None) -> str:
 
 
 def _value_table(found: Mapping[str, tuple[Difference, int]]) -> Table:
-    """Show how values differ.
-
-    Args:
-        found: tensor name -> the difference and the number of values.
-    """
+    """Show how values differ: tensor name -> the difference, and the number of values."""
     with_nonfinite = any(difference.nonfinite for difference, _ in found.values())
     numbers = ["differing", "share", *["not finite"] * with_nonfinite, "largest", "relative"]
     rows = []
@@ -420,17 +409,6 @@ def _value_table(found: Mapping[str, tuple[Difference, int]]) -> Table:
     return Table(("tensor", *numbers, "largest at"), rows, numbers)
 
 
-def _verdict(differing: Sequence[TensorPair], of: int) -> str:
-    if not differing:
-        return f"all {of:,} tensors are equal"
-    text = f"{len(differing):,} of {of:,} tensors differ"
-    if statistics := sum(map(_is_statistics, differing)):
-        text += f", {statistics:,} of them statistics"
-    if "indices" in [pair.name for pair in differing]:
-        text += "; their rows are of other boards, so the values are not comparable"
-    return text
-
-
 _LEGEND = (
     "N boards, L layers, H hidden size, I of the MLP, Q query and K key/value heads of size D; "
     "with --init in numbers"
@@ -440,16 +418,7 @@ _AXES = {"S": (16,), "O": (4, "bins")}
 
 
 def print_keys(init: str | os.PathLike[str] | None, options: Options, *, as_json: bool) -> None:
-    """Print every key with its shape and, for a model, its bytes per board.
-
-    Args:
-        init: the model's checkpoint; None prints letters for sizes.
-        options: the layers and the storage dtype.
-        as_json: print JSON instead of a table.
-
-    Raises:
-        DumpActivationsError: the checkpoint cannot be loaded, or lacks a layer.
-    """
+    """Print every key with its shape and, for the model of a checkpoint, its bytes per board."""
     config = None
     if init is not None:
         from dump_activations.model.checkpoint import load_encoder
@@ -528,16 +497,8 @@ def _summary_parts(summary: Summary) -> Iterator[str | Table]:
     resumed = f" (and {summary.resumed_boards:,} resumed)" if summary.resumed_boards else ""
     shards = f", {summary.shards_written:,} of its shards" if summary.shards_written else ""
     yield f"{summary.boards:,} boards{resumed}: {where}{shards}"
-    if summary.boards:
-        yield _speed_table(summary)
-        yield ""
-        yield (
-            f"{size_text(summary.bytes_written)} on disk; {summary.setup_seconds:.2f} s to start, "
-            f"{summary.commit_seconds:.2f} s to commit"
-        )
-
-
-def _speed_table(summary: Summary) -> Table:
+    if not summary.boards:
+        return
     stages = {
         f"{stage} (slowest)" if stage == summary.slowest_stage else stage: seconds
         for stage, seconds in summary.stage_seconds.items()
@@ -550,4 +511,9 @@ def _speed_table(summary: Summary) -> Table:
         rate = f"{summary.boards / seconds:,.0f}" if seconds >= 0.0005 else "-"
         rows.append([stage, f"{seconds:.3f}", share, rate])
     numbers = ("seconds", "share of the run", "boards/s")
-    return Table(("stage", *numbers), rows, numbers)
+    yield Table(("stage", *numbers), rows, numbers)
+    yield ""
+    yield (
+        f"{size_text(summary.bytes_written)} on disk; {summary.setup_seconds:.2f} s to start, "
+        f"{summary.commit_seconds:.2f} s to commit"
+    )

@@ -28,8 +28,13 @@ def find_device(name: str) -> torch.device:
         return torch.device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
+        reason = "torch finds none"
+        try:
+            torch.cuda.init()
+        except Exception as error:  # torch raises several kinds, each with the reason in its text
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DeviceError(
-            f"{option('device')}: no CUDA device for {name!r} ({_why_no_cuda()}); "
+            f"{option('device')}: no CUDA device for {name!r} ({reason}); "
             f"{option('device', 'cpu')} {switch('allow_cpu')} runs on the CPU"
         )
     if not number:
@@ -38,14 +43,6 @@ def find_device(name: str) -> torch.device:
     if int(number) >= count:
         raise DeviceError(f"{option('device')}: no cuda:{number}; the last one is cuda:{count - 1}")
     return torch.device("cuda", int(number))
-
-
-def _why_no_cuda() -> str:
-    try:
-        torch.cuda.init()
-    except Exception as error:  # torch raises several kinds, each with the reason in its text
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return "torch finds none"
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -100,15 +97,12 @@ def group_limits(
     with suppress(OSError):
         for line in memberships.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if not controllers:
-                yield from _limits(mounted, path, "memory.max")
-            elif "memory" in controllers.split(","):
-                yield from _limits(mounted / "memory", path, "memory.limit_in_bytes")
-
-
-def _limits(root: Path, path: str, name: str) -> Iterator[int]:
-    group = root / path.strip("/")
-    for directory in (group, *group.parents):
-        if directory.is_relative_to(root):
-            with suppress(OSError, ValueError):  # no such file, or `max`
-                yield int((directory / name).read_text())
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root = mounted / "memory" if controllers else mounted
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            group = root / path.strip("/")
+            for directory in (group, *group.parents):
+                if directory.is_relative_to(root):
+                    with suppress(OSError, ValueError):  # no such file, or `max`
+                        yield int((directory / name).read_text())

@@ -49,15 +49,6 @@ class BoardBatch:
         labels = {LABEL_PREFIX + name: values for name, values in self.labels.items()}
         return {"indices": torch.from_numpy(self.indices), "boards": self.boards_BS, **labels}
 
-    def cut(self, start: int, stop: int) -> "BoardBatch":
-        """Return boards `start` to `stop` as views of the same memory."""
-        return BoardBatch(
-            self.first_row + start,
-            self.indices[start:stop],
-            self.boards_BS[start:stop],
-            {name: values[start:stop] for name, values in self.labels.items()},
-        )
-
 
 def read_batch(
     dataset: StepsDataset,
@@ -69,12 +60,7 @@ def read_batch(
 ) -> BoardBatch:
     """Read boards, and their labels from the same bytes of the shards.
 
-    Args:
-        dataset: source of the steps.
-        labels: reads the labels; None reads boards alone.
-        indices: global step indices, int64 (B,).
-        first_row: row of the first board in the run.
-        cancel: lets another thread end the read.
+    Another thread ends the read by `cancel`. The rest is as in `feed_boards` and `BoardBatch`.
     """
     boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
     values: Values = {}
@@ -105,9 +91,7 @@ def feed_boards(
         labels: reads the labels; None reads boards alone.
         batch_size: boards per batch.
         vocabulary: exponents must be below this.
-        ranges: rows of the run, each range starting at a multiple of `batch_size`. The next one is
-            pulled when its boards are to be read ahead, at most one beyond the range whose batches
-            are yielded. None yields all rows.
+        ranges: rows of the run, as in `Run.batches`.
         reading: counts the time spent reading.
         waiting: counts the time the consumer waited for boards.
 
@@ -130,54 +114,50 @@ def feed_boards(
             return window
 
     windows = _windows([range(len(indices))] if ranges is None else ranges, batch_size)
-    held: deque[tuple[_Window, Future[BoardBatch]]] = deque()
+    held: deque[tuple[range, bool, Future[BoardBatch]]] = deque()
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="boards")
     try:
         while True:
             # At most two of the largest windows; at first a whole run that is no longer than one.
-            while _may_read_on(held) and (window := next(windows, None)):
-                held.append((window, reader.submit(read, window.first, window.stop)))
+            while (
+                sum(len(rows) for rows, _, _ in held) <= _LARGEST_WINDOW
+                and sum(is_last for _, is_last, _ in held) <= 1
+                and (window := next(windows, None))
+            ):
+                rows, is_last = window
+                held.append((rows, is_last, reader.submit(read, rows.start, rows.stop)))
             if not held:
                 return
             with waiting:
-                boards = held[0][1].result()
+                boards = held[0][-1].result()
             held.popleft()
             for i in range(0, len(boards.indices), batch_size):
-                for _, ahead in held:
+                for *_, ahead in held:
                     if ahead.done():
                         ahead.result()  # Raise at once, before the batches that are still to come.
-                yield boards.cut(i, i + batch_size)
+                stop = i + batch_size
+                yield BoardBatch(
+                    boards.first_row + i,
+                    boards.indices[i:stop],
+                    boards.boards_BS[i:stop],
+                    {name: values[i:stop] for name, values in boards.labels.items()},
+                )
     finally:
         cancel.ask()
         reader.shutdown(wait=True, cancel_futures=True)
         held.clear()
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Rows that are read in one call; `is_last` of their range."""
-
-    first: int
-    stop: int
-    is_last: bool
-
-
-def _windows(ranges: Iterable[range], batch_size: int) -> Iterator[_Window]:
-    """Cut ranges of rows into windows of whole batches, but for the last of a range."""
+def _windows(ranges: Iterable[range], batch_size: int) -> Iterator[tuple[range, bool]]:
+    """Cut ranges of rows into windows of whole batches, and tell the last window of each range."""
     largest = max(_LARGEST_WINDOW // batch_size, 1) * batch_size
     size = batch_size
     for rows in ranges:
         first = rows.start
         while first < rows.stop:
             stop = min(first + size, rows.stop)
-            yield _Window(first, stop, is_last=stop == rows.stop)
+            yield range(first, stop), stop == rows.stop
             first, size = stop, min(size * _GROWTH, largest)
-
-
-def _may_read_on(held: Iterable[tuple[_Window, object]]) -> bool:
-    """Return whether another window may be read while these are held."""
-    rows = sum(window.stop - window.first for window, _ in held)
-    return rows <= _LARGEST_WINDOW and sum(window.is_last for window, _ in held) <= 1
 
 
 def _vocabulary_error(

@@ -5,8 +5,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -15,30 +15,39 @@ UNREAD = -signal.SIGPIPE
 
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 _REPEATED_WITHIN = 1.0  # seconds
+_BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 def _python_handlers() -> dict[int, Any]:
     """Return the handlers of SIGINT and SIGTERM in Python, which run in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in _BOTH}
     return {number: handler for number, handler in handlers.items() if callable(handler)}
 
 
 @contextmanager
-def ignored_interrupts() -> Iterator[None]:
+def _handled_by(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
+    """Install a handler of some signals inside the context."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def ignored_interrupts() -> AbstractContextManager[None]:
     """Ignore SIGINT and SIGTERM inside the context, which leaves a state to resume.
 
     Only signals that have a handler in Python are ignored, and only in the main thread.
     """
-    handlers = _python_handlers()
-    for number in handlers:
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return _handled_by(signal.SIG_IGN, _python_handlers())
+
+
+def forwarded_interrupts(send: Callable[[int], object]) -> AbstractContextManager[None]:
+    """Give SIGINT and SIGTERM to a function inside the context; use in the main thread."""
+    return _handled_by(lambda number, _frame: send(number), _BOTH)
 
 
 class HeldInterrupts:
@@ -93,26 +102,20 @@ class Terminated(KeyboardInterrupt):
     """Raised by SIGTERM inside `terminated_like_interrupted`."""
 
 
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
+def terminated_like_interrupted() -> AbstractContextManager[None]:
     """End on SIGTERM as on Ctrl-C inside the context: in order, with finished work kept."""
 
     def interrupt(_signal: int, _frame: object) -> None:
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return nullcontext()
+    return _handled_by(interrupt, [signal.SIGTERM])
 
 
 def ignore_interrupts() -> None:
     """Ignore SIGINT and SIGTERM from now on: the process is ending anyway."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _BOTH:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -123,7 +126,8 @@ def signal_of(interrupt: KeyboardInterrupt) -> int:
 
 def die_of(number: int) -> None:
     """End the process by a signal. Returns only where it is blocked."""
-    signal.signal(number, signal.SIG_DFL)
+    with suppress(OSError):  # SIGKILL, of which one of several processes may have died.
+        signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 

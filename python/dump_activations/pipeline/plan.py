@@ -82,16 +82,12 @@ class Plan:
     @cached_property
     def board_tensors(self) -> list[BoardTensor]:
         """The tensors that have one value per board."""
+        config, split = self.model.config, self.options.split_layers
         return [
             tensor
-            for activation in self.activations
-            if isinstance(activation, BoardActivation)
-            for tensor in board_tensors(
-                activation,
-                self.model.config,
-                layers=self.layers,
-                split=self.options.split_layers,
-            )
+            for each in self.activations
+            if isinstance(each, BoardActivation)
+            for tensor in board_tensors(each, config, layers=self.layers, split=split)
         ]
 
     @property
@@ -100,10 +96,6 @@ class Plan:
         dtype = getattr(torch, STORAGE_DTYPES[self.options.dtype].name)
         assert isinstance(dtype, torch.dtype)
         return dtype
-
-    def whole_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors without a board axis: parameters, in the storage dtype."""
-        return {name: tensor.to(self.storage_dtype) for name, tensor in self.weights.items()}
 
     def tensor_specs(self) -> list[TensorSpec]:
         """Return every tensor of the output; the first axis of all but the parameters is n."""
@@ -172,18 +164,18 @@ def make_plan(
         for name, tensor in activation.tensors(model, layers).items()
     }
     return Plan(
-        model=model,
-        dataset=dataset,
-        indices=indices,
-        sampling=sampling,
-        labels=labels,
-        activations=activations,
-        layers=layers,
-        weights=weights,
-        options=options,
-        device=device,
-        host_slots=host_slots,
-        local_processes=local_processes,
+        model,
+        dataset,
+        indices,
+        sampling,
+        labels,
+        activations,
+        layers,
+        weights,
+        options,
+        device,
+        host_slots,
+        local_processes,
     )
 
 

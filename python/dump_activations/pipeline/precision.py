@@ -10,8 +10,10 @@ from torch.nn.attention import SDPBackend
 
 from dump_activations.model.encoder import Encoder, replicate
 
-# Without cuDNN's, which plans each shape for 0.4 s and raises where it has no plan.
+# Kernels of the attention, in the order of preference, and torch's names of their switches. Without
+# cuDNN's, which plans each shape for 0.4 s and raises where it has no plan.
 _ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+_ENABLED = {"flash": True, "mem_efficient": True, "math": True, "cudnn": False}
 
 # Settings of torch that `torch.set_float32_matmul_precision` changes.
 _MATMULS = (("cuda", "matmul"), ("mkldnn", "matmul"))
@@ -22,38 +24,26 @@ def in_precision(model: Encoder, precision: str, device: torch.device) -> Encode
 
     `bf16` rounds the factors of matrix products to bf16 and keeps norms, embeddings and the
     residual stream in fp32. `bf16-true` has everything in bf16, as a served model has. The others
-    run the model as it is.
-
-    Args:
-        model: on `device`; it stays as it is.
-        precision: one of `options.PRECISIONS`.
-        device: runs the model.
+    run the model as it is. The caller's model is never changed.
     """
     if precision == "bf16-true":
         return replicate(model, device, lambda _: torch.bfloat16)
     if precision == "bf16":
-        return replicate(model, device, _product_dtype)
+        return replicate(
+            model, device, lambda module: torch.bfloat16 if isinstance(module, nn.Linear) else None
+        )
     return model
-
-
-def _product_dtype(module: nn.Module) -> torch.dtype | None:
-    return torch.bfloat16 if isinstance(module, nn.Linear) else None
 
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Run a forward pass inside the context with its own settings, whatever the caller's are.
+    """Run a forward pass inside the context with its own settings, not the caller's.
 
     fp32 values are computed with in IEEE single precision, but for `tf32`, where CUDA rounds the
     factors of matrix products to 10 bits of mantissa.
-
-    Args:
-        precision: one of `options.PRECISIONS`.
-        device: runs the model.
     """
     fp32 = "high" if precision == "tf32" else "highest"
-    not_cast = torch.autocast(device.type, enabled=False)
-    with not_cast, _settings.held(fp32):
+    with torch.autocast(device.type, enabled=False), _settings.held(fp32):
         yield
 
 
@@ -93,7 +83,6 @@ _settings = _Settings()
 
 @contextmanager
 def _fp32_products(precision: str) -> Iterator[None]:
-    """Set the precision of fp32 matrix products."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # The process set its backends one by one.
@@ -119,24 +108,15 @@ def _attention_kernels() -> Iterator[None]:
     does not put back the order of kernels that the caller has turned off.
     """
     cuda = torch.backends.cuda
-    switches = (
-        (SDPBackend.FLASH_ATTENTION, cuda.flash_sdp_enabled(), cuda.enable_flash_sdp),
-        (
-            SDPBackend.EFFICIENT_ATTENTION,
-            cuda.mem_efficient_sdp_enabled(),
-            cuda.enable_mem_efficient_sdp,
-        ),
-        (SDPBackend.MATH, cuda.math_sdp_enabled(), cuda.enable_math_sdp),
-        (SDPBackend.CUDNN_ATTENTION, cuda.cudnn_sdp_enabled(), cuda.enable_cudnn_sdp),
-    )
+    before = {name: getattr(cuda, f"{name}_sdp_enabled")() for name in _ENABLED}
     order = torch._C._get_sdp_priority_order()
     wanted = [kernel.value for kernel in _ATTENTION]
-    for kernel, _, enable in switches:
-        enable(kernel in _ATTENTION)
+    for name, enabled in _ENABLED.items():
+        getattr(cuda, f"enable_{name}_sdp")(enabled)
     torch._C._set_sdp_priority_order([*wanted, *(each for each in order if each not in wanted)])
     try:
         yield
     finally:
-        for _, was_enabled, enable in switches:
-            enable(was_enabled)
+        for name, enabled in before.items():
+            getattr(cuda, f"enable_{name}_sdp")(enabled)
         torch._C._set_sdp_priority_order(order)

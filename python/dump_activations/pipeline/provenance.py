@@ -9,7 +9,6 @@ from importlib.metadata import version
 import torch
 
 from dump_activations.dataset.expressions import Expression
-from dump_activations.dataset.sampling import StepIndices
 from dump_activations.pipeline.device import device_name
 from dump_activations.pipeline.plan import Plan
 
@@ -48,13 +47,16 @@ def fingerprint(plan: Plan) -> dict[str, str]:
     It is the same in all processes and on all machines: without paths, devices or threads. The
     dataset counts by the names, sizes and layouts of its shards, not by their rows.
     """
+    digest = hashlib.sha256()
+    for start in range(0, len(plan.indices), _DIGESTED_AT_ONCE):
+        digest.update(plan.indices[start : start + _DIGESTED_AT_ONCE].data)
     split = {"split_layers": "true"} if plan.options.split_layers else {}
     asked = {name: text for name, text in _asked(plan).items() if text is not None}
     return {
         **asked,
         **split,
         "config": repr(plan.model.config),
-        "indices": _indices_sha256(plan.indices),
+        "indices": digest.hexdigest(),
     }
 
 
@@ -82,10 +84,3 @@ def _asked(plan: Plan) -> dict[str, str | None]:
         "dump_activations_version": version("dump-activations"),
         "torch_version": torch.__version__,
     }
-
-
-def _indices_sha256(indices: StepIndices) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, len(indices), _DIGESTED_AT_ONCE):
-        digest.update(indices[start : start + _DIGESTED_AT_ONCE].data)
-    return digest.hexdigest()

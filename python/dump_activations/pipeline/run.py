@@ -45,10 +45,6 @@ _CHUNK_ROWS = 128
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def _nothing(_boards: int) -> None:
-    pass
-
-
 class Run:
     """A plan's forward passes and the buffers they fill, as a context manager.
 
@@ -62,7 +58,7 @@ class Run:
         on_device: yield batches on the device that computes them.
 
     Attributes:
-        committing: counts the time inside its `with` blocks as committing, not as the loop's.
+        commit_seconds: time of the caller's that counts as committing, not as the loop's.
 
     Raises:
         DeviceError: the device cannot run the model, or torch cannot compile it.
@@ -71,7 +67,7 @@ class Run:
     def __init__(self, plan: Plan, *, on_device: bool = False) -> None:
         self._plan = plan
         self._on_device = on_device
-        self.committing = Stopwatch()
+        self.commit_seconds = 0.0
         self._reading, self._waiting = Stopwatch(), Stopwatch()
         self._boards = 0
         self._ended: float | None = None
@@ -104,7 +100,6 @@ class Run:
         return CudaTransfer(shapes, dtype, plan.device, host_slots=slots, on_device=self._on_device)
 
     def _warm_up(self, rows: int) -> None:
-        """Run a full batch of empty boards, as the run's own are run."""
         indices = np.zeros(rows, np.int64)
         boards_BS = torch.zeros((rows, CELLS), dtype=torch.uint8, device="cpu")
         try:
@@ -134,7 +129,7 @@ class Run:
         self,
         ranges: Iterable[range] | None = None,
         *,
-        done: Callable[[int], object] = _nothing,
+        done: Callable[[int], object] = lambda _boards: None,
     ) -> Generator[ActivationBatch, None, None]:
         """Turn each batch of boards into its batch of activations, which the caller releases.
 
@@ -158,60 +153,34 @@ class Run:
             reading=self._reading,
             waiting=self._waiting,
         )
-        queued: deque[Chunk] = deque()
         # Leaving the run ends the reading, also where this generator is left unfinished.
-        feed = self._exits.enter_context(closing(feed))
+        self._exits.enter_context(closing(feed))
         try:
             for boards in feed:
                 batch = self._transfer.run(boards, self._forward.start)
-                queued.extend(batch.chunks if self._forward.workers > 1 else ())
                 yield batch
                 # As many as keep the workers busy while the next batch is queued.
-                while len(queued) > self._forward.workers:
-                    queued.popleft().wait()
+                self._forward.finish(leave=self._forward.workers)
                 self._boards += len(boards.indices)
                 done(len(boards.indices))
-            while queued:
-                queued.popleft().wait()
+            self._forward.finish()
         finally:
             self._forward.abandon()
 
-    def summary(
-        self,
-        started: float,
-        *,
-        output: Path | None = None,
-        resumed_boards: int = 0,
-        bytes_written: int = 0,
-        nonfinite: dict[str, dict[str, int]] | None = None,
-        write_seconds: float = 0.0,
-        shards_written: int = 0,
-        shards_found: int = 0,
-    ) -> Summary:
-        """Sum up the run of this process.
+    def summary(self, started: float, *, write_seconds: float = 0.0) -> Summary:
+        """Sum up the run of this process, without what only its output tells.
 
         Args:
             started: reading of the performance counter before the plan was made.
-            output: path of the output.
-            resumed_boards: boards that were already on disk.
-            bytes_written: size of the written files.
-            nonfinite: tensor name -> counts of `nan` and `inf`.
             write_seconds: busy time of the writers.
-            shards_written: shards that this process wrote.
-            shards_found: shards that it did not have to write.
         """
         ended = self._ended or time.perf_counter()
         forward, copying = self._set_up
         return Summary(
-            output=output,
             boards=self._boards,
-            resumed_boards=resumed_boards,
-            bytes_written=bytes_written,
-            shards_written=shards_written,
-            shards_found=shards_found,
-            seconds=ended - self._started - self.committing.seconds,
+            seconds=ended - self._started - self.commit_seconds,
             setup_seconds=self._started - started,
-            commit_seconds=self.committing.seconds,
+            commit_seconds=self.commit_seconds,
             stage_seconds={
                 "boards": self._reading.seconds,
                 "forward": self._forward.seconds - forward,
@@ -219,12 +188,11 @@ class Run:
                 "write": write_seconds,
             },
             waiting_seconds=self._waiting.seconds,
-            nonfinite=nonfinite or {},
         )
 
 
 class _Forward:
-    """Forward passes that fill buffers with activations, as a context manager.
+    """Forward passes that fill buffers with activations.
 
     On the CPU each core takes chunks of the batch and runs them by itself: threads that share
     each operation would wait for one another a hundred times per batch, and longest when a core is
@@ -276,11 +244,7 @@ class _Forward:
         return self._computing.seconds / self.workers
 
     def start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Chunk]:
-        """Queue a batch, which is run as far as needed to fill the buffers.
-
-        Args:
-            tokens_BS: exponents (B, 16), any integer dtype, on the device.
-            buffers: key -> tensor (B, *shape) on the device.
+        """Queue a batch: exponents (B, 16) of any integer dtype, and buffers (B, *shape) to fill.
 
         Returns:
             The chunks of the batch, in order. On CUDA there is nothing to wait for: the next work
@@ -290,8 +254,6 @@ class _Forward:
         if self._executor is None:
             self._run_chunk(tokens_BS, buffers)
             return [Chunk(0, rows)]
-        while self._futures and self._futures[0].done():
-            self._futures.popleft()
         chunks = []
         for start in range(0, rows, self._chunk_rows):
             stop = min(start + self._chunk_rows, rows)
@@ -300,6 +262,11 @@ class _Forward:
             self._futures.append(future)
             chunks.append(Chunk(start, stop, future.result))
         return chunks
+
+    def finish(self, *, leave: int = 0) -> None:
+        """Wait for the oldest chunks until so many are left; raise the error of one that failed."""
+        while len(self._futures) > leave:
+            self._futures.popleft().result()
 
     def abandon(self) -> None:
         """Drop chunks that are queued and not begun; waiting for one raises CancelledError."""

@@ -1,6 +1,6 @@
 """The facts of a finished run, and how long each of its stages was busy."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,18 @@ class Summary:
             with any.
     """
 
-    output: Path | None
-    boards: int
-    resumed_boards: int
-    bytes_written: int
-    shards_written: int
-    shards_found: int
-    seconds: float
-    setup_seconds: float
-    commit_seconds: float
-    stage_seconds: dict[str, float]
-    waiting_seconds: float
-    nonfinite: dict[str, dict[str, int]]
+    output: Path | None = None
+    boards: int = 0
+    resumed_boards: int = 0
+    bytes_written: int = 0
+    shards_written: int = 0
+    shards_found: int = 0
+    seconds: float = 0.0
+    setup_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    waiting_seconds: float = 0.0
+    nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def boards_per_second(self) -> float:

@@ -58,7 +58,7 @@ class ActivationBatch:
         boards: the batch of boards.
         tensors: key -> tensor (B, *shape) in the memory that the consumer asked for; empty if it
             asked for none.
-        chunks: the batch's rows. Those of a chunk are there once it has been waited for: on the
+        chunks: the batch's rows. The rows of a chunk are there once it has been waited for: on the
             host, or on a device for work that is queued afterwards in the thread's current stream.
         release: gives the memory back to the ring. `tensors` must not be used after it.
     """
@@ -121,12 +121,7 @@ class _Ring(Generic[_SlotT]):
 
 
 class HostTransfer:
-    """Captures batches where the consumer reads them: the model runs on the host.
-
-    Args:
-        shapes: of a full batch's tensors.
-        dtype: storage dtype of all of them.
-    """
+    """Captures batches in host memory, where the model runs and the consumer reads them."""
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
         self.copying: Stopwatch | CudaStopwatch = Stopwatch()
@@ -140,7 +135,7 @@ class HostTransfer:
         return ActivationBatch(boards, buffers, chunks, partial(self._ring.give_back, slot))
 
     def close(self) -> None:
-        """Do nothing: nothing is under way on the host once its chunks were waited for."""
+        """Do nothing: all work is done once its chunks were waited for."""
 
 
 class PinnedSlots:
@@ -153,14 +148,14 @@ class PinnedSlots:
     else ordinary memory, with a note.
 
     Args:
-        shapes: of a full batch's tensors.
-        dtype: storage dtype of all of them.
+        shapes: shapes of a full batch's tensors, all in the storage dtype `dtype`.
+        dtype: storage dtype.
         device: copies to them.
         count: slots to make; fewer where `share` has no room for them.
         share: bytes that this process may page-lock.
 
     Raises:
-        PinnedMemoryError: `share` has no room for two.
+        PinnedMemoryError: `share` has no room for two. Iterating raises it too: no memory is left.
     """
 
     def __init__(
@@ -178,11 +173,7 @@ class PinnedSlots:
         self._locked = self._locker.submit(_lock, self.count * nbytes, device)
 
     def __iter__(self) -> Iterator[Buffers]:
-        """Wait for the memory and yield each slot, whose tensors start on a page.
-
-        Raises:
-            PinnedMemoryError: the host has no memory left.
-        """
+        """Wait for the memory and yield each slot, whose tensors start on a page."""
         memory, start = self._locked.result().memory, 0
         for _ in range(self.count):
             slot = {}
@@ -194,7 +185,7 @@ class PinnedSlots:
 
     @property
     def are_pinned(self) -> bool:
-        """Whether copies to them need not be waited for."""
+        """True where copies to them are queued, and the program continues meanwhile."""
         return self._locked.result().is_pinned
 
     def __enter__(self) -> "PinnedSlots":
@@ -243,13 +234,7 @@ def _pinned_or_pageable(nbytes: int) -> _Memory:
 
 
 class _DeviceSlot:
-    """One batch's memory on the device, and its boards' on their way there.
-
-    Attributes:
-        buffers: key -> tensor (B, *shape).
-        copied: the event of the last copy out of them.
-        filled: the event of the forward pass that filled them last.
-    """
+    """One batch's memory on the device, with the events of its last forward pass and last copy."""
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> None:
         self.buffers = {
@@ -262,10 +247,7 @@ class _DeviceSlot:
         self._boards_copied = torch.cuda.Event(blocking=True)
 
     def bring(self, boards_BS: Tensor) -> Tensor:
-        """Queue the copy of boards, uint8 (B, 16), to the device, in the current stream.
-
-        The bytes are staged in page-locked memory, which is used again once the device has read it.
-        """
+        """Queue the copy of boards, uint8 (B, 16), by way of page-locked memory."""
         self._boards_copied.synchronize()
         if self._boards.memory.nbytes < boards_BS.nbytes:
             self._boards = _pinned_or_pageable(boards_BS.nbytes)
@@ -296,8 +278,8 @@ class CudaTransfer:
     wait for the consumer's work.
 
     Args:
-        shapes: of a full batch's tensors.
-        dtype: storage dtype of all of them.
+        shapes: shapes of a full batch's tensors, all in the storage dtype `dtype`.
+        dtype: storage dtype.
         device: runs the model.
         host_slots: take the copies; None copies nothing.
         on_device: hand batches to the consumer on the device.
@@ -380,7 +362,7 @@ def _whole_pages(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def _empty_on_pages(shapes: Shapes, dtype: torch.dtype) -> Buffers:
-    """Allocate host tensors that start on a page, as pinned memory does, for direct writes."""
+    # As in pinned memory, tensors start on a page, for direct writes.
     buffers = {}
     for key, shape in shapes.items():
         nbytes = math.prod(shape) * dtype.itemsize
