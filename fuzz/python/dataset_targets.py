@@ -62,17 +62,24 @@ def make_selection_target(directory: Path):
         except (ValueError, TypeError, OverflowError, RecursionError):
             return
         (directory / "steps.npy").write_bytes(shard)
+        sizes = []
+
+        def layout(path: Path, descr: str):
+            found = read_layout(path, descr)
+            sizes.append(found[0])
+            return found
+
         try:
-            dataset = _rust.Dataset(directory, read_layout)
+            dataset = _rust.Dataset(directory, layout)
             selection = _rust.Selection(dataset, fields)
         except (DumpActivationsError, TypeError, OverflowError):
             return
-        _read_selection(dataset, selection, fields[0], shard)
+        _read_selection(dataset, selection, fields[0], shard, *sizes)
 
     return run
 
 
-def _read_selection(dataset, selection, fields, shard: bytes) -> None:
+def _read_selection(dataset, selection, fields, shard: bytes, row_nbytes: int) -> None:
     n = min(dataset.rows, 64)
     width = sum(nbytes for _, nbytes in fields)
     if n * width > 1 << 20:
@@ -81,10 +88,10 @@ def _read_selection(dataset, selection, fields, shard: bytes) -> None:
     selection.read(np.arange(n), read)
     boards = np.empty((n, 16), np.uint8)
     parts = [np.empty((n, nbytes), np.uint8) for _, nbytes in fields]
-    selection.scan((0, n), np.empty(dataset.itemsize * 2 + 1, np.uint8), boards, parts)
+    selection.scan((0, n), np.empty(row_nbytes * 2 + 1, np.uint8), boards, parts)
     assert (read == np.concatenate([boards, *parts], axis=1)).all()
-    rows = np.frombuffer(shard, np.uint8, n * dataset.itemsize, _data_offset(shard))
-    rows = rows.reshape(n, dataset.itemsize)
+    rows = np.frombuffer(shard, np.uint8, n * row_nbytes, _data_offset(shard))
+    rows = rows.reshape(n, row_nbytes)
     for part, (offset, nbytes) in zip(parts, fields, strict=True):
         assert (part == rows[:, offset : offset + nbytes]).all()
 
@@ -130,5 +137,4 @@ def _read_runs(directory: Path) -> None:
     runs = Runs(directory)
     for column in RUN_LABELS.values():
         with suppress(DumpActivationsError):
-            runs.load(column)
-            runs.join(column, np.array([9, 7]))
+            runs.column(column)(np.array([9, 7]))

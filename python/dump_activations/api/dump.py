@@ -468,8 +468,10 @@ def _already_there(output: Output) -> Iterator[str]:
         yield f"{_files_are(output)} already complete"
         return
     for existing in output.replaced:
+        boards = "" if "shard" in existing.metadata else existing.metadata.get("n_samples", "")
+        holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
         size = size_text(existing.found.st_size)
-        yield f"{existing.path} ({size}) is replaced when the new file is whole"
+        yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
     finished = len(output.files) - len(output.missing)
     if finished:
         yield f"{finished:,} of {len(output.files):,} shards are already complete"
