@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections import Counter
+from concurrent.futures import Executor, Future
 from contextlib import nullcontext
 
 import pytest
@@ -19,6 +20,18 @@ from reference.dumps import read_dump
 
 CPU = {"device": "cpu", "allow_cpu": True}
 OPTIONS = {"outputs": ["layer_outputs"], "n_samples": 12, "batch_size": 5} | CPU
+
+
+class InThisThread(Executor):
+    """Runs work when it is submitted, in the thread that submits it."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def submit(self, work, /, *arguments, **options) -> Future:
+        future = Future()
+        future.set_result(work(*arguments, **options))
+        return future
 
 
 @pytest.fixture
@@ -218,7 +231,11 @@ class Casts(TorchDispatchMode):
         return result
 
 
-def test_bf16_casts_each_weight_once_a_run_and_each_norm_once_a_batch(wide, demo_dataset):
+def test_bf16_casts_each_weight_once_a_run_and_each_norm_once_a_batch(
+    wide, demo_dataset, monkeypatch
+):
+    # Casts are counted in this thread, so the forward has to run in it.
+    monkeypatch.setattr("dump_activations.pipeline.run.ThreadPoolExecutor", InThisThread)
     options = {"outputs": "layer_outputs", "n_samples": 12, "batch_size": 3} | CPU
     with Casts() as casts:
         batches = len([*stream(wide, demo_dataset, precision="bf16", **options)])

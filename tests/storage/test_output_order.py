@@ -48,13 +48,12 @@ def test_data_then_journal_and_all_of_the_file_then_its_name(fault_library, tmp_
     steps = [(call, Path(path).name) for call, _, _, path in calls if call in ordering]
     assert [step for step, _ in groupby(steps)] == [
         ("write", new),
-        ("fsync", new),
         ("rename", new),
-        ("fsync", "out"),
         ("pwrite", partial),  # spans of the first batches
         ("fdatasync", partial),
         ("write", journal),
         ("fsync", journal),
+        ("fsync", "out"),
         ("pwrite", partial),  # the last batch, and the skeleton without its last bytes
         ("fdatasync", partial),
         ("pwrite", partial),  # the last bytes

@@ -214,7 +214,9 @@ class _Forward:
             CudaStopwatch(torch.cuda.current_stream(plan.device)) if on_cuda else Stopwatch()
         )
         self.workers = 1 if on_cuda or compiled else torch.get_num_threads()
-        # Chunks are for workers; without them a batch is run as a whole.
+        # On a GPU, and compiled, a batch is run as a whole. On the CPU even a single worker runs
+        # chunks, which fit its cache, while this thread reads boards and takes shards.
+        self._is_chunked = not (on_cuda or compiled)
         self._chunk_rows = min(_CHUNK_ROWS, -(-rows // self.workers))
         self._executor: ThreadPoolExecutor | None = None
         self._futures: deque[Future[None]] = deque()
@@ -222,7 +224,7 @@ class _Forward:
     def __enter__(self) -> Self:
         with ExitStack() as exits:
             exits.enter_context(self._capture)
-            if self.workers > 1:
+            if self._is_chunked:
                 # A thread takes its number of threads from the process's setting when it begins.
                 exits.callback(torch.set_num_threads, self.workers)
                 self._executor = ThreadPoolExecutor(

@@ -93,7 +93,7 @@ class JournalError(ValueError):
 
 
 class Journal:
-    """Records batches. Each call returns once the records are on disk.
+    """Records batches. `append` returns once the records are on disk.
 
     Attributes:
         batches: numbers of the recorded batches.
@@ -109,6 +109,7 @@ class Journal:
         self.batches = set(batches)
         self._header = header
         self._new_path = replacement_path(target)
+        self._has_durable_name = False
         with OutputError.when(f"cannot write {self._new_path}"):
             self._new_path.unlink(missing_ok=True)
             self._fd = create(self._new_path, os.O_WRONLY | os.O_APPEND)
@@ -116,8 +117,11 @@ class Journal:
             with OutputError.when(f"cannot write {self.path}"):
                 lines = [_line(asdict(header))]
                 self._write([*lines, *(_batch_line(header, *each) for each in batches.items())])
+                if batches:
+                    os.fsync(self._fd)
                 self._new_path.replace(self.path)
-                sync_directory(self.path.parent)
+                if batches:
+                    self._sync_name()
         except BaseException:
             self.remove()
             raise
@@ -125,6 +129,8 @@ class Journal:
     def append(self, batches: Mapping[int, BatchDigests]) -> None:
         """Record batches whose data is on disk already."""
         self._write(_batch_line(self._header, *each) for each in batches.items())
+        os.fsync(self._fd)
+        self._sync_name()
         self.batches |= batches.keys()
 
     def close(self) -> None:
@@ -144,7 +150,12 @@ class Journal:
         data = b"".join(lines)
         while data:
             data = data[os.write(self._fd, data) :]
-        os.fsync(self._fd)
+
+    def _sync_name(self) -> None:
+        """Bring the journal's name to disk, once: before the first batch, nothing can be lost."""
+        if not self._has_durable_name:
+            sync_directory(self.path.parent)
+            self._has_durable_name = True
 
 
 def read_journal(target: Path) -> Recorded:
