@@ -143,7 +143,7 @@ def test_some_shards_of_the_default_cut(run, directory):
 def test_a_dry_run_shows_the_shards(run, directory, capsys):
     main([*ARGUMENTS, SIZE, f"-o{directory / 'a.pt'}", "--dry-run", "--json"])
     shown = json.loads(capsys.readouterr().out)
-    assert shown["shards"] == [str(directory / name) for name in sorted(names())]
+    assert list(shown["shards"]) == [str(directory / name) for name in sorted(names())]
     main([*ARGUMENTS, SIZE, f"-o{directory / 'a.pt'}", "--dry-run"])
     assert f"{SHARDS} shards" in capsys.readouterr().out
     assert not directory.exists()

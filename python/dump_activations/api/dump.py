@@ -530,9 +530,8 @@ def _preview(plan: Plan, path: Path, files: Sequence[FileWork], free_nbytes: int
         replace(spec, shape=(rows, *spec.shape[1:])) if spec.name in work.batched else spec
         for spec in work.specs
     ]
-    shards = [file.target for file in files if file.shard is not None]
-    preview = Preview.of(plan, specs, path, free_nbytes, shards=shards)
-    return replace(preview, boards=rows)
+    shards = {file.target: file.rows for file in files if file.shard is not None}
+    return Preview.of(plan, specs, path, free_nbytes, shards)
 
 
 def _note_mixture(output: Output) -> None:

@@ -302,6 +302,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _shortened(value: str) -> str:
+    value = value.rstrip()  # `computed_by` is padded.
     if len(value) <= _LONGEST_VALUE:
         return value
     return f"{value[:_LONGEST_VALUE]}... ({len(value):,} characters, all of them in --json)"

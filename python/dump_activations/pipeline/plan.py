@@ -1,8 +1,8 @@
 """A run that is checked and ready: model, dataset, step indices, and the tensors of its output."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -220,7 +220,7 @@ class Preview:
         tensors: tensors of the output, with `indices` and `boards`.
         output: the file, or the name of its shards; None if nothing is written.
         free_nbytes: free space of the disk; None if it is unknown or nothing is written.
-        shards: the shards to write; empty for one file.
+        shards: boards of each shard to write, in order; empty for one file.
     """
 
     boards: int
@@ -228,7 +228,7 @@ class Preview:
     tensors: Sequence[TensorSpec]
     output: Path | None
     free_nbytes: int | None
-    shards: Sequence[Path] = ()
+    shards: Mapping[Path, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -237,11 +237,12 @@ class Preview:
         tensors: Sequence[TensorSpec],
         output: Path | None = None,
         free_nbytes: int | None = None,
-        shards: Sequence[Path] = (),
+        shards: Mapping[Path, int] | None = None,
     ) -> Self:
         """Preview a plan whose output has these tensors."""
         keys = [each.key for each in plan.activations]
-        return cls(len(plan.indices), keys, tensors, output, free_nbytes, shards)
+        boards = sum(shards.values()) if shards else len(plan.indices)
+        return cls(boards, keys, tensors, output, free_nbytes, shards or {})
 
     @property
     def nbytes(self) -> int:
@@ -254,7 +255,10 @@ class Preview:
         work = f"{self.boards:,} boards of {', '.join(self.keys)}: {size_text(self.nbytes)}"
         if self.output is None:
             return f"{work}, not written"
-        shards = f" in {len(self.shards):,} shards" if self.shards else ""
+        shards = ""
+        if self.shards:
+            several = "1 shard" if len(self.shards) == 1 else f"{len(self.shards):,} shards"
+            shards = f" in {several} of at most {max(self.shards.values()):,} boards"
         free = "" if self.free_nbytes is None else f"; {size_text(self.free_nbytes)} free"
         return f"{work} to {self.output}{shards}{free}"
 
@@ -266,7 +270,7 @@ class Preview:
             "bytes": self.nbytes,
             "output": None if self.output is None else str(self.output),
             "free_bytes": self.free_nbytes,
-            "shards": [str(path) for path in self.shards],
+            "shards": {str(path): boards for path, boards in self.shards.items()},
             "tensors": [
                 {"key": each.name, "dtype": each.dtype, "shape": each.shape, "bytes": each.nbytes}
                 for each in self.tensors
