@@ -138,7 +138,7 @@ def boards(source: Source) -> Values:
 
 def _counted(title: str, names: Sequence[object], kinds: NDArray[np.integer], x: str) -> Chart:
     """Chart the share of each kind, a number from 0 on, under its name."""
-    counts = np.bincount(kinds, minlength=len(names))
+    counts = np.bincount(kinds.astype(np.int64), minlength=len(names))
     details = [f", {count:,} boards" for count in counts]
     labels = [str(name) for name in names]
     shares = counts / max(len(kinds), 1)
