@@ -62,7 +62,7 @@ def _rates(
             *arguments,
         )
         environment = {**setting.environment, "OMP_NUM_THREADS": "1" if arguments else "2"}
-        # The first process returns when the dump is whole, so its time is that of all.
+        # The first process returns when the dump is whole, so its time is the time of all.
         seconds = run_process(run, environment).summary["seconds"]
         _remove(target)
         return boards / seconds
@@ -79,7 +79,7 @@ def _rates(
 
 
 def _slow_rank(setting: Setting) -> float:
-    """Return the time of a dump over that of processes which all work until the end."""
+    """Return the time of a dump, relative to processes that all work until the end."""
     script = Path(__file__).parent / "slow_rank.py"
     target = setting.scratch / "slow.safetensors"
     run = [sys.executable, script, demo.CHECKPOINT, setting.dataset(_SLOW_BOARDS), target]

@@ -1,4 +1,4 @@
-"""What a machine can do to a file being written: a full, broken or forbidden disk, a quota."""
+"""Faults of a machine while a file is written: a full, broken or forbidden disk, a quota."""
 
 import errno
 import os

@@ -131,7 +131,7 @@ def _files_needed(names: Sequence[str], where: str, *, weights_required: bool) -
 
 
 def files_to_download(names: Sequence[str], where: str, *, weights_required: bool) -> list[str]:
-    """Choose what to download of a repository's directory; raise where it is no checkpoint."""
+    """Choose the files of a repository's directory to download; raise without a checkpoint."""
     needed = _files_needed(names, where, weights_required=weights_required)
     if _INDEX_NAME in needed:
         needed += filter(_SHARD_NAME.fullmatch, names)

@@ -65,7 +65,7 @@ def write_report(
 
 
 def _check_replaceable(target: Path) -> None:
-    """Raise where a file is in the way that is no page of this package."""
+    """Raise where the file to replace is not a page of this package."""
     with OutputError.when(f"cannot write {target}"):
         try:
             found = target.lstat()

@@ -1,4 +1,4 @@
-"""What tests under the simulated device have in common."""
+"""Checks that tests under the simulated device share."""
 
 import inspect
 import textwrap

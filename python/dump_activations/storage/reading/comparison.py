@@ -69,7 +69,7 @@ class TensorPair:
 
     @property
     def is_equal(self) -> bool:
-        """Whether both files have the same dtype, shape and values, within the tolerance."""
+        """True where both files have the same dtype, shape and values, within the tolerance."""
         if self.first is None or self.second is None or self.difference != Difference():
             return False
         dtypes = {self.first.dtype, self.second.dtype}
@@ -90,7 +90,7 @@ class Comparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether all tensors are equal; the metadata may differ."""
+        """True where all tensors are equal. The metadata may differ."""
         return all(pair.is_equal for pair in self.tensors)
 
 
