@@ -244,12 +244,15 @@ class Partial:
 
 
 def is_locked(path: Path) -> bool:
-    """Return True while another process has a partial file locked.
+    """Return True while another process has a partial file locked; False where it is gone.
 
     Raises:
         OSError: it cannot be opened.
     """
-    fd = _Descriptor(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+    try:
+        fd = _Descriptor(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+    except FileNotFoundError:  # Its owner finished or removed it since it was listed.
+        return False
     try:
         fcntl.flock(fd.number, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

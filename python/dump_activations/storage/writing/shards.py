@@ -238,12 +238,14 @@ class Output:
             if not self._overwrite:
                 raise existing.refusal(file.work)
             self._replaceable[file.target] = existing
+        self._check_partial(file)
+
+    def _check_partial(self, file: FileWork) -> None:
+        """Raise where a partial file is of other work, unless `overwrite` may start it over."""
         if self._is_of_other_work(file):
-            path = partial_path(file.target)
-            if not self._overwrite or (os.path.lexists(path) and is_locked(path)):
-                header = header_of(file.target)
-                differing = file.work.differences(header.work) if header else ""
-                raise OtherWorkError(path, differing)
+            path, header = partial_path(file.target), header_of(file.target)
+            if not self._overwrite or is_locked(path):
+                raise OtherWorkError(path, file.work.differences(header.work) if header else "")
 
     def _is_of_other_work(self, file: FileWork) -> bool:
         header = header_of(file.target) if os.path.lexists(partial_path(file.target)) else None
@@ -297,11 +299,9 @@ class Output:
                         f"{path} is of another cut of {whole}; one dump has one "
                         f"{option('shard_size')}: remove one of the cuts, or choose another output"
                     )
-                if ending == JOURNAL and shard != file.shard and self._is_of_other_work(other):
-                    if self._overwrite and not is_locked(partial_path(other.target)):
-                        continue
-                    raise OtherWorkError(partial_path(other.target), "")
-                if not ending and other.target not in self._finished:
+                if ending == JOURNAL and shard != file.shard:
+                    self._check_partial(other)
+                if not ending:
                     self._is_finished(other)
 
     def _is_whole(self) -> bool:
