@@ -66,7 +66,8 @@ def test_a_dry_run_runs_nothing_and_shows_a_table(tmp_path, capsys, monkeypatch)
     assert "not written" in capsys.readouterr().out
 
 
-def test_a_dry_run_shows_all_statistics_in_one_row(capsys):
+def test_a_dry_run_shows_all_statistics_in_one_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # The default output must not meet a file of the working directory.
     given = ["--demo", "--dry-run", "--outputs", "pooled,layer_outputs", "--stats"]
     held = [each for each in shown(capsys, *given, "--json")["tensors"] if "stats/" in each["key"]]
     assert main(given) == 0
