@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dump_activations.text import size_text
+
 STAGES = ("boards", "forward", "copy", "write")
 
 
@@ -50,11 +52,42 @@ class Summary:
         """The stage that was busy longest, which bounds the run's speed."""
         return max(self.stage_seconds, key=self.stage_seconds.__getitem__)
 
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of the whole call."""
+        return self.setup_seconds + self.seconds + self.commit_seconds
+
+    def __str__(self) -> str:
+        """Return work, place, size and speed in one line, as the command shows them."""
+        resumed = f" (and {self.resumed_boards:,} resumed)" if self.resumed_boards else ""
+        shards = f", {self.shards_written:,} shards of it" if self.shards_written else ""
+        where = (
+            f"{size_text(self.bytes_written)} in {self.output}{shards}"
+            if self.output
+            else "nothing written"
+        )
+        speed = f", {self.boards_per_second:,.0f} boards/s in the loop" if self.boards else ""
+        return f"{self.boards:,} boards{resumed}: {where}; {self.total_seconds:.1f} s{speed}"
+
+    def stage_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return the headings and the rows of a table of the stages."""
+        stages = {"setup": self.setup_seconds, **self.stage_seconds}
+        stages |= {"waiting for boards": self.waiting_seconds, "whole loop": self.seconds}
+        rows: list[tuple[str, ...]] = []
+        for stage, seconds in {**stages, "commit": self.commit_seconds}.items():
+            slowest = " (slowest)" if self.boards and stage == self.slowest_stage else ""
+            share = f"{seconds / self.total_seconds:.0%}" if self.total_seconds else "-"
+            # A time that rounds to zero gives no rate.
+            rate = f"{self.boards / seconds:,.0f}" if seconds >= 0.0005 else "-"
+            rows.append((f"{stage}{slowest}", f"{seconds:.3f}", share, rate))
+        return ("stage", "seconds", "share", "boards/s"), rows
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields and the figures derived from them, ready for JSON."""
         return {
             **asdict(self),
             "output": None if self.output is None else str(self.output),
             "boards_per_second": self.boards_per_second,
+            "total_seconds": self.total_seconds,
             "slowest_stage": self.slowest_stage,
         }
