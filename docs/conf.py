@@ -1,4 +1,4 @@
-"""Configuration of Sphinx; `uv run --group docs sphinx-build -W docs site` builds the pages."""
+"""Configuration of Sphinx. `uv run --group docs sphinx-build -W docs site` builds the pages."""
 
 project = "dump-activations"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

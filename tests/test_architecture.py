@@ -14,7 +14,7 @@ LEAVES = (
     *("text", "timing"),
 )
 
-# Room -> the rooms and modules that its modules may import, besides one another.
+# Room -> the rooms and modules that its modules may import, in addition to one another.
 ARROWS = {
     "__main__": ("commands",),
     "commands": (

@@ -89,7 +89,7 @@ N, BATCH_SIZE = 20, 4
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, demo_checkpoint, demo_dataset):
-    """Dump to one file and to two shards; return the metadata and the tensors of each file."""
+    """Dump to one file and to two shards, and return the metadata and the tensors of each file."""
     directory = tmp_path_factory.mktemp("documented")
     whole = directory / "a.safetensors"
     write(whole, demo_checkpoint, demo_dataset)
