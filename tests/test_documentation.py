@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import dump_activations as package
 from dump_activations import dump
 from dump_activations.commands.dump import dump_activations
 from dump_activations.commands.inspect import inspect_activations
@@ -22,9 +23,9 @@ from test_architecture import ARROWS, LEAVES, PACKAGE
 
 ROOT = Path(__file__).parents[1]
 CALL = re.compile(r"(?:^|\s)(dump-activations|-m dump_activations|inspect-activations)\s+(.*)")
-COMMAND, KEYS, ARCHITECTURE, FORMAT = (
+API, COMMAND, KEYS, ARCHITECTURE, FORMAT = (
     (ROOT / "docs" / name).read_text()
-    for name in ("command.md", "keys.md", "architecture.md", "file-format.md")
+    for name in ("api.md", "command.md", "keys.md", "architecture.md", "file-format.md")
 )
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -59,6 +60,12 @@ def test_the_activation_keys():
     keys = {activation.key for activation in ACTIVATIONS}
     assert column(KEYS, "Key") == {*keys, "attn_weights"}
     assert column(FORMAT, "Name") == {*keys, "labels", "indices", "boards"}
+
+
+def test_the_public_names():
+    described = re.findall(r"^\.\. (?:auto\w+|py:type):: ([\w.]+)", API, re.MULTILINE)
+    names = {name.rpartition(".")[2] for name in described}
+    assert names == {*package.__all__, "Cells", "Rows", "Layers", "ArrayLike"}
 
 
 def test_the_statistics():
