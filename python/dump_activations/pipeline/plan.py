@@ -26,7 +26,7 @@ from dump_activations.model.activations import (
     find_layers,
 )
 from dump_activations.model.checkpoint import prepare_model
-from dump_activations.model.checkpoint_files import preferred_files
+from dump_activations.model.checkpoint import preferred_files
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import Options
 from dump_activations.pipeline.device import current, find_device
