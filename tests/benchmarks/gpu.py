@@ -23,7 +23,7 @@ from workload import KEYS_50M, STORED_NBYTES, board_nbytes
 
 from dump_activations import dump, load_encoder
 from dump_activations.options import PRECISIONS
-from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.run import Summary
 
 BOARDS, BATCH = 65_536, 1024
 DEVICE = "cuda"

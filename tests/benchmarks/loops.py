@@ -19,7 +19,7 @@ from workload import BATCH_50M_CPU, KEYS_50M, KEYS_DEMO
 
 from dump_activations import StepsDataset, demo, dump, load_encoder
 from dump_activations.model.encoder import Encoder
-from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.run import Summary
 
 
 def measure_50m(setting: Setting) -> Section:
