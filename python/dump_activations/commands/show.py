@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.options import Options
     from dump_activations.pipeline.plan import Preview
-    from dump_activations.pipeline.summary import Summary
+    from dump_activations.pipeline.run import Summary
     from dump_activations.storage.digests import Digest
     from dump_activations.storage.formats.layout import StoredTensor
     from dump_activations.storage.reading.comparison import Comparison, Difference, TensorPair
