@@ -33,7 +33,8 @@ from undigested import undigested
 
 from dump_activations.dtypes import TensorSpec
 from dump_activations.storage.formats.registry import FORMATS
-from dump_activations.storage.reading.inspection import find_damage, inspect
+from dump_activations.storage.reading.damage import find_damage
+from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.writing.shards import Output
 from dump_activations.storage.writing.work import Work
 from dump_activations.storage.writing.writers import Writers
@@ -205,7 +206,7 @@ def verify(suffix: str, options: argparse.Namespace, *, cold: bool) -> float:
     path = output_path(suffix, options)
     drop_from_cache(path, cold=cold)
     started = time.perf_counter()
-    assert find_damage(inspect(path), threads=options.threads) == []
+    assert find_damage(inspect_dump(path), threads=options.threads) == {path: []}
     return time.perf_counter() - started
 
 
