@@ -30,7 +30,7 @@ from dump_activations.pipeline.interrupts import (
     UNREAD,
     HeldInterrupts,
     die_of,
-    forwarded_interrupts,
+    handled_by,
     ignore_interrupts,
     signal_of,
     terminate_with_parent,
@@ -195,13 +195,13 @@ def launch(arguments: Sequence[str], processes: str) -> int:
     started: list[subprocess.Popen[bytes]] = []
     is_interrupted = False
 
-    def send(number: int) -> None:
+    def send(number: int, _frame: object) -> None:
         nonlocal is_interrupted
         is_interrupted = True
         for process in started:
             process.send_signal(number)
 
-    with forwarded_interrupts(send):
+    with handled_by(send):
         try:
             with HeldInterrupts():  # So that each process gets a signal that comes meanwhile.
                 for rank in range(count):

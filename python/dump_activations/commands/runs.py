@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.options import Options
     from dump_activations.pipeline.plan import Preview
-    from dump_activations.pipeline.summary import Summary
+    from dump_activations.pipeline.run import Summary
 
 _LEGEND = (
     "N boards, L layers, H hidden size, I of the MLP, Q query and K key/value heads of size D; "

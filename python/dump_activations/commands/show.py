@@ -20,9 +20,12 @@ from dump_activations.model.activations import ACTIVATIONS, WeightActivation
 from dump_activations.progress import BYTES, Phase, counted, shown_progress
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.storage.reading.comparison import compare
-from dump_activations.storage.reading.inspection import each_file, find_damage
-from dump_activations.storage.reading.whole import find_shards, inspect_dump
-from dump_activations.storage.statistics import compute_statistics, stored_statistics
+from dump_activations.storage.reading.damage import find_damage
+from dump_activations.storage.reading.dump_files import find_shards, inspect_dump
+from dump_activations.storage.reading.stored_statistics import (
+    compute_statistics,
+    stored_statistics,
+)
 from dump_activations.storage.writing.existing import find_unfinished
 from dump_activations.storage.writing.paths import partial_path, target_of
 from dump_activations.text import duration_text, shape_text, size_text
@@ -35,8 +38,7 @@ if TYPE_CHECKING:
     from dump_activations.storage.digests import Digest
     from dump_activations.storage.formats.layout import StoredTensor
     from dump_activations.storage.reading.comparison import Comparison, TensorPair
-    from dump_activations.storage.reading.inspection import Inspection
-    from dump_activations.storage.reading.whole import DumpShards
+    from dump_activations.storage.reading.dump_files import DumpShards
     from dump_activations.storage.statistics import TensorStatistics
     from dump_activations.storage.writing.existing import Unfinished
 
@@ -80,20 +82,19 @@ def show_dump(file: Path, *, verify: bool, stats: bool) -> None:
         _refuse_unfinished(file, reason)
     elif _show_unfinished(file):
         return
-    inspection = inspect_dump(file)
+    dump = inspect_dump(file)
     with shown_progress() if verify or stats else nullcontext():
-        damage = _damage(inspection) if verify else {}
-        statistics = stored_statistics(*inspection.files)
+        damage: Mapping[Path, Sequence[str]] = {}
+        if verify:
+            count = counted(Phase("verifying", BYTES))
+            damage = find_damage(dump, threads=_threads(), progress=count)
+        statistics = stored_statistics(dump)
         if stats and not statistics:
             count = counted(Phase("computing statistics", BYTES))
-            statistics = compute_statistics(inspection, threads=_threads(), progress=count)
+            statistics = compute_statistics(dump, threads=_threads(), progress=count)
+    tensors = [*dump.tensors.values()]
     contents = _Contents(
-        inspection.path,
-        inspection.format.name,
-        inspection.size,
-        inspection.contents.tensors,
-        inspection.contents.metadata,
-        inspection.digests,
+        dump.path, dump.format.name, dump.size, tensors, dump.metadata, dump.digests
     )
     content, damaged = contents.as_dict(), None
     if verify:
@@ -123,15 +124,6 @@ def _show_unfinished(file: Path) -> bool:
     else:
         return False
     return True
-
-
-def _damage(inspection: Inspection) -> dict[Path, list[str]]:
-    """Return the damaged tensors of each file of a dump."""
-    count = counted(Phase("verifying", BYTES))
-    return {
-        each.path: find_damage(each, threads=_threads(), progress=progress)
-        for each, progress in each_file(inspection, count)
-    }
 
 
 def write_report(file: Path, report: Path) -> None:
@@ -352,10 +344,10 @@ def show_differences(first: Path, second: Path, *, rtol: float, atol: float) -> 
     """Show what differs in two dumps, and return True where their tensors are equal."""
     for path in (first, second):
         _refuse_unfinished(path, "there is nothing to compare yet")
-    inspections = inspect_dump(first), inspect_dump(second)
+    dumps = inspect_dump(first), inspect_dump(second)
     with shown_progress():
         count = counted(Phase("comparing", "values"))
-        comparison = compare(*inspections, threads=_threads(), rtol=rtol, atol=atol, progress=count)
+        comparison = compare(*dumps, threads=_threads(), rtol=rtol, atol=atol, progress=count)
     value = {
         "files": [str(first), str(second)],
         "equal": comparison.is_equal,

@@ -25,7 +25,7 @@ from dump_activations.report.data import (
     read_choices,
 )
 from dump_activations.storage.digests import INTEGRITY_KEY
-from dump_activations.storage.reading.inspection import Inspection
+from dump_activations.storage.reading.dump_files import DumpFiles
 
 Values = dict[str, Any]
 
@@ -49,19 +49,19 @@ _GROUPS = {
 _MOST_ENTRIES, _MOST_TENSORS = 100, 200
 
 
-def facts(inspection: Inspection) -> Values:
+def facts(dump: DumpFiles) -> Values:
     """Group the metadata, and list the tensors that are no statistics."""
-    metadata = {k: v for k, v in inspection.contents.metadata.items() if k != INTEGRITY_KEY}
+    metadata = {k: v for k, v in dump.metadata.items() if k != INTEGRITY_KEY}
     for key in {"labels", "layers", "outputs"} & metadata.keys():
         metadata[key] = metadata[key].replace(",", ", ")  # Such a list may wrap.
     groups = {
         title: {key: metadata.pop(key) for key in keys.split() if key in metadata}
         for title, keys in _GROUPS.items()
     }
-    tensors = [t for t in inspection.contents.tensors if not t.name.startswith(STATISTICS_PREFIX)]
+    tensors = [t for n, t in dump.tensors.items() if not n.startswith(STATISTICS_PREFIX)]
     counts = {
         "more tensors are not listed": len(tensors) - _MOST_TENSORS,
-        "more hold statistics": len(inspection.contents.tensors) - len(tensors),
+        "more hold statistics": len(dump.tensors) - len(tensors),
         "more entries of metadata are not listed": len(metadata) - _MOST_ENTRIES,
     }
     return {
