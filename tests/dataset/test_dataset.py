@@ -1,6 +1,5 @@
 """StepsDataset: layouts, shards, indices, errors, and what it is used from."""
 
-import io
 import multiprocessing
 import os
 import pickle
@@ -21,14 +20,12 @@ from hypothesis import strategies as st
 
 from alarm import interrupted_soon
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.sampling import load_indices
 from dump_activations.dataset.shards import Shard
 from dump_activations.errors import (
     DatasetError,
     DatasetNotFoundError,
     DumpActivationsWarning,
     IndicesError,
-    IndicesNotFoundError,
     InvalidArgumentError,
     StepIndexError,
 )
@@ -527,57 +524,6 @@ def test_a_signal_interrupts_a_read(sparse_dataset):
     with interrupted_soon():
         sparse_dataset.read_boards(indices, out=out)
     assert (out == 255).any()
-
-
-# Files of indices
-
-
-@pytest.mark.parametrize("dtype", ["<i8", ">i4", "u1", "<u8", "<i2"])
-def test_files_of_indices(dtype, tmp_path):
-    path = tmp_path / "indices.npy"
-    array = np.arange(24, dtype=dtype).reshape(2, 3, 4)
-    for saved in (array, np.asfortranarray(array), array[:, ::2]):
-        np.save(path, saved)
-        indices = load_indices(path)
-        assert indices.dtype == np.int64
-        np.testing.assert_array_equal(indices, saved.ravel())
-    np.save(path, np.int64(5))
-    np.testing.assert_array_equal(load_indices(str(path)), [5])
-
-
-def test_no_file_of_indices(tmp_path):
-    with pytest.raises(IndicesNotFoundError, match=r"none\.npy: no such file"):
-        load_indices(tmp_path / "none.npy")
-
-
-def saved(array):
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=True)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (saved(np.array([1.0, 2.5])), "integers; got float64"),
-        (saved(np.array([1.0, np.nan])), "integers; got float64"),
-        (saved(np.array([2.0**53])), "integers; got float64"),
-        (saved(np.zeros(3, bool)), "integers; got bool"),
-        (saved(np.array(["a"])), "integers; got"),
-        (saved(np.zeros(0, np.int64)), "no step indices"),
-        (saved(np.array([2**63], np.uint64)), "must fit into int64"),
-        (saved(np.array([1, None])), "not a readable"),
-        (saved(np.zeros(10**5, np.int64))[:-1], "not a readable"),
-        *((content, "") for content in (b"", b"PK\x03\x04", b"garbage", pickle.dumps([1]))),
-        (b"\x93NUMPY\x01\x00\xff\xff{", "not a readable"),
-    ],
-)
-def test_files_that_are_not_indices(content, text, tmp_path):
-    path = tmp_path / "indices.npy"
-    path.write_bytes(content)
-    with pytest.raises(IndicesError, match=rf"indices\.npy: .*{text}") as caught:
-        load_indices(path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("n", [10**15, 2**63, 2**100])

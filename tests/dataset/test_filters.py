@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dump_activations import StepsDataset
-from dump_activations.dataset import scan
+from dump_activations.dataset import columns
 from dump_activations.errors import (
     DatasetError,
     DumpActivationsWarning,
@@ -137,7 +137,7 @@ def test_filters_mean_what_python_means(datasets, data, chunk_rows):
     start = data.draw(st.integers(0, len(ds) - 1))
     steps = range(start, data.draw(st.integers(start + 1, len(ds))), data.draw(st.integers(1, 9)))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(scan, "CHUNK_ROWS", chunk_rows)
+        patch.setattr(columns, "CHUNK_ROWS", chunk_rows)
         warnings.simplefilter("ignore", SyntaxWarning)
         code = compile(reference, "reference", "eval")
         try:
@@ -228,7 +228,7 @@ def test_lists_line_breaks_and_operations_not_reached(where, datasets):
 )
 def test_the_first_step_that_fails_is_named(where, failure, tmp_path, monkeypatch):
     """Although later chunks fail too, on other threads."""
-    monkeypatch.setattr(scan, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(columns, "CHUNK_ROWS", 8)
     names = [("x", "u1"), ("big", "<i8"), ("low", "<i8"), ("unsigned", "<u8")]
     rows = np.ones(500, [("board", "<u8"), *names])
     rows["x"][20:], rows["x"][31:] = 0, 4

@@ -22,7 +22,7 @@ EVERY_OTHER = np.s_[::2]
 @pytest.fixture
 def dataset(tmp_path):
     make_dataset(tmp_path, "packed_46", n=ROWS)
-    return _rust.Dataset(tmp_path, read_layout)
+    return _rust.Dataset(tmp_path, ["steps.npy"], read_layout)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def read_only(array):
 def test_wrong_layouts(layout, tmp_path):
     make_dataset(tmp_path, "packed_46", n=ROWS)
     with pytest.raises((TypeError, ValueError, OverflowError)):
-        _rust.Dataset(tmp_path, lambda _path, _descr: layout)
+        _rust.Dataset(tmp_path, ["steps.npy"], lambda _path, _descr: layout)
 
 
 STEPS = np.array([0, 1, 2])
@@ -100,7 +100,7 @@ def test_selections_of_rows_of_several_layouts(tmp_path):
     for number, layout in enumerate(["packed_46", "aligned_48"]):
         rows = make_dataset(tmp_path / layout, layout, n=3).rows
         np.save(tmp_path / f"steps-{number}.npy", rows)
-    dataset = _rust.Dataset(tmp_path, read_layout)
+    dataset = _rust.Dataset(tmp_path, ["steps-0.npy", "steps-1.npy"], read_layout)
     for fields in ([[(0, 4)]], [[(0, 4)], []], [[(0, 4)], [(0, 2)]], [[(0, 4)], [(46, 4)]]):
         with pytest.raises(InvalidArgumentError):
             _rust.Selection(dataset, fields)
@@ -148,10 +148,11 @@ def test_scans_into_wrong_arrays(dataset):
         selection.read(STEPS, np.empty((3, 20), np.uint8))
 
 
-@pytest.mark.parametrize("path", [None, "nul\0byte", "", "\ud800"])
-def test_wrong_paths(path):
-    with pytest.raises((TypeError, ValueError, OSError)):
-        _rust.Dataset(path, read_layout)
+@pytest.mark.parametrize("path", [None, "nul\0byte", "none", "\ud800"])
+def test_wrong_paths(path, tmp_path):
+    for arguments in [(path, ["steps.npy"]), (tmp_path, [path]), (tmp_path, []), (tmp_path, path)]:
+        with pytest.raises((TypeError, ValueError, OSError)):
+            _rust.Dataset(*arguments, read_layout)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_a_read_without_enough_memory(megabytes, tmp_path):
     printed = run_with_little_memory(
         """
         indices, out = np.zeros(1 << 24, np.int64), np.empty((1 << 24, 16), np.uint8)
-        dataset = _rust.Dataset(sys.argv[1], read_layout)
+        dataset = _rust.Dataset(sys.argv[1], ["steps.npy"], read_layout)
         leave(int(sys.argv[2]))
         try:
             dataset.read_boards(indices, out)

@@ -1,9 +1,9 @@
-"""Evaluates a filter on columns of rows, with NumPy.
+"""Finds rows on all cores, in one pass over the shards: by a filter, or by their run and step.
 
-Integers are int64, or uint64 where an operand is uint64 and none can be negative. An operation
-whose result does not fit is an error. Floats are float64, and an integer next to a float becomes
-float64. A division by zero is an error. Neither error is raised for rows that Python would not
-evaluate the operation on, such as those that fail a condition before an `and`.
+Integers of a filter are int64, or uint64 where an operand is uint64 and none can be negative. An
+operation whose result does not fit is an error. Floats are float64, and an integer next to a float
+becomes float64. A division by zero is an error. Neither error is raised for rows that Python would
+not evaluate the operation on, such as those that fail a condition before an `and`.
 
 Shape letters: N consecutive rows.
 """
@@ -16,8 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dump_activations.dataset.columns import ColumnReader, Columns, Values
 from dump_activations.dataset.expressions import Expression
-from dump_activations.errors import DatasetError, InvalidArgumentError, option
+from dump_activations.dataset.runs import find_sorted
+from dump_activations.dataset.sampling import Matches, Steps
+from dump_activations.errors import DatasetError, IndicesError, InvalidArgumentError, option
+from dump_activations.progress import Count
+
+RUN = "run_id"
+STEPS = ("step_index", "step_idx")
+"""Names that rows may have for the number of their step in its run."""
 
 _Operation = Callable[[Any, Any], Any]
 
@@ -43,24 +51,90 @@ _BITWISE = (operator.and_, operator.or_)
 _DIVISIONS = (operator.truediv, operator.floordiv, operator.mod)
 
 
-def evaluate(
+def find_matches(
+    columns: Columns, where: Expression, steps: range, progress: Count | None
+) -> Matches:
+    """Find which of `steps`, ascending, match a filter. Raises as `StepsDataset.find` does."""
+    named = {name: columns.find(name, of="where") for name in where.names}
+    for name, column in named.items():
+        if column.shape:
+            elements = ["_".join(map(str, (name, *at))) for at in np.ndindex(column.shape)]
+            raise InvalidArgumentError(
+                f"{option('where')}: {name!r} is an array; name one of its elements, "
+                f"{elements[0]} to {elements[-1]}"
+            )
+        if column.dtype.kind not in "biuf":
+            raise InvalidArgumentError(
+                f"{option('where')}: {name!r} must be a number; it is {column.dtype}"
+            )
+    # Refuse a wrong filter before any row is read.
+    none = {name: np.empty(0, column.dtype) for name, column in named.items()}
+    _evaluate(where, none, np.empty(0, np.bool_), first=0)
+
+    def look(rows: range, values: Values) -> tuple[int, NDArray[np.uint8], int]:
+        selected_N = np.zeros(len(rows), np.bool_)
+        selected_N[(steps.start - rows.start) % steps.step :: steps.step] = True
+        matches_N = _evaluate(where, values, selected_N, rows.start)
+        return rows.start, np.packbits(matches_N), int(np.count_nonzero(matches_N))
+
+    rows = range(steps.start, steps[-1] + 1)
+    return Matches(ColumnReader(columns, named).scan(rows, look, progress))
+
+
+def locate_rows(
+    columns: Columns, run_ids: Steps, run_steps: Steps, progress: Count | None
+) -> Steps:
+    """Find the rows of these runs and steps, int64 (n,), as `StepsDataset.locate` does."""
+    if len(run_ids) == 0:
+        return np.empty(0, np.int64)
+    step = next((name for name in STEPS if name in columns.fields), STEPS[0])
+    read = {name: columns.find(name, of="indices") for name in (RUN, step)}
+    for name, column in read.items():
+        if column.shape or column.dtype.kind not in "iu":
+            raise InvalidArgumentError(
+                f"{option('indices')}: {name!r} of {columns.dataset.path} must be an integer "
+                f"field; it is {column.dtype}"
+            )
+    runs, run_places = np.unique(run_ids, return_inverse=True)
+    steps, step_places = np.unique(run_steps, return_inverse=True)
+    # One int64 below n**2 per run and step, so that pairs can be sorted.
+    pairs, places = np.unique(run_places * len(steps) + step_places, return_inverse=True)
+
+    def look(rows: range, values: Values) -> tuple[Steps, Steps]:
+        run_places, is_found = find_sorted(values[RUN], runs)
+        at = np.flatnonzero(is_found)
+        step_places, is_found = find_sorted(values[step][at], steps)
+        of_pairs = run_places[at] * len(steps) + step_places
+        pair_places, is_pair = find_sorted(of_pairs, pairs)
+        at, pair_places = at[is_found & is_pair], pair_places[is_found & is_pair]
+        return rows.start + at, pair_places
+
+    rows, counts = np.zeros((2, len(pairs)), np.int64)
+    reader = ColumnReader(columns, read)
+    for found, of_pairs in reader.scan(range(columns.dataset.rows), look, progress):
+        rows[of_pairs] = found
+        np.add.at(counts, of_pairs, 1)
+    wrong = counts[places] != 1
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise IndicesError(
+            f"{option('indices')}: {counts[places[at]] or 'no'} rows of {columns.dataset.path} are "
+            f"step {run_steps[at]} of run {run_ids[at]}"
+        )
+    return rows[places]
+
+
+def _evaluate(
     expression: Expression,
     columns: Mapping[str, NDArray[Any]],
     selected_N: NDArray[np.bool_],
     first: int,
 ) -> NDArray[np.bool_]:
-    """Evaluate a filter on consecutive rows: bool (N,).
-
-    Args:
-        expression: The filter.
-        columns: Name -> values (N,), booleans, integers or floats of any width.
-        selected_N: The rows to look at. The others do not match.
-        first: Step index of the first row, for errors.
+    """Evaluate a filter on the selected ones of consecutive rows from step `first` on: bool (N,).
 
     Raises:
         InvalidArgumentError: The filter mixes numbers and conditions, or is not a condition.
         DatasetError: It divides by zero, or an integer does not fit.
-
     """
     try:
         with np.errstate(all="ignore"):
