@@ -147,26 +147,7 @@ def stream(
     Raises:
         DumpActivationsError: one line that names what is wrong and the way out.
     """
-    options = StreamOptions(
-        outputs=outputs,
-        layers=layers,
-        split_layers=split_layers,
-        n_samples=n_samples,
-        indices=indices,
-        steps=steps,
-        where=where,
-        labels=labels,
-        scan_progress=scan_progress,
-        seed=seed,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=str(device),
-        allow_cpu=allow_cpu,
-        random_init=random_init,
-        precision=precision,
-        compile=compile,
-        tensors=tensors,
-    )
+    options = StreamOptions.of(locals())
     on_device = tensors == "device"
     with batch_oom_named(options.batch_size):
         slots = 0 if on_device else _HOST_SLOTS

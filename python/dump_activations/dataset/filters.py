@@ -11,13 +11,14 @@ Shape letters: N consecutive rows.
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.dataset.columns import ColumnReader, Columns, Values
-from dump_activations.dataset.expressions import Expression
+from dump_activations.dataset.expressions import OPERATIONS, Expression
 from dump_activations.dataset.runs import find_sorted
 from dump_activations.dataset.sampling import Matches, Steps
 from dump_activations.errors import DatasetError, IndicesError, InvalidArgumentError, option
@@ -27,26 +28,6 @@ RUN = "run_id"
 STEPS = ("step_index", "step_idx")
 """Names that rows may have for the number of their step in its run."""
 
-_Operation = Callable[[Any, Any], Any]
-
-_COMPARISONS: dict[type[ast.cmpop], _Operation] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
-_OPERATIONS: dict[type[ast.operator], _Operation] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-}
 _BITWISE = (operator.and_, operator.or_)
 _DIVISIONS = (operator.truediv, operator.floordiv, operator.mod)
 
@@ -147,23 +128,21 @@ def _evaluate(
     return matches_N
 
 
+@dataclass(frozen=True)
 class _Evaluation:
     """One evaluation. Each node is given the rows, bool (N,), that Python would evaluate it on.
 
     A value is a column (N,) or Python's number; conditions are bool.
     """
 
-    def __init__(
-        self, expression: Expression, columns: Mapping[str, NDArray[Any]], first: int
-    ) -> None:
-        self._expression = expression
-        self._columns = columns
-        self._first = first
+    expression: Expression
+    columns: Mapping[str, NDArray[Any]]
+    first: int
 
     def value(self, node: ast.expr, reached_N: NDArray[np.bool_]) -> Any:
         match node:
             case ast.Name():
-                return self._columns[node.id]
+                return self.columns[node.id]
             case ast.Constant():
                 return node.value
             case ast.BoolOp():
@@ -179,7 +158,7 @@ class _Evaluation:
     def _condition(self, node: ast.expr, reached_N: NDArray[np.bool_]) -> Any:
         value = self.value(node, reached_N)
         if not _is_condition(value):
-            self._expression.refuse(node, "must be a condition; this is a number")
+            self.expression.refuse(node, "must be a condition; this is a number")
         return value
 
     def _joined(self, node: ast.BoolOp, reached_N: NDArray[np.bool_]) -> Any:
@@ -203,13 +182,15 @@ class _Evaluation:
                     is_in = is_in | self._holds(node, operator.eq, left, right)
                 return result & (is_in if isinstance(op, ast.In) else np.logical_not(is_in))
             right = self.value(right_node, reached_N)
-            result = result & self._holds(node, _COMPARISONS[type(op)], left, right)
+            result = result & self._holds(node, OPERATIONS[type(op)], left, right)
             left, reached_N = right, reached_N & result
         return result
 
-    def _holds(self, node: ast.Compare, op: _Operation, left: Any, right: Any) -> Any:
+    def _holds(
+        self, node: ast.Compare, op: Callable[[Any, Any], Any], left: Any, right: Any
+    ) -> Any:
         if _is_condition(left) != _is_condition(right):
-            self._expression.refuse(node, "compares a condition with a number; add parentheses")
+            self.expression.refuse(node, "compares a condition with a number; add parentheses")
         if _is_float(left) or _is_float(right):
             left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
         return np.asarray(op(left, right))
@@ -221,28 +202,28 @@ class _Evaluation:
         if _is_condition(value):
             if isinstance(node.op, ast.Invert):
                 return np.logical_not(value)
-            self._expression.refuse(node, "a condition has no sign; add parentheses")
+            self.expression.refuse(node, "a condition has no sign; add parentheses")
         if isinstance(node.op, ast.UAdd):
             return value
         if isinstance(node.op, ast.USub):
             return self._calculated(node, operator.sub, 0, value, reached_N)
         if _is_float(value):
-            self._expression.refuse(node, "~ takes conditions and integers")
+            self.expression.refuse(node, "~ takes conditions and integers")
         return self._calculated(node, operator.sub, -1, value, reached_N)
 
     def _combined(self, node: ast.BinOp, reached_N: NDArray[np.bool_]) -> Any:
-        op = _OPERATIONS[type(node.op)]
+        op = OPERATIONS[type(node.op)]
         left, right = self.value(node.left, reached_N), self.value(node.right, reached_N)
         conditions = _is_condition(left) + _is_condition(right)
         if op in _BITWISE:
             if conditions == 2:
                 return op(left, right)
             if conditions or _is_float(left) or _is_float(right):
-                self._expression.refuse(
+                self.expression.refuse(
                     node, "& and | bind tighter than comparisons; add parentheses"
                 )
         if conditions:
-            self._expression.refuse(node, "calculates with a condition; add parentheses")
+            self.expression.refuse(node, "calculates with a condition; add parentheses")
         if op in _DIVISIONS:
             is_zero = np.equal(right, 0)
             self._check(node, is_zero & reached_N, "divides by zero")
@@ -251,7 +232,12 @@ class _Evaluation:
         return self._calculated(node, op, left, right, reached_N)
 
     def _calculated(
-        self, node: ast.expr, op: _Operation, left: Any, right: Any, reached_N: NDArray[np.bool_]
+        self,
+        node: ast.expr,
+        op: Callable[[Any, Any], Any],
+        left: Any,
+        right: Any,
+        reached_N: NDArray[np.bool_],
     ) -> Any:
         if op is operator.truediv or _is_float(left) or _is_float(right):
             return op(np.asarray(left, np.float64), np.asarray(right, np.float64))
@@ -274,8 +260,8 @@ class _Evaluation:
         """Raise DatasetError where an operation fails on a row that Python would reach."""
         if bad_N.any():
             raise DatasetError(
-                f"{option('where')}: {self._expression.source(node)!r} {problem} at step "
-                f"{self._first + int(np.argmax(bad_N))}; leave such rows out with a condition and "
+                f"{option('where')}: {self.expression.source(node)!r} {problem} at step "
+                f"{self.first + int(np.argmax(bad_N))}; leave such rows out with a condition and "
                 "'and' before it"
             )
 
