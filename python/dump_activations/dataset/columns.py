@@ -178,7 +178,7 @@ class ColumnReader:
         self._path = columns.dataset.path
         self._columns = read
         self._needs_boards = any(column.source is None for column in read.values())
-        layouts = [row.fields or {} for _, row in columns.layouts]
+        layouts: list[Mapping[str, Any]] = [row.fields or {} for _, row in columns.layouts]
         sources = dict.fromkeys(each.source for each in read.values() if each.source)
         self._fields = {name: layouts[0][name][0] for name in sources}
         places = [[(row[name][1], row[name][0].itemsize) for name in sources] for row in layouts]
