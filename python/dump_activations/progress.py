@@ -6,6 +6,7 @@ intervals. This module imports rich only for a bar.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -156,8 +157,11 @@ def live_console() -> Console | None:
     return _live
 
 
-def shown_progress() -> AbstractContextManager[None]:
-    """Show the progress of this thread inside the context, unless it has a reporter already."""
+def shown_progress(*, as_json: bool = False) -> AbstractContextManager[None]:
+    """Show the progress of this thread inside the context, unless it has a reporter already.
+
+    With `as_json`, each line of a log is JSON.
+    """
     if reporter() is not None or sys.stderr is None:
         return nullcontext()
     ipython = sys.modules.get("IPython")
@@ -166,7 +170,7 @@ def shown_progress() -> AbstractContextManager[None]:
     is_notebook = type(shell).__name__ == "ZMQInteractiveShell" and find_spec("ipywidgets")
     if is_notebook or (is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"):
         return _bar()
-    return _lines()
+    return _lines(as_json=as_json)
 
 
 def silent_progress() -> AbstractContextManager[None]:
@@ -247,14 +251,16 @@ def _bar() -> Iterator[None]:
 
 
 @contextmanager
-def _lines() -> Iterator[None]:
+def _lines(*, as_json: bool) -> Iterator[None]:
     """Write lines to a log: for each phase of some seconds, and then at intervals."""
     display, stream, ended = Reporter(), _Stderr(), threading.Event()
 
     def write() -> None:
         for line in _due_lines(display, ended):
             stamp = datetime.now().astimezone().isoformat(timespec="seconds")
-            stream.write(printable(f"{stamp} progress: {line}", stream) + "\n")
+            fields = json.dumps({"time": stamp, "progress": line})
+            text = fields if as_json else printable(f"{stamp} progress: {line}", stream)
+            stream.write(f"{text}\n")
             stream.flush()
 
     writer = threading.Thread(target=write, name="progress", daemon=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from dump_activations.commands import STARTED
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
 from dump_activations.progress import is_terminal, live_console, silent_progress
 from dump_activations.text import printable
@@ -52,11 +53,13 @@ class Mode:
         as_json: print JSON, on stderr too.
         quiet: print neither notes nor tables.
         speaker: name of this process in each of its lines, where several share a terminal.
+        started: when the command began, by the monotonic clock.
     """
 
     as_json: bool = False
     quiet: bool = False
     speaker: str = ""
+    started: float = STARTED
 
 
 mode = Mode()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,22 +22,24 @@ from dump_activations.commands.console import (
     print_line,
 )
 from dump_activations.commands.process import (
-    follow_launcher,
+    Launched,
+    join_launcher,
     keep_freed_memory,
     launch,
     run_command,
     uncollected_imports,
-    variable,
 )
-from dump_activations.commands.runs import show_keys, show_preview, show_summary
+from dump_activations.commands.runs import show_keys, show_labels, show_preview, show_summary
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
+from dump_activations.model.activations import ACTIVATIONS
 from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
 from dump_activations.paths import locate
 from dump_activations.progress import begin, shown_progress, silent_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 
 _LOOK = "Look before you run"
@@ -101,9 +104,11 @@ def _flag(described: Described) -> Callable[[Any], Any] | None:
     attributes: dict[str, Any] = {"help": f"{text[:1].upper()}{text[1:]}.", "default": default}
     if described.choices:
         attributes["metavar"] = f"[{'|'.join(described.choices)}]"
+    if choices := described.choices or _COMPLETIONS.get(name):
+        attributes["shell_complete"] = partial(_complete, choices)
     flag = f"--{name.replace('_', '-')}"
     if name == "indices":
-        attributes["help"] = f"An .npy or .npz file, or a dump: {text}."
+        attributes |= {"type": click.Path(), "help": f"An .npy or .npz file, or a dump: {text}."}
     elif name in ("outputs", "labels"):
         attributes["multiple"] = True
     elif name == "write":
@@ -121,6 +126,12 @@ def _flag(described: Described) -> Callable[[Any], Any] | None:
     return _option(flag, group=described.group, **attributes)
 
 
+def _complete(choices: Sequence[str], _: click.Context, __: Any, incomplete: str) -> list[str]:
+    """Complete the last of some values that are separated by commas."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{each}" for each in choices if each.startswith(last)]
+
+
 def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
     """Give the command a flag for each option that `dump` has."""
     for described in reversed(describe(DumpOptions)):
@@ -128,6 +139,12 @@ def _options_of_dump(command: Callable[..., None]) -> Callable[..., None]:
             command = flag(command)
     return command
 
+
+# Values that a shell completes, by the option's name. Labels of a dataset are in its files.
+_COMPLETIONS = {
+    "outputs": ("all", *(each.key for each in ACTIVATIONS)),
+    "device": ("cuda", "cpu"),
+}
 
 _option = partial(click.option, cls=_Option)
 
@@ -146,9 +163,17 @@ _option = partial(click.option, cls=_Option)
     ),
 )
 @_option(
-    "--init", group=Group.RUN, help="Checkpoint directory, .pt bundle, or hf://org/repo. [required]"
+    "--init",
+    group=Group.RUN,
+    type=click.Path(),
+    help="Checkpoint directory, .pt bundle, or hf://org/repo. [required]",
 )
-@_option("--dataset", group=Group.RUN, help="Directory of steps.npy or steps-*.npy. [required]")
+@_option(
+    "--dataset",
+    group=Group.RUN,
+    type=click.Path(),
+    help="Directory of steps.npy or steps-*.npy. [required]",
+)
 @_option(
     "--demo",
     "use_demo",
@@ -161,6 +186,7 @@ _option = partial(click.option, cls=_Option)
     "--output",
     group=Group.KEEP,
     default=DEFAULT_OUTPUT,
+    type=click.Path(),
     help="Output file; .safetensors, .pt or .npz selects the format.",
 )
 @_options_of_dump
@@ -169,6 +195,12 @@ _option = partial(click.option, cls=_Option)
     group=_LOOK,
     is_flag=True,
     help="Show every key, with its sizes for --init, and exit.",
+)
+@_option(
+    "--list-labels",
+    group=_LOOK,
+    is_flag=True,
+    help="Show every label of --dataset, with its dtype and meaning, and exit.",
 )
 @_option(
     "--dry-run",
@@ -190,6 +222,7 @@ def dump_activations(
     *,
     use_demo: bool,
     list_outputs: bool,
+    list_labels: bool,
     dry_run: bool,
     output: str,
     nproc_per_node: str | None,
@@ -197,16 +230,15 @@ def dump_activations(
     **flags: Any,
 ) -> None:
     """Dump selected transformer activations to disk for offline analysis."""
-    follow_launcher()
-    # The first process speaks for all. The others write only warnings and errors.
-    rank, processes = variable("RANK", 0), variable("WORLD_SIZE", 1)
-    if rank >= processes:
-        raise InvalidArgumentError(f"RANK must be below WORLD_SIZE, {processes}; got {rank}")
-    if rank:
-        mode.speaker, mode.quiet = f"rank {rank}", True
+    place = join_launcher()
+    if place.rank:  # The first process speaks for all. The others write warnings and errors.
+        mode.speaker, mode.quiet = f"rank {place.rank}", True
         context.with_resource(silent_progress())
     init, dataset = flags.pop("init"), flags.pop("dataset")
     flags["allow_cpu"] |= use_demo
+    if list_labels:
+        show_labels(str(demo.DATASET) if use_demo else dataset)
+        return
     if list_outputs:
         show_keys(demo.CHECKPOINT if use_demo else init, DumpOptions(**flags))
         return
@@ -218,41 +250,61 @@ def dump_activations(
 
         inputs = [] if options.indices is None else [locate(flags["indices"], "indices")]
         check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=inputs)
-    local_processes = variable("LOCAL_WORLD_SIZE", 1)
     if nproc_per_node is not None and not dry_run and "RANK" not in os.environ:
         context.exit(launch(context.obj, nproc_per_node))
+    is_chosen = context.get_parameter_source("device") is not ParameterSource.DEFAULT
+    with shown_progress(as_json=mode.as_json):
+        show = _run(
+            init,
+            dataset,
+            path,
+            options,
+            place,
+            any_device=not is_chosen,
+            dry_run=dry_run,
+            verbose=verbose,
+        )
+    if not place.rank:
+        show()
 
+
+def _run(
+    init: str,
+    dataset: str,
+    path: Path,
+    options: DumpOptions,
+    launched: Launched,
+    *,
+    any_device: bool,
+    dry_run: bool,
+    verbose: bool,
+) -> Callable[[], None]:
+    """Run, or check a run, and return the function that shows it on stdout."""
     keep_freed_memory()
-    with shown_progress():
-        begin("loading torch")
-        with uncollected_imports():
-            import torch
+    begin("loading torch")
+    with uncollected_imports():
+        import torch
 
-            from dump_activations.api.dump import dump_to_file, preview
-            from dump_activations.dataset.dataset import StepsDataset
-            from dump_activations.pipeline.device import share_cores
-            from dump_activations.storage.writing.shards import Place
-        is_chosen = context.get_parameter_source("device") is not ParameterSource.DEFAULT
-        if options.allow_cpu and not is_chosen and not torch.cuda.is_available():
-            print_line("note", "no CUDA device: running on the CPU")
-            options = replace(options, device="cpu")
-        elif options.device == "cuda" and processes > 1:
-            options = replace(options, device=f"cuda:{variable('LOCAL_RANK', 0)}")
-        begin("opening the dataset")
-        opened, place = StepsDataset(dataset), Place(rank, processes)
-        share_cores(local_processes)
-        if dry_run:
-            described = preview(init, opened, path, options, place)
-        else:
-            summary = dump_to_file(
-                init, opened, path, options, place=place, local_processes=local_processes
-            )
-    if rank:
-        return
+        from dump_activations.api.dump import dump_to_file, preview
+        from dump_activations.dataset.dataset import StepsDataset
+        from dump_activations.pipeline.device import share_cores
+        from dump_activations.storage.writing.shards import Place
+    if options.allow_cpu and any_device and not torch.cuda.is_available():
+        print_line("note", "no CUDA device: running on the CPU")
+        options = replace(options, device="cpu")
+    elif options.device == "cuda" and launched.world_size > 1:
+        options = replace(options, device=f"cuda:{launched.local_rank}")
+    begin("opening the dataset")
+    opened, place = StepsDataset(dataset), Place(launched.rank, launched.world_size)
+    share_cores(launched.local_world_size)
     if dry_run:
-        show_preview(described)
-    else:
-        show_summary(summary, stages=verbose)
+        return partial(show_preview, preview(init, opened, path, options, place))
+    loaded = time.monotonic() - mode.started
+    summary = dump_to_file(
+        init, opened, path, options, place=place, local_processes=launched.local_world_size
+    )
+    summary = replace(summary, setup_seconds=summary.setup_seconds + loaded)
+    return partial(show_summary, summary, stages=verbose)
 
 
 def _sources(init: str | None, dataset: str | None, *, use_demo: bool) -> tuple[str, str]:

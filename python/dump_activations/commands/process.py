@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -64,14 +64,22 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
         command: the command.
         arguments: the arguments after its name; None takes the process's own.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    name = command.name or ""
+    variable = f"_{name.replace('-', '_').upper()}_COMPLETE"
+    if arguments is None and (instruction := os.environ.get(variable)):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(command, {}, name, variable, instruction)
     code = 0
     with fresh_mode():
+        if arguments is not None:
+            mode.started = time.monotonic()
+        arguments = sys.argv[1:] if arguments is None else arguments
         try:
             # `click.main` would lose the notes of an interruption.
             with terminated_like_interrupted():
                 with written_stdout():  # --help and --version print while arguments are parsed.
-                    context = command.make_context(command.name, [*arguments], obj=[*arguments])
+                    context = command.make_context(name, [*arguments], obj=[*arguments])
                 with context:
                     command.invoke(context)
         except click.exceptions.Exit as error:
@@ -159,22 +167,39 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
-def variable(name: str, default: int) -> int:
-    """Return a number that a launcher put in the environment: RANK, WORLD_SIZE, LOCAL_RANK, ...
+class Launched(NamedTuple):
+    """The place of this process among those that a launcher started: torchrun, Slurm, `launch`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def join_launcher() -> Launched:
+    """Find this process's place in the launcher's variables; it is alone without them.
+
+    A process of `launch` is terminated when its launcher ends, even by SIGKILL.
 
     Raises:
-        InvalidArgumentError: the variable holds something else.
+        InvalidArgumentError: a variable is no number, or the rank is too high.
     """
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise InvalidArgumentError(f"{name} must be a whole number; got {text!r}")
-    return int(text)
-
-
-def follow_launcher() -> None:
-    """Have a process of `launch` terminated when its launcher ends, even by SIGKILL."""
-    if launcher := variable(_LAUNCHER, 0):
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, _LAUNCHER: 0}
+    found = []
+    for name, default in defaults.items():
+        text = os.environ.get(name) or str(default)
+        if not text.isdecimal():
+            raise InvalidArgumentError(f"{name} must be a whole number; got {text!r}")
+        found.append(int(text))
+    *places, launcher = found
+    place = Launched(*places)
+    if place.rank >= place.world_size:
+        raise InvalidArgumentError(
+            f"RANK must be below WORLD_SIZE, {place.world_size}; got {place.rank}"
+        )
+    if launcher:
         terminate_with_parent(launcher)
+    return place
 
 
 def launch(arguments: Sequence[str], processes: str) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from dump_activations.commands.console import Table, show
+from dump_activations.commands.console import Table, mode, show
 from dump_activations.dtypes import STORAGE_DTYPES
-from dump_activations.errors import OutputError
+from dump_activations.errors import InvalidArgumentError, OutputError, option
 from dump_activations.model.activations import (
     ACTIVATIONS,
     Activation,
@@ -42,7 +42,7 @@ def show_keys(init: str | os.PathLike[str] | None, options: Options) -> None:
     if init is not None:
         from dump_activations.model.checkpoint import load_encoder
 
-        with shown_progress():
+        with shown_progress(as_json=mode.as_json):
             config = load_encoder(init, random_init=options.random_init).config
     keys = [_describe(activation, config, options) for activation in ACTIVATIONS]
     rows = []
@@ -84,6 +84,27 @@ def _describe(
         "text": activation.text,
         "lacking": "" if config is None else activation.lacking(config),
     }
+
+
+def show_labels(dataset: str | None) -> None:
+    """Show every label of a dataset, with its dtype and shape as it is stored."""
+    if not dataset:
+        raise InvalidArgumentError(f"{option('dataset')}: required to list its labels")
+    from dump_activations.dataset.columns import LABEL_TEXTS
+    from dump_activations.dataset.dataset import StepsDataset
+
+    opened = StepsDataset(dataset)
+    reader = opened.label_reader("*")
+    rows = [
+        (name, dtype.name, reader.shapes[name], LABEL_TEXTS.get(name, "field of the rows"))
+        for name, dtype in reader.dtypes.items()
+    ]
+    value = [dict(zip(("label", "dtype", "shape", "text"), row, strict=True)) for row in rows]
+    table = Table(
+        ("label", "dtype", "shape per board", "description"),
+        [(name, dtype, shape_text(shape), text) for name, dtype, shape, text in rows],
+    )
+    show(value, [f"{opened.path}: {len(opened):,} rows", table])
 
 
 def show_preview(preview: Preview) -> None:

@@ -13,7 +13,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dump_activations.commands.console import Table, print_line, show
+from dump_activations.commands.console import Table, mode, print_line, show
 from dump_activations.dtypes import STATISTICS_PREFIX
 from dump_activations.errors import OutputError
 from dump_activations.model.activations import ACTIVATIONS, WeightActivation
@@ -83,7 +83,7 @@ def show_dump(file: Path, *, verify: bool, stats: bool) -> None:
     elif _show_unfinished(file):
         return
     dump = inspect_dump(file)
-    with shown_progress() if verify or stats else nullcontext():
+    with shown_progress(as_json=mode.as_json) if verify or stats else nullcontext():
         damage: Mapping[Path, Sequence[str]] = {}
         if verify:
             count = counted(Phase("verifying", BYTES))
@@ -345,7 +345,7 @@ def show_differences(first: Path, second: Path, *, rtol: float, atol: float) -> 
     for path in (first, second):
         _refuse_unfinished(path, "there is nothing to compare yet")
     dumps = inspect_dump(first), inspect_dump(second)
-    with shown_progress():
+    with shown_progress(as_json=mode.as_json):
         count = counted(Phase("comparing", "values"))
         comparison = compare(*dumps, threads=_threads(), rtol=rtol, atol=atol, progress=count)
     value = {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,6 +50,7 @@ class Summary:
 
     Attributes:
         output: the file, or the name of its shards; None if nothing was written.
+        keys: activation keys that were captured.
         boards: boards that went through the model.
         resumed_boards: boards that were already on disk from earlier runs.
         bytes_written: size of the finished files of the output.
@@ -64,6 +66,7 @@ class Summary:
     """
 
     output: Path | None = None
+    keys: tuple[str, ...] = ()
     boards: int = 0
     resumed_boards: int = 0
     bytes_written: int = 0
@@ -101,7 +104,17 @@ class Summary:
             else "nothing written"
         )
         speed = f", {self.boards_per_second:,.0f} boards/s in the loop" if self.boards else ""
-        return f"{self.boards:,} boards{resumed}: {where}; {self.total_seconds:.1f} s{speed}"
+        of = f" of {', '.join(self.keys)}" if self.keys else ""
+        return f"{self.boards:,} boards{of}{resumed}: {where}; {self.total_seconds:.1f} s{speed}"
+
+    def _repr_html_(self) -> str:
+        """Return the same line and a table of the stages, as a notebook shows them."""
+        headings, rows = self.stage_table()
+        cells = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+        return (
+            f"<p>{escape(str(self))}</p><table><thead><tr><th>{'</th><th>'.join(headings)}</th>"
+            f"</tr></thead><tbody>{cells}</tbody></table>"
+        )
 
     def stage_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return the headings and the rows of a table of the stages."""
@@ -307,6 +320,7 @@ class Run:
         ended = self._ended or time.perf_counter()
         forward, copying = self._set_up
         return Summary(
+            keys=tuple(each.key for each in self._plan.activations),
             boards=self._boards,
             seconds=ended - self._started - self.commit_seconds,
             setup_seconds=self._started - started,
