@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -131,37 +132,43 @@ def test_the_commit_and_the_tokenizer_are_kept(hub, session, tmp_path):
     assert session.ask("hf://lab/kept/sub@v2")["commit"] == later
 
 
-def test_sharded_repository(hub, session, tmp_path):
+def sharded_files(root):
     state_dict = random_state_dict(BASE)
     shards = {f"model-0000{i}-of-00002.safetensors": list(state_dict)[i - 1 :: 2] for i in (1, 2)}
-    save_checkpoint(tmp_path, {}, config_json(BASE), weights="model-stable.safetensors")
+    save_checkpoint(root, {}, config_json(BASE), weights="model-stable.safetensors")
     for file, names in shards.items():
-        save_weights(tmp_path / file, {name: state_dict[name] for name in names}, {})
+        save_weights(root / file, {name: state_dict[name] for name in names}, {})
     weight_map = {name: file for file, names in shards.items() for name in names}
-    index = json.dumps({"weight_map": weight_map}).encode()
-    hub.commit("lab/shards", files_under(tmp_path) | {"model.safetensors.index.json": index})
-    assert_close(session.logits("hf://lab/shards"), naive_forward(state_dict, BASE, BOARDS)[1])
-    assert sorted(hub.downloads) == ["config.json", *shards, "model.safetensors.index.json"]
+    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return ["config.json", *shards, "model.safetensors.index.json"]
 
 
-@pytest.mark.parametrize("weights", WEIGHT_FILES)
-def test_weight_file_precedence(weights, hub, session, tmp_path):
-    files, logits = checkpoint_files(tmp_path / "a", weights=weights)
+def bundle_alone(root):
+    save_weights(root / "model.pt", random_state_dict(BASE), config_json(BASE))
+    return ["model.pt"]
+
+
+def preferred(weights, root):
+    """Write files that are read later, and some that are not read."""
     later = WEIGHT_FILES[WEIGHT_FILES.index(weights) + 1 :]
-    repo = f"lab/first-{WEIGHT_FILES.index(weights)}"
-    others = ("README.md", "optimizer.pt", "sub/model-best.safetensors", "model-1-of-2.safetensors")
-    hub.commit(repo, files | dict.fromkeys([*later, *others], b"other"))
+    others = ("README.md", "optimizer.pt", "model-1-of-2.safetensors", "sub/model-best.safetensors")
+    save_checkpoint(root, random_state_dict(BASE), config_json(BASE), weights=weights)
+    (root / "sub").mkdir()
+    for name in (*later, *others):
+        (root / name).write_bytes(b"other")
+    return ["config.json", weights]
+
+
+@pytest.mark.parametrize(
+    "write", [sharded_files, bundle_alone, *(partial(preferred, name) for name in WEIGHT_FILES)]
+)
+def test_the_files_of_the_checkpoint_are_downloaded_alone(write, hub, session, tmp_path):
+    needed = write(tmp_path)
+    repo = f"lab/files-{len(hub.repos)}"
+    hub.commit(repo, files_under(tmp_path))
+    logits = naive_forward(random_state_dict(BASE), BASE, BOARDS)[1]
     assert_close(session.logits(f"hf://{repo}"), logits)
-    assert sorted(hub.downloads) == ["config.json", weights]
-
-
-def test_bundle_without_config(hub, session, tmp_path):
-    state_dict = random_state_dict(BASE)
-    save_weights(tmp_path / "a" / "model.pt", state_dict, config_json(BASE))
-    hub.commit("lab/bundle", files_under(tmp_path / "a") | {"notes.txt": b"hello"})
-    logits = naive_forward(state_dict, BASE, BOARDS)[1]
-    assert_close(session.logits("hf://lab/bundle"), logits)
-    assert hub.downloads == ["model.pt"]
+    assert sorted(hub.downloads) == needed
 
 
 @pytest.mark.parametrize(
@@ -194,34 +201,22 @@ def test_revisions_are_found_and_a_moved_branch_is_followed(hub, session, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("init", "words"),
+    ("path", "names", "words"),
     [
-        ("hf://lab/none", "no such repository"),
-        ("hf://lab/flat@v9", "no revision v9"),
-        ("hf://lab/flat/nowhere", "not a checkpoint"),
+        ("none", [], "no such repository"),
+        ("flat@v9", ["config.json", "model.pt"], "no revision v9"),
+        ("flat/nowhere", ["config.json", "model.pt"], "not a checkpoint"),
+        ("readme", ["README.md"], "not a checkpoint"),
+        ("config", ["config.json"], "no weights"),
+        ("step", ["config.json", "model-step-1.pt"], "it has model-step-1.pt"),
     ],
 )
-def test_a_missing_repository_revision_or_directory_is_named(init, words, hub, session, tmp_path):
-    files, _ = checkpoint_files(tmp_path / "a")
-    hub.commit("lab/flat", files)
-    answer = session.error(init)
+def test_a_missing_repository_revision_or_checkpoint_is_named(path, names, words, hub, session):
+    if names:
+        hub.commit(f"lab/{path.partition('@')[0].partition('/')[0]}", dict.fromkeys(names, b"{}"))
+    answer = session.error(f"hf://lab/{path}")
     assert words in answer["error"]
     assert "FileNotFoundError" in answer["kinds"]
-    assert hub.downloads == []
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (["README.md"], "not a checkpoint"),
-        (["config.json"], "no weights"),
-        (["config.json", "model-step-00001000.pt"], "it has model-step-00001000.pt"),
-    ],
-    ids=["readme", "config", "step"],
-)
-def test_a_repository_without_weights_is_not_downloaded(names, words, hub, session):
-    hub.commit("lab/weightless", dict.fromkeys(names, b"{}"))
-    assert words in session.error("hf://lab/weightless")["error"]
     assert hub.downloads == []
 
 
