@@ -236,40 +236,61 @@ def test_cached_checkpoint_without_the_hub(hub, session, tmp_path):
     session.error("hf://lab/cached/sub")
 
 
-def test_a_hub_that_never_answers_gives_way_to_the_cache(hub, session, tmp_path):
-    files, logits = checkpoint_files(tmp_path / "a", seed=6)
-    hub.commit("lab/silent", files)
-    assert_close(session.logits("hf://lab/silent"), logits)
-    hub.answers.clear()
-    assert_close(session.logits("hf://lab/silent", timeout=1), logits)
-
-
 GATED = "Access to model lab/refused is restricted"
 EXPIRED = "Invalid credentials in Authorization header"
-
-
 REFUSALS = [
     ((401, "GatedRepo", GATED), ["gated", "ask for access", "hf auth login"]),
     ((403, "GatedRepo", GATED), ["gated", "ask for access", "hf auth login"]),
     ((401, "", EXPIRED), [EXPIRED, "hf auth login"]),
     ((403, "", "This token may not read"), ["This token may not read", "check that the token"]),
+    ((429, "", "We had to rate limit you"), ["We had to rate limit you", "wait"]),
+    ((503, "", "Out of order"), ["cannot be reached", "Out of order"]),
 ]
-# For a download the client waits a minute before it gives up.
-TOO_MANY = ((429, "", "We had to rate limit you"), ["We had to rate limit you", "wait"])
 
 
-@pytest.mark.parametrize(
-    ("refuses_all", "refusal", "words"),
-    [*((at, *each) for each in REFUSALS for at in (False, True)), (True, *TOO_MANY)],
-)
+@pytest.mark.parametrize("refuses_all", [False, True])
+@pytest.mark.parametrize(("refusal", "words"), REFUSALS)
 def test_a_refusal_gives_the_hubs_reason_and_a_way_out(refuses_all, refusal, words, hub, session):
     hub.commit("lab/refused", {"config.json": b"{}", "model.safetensors": b"x"})
     hub.refusal, hub.refuses_all = refusal, refuses_all
     answer = session.error("hf://lab/refused")
-    assert "CheckpointError" in answer["kinds"]
-    assert "cannot be reached" not in answer["error"]
-    for word in words:
+    assert "CheckpointNotFoundError" in answer["kinds"] or refusal[0] < 500
+    for word in (*words, "no checkpoint is cached"):
         assert word in answer["error"]
+
+
+@pytest.fixture(scope="module")
+def outdated(hub, session, tmp_path_factory):
+    """Return the logits of a cached checkpoint whose branch has moved since."""
+    files, logits = checkpoint_files(tmp_path_factory.mktemp("old"), seed=6)
+    hub.commit("lab/outdated", files)
+    assert_close(session.logits("hf://lab/outdated"), logits)
+    later, _ = checkpoint_files(tmp_path_factory.mktemp("new"), seed=7)
+    hub.commit("lab/outdated", later)
+    return logits
+
+
+@pytest.mark.parametrize("refuses_all", [False, True])
+@pytest.mark.parametrize(
+    ("refusal", "words"), [*REFUSALS, ((404, "RepoNotFound", ""), ["private"])]
+)
+def test_a_refusal_gives_way_to_the_cache(refuses_all, refusal, words, outdated, hub, session):
+    """As in the hub's own tools: a token that expired does not take a checkpoint away."""
+    hub.refusal, hub.refuses_all = refusal, refuses_all
+    answer = session.ask("hf://lab/outdated")
+    assert_close(np.array(answer["logits"]), outdated)
+    (warning,) = answer["warnings"]
+    for word in (*words, "using the cached checkpoint"):
+        assert word in warning
+
+
+@pytest.mark.parametrize("stalls", ["at once", "after the listing"])
+def test_a_hub_that_never_answers_gives_way_to_the_cache(stalls, outdated, hub, session):
+    if stalls == "at once":
+        hub.answers.clear()
+    else:
+        hub.after_listing = hub.answers.clear
+    assert_close(session.logits("hf://lab/outdated", timeout=1), outdated)
 
 
 def test_a_branch_that_moves_meanwhile_gives_one_commit(hub, session, tmp_path):
