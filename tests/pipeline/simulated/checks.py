@@ -13,8 +13,12 @@ from simulated.policies import at_random
 KEYS = ["layer_outputs", "pooled"]
 
 
+def named(**policies):
+    return [pytest.param(policy, id=name) for name, policy in policies.items()]
+
+
 def randoms(seeds):
-    return [pytest.param(at_random(seed), id=f"random-{seed}") for seed in range(seeds)]
+    return named(**{f"random-{seed}": at_random(seed) for seed in range(seeds)})
 
 
 @pytest.fixture(scope="module", autouse=True)
