@@ -48,7 +48,7 @@ def on_cpu(run, one_thread):
     return {key: torch.cat([batch[key] for batch in batches]) for key in KEYS}
 
 
-# How batches are asked for, and a use of their tensors, which is queued where they are the device's.
+# How batches are asked for, and a use of their tensors. The device queues it.
 USES = {
     "device": ("device", torch.clone),
     "view, to the device": ("view", lambda tensor: tensor.to(CUDA, non_blocking=True)),

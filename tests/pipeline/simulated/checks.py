@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+from concurrent.futures import Executor, Future
 
 import pytest
 import torch
@@ -38,6 +39,21 @@ def run_arguments(directory, **options):
         "outputs": KEYS,
         **options,
     }
+
+
+class AtOnce(Executor):
+    """Does what it is asked for at once, so that tests need not wait for a thread."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def wrong(found, expected):
