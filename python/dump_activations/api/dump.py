@@ -182,7 +182,7 @@ def preview(
     _check_inputs([path], plan)
     files = _files(plan, path, options, place)
     output = Output(files, place=place, overwrite=options.overwrite)
-    _check_inputs([each.path for each in output.replaced], plan)
+    _check_inputs(list(output.replaced), plan)
     _check_space(output)
     for text in (*_already_there(output), *_fate_of_partial_files(output)):
         note(text)
@@ -243,7 +243,7 @@ class _Call:
         files = _files(self.plan, self.path, self.options, self.place)
         check = self.interrupts.check
         output = Output(files, place=self.place, overwrite=self.options.overwrite, check=check)
-        _check_inputs([each.path for each in output.replaced], self.plan)
+        _check_inputs(list(output.replaced), self.plan)
         if not output.missing:
             return self._already_complete(output)
         warn_of_large_tensors(files[0].work.specs)
@@ -434,7 +434,7 @@ def _files(plan: Plan, path: Path, options: DumpOptions, place: Place) -> list[F
     )
     share = place.size > 1 or options.shards is not None
     assert not isinstance(options.shard_size, str)
-    shards = choose_shards(work, options.shard_size, share=share, overwrite=options.overwrite)
+    shards = choose_shards(work, options.shard_size, share=share)
     files = work.files(shards)
     largest_nbytes = max(files[0].tensor_nbytes, files[-1].tensor_nbytes)
     if options.shard_size is not None and largest_nbytes > options.shard_size:
@@ -467,10 +467,10 @@ def _already_there(output: Output) -> Iterator[str]:
     if not output.missing:
         yield f"{_files_are(output)} already complete"
         return
-    for existing in output.replaced:
+    for existing in output.replaced.values():
         boards = "" if "shard" in existing.metadata else existing.metadata.get("n_samples", "")
         holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
-        size = size_text(existing.found.st_size)
+        size = size_text(existing.size)
         yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
     finished = len(output.files) - len(output.missing)
     if finished:

@@ -1,12 +1,16 @@
-"""Names next to an output, and the checks of an output before any work is done."""
+"""Names next to an output, and the checks of an output and its disk before any work is done."""
 
 import errno
+import fcntl
 import os
+import secrets
 import stat
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError, option
 from dump_activations.paths import locate
 from dump_activations.storage.formats.registry import format_of
@@ -107,6 +111,76 @@ def check_space(targets: Sequence[Path], nbytes: int) -> None:
     if free is not None and free < nbytes:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise OutputError.of_system(f"cannot reserve {nbytes:,} bytes for {targets[0]}", full)
+
+
+@dataclass(frozen=True)
+class Mount:
+    """What a file system does, as it showed with a file just made.
+
+    Attributes:
+        has_locks: False where `flock` fails, or grants a lock twice and so protects nothing.
+        can_reserve: True where space can be taken before it is written.
+    """
+
+    has_locks: bool = True
+    can_reserve: bool = True
+
+
+def probe(directory: Path) -> Mount:
+    """Make a file in a directory and try with it what a dump needs.
+
+    Raises:
+        OutputError: no file can be made there.
+    """
+    with OutputError.when(f"cannot write {directory}"), _new_file(directory) as (fd, path):
+        return Mount(has_locks=_has_locks(fd, path), can_reserve=_can_reserve(fd))
+
+
+def owner_of_new_files(directory: Path) -> int:
+    """Make a file to see its owner: some network mounts show one owner for all files."""
+    with _new_file(directory) as (fd, _):
+        return os.fstat(fd).st_uid
+
+
+@contextmanager
+def _new_file(directory: Path) -> Iterator[tuple[int, Path]]:
+    path = directory / f".{secrets.token_hex(8)}.probe"
+    fd = create(path, os.O_RDWR)
+    try:
+        yield fd, path
+    finally:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+
+
+def _has_locks(fd: int, path: Path) -> bool:
+    second = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(second)
+    return False
+
+
+def _can_reserve(fd: int) -> bool:
+    try:
+        return _rust.reserve(fd, 1)
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def create(path: Path, flags: int) -> int:
+    """Create a file, with the permissions that any new file gets there, and open it.
+
+    Raises:
+        FileExistsError: the name is taken; it may be a link that somebody planted.
+    """
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
 
 def sync_directory(path: Path) -> None:
