@@ -257,7 +257,7 @@ class _Call:
             run.summary(self.started, write_seconds=write_seconds),
             output=self.path,
             resumed_boards=output.found + resumed,
-            bytes_written=sum(each.size for each in output.finished),
+            bytes_written=sum(each.size for each in output.finished.values()),
             nonfinite=_nonfinite(output, warn_of_them=True),
             shards_written=output.written if is_sharded else 0,
             shards_found=len(files) - output.written if is_sharded else 0,
@@ -284,7 +284,7 @@ class _Call:
         return Summary(
             output=self.path,
             resumed_boards=output.found,
-            bytes_written=sum(each.size for each in output.finished),
+            bytes_written=sum(each.size for each in output.finished.values()),
             shards_found=0 if output.files[0].shard is None else len(output.files),
             setup_seconds=time.perf_counter() - self.started,
             nonfinite=_nonfinite(output),
@@ -341,7 +341,7 @@ class _Call:
                     self._submit(writers, output, batch)
                     self.interrupts.check()
                 begin("completing the output")
-            write_seconds += writers.busy_seconds
+            write_seconds += writers.busy.seconds
         # Shards are committed while others are computed, a whole file after the last batch.
         if output.files[0].shard is None:
             run.commit_seconds = output.commit_seconds
@@ -537,7 +537,7 @@ def _preview(plan: Plan, path: Path, files: Sequence[FileWork], free_nbytes: int
 def _note_mixture(output: Output) -> None:
     """Note where different devices or numbers of threads computed the output."""
     makers: set[str] = set()
-    for text in {each.computed_by for each in output.finished}:
+    for text in {each.computed_by for each in output.finished.values()}:
         with suppress(ValueError, TypeError):  # A file may carry any text.
             makers.update(map(json.dumps, json.loads(text)))
     if len(makers) > 1:
@@ -547,7 +547,7 @@ def _note_mixture(output: Output) -> None:
 def _nonfinite(output: Output, *, warn_of_them: bool = False) -> dict[str, dict[str, int]]:
     """Count the values that are not finite in each tensor of all finished files that has any."""
     counts: dict[str, dict[str, int]] = {}
-    for finished in output.finished:
+    for finished in output.finished.values():
         for name, digest in finished.digests.items():
             # Labels are as the dataset has them.
             if (digest.nan or digest.inf) and not name.startswith(LABEL_PREFIX):

@@ -15,7 +15,7 @@ from dump_activations.errors import OutputError, option, switch
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.reading.inspection import inspect
 from dump_activations.storage.shards import list_names, list_shards
-from dump_activations.storage.writing.journal import Header, JournalError, read_journal
+from dump_activations.storage.writing.journal import Header, JournalError, Recorded, read_journal
 from dump_activations.storage.writing.output import OtherWorkError
 from dump_activations.storage.writing.partial import content, is_locked
 from dump_activations.storage.writing.paths import PARTIAL, partial_path, target_of
@@ -143,29 +143,18 @@ def check_partial(file: FileWork, *, overwrite: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class Unfinished(Recorded):
     """A partial file as its journal describes it. None of its data is read.
 
     Attributes:
         path: where it is.
         size: its bytes, as many as the finished file has.
-        header: the work that it belongs to.
-        batches: numbers of the batches that are on disk.
         is_being_written: True while a process has it locked.
-        written_at: time of the last record, in seconds since the epoch.
     """
 
     path: Path
     size: int
-    header: Header
-    batches: frozenset[int]
     is_being_written: bool
-    written_at: float
-
-    @property
-    def rows(self) -> int:
-        """Boards that are on disk."""
-        return self.header.count_rows(self.batches)
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -201,6 +190,4 @@ def find_unfinished(path: str | os.PathLike[str]) -> Unfinished | None:
             recorded = read_journal(target)
         except JournalError as error:
             raise OutputError(f"{partial}: {error}") from None
-    return Unfinished(
-        partial, size, recorded.header, frozenset(recorded.batches), locked, recorded.modified
-    )
+    return Unfinished(**vars(recorded), path=partial, size=size, is_being_written=locked)

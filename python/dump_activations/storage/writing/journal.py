@@ -95,6 +95,11 @@ class Recorded:
     batches: Mapping[int, BatchDigests]
     modified: float
 
+    @property
+    def rows(self) -> int:
+        """Boards that are on disk."""
+        return self.header.count_rows(self.batches)
+
 
 class JournalError(Exception):
     """A journal from which nothing can be resumed. Its text is the reason."""

@@ -160,13 +160,6 @@ class Partial:
             del file, direct  # A traceback would keep them open.
         return Digest(data.nbytes, *digest)
 
-    def drop_cache(self) -> None:
-        """Make the next reads come from the disk.
-
-        Pages that could not be written back may still be in the cache, and look right there.
-        """
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
     def sync(self) -> None:
         """Return once all written data is on disk.
 

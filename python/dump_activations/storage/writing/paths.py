@@ -59,14 +59,23 @@ def check_output(
         target = target_of(path)
         format_of(target, dtypes)
         directory = nearest_directory(target)
-        _check_directory(directory, target)
+        longest = replacement_path(Shard(target, MAX_SHARDS, MAX_SHARDS).path).name
+        if len(os.fsencode(longest)) > os.pathconf(directory, "PC_NAME_MAX"):
+            raise OutputError(f"{target} has too long a name for the files next to it; shorten it")
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise OutputError(f"{directory} is not writable; choose another output")
         with suppress(FileNotFoundError):
             _check_replaceable(target, target.lstat(), directory.stat())
-        if any(_is_same(target, each) for each in inputs):
-            raise InvalidArgumentError(
-                f"{option('output')}: this run reads {target}, or would read it next time; choose "
-                "another output"
-            )
+        for each in inputs:
+            # Where neither exists, two spellings of one name lead to the same place.
+            is_same = target.name == each.name and target == target_of(each)
+            with suppress(FileNotFoundError):
+                is_same = is_same or target.samefile(each)
+            if is_same:
+                raise InvalidArgumentError(
+                    f"{option('output')}: this run reads {target}, or would read it next time; "
+                    "choose another output"
+                )
 
 
 def nearest_directory(target: Path) -> Path:
@@ -86,23 +95,17 @@ def free_space(targets: Sequence[Path]) -> int | None:
     where the file system reports a size of zero or nothing, as some network mounts do.
     """
     with OutputError.when(f"cannot write {targets[0]}"):
-        free = free_bytes(nearest_directory(targets[0]))
-        taken = 0
+        try:
+            disk = os.statvfs(nearest_directory(targets[0]))
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+                return None
+            raise
+        free = disk.f_bavail * disk.f_frsize
         for target in targets:
             with suppress(FileNotFoundError):
-                taken += partial_path(target).stat().st_blocks * 512
-    return None if free is None else free + taken
-
-
-def free_bytes(where: Path | int) -> int | None:
-    """Return the free bytes of a disk, by a path or descriptor on it; None where it is unknown."""
-    try:
-        disk = os.statvfs(where)
-    except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
-            return None
-        raise
-    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+                free += partial_path(target).stat().st_blocks * 512
+    return free if disk.f_blocks else None
 
 
 def check_space(targets: Sequence[Path], nbytes: int) -> None:
@@ -195,14 +198,6 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _check_directory(directory: Path, target: Path) -> None:
-    longest = replacement_path(Shard(target, MAX_SHARDS, MAX_SHARDS).path).name
-    if len(os.fsencode(longest)) > os.pathconf(directory, "PC_NAME_MAX"):
-        raise OutputError(f"{target} has too long a name for the files next to it; shorten it")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise OutputError(f"{directory} is not writable; choose another output")
-
-
 def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_result) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise OutputError(f"{target} is a directory; name a file in it")
@@ -217,10 +212,3 @@ def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_r
             f"{target} belongs to another user, in a directory where only its owner may replace "
             "it; choose another output"
         )
-
-
-def _is_same(target: Path, path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return target.samefile(path)
-    # Neither exists: two spellings of one name lead to the same place.
-    return target.name == path.name and target == Path(os.path.realpath(path))

@@ -6,7 +6,7 @@ docs/architecture.md has the rules of the lock.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,6 +55,7 @@ class Output:
     Attributes:
         files: the files that this process may write.
         found: boards of files that were finished when the process came.
+        finished: the finished files by their paths, whichever process wrote them.
         replaced: files of other work that this call replaces, by their paths.
         written: number of files that this process finished.
         commit_seconds: time that it took to complete and rename them.
@@ -88,7 +89,7 @@ class Output:
         self._place = place
         self._overwrite = overwrite
         self._check = check
-        self._finished: dict[Path, Existing] = {}
+        self.finished: dict[Path, Existing] = {}
         self._start = place.rank * len(self.files) // place.size
         for file in self.files:
             if not self._is_finished(file, at_start=True):
@@ -107,14 +108,9 @@ class Output:
         return self._count_boards() - self._own_boards
 
     @property
-    def finished(self) -> Collection[Existing]:
-        """The finished files, whichever process wrote them."""
-        return self._finished.values()
-
-    @property
     def missing(self) -> list[FileWork]:
         """Files that were not finished when this process looked last."""
-        return [file for file in self.files if file.target not in self._finished]
+        return [file for file in self.files if file.target not in self.finished]
 
     def take(self) -> OutputFile | None:
         """Lock and open the next file that is free; None where no file is free now.
@@ -128,7 +124,7 @@ class Output:
             self._place, self._start = Place(), 0
         under_way = {each.work for each in self.open_files}
         for file in [*self.files[self._start :], *self.files[: self._start]]:
-            if file in under_way or file.target in self._finished or self._is_finished(file):
+            if file in under_way or file.target in self.finished or self._is_finished(file):
                 continue
             if (taken := self._open(file)) is not None:
                 # The next search starts behind it, where no other process is likely to be.
@@ -178,7 +174,7 @@ class Output:
         """Remove journals next to finished files, which a kill after the rename leaves there."""
         names = list_names(self._directory)
         for file in self.files:
-            if journal_path(file.target).name in names and file.target in self._finished:
+            if journal_path(file.target).name in names and file.target in self.finished:
                 with suppress(BusyError):
                     partial = Partial.open(file.target, self._mount)
                     if partial.is_new:
@@ -241,7 +237,7 @@ class Output:
                 )
 
     def _count_boards(self) -> int:
-        return sum(file.rows for file in self.files if file.target in self._finished)
+        return sum(file.rows for file in self.files if file.target in self.finished)
 
     def _is_finished(self, file: FileWork, *, at_start: bool = False) -> bool:
         """Return True where the finished file is there.
@@ -255,7 +251,7 @@ class Output:
             return False
         if file.is_described_by(existing.metadata):
             kept = {COMPUTED_BY_KEY: existing.computed_by}  # Many shards have much metadata.
-            self._finished[file.target] = replace(existing, metadata=kept)
+            self.finished[file.target] = replace(existing, metadata=kept)
             return True
         if at_start and self._overwrite:
             self.replaced[file.target] = existing
@@ -288,7 +284,7 @@ class Output:
                     f"{path} is of another cut of {work.whole}; one dump has one "
                     f"{option('shard_size')}: remove one of the cuts, or choose another output"
                 )
-            if path == shard.path and path not in self._finished:
+            if path == shard.path and path not in self.finished:
                 self._is_finished(work.shard(shard))
             elif path.name.endswith(JOURNAL) and shard != file.shard:
                 check_partial(work.shard(shard), overwrite=self._overwrite)
@@ -298,8 +294,8 @@ class Output:
         names = list_names(self._directory)
         for file in self.files:
             if file.target.name not in names:
-                self._finished.pop(file.target, None)  # Somebody deleted it since.
-        return all(file.target in self._finished or self._is_finished(file) for file in self.files)
+                self.finished.pop(file.target, None)  # Somebody deleted it since.
+        return all(file.target in self.finished or self._is_finished(file) for file in self.files)
 
     def _waiting_text(self) -> str:
         texts = []

@@ -31,11 +31,9 @@ DEFAULT_SHARDS = 128
 _COMPUTED_BY_NBYTES = 1024
 
 # Entries of the fingerprint that an option sets. Messages name the option.
-_OPTIONS = frozenset(
-    {
-        *("batch_size", "compile", "dtype", "labels", "layers", "n_samples", "outputs"),
-        *("precision", "random_init", "seed", "stats", "steps", "where"),
-    }
+_OPTIONS = (
+    *("batch_size", "compile", "dtype", "labels", "layers", "n_samples", "outputs"),
+    *("precision", "random_init", "seed", "stats", "steps", "where"),
 )
 # Entries whose values are digests: messages name what was digested.
 _DIGESTED = {
@@ -46,7 +44,7 @@ _DIGESTED = {
     "weights_sha256": "the weights",
 }
 # Entries that differ because another one does. Messages name them only where no other differs.
-_DERIVED = frozenset({"indices", "tensors"})
+_DERIVED = ("indices", "tensors")
 # Metadata that explains why the indices differ.
 _SAMPLING = ("seed", "sampling", "where", "steps")
 _MAX_SHOWN = 200
@@ -79,12 +77,15 @@ class Work:
         assert len(names) == len(self.specs), "two tensors of one name"
         assert not RESERVED_NAMES & names, "a tensor with the name of the metadata"
         format_of(self.whole, [spec.dtype for spec in self.specs])
-        metadata = {key: _plain_text(value) for key, value in self.metadata.items()}
-        tensors = json.dumps([(spec.name, spec.dtype, spec.shape) for spec in self.specs])
+        # No format can hold bytes of a file name that are not text.
+        metadata = {
+            key: value.encode("utf-8", "backslashreplace").decode()
+            for key, value in self.metadata.items()
+        }
         entries = {
             "batch_size": str(self.batch_rows),
             "format": format_of(self.whole).name,
-            "tensors": tensors,
+            "tensors": json.dumps([(spec.name, spec.dtype, spec.shape) for spec in self.specs]),
         }
         object.__setattr__(self, "metadata", metadata)
         object.__setattr__(self, "identity", {**self.identity, **entries})
@@ -163,11 +164,7 @@ class Work:
         if "indices" in theirs and "indices" not in names:
             names = [name for name in names if name not in _SAMPLING]
         named = [name for name in names if name not in _DERIVED] or names
-        return ", ".join(
-            _DIGESTED.get(name)
-            or f"{_label(name)} ({_shown(theirs[name])} there, {_shown(ours[name])} here)"
-            for name in named
-        )
+        return ", ".join(_difference(name, theirs[name], ours[name]) for name in named)
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,12 +255,7 @@ class FileWork:
     def layout(
         self, computed_by: Sequence[Mapping[str, str]], digests: Mapping[str, Digest] | None
     ) -> Layout:
-        """Lay the file out.
-
-        Args:
-            computed_by: distinct devices and threads that computed its batches.
-            digests: of each tensor; None while they are unknown.
-        """
+        """Lay the file out, with the digest of each tensor, or None while they are unknown."""
         specs = list(self.specs.values())
         metadata = {**self.metadata, COMPUTED_BY_KEY: computed_by_text(computed_by)}
         crc32s = None if digests is None else {name: each.crc32 for name, each in digests.items()}
@@ -292,14 +284,12 @@ def computed_by_text(computed_by: Sequence[Mapping[str, str]]) -> str:
     return text.ljust(_COMPUTED_BY_NBYTES)
 
 
-def _label(name: str) -> str:
-    return option(name) if name in _OPTIONS else name.replace("_", " ")
-
-
-def _shown(value: str) -> str:
-    return value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN] + "..."
-
-
-def _plain_text(value: str) -> str:
-    """Escape bytes of a file name that are not text, which no format can hold."""
-    return value.encode("utf-8", "backslashreplace").decode()
+def _difference(name: str, theirs: str, ours: str) -> str:
+    if name in _DIGESTED:
+        return _DIGESTED[name]
+    label = option(name) if name in _OPTIONS else name.replace("_", " ")
+    theirs, ours = (
+        value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN] + "..."
+        for value in (theirs, ours)
+    )
+    return f"{label} ({theirs} there, {ours} here)"

@@ -38,6 +38,9 @@ class Writers:
 
     After the first error nothing more is written. The next `submit` raises it, and so does leaving
     the context.
+
+    Attributes:
+        busy: the time in which any thread was digesting or writing, or waiting for the disk.
     """
 
     def __init__(self, commit: Callable[[OutputFile], object], *, threads: int) -> None:
@@ -51,7 +54,7 @@ class Writers:
         self._tasks: queue.SimpleQueue[tuple[_Submission, _Span | str] | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(BATCHES_AHEAD)
         self._error: BaseException | None = None
-        self._writing = SharedStopwatch()
+        self.busy = SharedStopwatch()
         self._threads: list[threading.Thread] = []
         try:
             for number in range(threads):
@@ -69,11 +72,6 @@ class Writers:
         self._join()
         if kind is None and self._error is not None:
             raise self._error
-
-    @property
-    def busy_seconds(self) -> float:
-        """Seconds in which any thread was digesting or writing, or waiting for the disk."""
-        return self._writing.seconds
 
     def submit(
         self,
@@ -119,24 +117,21 @@ class Writers:
         for _ in self._threads:
             self._tasks.put(None)
         try:
-            self._wait_for_threads()
+            for thread in self._threads:
+                thread.join()
         except BaseException as error:
             # A second Ctrl-C drops the queued spans, but no write may outlive the file.
             self._error = self._error or error
-            self._wait_for_threads()
+            for thread in self._threads:
+                thread.join()
             raise
-        self._threads = []
-
-    def _wait_for_threads(self) -> None:
-        for thread in self._threads:
-            thread.join()
 
     def _work(self) -> None:
         while (item := self._tasks.get()) is not None:
             submission, task = item
             try:
                 if self._error is None:
-                    submission.work_on(task, self._writing)
+                    submission.work_on(task, self.busy)
                 else:
                     submission.leave(complete=False)
             except BaseException as error:
