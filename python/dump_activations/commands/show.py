@@ -229,12 +229,12 @@ def print_unfinished(found: Unfinished, *, as_json: bool) -> None:
             "batches": found.header.batches,
             "batches_done": len(found.batches),
             "being_written": found.is_being_written,
-            "written_at": found.written_at,
+            "written_at": found.modified,
         }
         print_json({**contents.as_dict(), "unfinished": unfinished})
         return
     done, of = found.rows, found.header.rows
-    idle = duration_text(max(time.time() - found.written_at, 0))
+    idle = duration_text(max(time.time() - found.modified, 0))
     state = (
         f"unfinished: {done:,} of {of:,} boards ({done / of:.0%}) are on disk, "
         f"{len(found.batches):,} of {found.header.batches:,} batches; "
