@@ -132,13 +132,9 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def keys_in_the_code() -> set[str]:
-    """Name the keys of the dicts that a run's metadata is put together from, written or not."""
-    tree = ast.parse((PACKAGE / "pipeline" / "provenance.py").read_text())
-    functions = [
-        n
-        for n in tree.body
-        if isinstance(n, ast.FunctionDef) and n.name not in {"fingerprint", "computed_by"}
-    ]
+    """Name the keys of a run's metadata, written or not."""
+    tree = ast.parse((PACKAGE / "pipeline" / "plan.py").read_text())
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "metadata"]
     dicts = [n for function in functions for n in ast.walk(function) if isinstance(n, ast.Dict)]
     return {key.value for each in dicts for key in each.keys if isinstance(key, ast.Constant)}
 

@@ -26,7 +26,8 @@ from dataset_targets import (
 
 from dump_activations import load_encoder
 from dump_activations.errors import DumpActivationsError, OutputError
-from dump_activations.storage.reading.inspection import find_damage, inspect
+from dump_activations.storage.reading.damage import find_damage
+from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.writing.journal import Header, JournalError, read_journal
 from dump_activations.storage.writing.paths import journal_path
 
@@ -52,10 +53,10 @@ def _inspected(suffix: str) -> Callable[[bytes], None]:
     def run(data: bytes) -> None:
         path.write_bytes(data)
         with suppress(OutputError):
-            inspection = inspect(path)
-            assert sum(tensor.nbytes for tensor in inspection.contents.tensors) >= 0
-            assert inspection.digests is not None
-            find_damage(inspection, threads=1)
+            dump = inspect_dump(path)
+            assert sum(tensor.nbytes for tensor in dump.tensors.values()) >= 0
+            assert dump.digests is not None
+            find_damage(dump, threads=1)
 
     return run
 
