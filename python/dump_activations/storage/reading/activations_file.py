@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES
+from dump_activations.dtypes import CELLS, LABEL_PREFIX, READABLE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
 from dump_activations.storage.reading.keys import Key, Rows, row_numbers
 from dump_activations.storage.reading.tensor_files import TensorFiles
@@ -233,7 +233,7 @@ class ActivationsFile:
         with another cell of their board. A shuffle of 4 million cells leaves 3 %. The boards of a
         dump with `steps` are in the order of the games, so that a window holds few games.
 
-        The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cell_order` has it.
+        The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cells.py` has it.
         Ranks take its batches in turns. `state_dict()` and `load_state_dict()` resume in the middle
         of an epoch. Reading ahead takes a thread and no `DataLoader`. A `DataLoader` with workers
         needs `batch_size=None`.
@@ -256,25 +256,25 @@ class ActivationsFile:
             InvalidArgumentError: A key has no axis of cells, or a number is out of range.
             DeviceError: The machine does not have the device.
         """
-        from dump_activations.storage.reading.cell_order import find_cells
-        from dump_activations.storage.reading.cells import Cells
+        from dump_activations.storage.reading.cells import CellOrder
+        from dump_activations.storage.reading.stored_cells import StoredCells, find_cells
 
         keys = (key,) if isinstance(key, str) else tuple(key)
         if not keys:
             raise InvalidArgumentError(f"{option('key')} must name a key; got none")
-        return Cells(
-            self._files,
-            {name: find_cells(self._find(name), layer) for name in keys},
-            single=isinstance(key, str),
+        values = {name: find_cells(self._find(name), layer) for name in keys}
+        order = CellOrder(
+            cells=len(self) * CELLS,
+            nbytes=sum(each.nbytes for each in values.values()),
+            window=window,
             batch_size=batch_size,
             seed=seed,
             epoch=epoch,
             rank=rank,
             world_size=world_size,
-            window=window,
-            device=device,
             drop_last=drop_last,
         )
+        return StoredCells(order, self._files, values, device, single=isinstance(key, str))
 
     def stats(self, key: str, layer: int | None = None) -> dict[str, NDArray[np.float64]]:
         """Return the statistics stored with the dump (`stats=True`), float64, by name.
