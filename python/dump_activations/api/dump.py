@@ -32,14 +32,19 @@ from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
 from dump_activations.paths import locate
-from dump_activations.pipeline.device import current
+from dump_activations.pipeline.device import OutOfMemoryAdvice, current
 from dump_activations.pipeline.feed import read_batch
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
-from dump_activations.pipeline.oom import batch_oom_named
-from dump_activations.pipeline.plan import Plan, Preview, make_plan, warn_of_large_tensors
-from dump_activations.pipeline.provenance import computed_by, fingerprint, metadata
-from dump_activations.pipeline.run import Run
-from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.plan import (
+    Plan,
+    Preview,
+    computed_by,
+    fingerprint,
+    make_plan,
+    metadata,
+    warn_of_large_tensors,
+)
+from dump_activations.pipeline.run import Run, Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
 from dump_activations.progress import Count, Phase, begin, counted, shown_progress
 from dump_activations.storage.statistics import statistics_specs
@@ -178,7 +183,7 @@ def preview(
     dataset, options = with_step_indices(dataset, options)
     plan = make_plan(init, dataset, options)
     if not options.write:
-        return Preview.of(plan, plan.tensor_specs())
+        return Preview(plan, plan.tensor_specs())
     _check_inputs([path], plan)
     files = _files(plan, path, options, place)
     output = Output(files, place=place, overwrite=options.overwrite)
@@ -212,16 +217,14 @@ def dump_to_file(
     started = time.perf_counter()
     with (
         shown_progress() if options.progress is True else nullcontext(),
-        batch_oom_named(options.batch_size),
+        OutOfMemoryAdvice(batch_size=options.batch_size),
     ):
         if options.write:
             check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=indices_files(options))
         dataset, options = with_step_indices(dataset, options)
-        slots = HOST_SLOTS if options.write else 0
-        plan = make_plan(init, dataset, options, host_slots=slots, local_processes=local_processes)
+        plan = make_plan(init, dataset, options)
         with current(plan.device), HeldInterrupts() as interrupts:
-            threads = writer_threads(local_processes)
-            call = _Call(plan, path, options, place, threads, started, interrupts)
+            call = _Call(plan, path, options, place, local_processes, started, interrupts)
             return call.write() if options.write else call.discard()
 
 
@@ -233,7 +236,7 @@ class _Call:
     path: Path
     options: DumpOptions
     place: Place
-    writer_threads: int
+    local_processes: int
     started: float
     interrupts: HeldInterrupts
 
@@ -247,7 +250,8 @@ class _Call:
         if not output.missing:
             return self._already_complete(output)
         warn_of_large_tensors(files[0].work.specs)
-        with output, Run(self.plan) as run, self._kept_or_discarded(output):
+        run = Run(self.plan, host_slots=HOST_SLOTS, local_processes=self.local_processes)
+        with output, run, self._kept_or_discarded(output):
             self._prepare(output)
             resumed, write_seconds = self._fill(run, output)
             self.interrupts.check()
@@ -334,7 +338,7 @@ class _Call:
             there = output.boards_of_others + resumed + done + first.resumed_rows
             count = self._counter(there, n, first.size)
             with (
-                Writers(output.commit, threads=self.writer_threads) as writers,
+                Writers(output.commit, threads=writer_threads(self.local_processes)) as writers,
                 closing(run.batches(ranges(first), done=advance)) as batches,
             ):
                 for batch in batches:
@@ -364,8 +368,7 @@ class _Call:
             return
         batch, digests = last
         rows = file.work.run_rows_of(range(batch, batch + 1))
-        indices = self.plan.indices[rows.start : rows.stop]
-        boards = read_batch(self.plan.dataset, self.plan.labels, indices, first_row=rows.start)
+        boards = read_batch(self.plan, rows)
         if any(
             zlib.crc32(bytes_of(tensor).data) != digests[name].crc32
             for name, tensor in boards.tensors.items()
@@ -531,7 +534,7 @@ def _preview(plan: Plan, path: Path, files: Sequence[FileWork], free_nbytes: int
         for spec in work.specs
     ]
     shards = {file.target: file.rows for file in files if file.shard is not None}
-    return Preview.of(plan, specs, path, free_nbytes, shards)
+    return Preview(plan, specs, path, free_nbytes, shards)
 
 
 def _note_mixture(output: Output) -> None:

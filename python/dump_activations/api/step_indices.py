@@ -17,8 +17,7 @@ from dump_activations.options import Options
 from dump_activations.paths import locate
 from dump_activations.progress import Count, Phase, begin, counted
 from dump_activations.storage.formats.registry import FORMATS
-from dump_activations.storage.reading.inspection import Inspection
-from dump_activations.storage.reading.whole import find_shards, inspect_dump
+from dump_activations.storage.reading.dump_files import DumpFiles, find_shards, inspect_dump
 
 _NAME = "indices"
 _RUN = LABEL_PREFIX + RUN
@@ -65,15 +64,14 @@ def read_step_indices(
     if not path.exists() and find_shards(path) is None:
         raise IndicesNotFoundError(f"{path}: no such file of step indices")
     dump = inspect_dump(path)
-    contents = dump.contents
-    tensors = {tensor.name: tensor for tensor in contents.tensors}
+    tensors, metadata = dump.tensors, dump.metadata
     if _NAME not in tensors:
         raise IndicesError(f"{path}: no {_NAME!r} in it, only {', '.join(tensors) or 'nothing'}")
     layout = dataset.layout_sha256
-    if contents.metadata.get("dataset_layout_sha256", layout) == layout:
+    if metadata.get("dataset_layout_sha256", layout) == layout:
         return _read(dump, _NAME)
     other = (
-        f"{path}: its indices are of another dataset, {contents.metadata.get('dataset')}, or of "
+        f"{path}: its indices are of another dataset, {metadata.get('dataset')}, or of "
         f"other shards than {dataset.path} has now"
     )
     steps = next((name for name in _STEPS if name in tensors), None)
@@ -85,11 +83,11 @@ def read_step_indices(
     return dataset.locate(run_ids, run_steps, progress=progress)
 
 
-def _read(dump: Inspection, name: str) -> NDArray[np.int64]:
+def _read(dump: DumpFiles, name: str) -> NDArray[np.int64]:
     """Read step indices, int64 (n,), of all files of a dump."""
     found = []
     for file in dump.files:
-        tensor = file.tensor(name)
+        tensor = file.tensors[name]
         try:
             if file.path.suffix.lower() == ".npz":  # May be compressed, or of another byte order.
                 with np.load(file.path, allow_pickle=False) as arrays:

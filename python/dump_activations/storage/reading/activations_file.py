@@ -10,22 +10,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, READABLE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
+from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.reading.keys import Key, Rows, row_numbers
-from dump_activations.storage.reading.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from dump_activations.storage.reading.boards import BoardValues
-    from dump_activations.storage.reading.cells import Cells
+    from dump_activations.storage.reading.cells import CellArguments, Cells
     from dump_activations.storage.statistics import TensorStatistics
 
 
@@ -60,35 +60,36 @@ class ActivationsFile:
             raise InvalidArgumentError("paths: name a file")
         # Absolute, so that the program may change its directory before it reads.
         self._names = [Path(os.path.abspath(Path(path).expanduser())) for path in paths]  # noqa: PTH100
-        self._files = TensorFiles(self._names)
+        self.files = inspect_dump(*self._names)
+        assert self.files.boards >= 0  # OutputError where a file has no axis of boards
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files; of a dump in shards, the shards in order."""
-        return tuple(file.path for file in self._files.files)
+        return tuple(file.path for file in self.files.files)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """The dump's metadata; of several dumps, the first's."""
-        return self._files.metadata
+        return self.files.metadata
 
     def __len__(self) -> int:
         """Boards in all files."""
-        return self._files.boards
+        return self.files.boards
 
     def __repr__(self) -> str:
         return f"ActivationsFile({', '.join(repr(os.fspath(path)) for path in self._names)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_names": self._names, "_files": self._files}
+        return {"_names": self._names, "files": self.files}
 
     def keys(self) -> list[str]:
         """Names of the activation keys with a value per board; a split key is one key."""
-        return list(self._files.catalog.keys)
+        return list(self.files.catalog.keys)
 
     def tensor_names(self) -> list[str]:
         """Names of all stored tensors, which `read` takes too."""
-        return list(self._files.catalog.tensors)
+        return list(self.files.catalog.tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a key: `(N, L, *value)` with layers, stacked or split, or else `(N, *value)`."""
@@ -209,6 +210,17 @@ class ActivationsFile:
             {name: partial(self.read_numpy, LABEL_PREFIX + name) for name in names},
         )
 
+    @overload
+    def cells(
+        self, key: str, layer: int | None = None, **arguments: Unpack[CellArguments]
+    ) -> Cells[Tensor]: ...
+    @overload
+    def cells(
+        self,
+        key: list[str] | tuple[str, ...],
+        layer: int | None = None,
+        **arguments: Unpack[CellArguments],
+    ) -> Cells[dict[str, Tensor]]: ...
     def cells(
         self,
         key: str | Sequence[str],
@@ -217,12 +229,14 @@ class ActivationsFile:
         batch_size: int = 8192,
         seed: int = 0,
         epoch: int = 0,
+        epochs: int | None = 1,
         rank: int = 0,
         world_size: int = 1,
         window: int = 256 << 20,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         drop_last: bool = False,
-    ) -> Cells:
+    ) -> Cells[Any]:
         """Return shuffled batches of cells, `CellBatch(values, rows, cells)`, as SAEs train on.
 
         Each cell of each board comes once per epoch, and each loop is the next epoch. The file is
@@ -245,11 +259,13 @@ class ActivationsFile:
             batch_size: Cells per batch; the last of an epoch may have fewer.
             seed: Seed of the order, at least 0.
             epoch: Number of the first epoch, at least 0.
+            epochs: Epochs per loop; None for a loop without an end.
             rank: Number of this process among `world_size`.
             world_size: Processes that share the batches.
             window: Bytes per window, at least one batch.
             device: Device of the values; batches reach a CUDA device through pinned memory, on a
                 side stream.
+            dtype: Dtype of the values; None for the stored one.
             drop_last: Leave out a short last batch, and batches that not every rank would have.
 
         Raises:
@@ -274,7 +290,8 @@ class ActivationsFile:
             world_size=world_size,
             drop_last=drop_last,
         )
-        return StoredCells(order, self._files, values, device, single=isinstance(key, str))
+        loop = {"single": isinstance(key, str), "epochs": epochs, "dtype": dtype}
+        return StoredCells(order, self.files, values, device, **loop)
 
     def stats(self, key: str, layer: int | None = None) -> dict[str, NDArray[np.float64]]:
         """Return the statistics stored with the dump (`stats=True`), float64, by name.
@@ -291,19 +308,19 @@ class ActivationsFile:
         Raises:
             InvalidArgumentError: The file has no statistics of the key.
         """
-        from dump_activations.storage.statistics import key_statistics
+        from dump_activations.storage.reading.stored_statistics import key_statistics
 
         return key_statistics(self._find(key), layer, self._statistics)
 
     @cached_property
     def _statistics(self) -> Mapping[str, TensorStatistics]:
-        from dump_activations.storage.statistics import stored_statistics
+        from dump_activations.storage.reading.stored_statistics import stored_statistics
 
-        return stored_statistics(*self._files.files)
+        return stored_statistics(self.files)
 
     def _find(self, name: str) -> Key:
         """Find a key whose dtype can be read; InvalidArgumentError for any other."""
-        found = self._files.catalog.find(name)
+        found = self.files.catalog.find(name)
         if found.dtype not in READABLE_DTYPES:
             raise InvalidArgumentError(f"{name} is of {found.dtype}, which cannot be read")
         return found
@@ -331,9 +348,9 @@ class ActivationsFile:
         rows = out.reshape(len(numbers), len(parts), nbytes // len(parts))
         for at, part in enumerate(parts):
             into = rows[:, 0] if len(parts) == 1 else np.empty(rows[:, at].shape, np.uint8)
-            self._files.read(part, numbers, into)
+            self.files.read(part, numbers, into)
             if verify:
-                self._files.check_digest(part.tensor, into.reshape(-1))
+                self.files.check_digest(part.tensor, into.reshape(-1))
             if len(parts) > 1:
                 rows[:, at] = into
 

@@ -15,14 +15,16 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from itertools import groupby, repeat
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.storage.reading.epochs import Epochs
 
@@ -30,6 +32,21 @@ Values = TypeVar("Values", Tensor, dict[str, Tensor])
 
 KeyedCells = tuple[dict[str, Tensor], Tensor, Tensor]
 """Values by key, rows and cells, as in a `CellBatch`."""
+
+
+class CellArguments(TypedDict, total=False):
+    """Arguments by name of `ActivationsFile.cells`, for its overloads."""
+
+    batch_size: int
+    seed: int
+    epoch: int
+    epochs: int | None
+    rank: int
+    world_size: int
+    window: int
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    drop_last: bool
 
 
 class CellBatch(NamedTuple, Generic[Values]):
@@ -113,7 +130,10 @@ class CellOrder:
         return np.concatenate([order[start : start + self.batch_size] for start in starts])
 
     def _permutation(self, n: int, number: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self.seed, self.epoch, number]).permutation(n)
+        state = np.random.PCG64([self.seed, self.epoch, number]).state["state"]
+        out = np.empty(n, np.int64)
+        _rust.permutation(state["state"], state["inc"], out)
+        return out
 
 
 class Cells(IterableDataset[CellBatch[Values]]):
@@ -127,9 +147,27 @@ class Cells(IterableDataset[CellBatch[Values]]):
         order: the order of the first epoch.
         source: a text that tells the source of the cells from others, for a state.
         single: hand out the values of a single key, not a dict.
+        epochs: epochs per loop; None for loops without an end.
+        dtype: dtype of the values; None for the stored one.
     """
 
-    def __init__(self, order: CellOrder, source: str, *, single: bool) -> None:
+    def __init__(
+        self,
+        order: CellOrder,
+        source: str,
+        *,
+        single: bool,
+        epochs: int | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if epochs is not None and epochs < 1:
+            raise InvalidArgumentError(
+                f"{option('epochs')} must be at least 1 or None; got {epochs}"
+            )
+        if not isinstance(dtype, torch.dtype | None):
+            raise InvalidArgumentError(f"{option('dtype')} must be a torch.dtype; got {dtype!r}")
+        self._loop_epochs = epochs
+        self._dtype = dtype
         self._order = order
         self._source = f"{zlib.crc32(source.encode()):08x}"
         self._single = single
@@ -149,8 +187,10 @@ class Cells(IterableDataset[CellBatch[Values]]):
         return range(start + rank, stop, step)
 
     def __len__(self) -> int:
-        """Batches of an epoch on this rank."""
-        return len(self._share(0, self._order.rank, self._order.world_size))
+        """Batches of a loop on this rank; TypeError if it has no end."""
+        if self._loop_epochs is None:
+            raise TypeError("epochs=None: a loop has no end, and no length")
+        return self._loop_epochs * len(self._share(0, self._order.rank, self._order.world_size))
 
     def __iter__(self) -> Iterator[CellBatch[Values]]:
         """Yield the batches of the next epoch, or the rest of a loaded one.
@@ -158,9 +198,14 @@ class Cells(IterableDataset[CellBatch[Values]]):
         Raises:
             OutputError: A row cannot be read, or a file was changed.
         """
-        return self._iterate(*self._epochs.begin())
+        return self._loop(*self._epochs.begin())
 
-    def _iterate(self, epoch: int, start: int) -> Iterator[CellBatch[Values]]:
+    def _loop(self, epoch: int, start: int) -> Iterator[CellBatch[Values]]:
+        yield from self._epoch(epoch, start)
+        for _ in repeat(None) if self._loop_epochs is None else range(self._loop_epochs - 1):
+            yield from self._epoch(*self._epochs.begin())
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[CellBatch[Values]]:
         worker, order = get_worker_info(), replace(self._order, epoch=epoch)
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         step = order.world_size * workers
@@ -172,7 +217,8 @@ class Cells(IterableDataset[CellBatch[Values]]):
             for taken, (values, rows, cells) in enumerate(feed, start=1):
                 is_last = taken == len(batches)
                 self._epochs.move(*((epoch + 1, 0) if is_last else (epoch, start + taken * step)))
-                [value] = values.values() if self._single else [values]
+                typed = {key: each.to(self._dtype or each.dtype) for key, each in values.items()}
+                [value] = typed.values() if self._single else [typed]
                 yield CellBatch(cast("Values", value), rows, cells)
         finally:
             feed.close()
@@ -201,8 +247,8 @@ class Cells(IterableDataset[CellBatch[Values]]):
         Raises:
             InvalidArgumentError: It is not a state of cells, or of another file or batch size.
         """
-        least = {"seed": 0, "epoch": 0, "batch": 0, "window": 1}
-        fixed = self._fixed()
+        least: dict[str, int] = {"seed": 0, "epoch": 0, "batch": 0, "window": 1}
+        fixed: dict[str, Any] = self._fixed()
         if state.keys() != {**least, **fixed}.keys() or not all(
             isinstance(state[name], int) and state[name] >= least[name] for name in least
         ):

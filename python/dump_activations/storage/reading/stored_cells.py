@@ -3,9 +3,9 @@
 import math
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from dump_activations import _rust
 from dump_activations.dtypes import CELLS, READABLE_DTYPES
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
 from dump_activations.storage.reading.cells import CellOrder, Cells, KeyedCells, Values
+from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.inspection import Inspection
 from dump_activations.storage.reading.keys import Key, Part
-from dump_activations.storage.reading.tensor_files import TensorFiles
 
-Result = TypeVar("Result")
-Numbers = NDArray[np.int64]
+Window = tuple[dict[str, Tensor], NDArray[np.int64]]
+"""The values of a window's cells by key, (M, D), and the cells, int64 (M,)."""
 
 # Keys with a value per pair of cells, whose first axis is attention heads.
 _OF_PAIRS = frozenset({"attn_scores", "attn_pattern"})
@@ -57,13 +57,12 @@ class StoredCells(Cells[Values]):
     def __init__(
         self,
         order: CellOrder,
-        files: TensorFiles,
+        files: DumpFiles,
         values: Mapping[str, CellValues],
         device: str | torch.device | None,
-        *,
-        single: bool,
+        **loop: Any,
     ) -> None:
-        super().__init__(order, " ".join(map(_identity, files.files)), single=single)
+        super().__init__(order, " ".join(map(_identity, files.files)), **loop)
         self._files = files
         self._values = values
         self._device = _device(device)
@@ -76,35 +75,36 @@ class StoredCells(Cells[Values]):
     def _read_windows(
         self, order: CellOrder, windows: Iterator[tuple[int, list[int]]]
     ) -> Generator[KeyedCells, None, None]:
-        """Read a window while the one before is taken, and permute the next while it is read."""
+        """Read each window while batches of the one before are taken."""
         cancel = _rust.Cancel()
-        readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="cells")
+        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cells")
 
-        def submit(work: Callable[..., Result], *arguments: Any) -> Future[Result] | None:
-            try:
-                return readers.submit(work, *arguments)
-            except RuntimeError:  # The program ends, and no thread can start.
-                if threading.current_thread().daemon:
-                    return None  # The interpreter would end this thread inside of the call.
-                done: Future[Result] = Future()
-                done.set_result(work(*arguments))
-                return done
-
-        def read(numbers: Future[Numbers]) -> tuple[dict[str, Tensor], Numbers]:
-            cells = numbers.result()
+        def read(window: int, batches: list[int]) -> Window:
+            cells = order.read(window, batches)
             values = {name: self._new(name, len(cells), of) for name, of in self._values.items()}
             for name, of in self._values.items():
                 out = values[name].view(torch.uint8).numpy()
                 self._files.read(of.part, cells, out, per_row=CELLS, cancel=cancel)
             return values, cells
 
-        orders = _one_ahead(submit(order.read, *each) for each in windows)
-        reads = (submit(read, numbers) for numbers in orders)
+        def start() -> Future[Window] | None:
+            window, batches = next(windows, (0, []))
+            if not batches:
+                return None
+            try:
+                return reader.submit(read, window, batches)
+            except RuntimeError:  # The program ends, and no thread can start.
+                if threading.current_thread().daemon:
+                    return None  # The interpreter would end this thread inside of the read.
+                done: Future[Window] = Future()
+                done.set_result(read(window, batches))
+                return done
+
         try:
-            ahead = next(reads, None)
+            ahead = start()
             while ahead is not None:
                 values, cells = ahead.result()
-                ahead = next(reads, None)
+                ahead = start()
                 for first in range(0, len(cells), order.batch_size):
                     if threading.current_thread().daemon and not threading.main_thread().is_alive():
                         return  # The interpreter would end this thread inside of a call.
@@ -117,7 +117,7 @@ class StoredCells(Cells[Values]):
                     )
         finally:
             cancel.ask()
-            readers.shutdown(wait=True, cancel_futures=True)
+            reader.shutdown(wait=True, cancel_futures=True)
 
     def _new(self, name: str, cells: int, of: CellValues) -> Tensor:
         """Return memory for values, (cells, D), which is pinned if a GPU takes it."""
@@ -129,14 +129,6 @@ class StoredCells(Cells[Values]):
         else:
             memory = self._memory.take(name, cells * of.nbytes)
         return memory.view(getattr(torch, of.dtype)).view(cells, of.width)
-
-
-def _one_ahead(items: Iterator[Result | None]) -> Iterator[Result]:
-    """Take each item before the one before it is used; None is the end."""
-    ahead = next(items, None)
-    while ahead is not None:
-        item, ahead = ahead, next(items, None)
-        yield item
 
 
 class RecycledMemory:
