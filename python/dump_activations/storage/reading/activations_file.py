@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, READABLE_DTYPES
-from dump_activations.errors import InvalidArgumentError, option, switch
+from dump_activations.errors import InvalidArgumentError, option, switch, warn
 from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.reading.keys import Key, Rows, row_numbers
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from dump_activations.storage.reading.boards import BoardValues
     from dump_activations.storage.reading.cells import CellArguments, Cells
     from dump_activations.storage.statistics import TensorStatistics
+
+# Boards whose order tells if all are a random sample.
+_ENOUGH_ORDER = 64
 
 
 class ActivationsFile:
@@ -236,6 +239,7 @@ class ActivationsFile:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         drop_last: bool = False,
+        shuffle_boards: bool = False,
     ) -> Cells[Any]:
         """Return shuffled batches of cells, `CellBatch(values, rows, cells)`, as SAEs train on.
 
@@ -245,7 +249,8 @@ class ActivationsFile:
         already, so only the cells of one board stay near one another: with the defaults and 1 KB
         per cell two of them are 11 batches apart on average, and 38 % of all cells share a batch
         with another cell of their board. A shuffle of 4 million cells leaves 3 %. The boards of a
-        dump with `steps` are in the order of the games, so that a window holds few games.
+        dump with `steps` are in the order of the games, so that a window holds few games:
+        a warning says so, and `shuffle_boards` shuffles the whole file.
 
         The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cells.py` has it.
         Ranks take its batches in turns. `state_dict()` and `load_state_dict()` resume in the middle
@@ -267,6 +272,8 @@ class ActivationsFile:
                 side stream.
             dtype: Dtype of the values; None for the stored one.
             drop_last: Leave out a short last batch, and batches that not every rank would have.
+            shuffle_boards: Take the boards in a random order, 8 bytes each, before windows are cut.
+                Boards are then read one by one, from all over the file.
 
         Raises:
             InvalidArgumentError: A key has no axis of cells, or a number is out of range.
@@ -289,9 +296,22 @@ class ActivationsFile:
             rank=rank,
             world_size=world_size,
             drop_last=drop_last,
+            shuffle_boards=shuffle_boards,
         )
+        if not shuffle_boards and self._is_in_file_order():
+            warn(
+                f"{self.files.path}: its boards are in the order of the dataset, not a random "
+                f"sample, so that a window holds few games; {switch('shuffle_boards')} shuffles all"
+            )
         loop = {"single": isinstance(key, str), "epochs": epochs, "dtype": dtype}
         return StoredCells(order, self.files, values, device, **loop)
+
+    def _is_in_file_order(self) -> bool:
+        """Tell if step indices ascend, which those of a sample do once in 10^89 times."""
+        indices = self.files.catalog.tensors.get("indices")
+        if indices is None or indices.dtype != "int64" or len(self) < _ENOUGH_ORDER:
+            return False
+        return bool((np.diff(self.read_numpy("indices", slice(_ENOUGH_ORDER))) > 0).all())
 
     def stats(self, key: str, layer: int | None = None) -> dict[str, NDArray[np.float64]]:
         """Return the statistics stored with the dump (`stats=True`), float64, by name.

@@ -6,7 +6,8 @@ Cell c is cell c % 16 of board c // 16. `permutation(n, *key)` is
 whole batches fit in its bytes; the cells left at the end are one more, shorter window. The windows
 come in the order `permutation(whole windows, seed, epoch, 0)`, the short one last; the cells of
 window w in the order `permutation(cells of it, seed, epoch, 1 + w)`. Batches are cut from that one
-after the other.
+after the other. Where boards are shuffled first, board b above stands for board
+`permutation(boards, seed, epoch, 0, 1)[b]`.
 
 Shape letters: B cells in a batch, M cells read at once, D width of a cell's value.
 """
@@ -15,6 +16,7 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby, repeat
 from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, cast
 
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dump_activations import _rust
+from dump_activations.dtypes import CELLS
 from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.storage.reading.epochs import Epochs
 
@@ -47,6 +50,7 @@ class CellArguments(TypedDict, total=False):
     device: str | torch.device | None
     dtype: torch.dtype | None
     drop_last: bool
+    shuffle_boards: bool
 
 
 class CellBatch(NamedTuple, Generic[Values]):
@@ -75,6 +79,7 @@ class CellOrder:
         seed, epoch: seeds of the permutations.
         rank, world_size: number of this process, and the processes that share the batches.
         drop_last: leave out a short last batch, and batches that not every rank would have.
+        shuffle_boards: take the boards in a random order before windows are cut.
     """
 
     cells: int
@@ -86,6 +91,7 @@ class CellOrder:
     rank: int
     world_size: int
     drop_last: bool
+    shuffle_boards: bool = False
 
     def __post_init__(self) -> None:
         for name, least in {"seed": 0, "epoch": 0, "rank": 0, "batch_size": 1}.items():
@@ -124,13 +130,19 @@ class CellOrder:
         length = self.window_batches * self.batch_size
         order = self._permutation(min(length, self.cells - window * length), 1 + window)
         order += window * length
+        if self.shuffle_boards:
+            order = self._boards[order // CELLS] * CELLS + (order & CELLS - 1)
         starts = [batch % self.window_batches * self.batch_size for batch in batches]
         if len(batches) == batches[-1] - batches[0] + 1:
             return order[starts[0] : starts[-1] + self.batch_size]
         return np.concatenate([order[start : start + self.batch_size] for start in starts])
 
-    def _permutation(self, n: int, number: int) -> NDArray[np.int64]:
-        state = np.random.PCG64([self.seed, self.epoch, number]).state["state"]
+    @cached_property
+    def _boards(self) -> NDArray[np.int64]:
+        return self._permutation(self.cells // CELLS, 0, 1)
+
+    def _permutation(self, n: int, *key: int) -> NDArray[np.int64]:
+        state = np.random.PCG64([self.seed, self.epoch, *key]).state["state"]
         out = np.empty(n, np.int64)
         _rust.permutation(state["state"], state["inc"], out)
         return out
@@ -239,7 +251,13 @@ class Cells(IterableDataset[CellBatch[Values]]):
     def _fixed(self) -> dict[str, Any]:
         """Return the parts of a state that must be these."""
         order = self._order
-        return {"batch_size": order.batch_size, "cells": order.cells, "file": self._source}
+        shuffled = {"shuffle_boards": order.shuffle_boards}
+        return {
+            "batch_size": order.batch_size,
+            "cells": order.cells,
+            "file": self._source,
+            **shuffled,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next loop begin at a state's position, with its seed and window.
