@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dump_activations import Encoder, demo, dump, load_encoder
 from dump_activations.model.encoder import EncoderConfig
-from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.run import Summary
 
 KEYS_DEMO = "final_hidden,layer_outputs,head_logits,attn_norm,mlp_input"
 KEYS_50M = "final_hidden,layer_outputs,attn_norm,mlp_input"

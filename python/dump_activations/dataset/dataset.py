@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from dump_activations import _rust
 from dump_activations.dataset.columns import Columns, LabelReader
 from dump_activations.dataset.expressions import Expression, parse, split_names
+from dump_activations.dataset.filters import find_matches, locate_rows
 from dump_activations.dataset.sampling import Matches, StepRange, sample, step_indices
-from dump_activations.dataset.scan import find_matches, locate_rows
 from dump_activations.dataset.shards import Shard, open_shards
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
