@@ -32,14 +32,19 @@ from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
 from dump_activations.paths import locate
-from dump_activations.pipeline.device import current
+from dump_activations.pipeline.device import OutOfMemoryAdvice, current
 from dump_activations.pipeline.feed import read_batch
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
-from dump_activations.pipeline.oom import batch_oom_named
-from dump_activations.pipeline.plan import Plan, Preview, make_plan, warn_of_large_tensors
-from dump_activations.pipeline.provenance import computed_by, fingerprint, metadata
-from dump_activations.pipeline.run import Run
-from dump_activations.pipeline.summary import Summary
+from dump_activations.pipeline.plan import (
+    Plan,
+    Preview,
+    computed_by,
+    fingerprint,
+    make_plan,
+    metadata,
+    warn_of_large_tensors,
+)
+from dump_activations.pipeline.run import Run, Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
 from dump_activations.progress import Count, Phase, begin, counted, shown_progress
 from dump_activations.storage.statistics import statistics_specs
@@ -151,7 +156,7 @@ def preview(
     """
     plan = _make_plan(init, dataset, path, options)
     if not options.write:
-        return Preview.of(plan, plan.tensor_specs())
+        return Preview(plan, plan.tensor_specs())
     output = _look(plan, path, options, place)
     _check_space(output.missing)
     for text in (*_already_there(output), *_fate_of_partial_files(output)):
@@ -181,14 +186,11 @@ def dump_to_file(
     started = time.perf_counter()
     with (
         shown_progress() if options.progress is True else nullcontext(),
-        batch_oom_named(options.batch_size),
+        OutOfMemoryAdvice(batch_size=options.batch_size),
     ):
-        slots = HOST_SLOTS if options.write else 0
-        machine = {"host_slots": slots, "local_processes": local_processes}
-        plan = _make_plan(init, dataset, path, options, **machine)
+        plan = _make_plan(init, dataset, path, options)
         with current(plan.device), HeldInterrupts() as interrupts:
-            threads = writer_threads(local_processes)
-            call = _Call(plan, path, options, place, threads, started, interrupts)
+            call = _Call(plan, path, options, place, local_processes, started, interrupts)
             return call.write() if options.write else call.discard()
 
 
@@ -200,7 +202,7 @@ class _Call:
     path: Path
     options: DumpOptions
     place: Place
-    writer_threads: int
+    local_processes: int
     started: float
     interrupts: HeldInterrupts
 
@@ -228,7 +230,8 @@ class _Call:
     def _run(self, output: Output) -> Summary:
         """Write all files that are missing, and count what was resumed and computed."""
         warn_of_large_tensors(output.files[0].work.specs)
-        with output, Run(self.plan) as run, self._kept_or_discarded(output):
+        run = Run(self.plan, host_slots=HOST_SLOTS, local_processes=self.local_processes)
+        with output, run, self._kept_or_discarded(output):
             self._prepare(output)
             resumed, write_seconds = self._fill(run, output)
             self.interrupts.check()
@@ -292,7 +295,7 @@ class _Call:
             there = output.boards_of_others + resumed + done + first.resumed_rows
             count = self._counter(there, n, first.size)
             with (
-                Writers(output.commit, threads=self.writer_threads) as writers,
+                Writers(output.commit, threads=writer_threads(self.local_processes)) as writers,
                 closing(run.batches(ranges(first), done=advance)) as batches,
             ):
                 for batch in batches:
@@ -322,8 +325,7 @@ class _Call:
             return
         batch, digests = last
         rows = file.work.run_rows_of(range(batch, batch + 1))
-        indices = self.plan.indices[rows.start : rows.stop]
-        boards = read_batch(self.plan.dataset, self.plan.labels, indices, first_row=rows.start)
+        boards = read_batch(self.plan, rows)
         if any(
             zlib.crc32(bytes_of(tensor).data) != digests[name].crc32
             for name, tensor in boards.tensors.items()
@@ -380,14 +382,13 @@ def _make_plan(
     dataset: str | os.PathLike[str] | StepsDataset,
     path: Path,
     options: DumpOptions,
-    **machine: int,
 ) -> Plan:
     """Make the plan of a call, and refuse an output that would replace what the run reads."""
     dtypes = [STORAGE_DTYPES[options.dtype].name]
     if options.write:
         check_output(path, dtypes, inputs=indices_files(options))
     dataset, options = with_step_indices(dataset, options)
-    plan = make_plan(init, dataset, options, **machine)
+    plan = make_plan(init, dataset, options)
     if options.write:
         check_output(path, dtypes, inputs=plan.input_files)
     return plan
@@ -510,7 +511,7 @@ def _preview(plan: Plan, path: Path, output: Output) -> Preview:
     ]
     shards = {file.target: file.rows for file in output.files if file.shard is not None}
     free_nbytes = free_space([file.target for file in output.missing or output.files])
-    return Preview.of(plan, specs, path, free_nbytes, shards)
+    return Preview(plan, specs, path, free_nbytes, shards)
 
 
 def _note_mixture(output: Output) -> None:

@@ -19,8 +19,8 @@ from dump_activations.options import Options
 from dump_activations.paths import check_ordinary, locate
 from dump_activations.progress import Count, Phase, begin, counted
 from dump_activations.storage.formats.registry import FORMATS
+from dump_activations.storage.reading.dump_files import DumpFiles, find_shards, inspect_dump
 from dump_activations.storage.reading.inspection import Inspection
-from dump_activations.storage.reading.whole import find_shards, inspect_dump
 
 _NAME = "indices"
 _RUN = LABEL_PREFIX + RUN
@@ -67,9 +67,9 @@ def read_step_indices(path: Path, dataset: StepsDataset, progress: Count | None 
         check_ordinary(path, IndicesError)
         return _steps_in(path, partial(_read_npy, path))
     dump = inspect_dump(path)
-    metadata, names = dump.contents.metadata, [tensor.name for tensor in dump.contents.tensors]
-    if _NAME not in names:
-        raise IndicesError(f"{path}: no {_NAME!r} in it, only {', '.join(names) or 'nothing'}")
+    tensors, metadata = dump.tensors, dump.metadata
+    if _NAME not in tensors:
+        raise IndicesError(f"{path}: no {_NAME!r} in it, only {', '.join(tensors) or 'nothing'}")
     layout = dataset.layout_sha256
     if metadata.get("dataset_layout_sha256", layout) == layout:
         return _read(dump, _NAME)
@@ -77,22 +77,22 @@ def read_step_indices(path: Path, dataset: StepsDataset, progress: Count | None 
         f"{path}: its indices are of another dataset, {metadata.get('dataset')}, or of "
         f"other shards than {dataset.path} has now"
     )
-    steps = next((name for name in _STEPS if name in names), None)
-    if steps is None or _RUN not in names:
+    steps = next((name for name in _STEPS if name in tensors), None)
+    if steps is None or _RUN not in tensors:
         warn(f"{other}; with {option('labels', 'run_id,step_index')} its rows could be found here")
         return _read(dump, _NAME)
     note(f"{other}; its rows are found by their run_id and step_index")
     return dataset.locate(_read(dump, _RUN), _read(dump, steps), progress=progress)
 
 
-def _read(dump: Inspection, name: str) -> Steps:
+def _read(dump: DumpFiles, name: str) -> Steps:
     """Read a tensor of integers from all files of a dump, int64 (n,)."""
-    files = dump.files
-    return np.concatenate([_steps_in(each.path, partial(_stored, each, name)) for each in files])
+    found = [_steps_in(file.path, partial(_stored, file, name)) for file in dump.files]
+    return np.concatenate(found)
 
 
 def _stored(file: Inspection, name: str) -> NDArray[Any]:
-    tensor = file.tensor(name)
+    tensor = file.tensors[name]
     array: NDArray[Any]
     if file.path.suffix.lower() == ".npz":  # May be compressed, or of another byte order.
         with np.load(file.path, allow_pickle=False) as arrays:
