@@ -174,10 +174,10 @@ def _show_partial(found: Unfinished) -> None:
         "batches": found.header.batches,
         "batches_done": len(found.batches),
         "being_written": found.is_being_written,
-        "written_at": found.written_at,
+        "written_at": found.modified,
     }
     done, of = found.rows, found.header.rows
-    idle = duration_text(max(time.time() - found.written_at, 0))
+    idle = duration_text(max(time.time() - found.modified, 0))
     state = (
         f"unfinished: {done:,} of {of:,} boards ({done / of:.0%}) are on disk, "
         f"{len(found.batches):,} of {found.header.batches:,} batches; "

@@ -171,6 +171,7 @@ class Run:
         self._host_slots, self._local_processes = host_slots, local_processes
         self.commit_seconds = 0.0
         self._reading, self._waiting = Stopwatch(), Stopwatch()
+        self._transfer: HostTransfer | CudaTransfer
         self._boards = 0
         self._ended: float | None = None
         on_cuda, compiled = plan.device.type == "cuda", plan.options.compile
@@ -204,7 +205,13 @@ class Run:
                     initargs=(1,),
                 )
                 exits.callback(self._executor.shutdown, wait=True, cancel_futures=True)
-            self._transfer = self._make_transfer(rows, exits)
+            if plan.device.type == "cuda":
+                slots, processes = self._host_slots, self._local_processes
+                cuda = CudaTransfer(plan, rows, host_slots=slots, local_processes=processes)
+                exits.callback(cuda.close)
+                self._transfer = cuda
+            else:
+                self._transfer = HostTransfer(plan, rows)
             self._set_up = (0.0, 0.0)
             if not self._is_chunked:
                 self._warm_up(rows)
@@ -212,14 +219,6 @@ class Run:
             self._exits = exits.pop_all()
         self._started = time.perf_counter()
         return self
-
-    def _make_transfer(self, rows: int, exits: ExitStack) -> HostTransfer | CudaTransfer:
-        if self._plan.device.type != "cuda":
-            return HostTransfer(self._plan, rows)
-        slots, processes = self._host_slots, self._local_processes
-        transfer = CudaTransfer(self._plan, rows, host_slots=slots, local_processes=processes)
-        exits.callback(transfer.close)
-        return transfer
 
     def _warm_up(self, rows: int) -> None:
         indices = np.zeros(rows, np.int64)
