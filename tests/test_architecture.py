@@ -75,7 +75,7 @@ OWNED = {
     ),
     "commands progress text": ("rich",),
     "commands progress": ("sys.stderr", "sys.stdout"),
-    "commands.processes pipeline.interrupts": ("signal",),
+    "pipeline.interrupts": ("signal",),
 }
 
 
