@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -33,6 +33,15 @@ def duration_text(seconds: float) -> str:
 def shape_text(shape: Sequence[int | str]) -> str:
     """Write a shape as Python does, without the comma of a single axis."""
     return f"({', '.join(map(str, shape))})"
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """Write a set of numbers as ranges: `0-3, 7`."""
+    known = set(numbers)
+    starts = sorted(n for n in known if n - 1 not in known)
+    ends = sorted(n for n in known if n + 1 not in known)
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
 
 
 def printable(text: str, stream: object = None) -> str:

@@ -23,7 +23,7 @@ from dump_activations.model.activations import (
 )
 from dump_activations.progress import shown_progress
 from dump_activations.storage.digests import INTEGRITY_KEY
-from dump_activations.text import duration_text, shape_text, size_text
+from dump_activations.text import duration_text, ranges_text, shape_text, size_text
 
 if TYPE_CHECKING:
     import os
@@ -85,11 +85,13 @@ class _Contents:
 
     @property
     def layers(self) -> list[int] | None:
-        """Numbers of the layers that are stacked in a tensor; None where the file has none."""
-        numbers = self.metadata.get("layers", "").split(",")
-        if not all(number.isdecimal() and len(number) < 10 for number in numbers):
-            return None
-        return [*map(int, numbers)]
+        """Numbers of the layers that are stored; None where the file has none."""
+        from dump_activations.storage.reading.keys import Catalog
+
+        tensors = {tensor.name: tensor for tensor in self.tensors}
+        with suppress(OutputError):  # A file of another program may be no dump.
+            return Catalog(self.path, tensors, self.metadata).layers or None
+        return None
 
     @property
     def has_nonfinite(self) -> bool:
@@ -137,7 +139,7 @@ class _Contents:
             facts.append(f"{self.boards:,} boards")
         if self.layers is not None:
             of = f" of {self.metadata['num_layers']}" if "num_layers" in self.metadata else ""
-            facts.append(f"layers {_ranges(self.layers)}{of}")
+            facts.append(f"layers {ranges_text(self.layers)}{of}")
         if self.digests and not self.has_nonfinite:
             facts.append("all values finite")
         return f"{self.path}: {', '.join(facts)}"
@@ -290,15 +292,6 @@ def _digest_verdict(name: str, damaged: Sequence[str]) -> str:
     if [*damaged] == [INTEGRITY_KEY]:  # The digests themselves are damaged.
         return "unknown"
     return "DAMAGED" if name in damaged else "ok"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Write a set of numbers as ranges: `0-3, 7`."""
-    known = set(numbers)
-    starts = sorted(n for n in known if n - 1 not in known)
-    ends = sorted(n for n in known if n + 1 not in known)
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
 
 
 def _shortened(value: str) -> str:
