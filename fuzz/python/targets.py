@@ -1,7 +1,7 @@
 """Fuzz targets: each hands bytes, as a file, to a reader of files that are not trusted.
 
-A target raises where the reader raises anything else than the package's own error, takes more than
-a second of the processor, or takes more than 200 MB.
+A target fails if the reader raises an error other than the package's own, takes over a second of
+processor time, or takes over 200 MB.
 """
 
 import io
@@ -117,7 +117,7 @@ def _in_archive(name: str, run: Callable[[bytes], None]) -> Callable[[bytes], No
 
 
 def measured(run: Callable[[bytes], None]) -> Callable[[bytes], None]:
-    """Hold a target to its bounds; not for its first call, which imports and allocates."""
+    """Hold a target to its bounds, except in its first call, which imports and allocates."""
 
     def run_measured(data: bytes) -> None:
         peak, start = _peak_nbytes(), time.process_time()

@@ -16,7 +16,7 @@ import torch
 from dump_activations import dump, load_encoder
 from dump_activations.commands.dump import main
 from dump_activations.errors import DumpActivationsNote
-from dump_activations.model.checkpoint_files import WEIGHT_NAMES
+from dump_activations.model.checkpoint import WEIGHT_NAMES
 from dump_activations.storage.writing.output import OutputFile
 from reference.checkpoints import BASE, bundle, config_json, random_state_dict, save_checkpoint
 from reference.datasets import make_dataset, write_shards
@@ -309,10 +309,10 @@ def test_a_partial_file_removed_under_a_run_is_an_error(model, inputs, tmp_path)
 def test_a_second_interruption_does_not_cost_what_is_done(model, inputs, tmp_path, monkeypatch):
     suspend = OutputFile.suspend
 
-    def interrupted_suspend(file):
+    def interrupted_suspend(file, **options):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        return suspend(file)
+        return suspend(file, **options)
 
     monkeypatch.setattr(OutputFile, "suspend", interrupted_suspend)
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not ignored"))

@@ -1,9 +1,10 @@
 """Boards that are read ahead, in windows."""
 
-from concurrent.futures import Executor, Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from simulated.checks import AtOnce
 
 from dump_activations import StepsDataset
 from dump_activations.errors import VocabularyError
@@ -24,16 +25,17 @@ def feed(boards, tmp_path, monkeypatch):
     """Return a feed of all boards of a dataset; windows are of 20 boards at most."""
     monkeypatch.setattr(feed_module, "_LARGEST_WINDOW", 20)
 
-    def begin(**options):
+    def begin(batch_size, ranges=None):
         np.save(tmp_path / "steps.npy", encode_rows(boards, "selfplay_v1"))
-        return feed_module.feed_boards(
-            StepsDataset(tmp_path),
-            np.arange(N),
-            vocabulary=16,
-            reading=Stopwatch(),
-            waiting=Stopwatch(),
-            **options,
+        plan = SimpleNamespace(
+            dataset=StepsDataset(tmp_path),
+            indices=np.arange(N),
+            labels=None,
+            options=SimpleNamespace(batch_size=batch_size),
+            model=SimpleNamespace(config=SimpleNamespace(input_vocab_size=16)),
         )
+        watches = {"reading": Stopwatch(), "waiting": Stopwatch()}
+        return feed_module.feed_boards(plan, ranges, **watches)
 
     return begin
 
@@ -48,21 +50,6 @@ def test_batches_are_whole_whatever_the_largest_window(first, batch_size, feed, 
         rows = np.arange(N)[batch.first_row : batch.first_row + batch_size]
         assert np.array_equal(batch.indices, rows)
         assert np.array_equal(batch.boards_BS, boards[rows])
-
-
-class AtOnce(Executor):
-    """Does what it is asked for at once, so that tests need not wait for a thread."""
-
-    def __init__(self, **_):
-        pass
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_a_dump_of_one_layer_by_its_name(make, capsys):
     for name in ("blocks.1.hook_resid_post", f"{STACKED}.1"):
         same(acts[name][[3]], expected[[3]])
     assert main([str(path)]) == 0
-    assert "layers 1 of 4," in capsys.readouterr().out.splitlines()[0]
+    assert "boards, 1 of 4 layers," in capsys.readouterr().out.splitlines()[0]
 
 
 def test_numpy_takes_an_array(make):

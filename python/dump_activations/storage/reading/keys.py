@@ -16,6 +16,7 @@ from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PR
 from dump_activations.errors import InvalidArgumentError, MissingKeyError, OutputError, option
 from dump_activations.model.activations import ACTIVATIONS, WeightActivation, split_layer_alias
 from dump_activations.storage.formats.layout import StoredTensor
+from dump_activations.text import did_you_mean
 
 _OF_RUN = ("indices", "boards")
 
@@ -147,8 +148,9 @@ class Catalog:
         if key is not None:
             return key if layer is None else key.layer(layer)
         others = [other for other in self.tensors if _split_name(other)[0] not in self.keys]
+        known = [*self.keys, *others]
         raise MissingKeyError(
-            f"{self._path}: no {name!r} in it, only {_listed([*self.keys, *others])}"
+            f"{self._path}: no {name!r} in it{did_you_mean(name, known)}, only {_listed(known)}"
         )
 
     def _find_layers(self, metadata: Mapping[str, str]) -> tuple[int | None, tuple[int, ...]]:
