@@ -216,7 +216,8 @@ class _Call:
         else:
             output.tidy()
             note(f"{_files_are(output)} already complete")
-            summary = Summary(setup_seconds=time.perf_counter() - self.started)
+            keys = tuple(each.key for each in self.plan.activations)
+            summary = Summary(keys=keys, setup_seconds=time.perf_counter() - self.started)
         return replace(
             summary,
             output=self.path,
