@@ -274,7 +274,9 @@ def outdated(hub, session, tmp_path_factory):
 @pytest.mark.parametrize(
     ("refusal", "words"), [*REFUSALS, ((404, "RepoNotFound", ""), ["private"])]
 )
-def test_a_refusal_gives_way_to_the_cache(refuses_all, refusal, words, outdated, hub, session):
+def test_a_refusal_gives_way_to_the_cache(  # noqa: PLR0917
+    refuses_all, refusal, words, outdated, hub, session
+):
     """As in the hub's own tools: a token that expired does not take a checkpoint away."""
     hub.refusal, hub.refuses_all = refusal, refuses_all
     answer = session.ask("hf://lab/outdated")
