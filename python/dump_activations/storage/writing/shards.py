@@ -183,7 +183,7 @@ class Output:
 
     @cached_property
     def _mount(self) -> Mount:
-        return probe(self._directory)
+        return probe(self.files[0].target)
 
     @property
     def _directory(self) -> Path:
