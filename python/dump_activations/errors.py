@@ -135,8 +135,8 @@ class DeviceError(DumpActivationsError, RuntimeError):
     """A compute device, memory, threads or a compiler that this machine lacks."""
 
 
-class OutputError(DumpActivationsError, OSError):
-    """An output file that cannot be written, resumed or read back."""
+class _FileError(DumpActivationsError, OSError):
+    """A file that the system, or a server, refuses."""
 
     @classmethod
     def of_system(cls, what: str, cause: OSError) -> Self:
@@ -156,6 +156,18 @@ class OutputError(DumpActivationsError, OSError):
             raise
         except OSError as error:
             raise cls.of_system(what, error) from error
+
+
+class OutputError(_FileError):
+    """An output file that cannot be written, resumed or read back."""
+
+
+class RemoteError(_FileError):
+    """A file behind a URL that cannot be read, or its local copy."""
+
+
+class RemoteNotFoundError(RemoteError, FileNotFoundError):
+    """A file or directory behind a URL that does not exist."""
 
 
 class RowIndexError(DumpActivationsError, IndexError):

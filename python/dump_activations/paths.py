@@ -10,6 +10,11 @@ from dump_activations.errors import DumpActivationsError, InvalidArgumentError, 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
+def is_url(path: object) -> bool:
+    """Return True for text of the form `scheme://...`."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
 def locate(path: str | os.PathLike[str], name: str = "") -> Path:
     """Turn a path argument into an absolute path, with `~` expanded and links kept.
 
@@ -35,6 +40,20 @@ def locate(path: str | os.PathLike[str], name: str = "") -> Path:
         raise InvalidArgumentError(
             f"{text}: this user has no home directory; write the path without ~"
         ) from None
+
+
+def input_path(path: str | os.PathLike[str], name: str = "") -> Path:
+    """Turn the path or URL of an input file into an absolute path, of its local copy for a URL.
+
+    Raises:
+        InvalidArgumentError: as `locate`, or no store serves the URL.
+        RemoteError: the file cannot be read, or there is none.
+    """
+    if not is_url(path):
+        return locate(path, name)
+    from dump_activations.remote import local_file
+
+    return local_file(os.fspath(path))
 
 
 def check_reachable(path: Path, error: type[DumpActivationsError]) -> None:

@@ -14,10 +14,11 @@ from dump_activations.dataset.scan import RUN, STEPS
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
 from dump_activations.options import Options
-from dump_activations.paths import locate
+from dump_activations.paths import input_path
+from dump_activations.remote.mirror import fetch_whole
 from dump_activations.progress import Count, Phase, begin, counted
 from dump_activations.storage.formats.registry import FORMATS
-from dump_activations.storage.reading.inspection import Inspection
+from dump_activations.storage.reading.inspection import Inspection, read_bytes
 from dump_activations.storage.reading.whole import find_shards, inspect_dump
 
 _NAME = "indices"
@@ -30,7 +31,7 @@ _Options = TypeVar("_Options", bound=Options)
 def indices_files(options: Options) -> list[Path]:
     """Return the file that the option names, if it names one."""
     given = options.indices
-    return [locate(given, _NAME)] if isinstance(given, str | os.PathLike) else []
+    return [input_path(given, _NAME)] if isinstance(given, str | os.PathLike) else []
 
 
 def with_step_indices(
@@ -61,6 +62,7 @@ def read_step_indices(
         DatasetError: the rows are looked for, and one cannot be read.
     """
     if path.suffix.lower() not in FORMATS:
+        fetch_whole(path)
         return load_indices(path)
     if not path.exists() and find_shards(path) is None:
         raise IndicesNotFoundError(f"{path}: no such file of step indices")
@@ -92,13 +94,15 @@ def _read(dump: Inspection, name: str) -> NDArray[np.int64]:
         tensor = file.tensor(name)
         try:
             if file.path.suffix.lower() == ".npz":  # May be compressed, or of another byte order.
+                fetch_whole(file.path)
                 with np.load(file.path, allow_pickle=False) as arrays:
                     array = arrays[name]
             else:
                 assert tensor.offset is not None
                 dtype = np.dtype(tensor.dtype)
                 count = tensor.nbytes // dtype.itemsize
-                array = np.fromfile(file.path, dtype, count, offset=tensor.offset)
+                array = np.empty(count, dtype)
+                read_bytes(file, name, 0, array.view(np.uint8))
             found.append(step_indices(array.reshape(-1)))
         except (IndicesError, OSError, ValueError, TypeError) as error:
             raise IndicesError(f"{file.path}: {error}") from None

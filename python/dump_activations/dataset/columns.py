@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.dataset import game
 from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
-from dump_activations.dataset.shards import row_dtype
+from dump_activations.dataset.shards import fetch_rows, row_dtype
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import DatasetError, InvalidArgumentError, option
 
@@ -214,6 +214,7 @@ class ColumnReader:
         scratch, *outs = buffers
         boards_NS, *fields = (out[:rows] for out in outs)
         boards = boards_NS if self._needs_boards else None
+        fetch_rows(self._dataset, range(first, first + rows))
         self._selection.scan((first, first + rows), scratch, boards, fields, cancel)
         return self._compute(boards_NS, fields)
 
@@ -258,6 +259,7 @@ class LabelReader(ColumnReader):
         """
         ends = np.cumsum([CELLS, *(field.nbytes for field in self._fields)])
         rows = np.empty((len(indices), ends[-1]), np.uint8)
+        fetch_rows(self._dataset, indices)
         self._selection.read(indices, rows, cancel)
         boards_NS[:], *fields = np.split(rows, ends[:-1], axis=1)
         read = self._compute(boards_NS, [np.ascontiguousarray(field) for field in fields])

@@ -17,7 +17,7 @@ from dump_activations.dataset.columns import Columns, LabelReader
 from dump_activations.dataset.expressions import Expression, parse, split_names
 from dump_activations.dataset.sampling import Matches, StepRange, sample, step_indices
 from dump_activations.dataset.scan import find_matches, locate_rows
-from dump_activations.dataset.shards import Shard, open_shards
+from dump_activations.dataset.shards import Shard, fetch_rows, open_shards
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
     DatasetError,
@@ -28,6 +28,7 @@ from dump_activations.errors import (
     warn,
 )
 from dump_activations.progress import Count
+from dump_activations.remote.mirror import url_of
 
 if TYPE_CHECKING:
     # For the types of a `DataLoader`. It only needs the methods, and a dataset needs no torch.
@@ -121,7 +122,7 @@ class StepsDataset(_Dataset):
         ]
         if len(self.shards) > _SHARDS_SHOWN:
             shards.append(f"  ... and {len(self.shards) - _SHARDS_SHOWN:,} more shards")
-        title = f"StepsDataset({os.fspath(self.path)!r}{labels})"
+        title = f"StepsDataset({url_of(self.path) or os.fspath(self.path)!r}{labels})"
         size = f"{len(self):,} rows of {self.dtype.itemsize} bytes, {len(self.shards):,} shards"
         return "\n".join([f"{title}: {size}", *fields, *shards])
 
@@ -361,6 +362,7 @@ class StepsDataset(_Dataset):
         elif not isinstance(out, np.ndarray) or out.dtype != np.uint8:
             given = getattr(out, "dtype", type(out).__name__)
             raise TypeError(f"out must be a NumPy array of uint8; got {given}")
+        fetch_rows(self._dataset, indices)
         self._dataset.read_boards(indices, out, cancel)
         return out
 
@@ -371,6 +373,7 @@ class StepsDataset(_Dataset):
         """
         indices = step_indices(indices)
         rows: NDArray[np.void] = np.empty(len(indices), self.dtype)
+        fetch_rows(self._dataset, indices)
         self._dataset.read_rows(
             indices, rows.view(np.uint8).reshape(len(rows), self.dtype.itemsize)
         )

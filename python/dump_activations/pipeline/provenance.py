@@ -11,6 +11,7 @@ import torch
 from dump_activations.dataset.expressions import Expression
 from dump_activations.pipeline.device import device_name
 from dump_activations.pipeline.plan import Plan
+from dump_activations.remote.mirror import url_of
 
 _FORMAT_VERSION = "1"
 _DIGESTED_AT_ONCE = 1 << 20
@@ -32,7 +33,7 @@ def metadata(plan: Plan) -> dict[str, str]:
         "weights_dtype": None if dtypes == {"float32"} else ",".join(sorted(dtypes)),
         **_asked(plan),
         "seed": str(options.seed),
-        "dataset": str(plan.dataset.path),
+        "dataset": url_of(plan.dataset.path) or str(plan.dataset.path),
         "dataset_rows": str(len(plan.dataset)),
         "sampling": plan.sampling,
         "where": options.where.text if isinstance(options.where, Expression) else None,

@@ -17,6 +17,7 @@ from dump_activations import _rust
 from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.errors import OutputError
 from dump_activations.paths import check_ordinary
+from dump_activations.remote.mirror import fetch, open_binary
 from dump_activations.storage.digests import (
     INTEGRITY_KEY,
     METADATA_NAME,
@@ -134,7 +135,7 @@ def open_again(inspection: Inspection) -> Iterator[BinaryIO]:
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     check_ordinary(path, OutputError)
-    with OutputError.when(f"cannot read {path}"), path.open("rb") as file:
+    with OutputError.when(f"cannot read {path}"), open_binary(path) as file:
         yield file
 
 
@@ -234,6 +235,8 @@ def _digests(
     def digest(name: str, start: int, stop: int) -> Digest:
         tensor = inspection.tensor(name)
         assert tensor.offset is not None
+        span = np.array([tensor.offset + start])
+        fetch({inspection.path: (span, span + (stop - start))})
         counts = _rust.digest_span(fd, tensor.offset + start, stop - start, tensor.dtype)
         return Digest(stop - start, *counts)
 

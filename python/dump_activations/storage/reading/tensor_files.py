@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError
+from dump_activations.remote.mirror import fetch, is_mirror
 from dump_activations.storage.reading.inspection import Inspection, inspect
 from dump_activations.storage.reading.keys import Part
 from dump_activations.storage.reading.whole import inspect_dump
@@ -92,8 +93,25 @@ class TensorFiles:
             stored = self._open.get((part.tensor, parts))
             if stored is None:
                 stored = self._open[part.tensor, parts] = self._stored(part.tensor, parts)
+            self._fetch(part.tensor, parts, numbers)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
             self._check_unchanged(touched)
+
+    def _fetch(self, name: str, parts: int, numbers: NDArray[np.int64]) -> None:
+        """Make parts of rows of remote files local; local files have them."""
+        if not any(is_mirror(file.path) for file in self.files):
+            return
+        numbers, first = np.unique(numbers), 0
+        for file in self._files_of(name):
+            tensor = file.tensor(name)
+            assert tensor.offset is not None
+            of_boards = self.catalog.find(name).of_boards
+            end = first + (tensor.shape[0] if of_boards else 1) * parts
+            nbytes = tensor.nbytes // (end - first)
+            inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)]
+            begins = tensor.offset + (inside - first) * nbytes
+            fetch({file.path: (begins, begins + nbytes)})
+            first = end
 
     def check_digest(self, tensor: str, data: NDArray[np.uint8]) -> None:
         """Compare a whole tensor's bytes, of all files, with the files' digests.
