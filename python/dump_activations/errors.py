@@ -135,8 +135,10 @@ class DeviceError(DumpActivationsError, RuntimeError):
     """A compute device, memory, threads or a compiler that this machine lacks."""
 
 
-class _FileError(DumpActivationsError, OSError):
+class _FileError(DumpActivationsError):
     """A file that the system, or a server, refuses."""
+
+    errno: int | None
 
     @classmethod
     def of_system(cls, what: str, cause: OSError) -> Self:
@@ -158,16 +160,12 @@ class _FileError(DumpActivationsError, OSError):
             raise cls.of_system(what, error) from error
 
 
-class OutputError(_FileError):
+class OutputError(_FileError, OSError):
     """An output file that cannot be written, resumed or read back."""
 
 
-class RemoteError(_FileError):
+class RemoteError(_FileError, RuntimeError):
     """A file behind a URL that cannot be read, or its local copy."""
-
-
-class RemoteNotFoundError(RemoteError, FileNotFoundError):
-    """A file or directory behind a URL that does not exist."""
 
 
 class RowIndexError(DumpActivationsError, IndexError):

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dump_activations.errors import RemoteNotFoundError
+from dump_activations.errors import DatasetNotFoundError, OutputError
 from dump_activations.remote.mirror import BLOCK_NBYTES, fetch, view_of
 
 _DATASET_NAMES = ("steps-*.npy", "steps.npy", "metadata.db", "metadata.db-*")
@@ -16,7 +16,7 @@ def local_dataset(url: str) -> Path:
     """Return a local directory that mirrors a dataset's; only the shards' headers are read.
 
     Raises:
-        RemoteNotFoundError: there is no such directory, or no shard in it.
+        DatasetNotFoundError: no shard is in it.
         RemoteError: the server refuses or does not answer, or the cache cannot be written.
         InvalidArgumentError: no store serves the URL.
     """
@@ -25,7 +25,7 @@ def local_dataset(url: str) -> Path:
     location = Location.of(url)
     files = location.list(lambda name: any(fnmatchcase(name, each) for each in _DATASET_NAMES))
     if not any(file.name.endswith(".npy") for file in files):
-        raise RemoteNotFoundError(f"{location.url}: no steps-*.npy and no steps.npy in it")
+        raise DatasetNotFoundError(f"{location.url}: no steps-*.npy and no steps.npy in it")
     view = view_of(location, files)
     shards = [view / file.name for file in files if file.name.endswith(".npy")]
     for known in (BLOCK_NBYTES, None):
@@ -48,7 +48,7 @@ def local_file(url: str) -> Path:
     """Return the local path of a mirrored file, or the name of a dump whose shards are mirrored.
 
     Raises:
-        RemoteNotFoundError: there is neither.
+        OutputError: there is neither.
         RemoteError: the server refuses or does not answer, or the cache cannot be written.
         InvalidArgumentError: no store serves the URL.
     """
@@ -61,5 +61,5 @@ def local_file(url: str) -> Path:
     found = location.head(name)
     files = [found] if found else location.list(lambda each: shard.fullmatch(each) is not None)
     if not files:
-        raise RemoteNotFoundError(f"{location.url}/{name}: no such file, and no shards of it")
+        raise OutputError(f"{location.url}/{name}: no such file, and no shards of it")
     return view_of(location, files) / name

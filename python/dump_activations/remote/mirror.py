@@ -40,6 +40,7 @@ _NBYTES_UNDER_WAY = 32 << 20
 CACHE_VARIABLE = "DUMP_ACTIVATIONS_CACHE"
 SIZE_VARIABLE = "DUMP_ACTIVATIONS_CACHE_GB"
 _DEFAULT_GB = 100
+_CANNOT_WRITE = f"cannot write the cache {{}}, which {CACHE_VARIABLE} can move"
 
 Ranges = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Where ranges of bytes begin and end, int64 (K,) each."""
@@ -52,14 +53,15 @@ def view_of(location: Location, files: Sequence[RemoteFile]) -> Path:
         RemoteError: the cache cannot be written, or belongs to another user.
     """
     root = _cache()
-    versions = json.dumps([location.url, *files])
+    _locations[location.url, location.commit] = location
+    versions = json.dumps([location.url, location.commit, *files])
     scheme, _, rest = location.url.partition("://")
     view = root / "views" / scheme / rest / _key(versions)
-    with RemoteError.when(f"cannot write the cache {root}"):
+    with RemoteError.when(_CANNOT_WRITE.format(root)):
         view.mkdir(parents=True, exist_ok=True)
         _make_room(root)
         for file in files:
-            mirror = root / "files" / _key(json.dumps([location.url, *file]))
+            mirror = root / "files" / _key(json.dumps([location.url, location.commit, *file]))
             _create(mirror, location, file)
             if not (view / file.name).is_symlink():
                 _link(view / file.name, mirror)
@@ -155,7 +157,7 @@ class _Mirror:
     @property
     def location(self) -> Location:
         """Connect to the remote directory."""
-        return _location(self.location_url, self._commit, os.getpid())
+        return _location(self.location_url, self._commit)
 
     def missing(
         self, starts_K: NDArray[np.int64], stops_K: NDArray[np.int64]
@@ -185,7 +187,7 @@ class _Mirror:
         start = first * BLOCK_NBYTES
         end = min(stop * BLOCK_NBYTES, self.file.size)
         data = await self.location.read(self.file, start, end)
-        with RemoteError.when(f"cannot write the cache {self._path}"):
+        with RemoteError.when(_CANNOT_WRITE.format(self._path)):
             fd = os.open(self._path, os.O_WRONLY)
             try:
                 while data:
@@ -216,12 +218,17 @@ class _Mirror:
             os.close(fd)
 
 
-@cache
-def _location(url: str, commit: str | None, process: int) -> Location:  # noqa: ARG001
-    """Connect once per process: connections do not survive a fork."""
-    from dump_activations.remote.stores import Location
+def _location(url: str, commit: str | None) -> Location:
+    """Return the connection to a remote directory; a worker that was spawned makes its own."""
+    if (url, commit) not in _locations:
+        from dump_activations.remote.stores import Location
 
-    return Location.of(url, commit)
+        _locations[url, commit] = Location.of(url, commit)
+    return _locations[url, commit]
+
+
+# A user and password in a URL are here alone.
+_locations: dict[tuple[str, str | None], Location] = {}
 
 
 @cache
@@ -245,7 +252,7 @@ def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = Path(os.environ.get(CACHE_VARIABLE) or Path(base, "dump-activations"))
     root = root.expanduser().absolute()
-    with RemoteError.when(f"cannot write the cache {root}"):
+    with RemoteError.when(_CANNOT_WRITE.format(root)):
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if root.stat().st_uid != os.geteuid():
             raise RemoteError(

@@ -22,7 +22,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
-from dump_activations.errors import InvalidArgumentError, RemoteError, RemoteNotFoundError
+from dump_activations.errors import InvalidArgumentError, RemoteError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -33,8 +33,9 @@ _SCHEMES = ("s3", "gs", "az", "http", "https", "hf")
 _HUB_FORM = "hf://datasets/ORG/NAME[@REVISION]/PATH"
 # A server that accepts and never answers is given up within a minute, with all retries.
 _CLIENT = {"connect_timeout": "5s", "read_timeout": "12s", "timeout": "10m"}
-_RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
+_RETRIES = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
 _TIMEOUT = 30
+_BODIES = 3
 # Requests at once: over a link of 20 ms, 4,096 rows then take 2.6 s.
 _REQUESTS = 32
 _FIRST_PROCESS = os.getpid()
@@ -45,16 +46,32 @@ _ANSWERS = {
     "401": "log in, or check the credentials",
     "403": "check that the credentials may read it",
     "429": "the server asks for a pause: try again later",
+    "500": "try again later",
     "503": "the server is overloaded: try again later",
 }
 
 
+class RemoteNotFoundError(RemoteError):
+    """A file or directory behind a URL that does not exist."""
+
+
 class RemoteFile(NamedTuple):
-    """A file behind a URL. `version` changes with its content, as far as the server tells."""
+    """A file behind a URL.
+
+    `etag` and `modified` change with its content. A server may lack the first, and some lists do.
+    """
 
     name: str
     size: int
-    version: str
+    etag: str | None = None
+    modified: int | None = None
+
+    def is_same(self, other: Self) -> bool:
+        """Return False where the content has changed, as far as the server tells."""
+        tells_tags = self.etag is not None and other.etag is not None
+        return self.size == other.size and (
+            self.etag == other.etag if tells_tags else self.modified == other.modified
+        )
 
 
 def without_secrets(url: str) -> str:
@@ -167,11 +184,7 @@ class Location:
                 found = await obstore.head_async(self.store, self.prefix + name)
         except RemoteNotFoundError:
             return None
-        return (
-            _described(name, found)
-            if self.commit is None
-            else RemoteFile(name, found["size"], self.commit)
-        )
+        return RemoteFile(name, found["size"]) if self.commit else _described(name, found)
 
     async def read(self, file: RemoteFile, start: int, stop: int) -> memoryview:
         """Read a range of a file's bytes.
@@ -182,13 +195,19 @@ class Location:
         import obstore
 
         with _errors(f"{self.url}/{file.name}"):
-            found = await obstore.get_async(
-                self.store, self.prefix + file.name, options={"range": (start, stop)}
-            )
-            # The commit names the content on the hub, where files may come from another server.
-            seen = file if self.commit is not None else _described(file.name, found.meta)
-            data = memoryview(await found.bytes_async())
-        if (found.meta["size"], seen.version) != (file.size, file.version):
+            for attempt in range(_BODIES):
+                try:
+                    found = await obstore.get_async(
+                        self.store, self.prefix + file.name, options={"range": (start, stop)}
+                    )
+                    data = memoryview(await found.bytes_async())
+                    break
+                except obstore.exceptions.GenericError as error:
+                    # The client repeats requests, but not answers that are cut short.
+                    if "body error" not in str(error) or attempt == _BODIES - 1:
+                        raise
+        # On the hub the commit names the content, and the file may come from another server.
+        if self.commit is None and not file.is_same(_described(file.name, found.meta)):
             raise RemoteError(f"{self.url}/{file.name} changed while it was read; run it again")
         if len(data) != stop - start:
             raise RemoteError(
@@ -214,7 +233,7 @@ class Location:
         api = HfApi()
         for each in api.list_repo_tree(repo, path, revision=self.commit, repo_type="dataset"):
             if isinstance(each, RepoFile):
-                yield RemoteFile(each.path.rpartition("/")[2], each.size, str(self.commit))
+                yield RemoteFile(each.path.rpartition("/")[2], each.size)
 
     def _list_index(self, wanted: Callable[[str], bool]) -> Iterator[RemoteFile]:
         """Read the names from the page that web servers make of a directory."""
@@ -282,8 +301,7 @@ class _Links(HTMLParser):
 
 
 def _described(name: str, meta: Any) -> RemoteFile:
-    version = meta["e_tag"] or meta["last_modified"].isoformat()
-    return RemoteFile(name, meta["size"], version)
+    return RemoteFile(name, meta["size"], meta["e_tag"], int(meta["last_modified"].timestamp()))
 
 
 def _authorization(url: str) -> dict[str, str]:
@@ -293,7 +311,7 @@ def _authorization(url: str) -> dict[str, str]:
 
 
 def _profile() -> Any:
-    """Return the provider of AWS profiles where boto3 is installed and no key is in the environment."""
+    """Return what reads AWS profiles, if boto3 is installed and no key is in the environment."""
     if "AWS_ACCESS_KEY_ID" in os.environ or find_spec("boto3") is None:
         return None
     if "AWS_PROFILE" not in os.environ and not Path("~/.aws/credentials").expanduser().exists():
@@ -313,14 +331,28 @@ def _errors(what: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise RemoteNotFoundError(f"{what}: no such file or directory") from error
     except Exception as error:  # The clients raise errors of many libraries.
-        text = str(getattr(error, "server_message", None) or error).strip()
         is_missing = "NotFound" in type(error).__name__
-        if is_missing or (isinstance(error, HTTPError) and error.code == 404):  # noqa: PLR2004
+        if is_missing or (isinstance(error, HTTPError) and error.code == 404):
             raise RemoteNotFoundError(
                 f"{what}: no such repository, revision or file; check the name, or log in"
             ) from error
-        if "Range request not supported" in text:
-            raise RemoteError(f"{what}: the server has no ranges; download it whole") from error
-        reason = _QUERY.sub("", text.partition("\n")[0])
-        advice = next((way for status, way in _ANSWERS.items() if f" {status} " in text), None)
-        raise RemoteError(f"{what}: {reason[:300]}{f'; {advice}' if advice else ''}") from error
+        raise RemoteError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Shorten the report of a client to its reason, and add what to do."""
+    text = str(getattr(error, "server_message", None) or error).strip()
+    if "Range request not supported" in text:
+        return "the server has no ranges; download it whole, and give its path"
+    if answer := re.search(
+        r"(?:status code|HTTP Error|Client error):? '?([0-9]{3})[: ]*([\w ]*)", text
+    ):
+        code = re.search(r"<Code>(\w+)</Code>", text)
+        advice = _ANSWERS.get(answer[1], "check the address")
+        return f"{answer[1]} {code[1] if code else answer[2].strip()}; {advice}"
+    if "error sending request" in text:
+        causes = re.findall(r'message: "([^"]+)"', text)
+        return f"no answer ({causes[-1] if causes else 'timed out'}); try again later"
+    if "body error" in text:
+        return "the server's answer was cut short; try again"
+    return _QUERY.sub("", text.partition("\n")[0])[:300] or type(error).__name__
