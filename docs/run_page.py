@@ -6,8 +6,8 @@ A `text` block behind a block is its output: the page fails if the words or whol
 decimals by more than rounding does. `--update` rewrites these blocks. Blocks in other languages
 (`sh`, `console`) and blocks behind `<!-- not run -->` are only shown.
 
-The Python blocks of a page are one program, those of the README a program each. Pictures that the
-code draws are copied to the directory of pictures, if one is given.
+The Python blocks of a page are one program, and each block of the README is one. Pictures of the
+code are copied to the directory of pictures, if one is given.
 """
 
 import argparse

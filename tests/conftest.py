@@ -9,17 +9,17 @@ from hypothesis import settings
 
 from dump_activations import progress as display
 
-# The models here are tiny: a thread pool costs them more than it gives. Set before torch is
+# The models here are tiny: threads cost them more than they give. Set before torch is
 # imported, and inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # torch.compile would try out each of the CPU's instruction sets, which takes longer than the rest.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
-# A shell's background job, and all it starts, ignores Ctrl-C; tests send it.
+# A shell's background job, and all it starts, ignores Ctrl-C. Tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How long an example takes says nothing on a machine that does other things too.
+# The time of an example means nothing on a machine that does other things too.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

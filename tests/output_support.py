@@ -142,7 +142,7 @@ def write_dump(
     threads: int = 2,
     **options: Any,
 ) -> Path:
-    """Write a dump in one file; batches are submitted in `order`, without those that are there."""
+    """Write a dump in one file. Submit missing batches in `order`."""
     with open_file(path, dump, **options) as file:
         write_whole_tensors(file, dump)
         missing = missing_rows(file)

@@ -14,7 +14,7 @@ LEAVES = (
     *("text", "timing"),
 )
 
-# Room -> the rooms and modules that its modules may import, besides one another.
+# Room -> the rooms and modules that its modules may import, in addition to one another.
 ARROWS = {
     "__main__": ("commands",),
     "commands": (
@@ -48,10 +48,7 @@ ARROWS = {
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
         *("storage.shards", "storage.statistics"),
     ),
-    "storage.statistics": (
-        *(*LEAVES, "_rust", "storage.formats", "storage.parallel", "storage.reading.inspection"),
-        "storage.reading.keys",
-    ),
+    "storage.statistics": (*LEAVES, "_rust"),
     "storage.parallel": (),
     "storage.shards": LEAVES,
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),

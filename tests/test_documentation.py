@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import dump_activations as package
 from dump_activations import dump
 from dump_activations.commands.dump import dump_activations
 from dump_activations.commands.inspect import inspect_activations
@@ -22,9 +23,9 @@ from test_architecture import ARROWS, LEAVES, PACKAGE
 
 ROOT = Path(__file__).parents[1]
 CALL = re.compile(r"(?:^|\s)(dump-activations|-m dump_activations|inspect-activations)\s+(.*)")
-COMMAND, KEYS, ARCHITECTURE, FORMAT = (
+API, COMMAND, KEYS, ARCHITECTURE, FORMAT = (
     (ROOT / "docs" / name).read_text()
-    for name in ("command.md", "keys.md", "architecture.md", "file-format.md")
+    for name in ("api.md", "command.md", "keys.md", "architecture.md", "file-format.md")
 )
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -61,6 +62,12 @@ def test_the_activation_keys():
     assert column(FORMAT, "Name") == {*keys, "labels", "indices", "boards"}
 
 
+def test_the_public_names():
+    described = re.findall(r"^\.\. (?:auto\w+|py:type):: ([\w.]+)", API, re.MULTILINE)
+    names = {name.rpartition(".")[2] for name in described}
+    assert names == {*package.__all__, "Cells", "Rows", "Layers", "ArrayLike"}
+
+
 def test_the_statistics():
     assert [row[0] for row in table(FORMAT, "Statistic")] == [each.name for each in STATISTICS]
 
@@ -89,7 +96,7 @@ N, BATCH_SIZE = 20, 4
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, demo_checkpoint, demo_dataset):
-    """Dump to one file and to two shards; return the metadata and the tensors of each file."""
+    """Dump to one file and to two shards, and return the metadata and the tensors of each file."""
     directory = tmp_path_factory.mktemp("documented")
     whole = directory / "a.safetensors"
     write(whole, demo_checkpoint, demo_dataset)
@@ -125,13 +132,9 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def keys_in_the_code() -> set[str]:
-    """Name the keys of the dicts that a run's metadata is put together from, written or not."""
-    tree = ast.parse((PACKAGE / "pipeline" / "provenance.py").read_text())
-    functions = [
-        n
-        for n in tree.body
-        if isinstance(n, ast.FunctionDef) and n.name not in {"fingerprint", "computed_by"}
-    ]
+    """Name the keys of a run's metadata, written or not."""
+    tree = ast.parse((PACKAGE / "pipeline" / "plan.py").read_text())
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "metadata"]
     dicts = [n for function in functions for n in ast.walk(function) if isinstance(n, ast.Dict)]
     return {key.value for each in dicts for key in each.keys if isinstance(key, ast.Constant)}
 

@@ -45,17 +45,17 @@ def test_the_sae_learns(activations, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("found_by", "pattern", "least"),
+    ("found_by", "pattern", "lowest"),
     [("torch.nn.Linear", rf"layer {LAYER}: (\S+)", 0.45), ("expected_bin", r"(\S+)", 0.6)],
     ids=["probe", "model's move"],
 )
-def test_the_answers_of_the_readme(found_by, pattern, least, *, activations, monkeypatch, capsys):
+def test_the_answers_of_the_readme(found_by, pattern, lowest, *, activations, monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
     (code,) = [block for block in blocks if found_by in block]
     monkeypatch.chdir(activations.parent)
     exec(compile(code, "README.md", "exec"), {})
-    assert float(re.findall(pattern, capsys.readouterr().out)[-1]) > least
+    assert float(re.findall(pattern, capsys.readouterr().out)[-1]) > lowest
 
 
 PAGE = """

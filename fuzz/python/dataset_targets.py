@@ -52,7 +52,7 @@ def _read_labels(ds: StepsDataset, rows: bytes) -> None:
 
 
 def make_selection_target(directory: Path):
-    """Select bytes of rows as the first line says, of a shard that is the rest."""
+    """Select bytes of rows: the first line has the selection, the rest is the shard."""
     directory.mkdir()
 
     def run(data: bytes) -> None:
@@ -70,7 +70,7 @@ def make_selection_target(directory: Path):
             return found
 
         try:
-            dataset = _rust.Dataset(directory, layout)
+            dataset = _rust.Dataset(directory, ["steps.npy"], layout)
             selection = _rust.Selection(dataset, fields)
         except (DumpActivationsError, TypeError, OverflowError):
             return
@@ -114,7 +114,7 @@ def make_runs_target(directory: Path):
 
 
 def make_runs_schema_target(directory: Path):
-    """Read every column of a sound database but for the fuzzed text, which is its table's SQL."""
+    """Read every column of a sound database whose table has the fuzzed text as its SQL."""
     directory.mkdir()
 
     def run(data: bytes) -> None:

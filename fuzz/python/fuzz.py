@@ -1,7 +1,7 @@
 """Fuzzes a reader with atheris: `fuzz.py TARGET [OPTIONS OF LIBFUZZER]`.
 
-What it finds on its way is kept in target/fuzz/TARGET, for the next run; an input that breaks a
-reader in the current directory, as crash-HASH.
+New inputs are kept in target/fuzz/TARGET, for the next run. An input that breaks a reader is kept
+in the current directory, as crash-HASH.
 """
 
 import random

@@ -1,7 +1,7 @@
 """Fuzz targets: each hands bytes, as a file, to a reader of files that are not trusted.
 
-A target raises where the reader raises anything else than the package's own error, takes more than
-a second of the processor, or takes more than 200 MB.
+A target fails if the reader raises an error other than the package's own, takes over a second of
+processor time, or takes over 200 MB.
 """
 
 import io
@@ -26,7 +26,8 @@ from dataset_targets import (
 
 from dump_activations import load_encoder
 from dump_activations.errors import DumpActivationsError, OutputError
-from dump_activations.storage.reading.inspection import find_damage, inspect
+from dump_activations.storage.reading.damage import find_damage
+from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.writing.journal import Header, JournalError, read_journal
 from dump_activations.storage.writing.paths import journal_path
 
@@ -52,10 +53,10 @@ def _inspected(suffix: str) -> Callable[[bytes], None]:
     def run(data: bytes) -> None:
         path.write_bytes(data)
         with suppress(OutputError):
-            inspection = inspect(path)
-            assert sum(tensor.nbytes for tensor in inspection.contents.tensors) >= 0
-            assert inspection.digests is not None
-            find_damage(inspection, threads=1)
+            dump = inspect_dump(path)
+            assert sum(tensor.nbytes for tensor in dump.tensors.values()) >= 0
+            assert dump.digests is not None
+            find_damage(dump, threads=1)
 
     return run
 
@@ -116,7 +117,7 @@ def _in_archive(name: str, run: Callable[[bytes], None]) -> Callable[[bytes], No
 
 
 def measured(run: Callable[[bytes], None]) -> Callable[[bytes], None]:
-    """Hold a target to its bounds; not for its first call, which imports and allocates."""
+    """Hold a target to its bounds, except in its first call, which imports and allocates."""
 
     def run_measured(data: bytes) -> None:
         peak, start = _peak_nbytes(), time.process_time()

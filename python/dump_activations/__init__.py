@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dump_activations.model.checkpoint import load_encoder
     from dump_activations.model.config import EncoderConfig
     from dump_activations.model.encoder import Encoder
-    from dump_activations.pipeline.summary import Summary
+    from dump_activations.pipeline.run import Summary
     from dump_activations.report.render import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
     from dump_activations.storage.reading.cells import CellBatch
@@ -83,7 +83,7 @@ _HOMES = {
     "EncoderConfig": "model.config",
     "Shard": "dataset.shards",
     "StepsDataset": "dataset.dataset",
-    "Summary": "pipeline.summary",
+    "Summary": "pipeline.run",
     "dump": "api.dump",
     "load_encoder": "model.checkpoint",
     "stream": "api.stream",

@@ -15,6 +15,7 @@ class Dataset:
     def __new__(
         cls,
         path: str | PathLike[str],
+        names: Sequence[str],
         read_layout: Callable[[Path, str], tuple[int, int | None, int | None, int | None]],
     ) -> Dataset: ...
     @property

@@ -16,7 +16,7 @@ import torch
 from dump_activations import dump, load_encoder
 from dump_activations.commands.dump import main
 from dump_activations.errors import DumpActivationsNote
-from dump_activations.model.checkpoint_files import WEIGHT_NAMES
+from dump_activations.model.checkpoint import WEIGHT_NAMES
 from dump_activations.storage.writing.output import OutputFile
 from reference.checkpoints import BASE, bundle, config_json, random_state_dict, save_checkpoint
 from reference.datasets import make_dataset, write_shards

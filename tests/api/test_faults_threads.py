@@ -3,6 +3,7 @@
 import errno
 import faulthandler
 import gc
+import mmap
 import os
 import signal
 import threading
@@ -17,7 +18,6 @@ import pytest
 from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
 from dump_activations.errors import OutputError
-from dump_activations.pipeline import transfer
 
 N, BATCH = 1000, 10
 OPTIONS = {"outputs": ["layer_outputs", "pooled"], "n_samples": N, "batch_size": BATCH}
@@ -51,16 +51,16 @@ def model(demo_model):
 
 @pytest.fixture
 def buffers(monkeypatch):
-    """Return weak references to all tensors that runs have captured activations in."""
+    """Return weak references to all memory that runs have captured activations in."""
     known = []
-    allocate = transfer._empty_on_pages
+    allocate = mmap.mmap
 
     def remember(*arguments, **options):
-        tensors = allocate(*arguments, **options)
-        known.extend(weakref.ref(tensor) for tensor in tensors.values())
-        return tensors
+        pages = allocate(*arguments, **options)
+        known.append(weakref.ref(pages))
+        return pages
 
-    monkeypatch.setattr(transfer, "_empty_on_pages", remember)
+    monkeypatch.setattr(mmap, "mmap", remember)
     return known
 
 

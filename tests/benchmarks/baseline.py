@@ -1,14 +1,13 @@
 """The plain way to dump activations, as the yardstick that benchmarks measure against.
 
-Rows are gathered through NumPy memory maps and decoded in sixteen passes; hooks append each
-batch's activations to lists on the host; at the end everything is concatenated and saved. It
-takes the command's flags for what it does: `python tests/benchmarks/baseline.py --help`.
+Rows are gathered through NumPy memory maps and decoded in sixteen passes. Hooks append each batch's
+activations to lists on the host. At the end everything is concatenated and saved. The flags are
+the command's: `python tests/benchmarks/baseline.py --help`.
 
 Shape letters: N boards in all, B boards in a batch, L layers, S cells (16), H hidden size.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,8 @@ def dump(options: argparse.Namespace) -> None:
     tensors = {key: torch.cat(batches) for key, batches in collected.items()}
     tensors["indices"] = torch.from_numpy(indices)
     tensors["boards"] = torch.cat(boards)
-    save(tensors, options)
+    metadata = {"n_samples": str(options.n_samples), "seed": str(options.seed)}
+    safetensors.torch.save_file(tensors, options.output, metadata=metadata)
 
 
 def open_shards(dataset: Path) -> list[np.ndarray]:
@@ -90,7 +90,7 @@ def collect(
     keys: list[str],
     options: argparse.Namespace,
 ) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor]]:
-    """Run the batches; keep every activation on the host."""
+    """Run the batches, and keep every activation on the host."""
     dtype = _DTYPES[options.dtype]
     hooked: dict[str, list[torch.Tensor]] = {}
     for key in _LAYER_MODULES.keys() & set(keys):
@@ -118,18 +118,6 @@ def collect(
         for key in keys:
             collected[key].append(values[key].to(dtype).to("cpu"))
     return collected, boards
-
-
-def save(tensors: dict[str, torch.Tensor], options: argparse.Namespace) -> None:
-    metadata = {"n_samples": str(options.n_samples), "seed": str(options.seed)}
-    output = Path(options.output)
-    if output.suffix == ".safetensors":
-        safetensors.torch.save_file(tensors, output, metadata=metadata)
-    elif output.suffix == ".pt":
-        torch.save({**tensors, "metadata": metadata}, output)
-    else:
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        np.savez(output, **arrays, metadata=np.array(json.dumps(metadata)))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,20 @@
-"""How to measure: contenders in turns, medians, and processes weighed from outside."""
+"""How to measure: contenders in turns, medians over rounds, and processes weighed from outside."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Self
 
-Rounds = dict[str, list[float]]
-"""Contender -> its value in each round."""
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Figure:
-    """One measured quantity over all rounds.
-
-    Attributes:
-        name: what was measured.
-        median, low, high: over the rounds.
-        unit: of the three; "x" marks a ratio.
-        target: what it should be, as text; empty if nothing is asked.
-        met: whether the median is; None without a target.
-    """
+    """One measured quantity over all rounds. The unit "x" marks a ratio."""
 
     name: str
     median: float
@@ -40,39 +31,70 @@ class Figure:
         values: Sequence[float],
         unit: str,
         *,
-        at_most: float | None = None,
-        at_least: float | None = None,
+        at_most: float = math.inf,
+        at_least: float = -math.inf,
     ) -> Self:
-        """Summarise the values of the rounds."""
+        """Summarise the values of the rounds, and hold their median to a bound, if there is one."""
         median = statistics.median(values)
-        target, met = "", None
-        if at_most is not None:
-            target, met = f"<= {at_most:g}", median <= at_most
-        if at_least is not None:
-            target, met = f">= {at_least:g}", median >= at_least
-        return cls(
-            name=name,
-            median=median,
-            low=min(values),
-            high=max(values),
-            unit=unit,
-            target=target,
-            met=met,
-        )
+        bounds = {"<=": at_most, ">=": at_least}
+        target = " ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if isfinite(bound))
+        met = at_least <= median <= at_most if target else None
+        return cls(name, median, min(values), max(values), unit, target, met)
 
 
 @dataclass(frozen=True)
 class Section:
-    """The figures of one script, and the conditions of the measurement."""
+    """The figures of one measurement, and its conditions."""
 
     title: str
     conditions: str
-    figures: list[Figure]
+    figures: Sequence[Figure] = ()
+
+
+class Rounds(dict[str, list[float]]):
+    """Values by name, one per round."""
+
+    def figures(self, unit: str, *names: str) -> list[Figure]:
+        """Summarise the named values, or all."""
+        return [Figure.of(name, self[name], unit) for name in names or self]
+
+    def ratio(self, name: str, *others: str, title: str = "", **target: float) -> Figure:
+        """Divide a value by the largest of others, round by round."""
+        best = [max(values) for values in zip(*(self[other] for other in others), strict=True)]
+        ratios = [value / most for value, most in zip(self[name], best, strict=True)]
+        return Figure.of(title or f"{name} to {' or '.join(others)}", ratios, "x", **target)
+
+
+def compare(
+    contenders: Mapping[str, Callable[[], float | Mapping[str, float]]],
+    *,
+    rounds: int,
+    warm_up: bool = True,
+) -> Rounds:
+    """Run the contenders in turns, in both directions, so that drift cancels.
+
+    A contender returns its value, or several values by name. Values of the warm-up are dropped.
+    """
+    measured = Rounds()
+    for i in range(-warm_up, rounds):
+        for name in list(contenders) if i % 2 else reversed(contenders):
+            value = contenders[name]()
+            values = value if isinstance(value, Mapping) else {name: value}
+            for each, found in values.items():
+                measured.setdefault(each, []).append(found)
+    return Rounds({name: values[-rounds:] for name, values in measured.items()})
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that has ended: wall seconds, peak resident MiB, and what it printed."""
+    """A process that has ended: wall seconds, peak resident MiB, and its output."""
 
     seconds: float
     peak_mib: float
@@ -80,7 +102,7 @@ class Process:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The output of `dump-activations --json`; notes may precede it."""
+        """The output of `dump-activations --json`. Notes may precede it."""
         summary: dict[str, Any] = json.loads(self.output.splitlines()[-1])
         return summary
 
@@ -89,7 +111,7 @@ def run_process(arguments: Sequence[str], environment: Mapping[str, str]) -> Pro
     """Run a command to its end.
 
     Raises:
-        RuntimeError: it failed; the text is what it wrote to stderr.
+        RuntimeError: The command failed. The text is its output.
     """
     started = time.perf_counter()
     with subprocess.Popen(
@@ -103,30 +125,3 @@ def run_process(arguments: Sequence[str], environment: Mapping[str, str]) -> Pro
     if process.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: exit {process.returncode}\n{output}")
     return Process(seconds, usage.ru_maxrss / 1024, output)
-
-
-def alternate(contenders: Mapping[str, Callable[[], float]], *, rounds: int) -> Rounds:
-    """Run the contenders in turns, to and fro, so that drift cancels; the first time warms up."""
-    for run in contenders.values():
-        run()
-    values: Rounds = {name: [] for name in contenders}
-    for i in range(rounds):
-        turn = list(contenders) if i % 2 == 0 else list(reversed(contenders))
-        for name in turn:
-            values[name].append(contenders[name]())
-    return values
-
-
-def ratios(rounds: Rounds, numerator: str, *denominators: str) -> list[float]:
-    """One contender's value over the best (largest) of others, round by round."""
-    return [
-        rounds[numerator][i] / max(rounds[name][i] for name in denominators)
-        for i in range(len(rounds[numerator]))
-    ]
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started

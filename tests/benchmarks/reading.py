@@ -1,20 +1,19 @@
 """Reads a finished file back: shuffled cells and rows, against NumPy, safetensors and the disk.
 
-A cell is 512 values in fp16, 1 KB. The file is cached but where "cold" stands, and lies under
---directory. CPU only; every contender has all cores, and NumPy takes one. What other packages do is
-measured by reading_others.py, in an environment of its own.
+A cell is 512 values in fp16, 1 KB. The file is cached, except where a name has "cold". Every
+contender has all cores, and NumPy uses one.
 
 Shape letters: N boards in the file, L layers, S cells (16), D width of a cell.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from measure import Figure, Section, alternate, ratios, timed
+from limits import drop_from_cache, warm
+from measure import Figure, Section, compare, timed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from setting import Setting
@@ -43,7 +42,7 @@ def measure(setting: Setting) -> Section:
     generator = np.random.default_rng(0)
 
     def take() -> None:
-        """Draw from the whole array in memory, as a shuffle without a window does."""
+        """Take from the whole array in memory, as a shuffle without a window does."""
         for rows in _batches(generator.permutation(len(values_CD))[: 32 * _BATCH]):
             np.take(values_CD, rows, axis=0)
 
@@ -71,43 +70,36 @@ def measure(setting: Setting) -> Section:
             pass
 
     cells = len(values_CD)
-    speeds = alternate(
+    ways: dict[str, tuple[int, Callable[[], object]]] = {
+        "cells": (cells, partial(_exhaust, shuffled)),
+        "cells, 64 MB windows": (cells, partial(_exhaust, in_windows)),
+        "one layer of a stacked file": _layer_of(stacked),
+        "one layer of a split file": _layer_of(split),
+        "np.take in memory": (32 * _BATCH, take),
+        "NumPy, 64 MB windows": (cells, take_windows),
+        "DataLoader over a memory map": (_FEW, loader),
+        "safe_open slices": (_FEW // 8, slices),
+    }
+    rounds = compare(
+        {name: lambda n=n, run=run: n / 1e6 / timed(run) for name, (n, run) in ways.items()},
+        rounds=setting.rounds,
+    )
+    cold = compare(
         {
-            "cells": lambda: cells / timed(partial(_exhaust, shuffled)),
-            "cells, 64 MB windows": lambda: cells / timed(partial(_exhaust, in_windows)),
-            "one layer of a stacked file": _layer_speed(stacked),
-            "one layer of a split file": _layer_speed(split),
-            "np.take in memory": lambda: 32 * _BATCH / timed(take),
-            "NumPy, 64 MB windows": lambda: cells / timed(take_windows),
-            "DataLoader over a memory map": lambda: _FEW / timed(loader),
-            "safe_open slices": lambda: _FEW // 8 / timed(slices),
+            "cold, cells": lambda: _cold_speed(whole, partial(_exhaust, shuffled)),
+            "cold, raw": lambda: _cold_speed(whole, partial(warm, whole)),
         },
         rounds=setting.rounds,
     )
-    cold = alternate(
-        {
-            "cells": lambda: _cold(whole, lambda: _exhaust(shuffled)),
-            "raw": lambda: _cold(whole, lambda: _read_raw(whole)),
-        },
-        rounds=setting.rounds,
-    )
-    at_least = {"cells": 3.0}
     return Section(
         "Reading",
         f"{_NBYTES >> 20} MB of cells of {_WIDTH} fp16 values, batches of {_BATCH}",
         [
-            *(
-                Figure.of(name, [v / 1e6 for v in values], "M cells/s", at_least=at_least.get(name))
-                for name, values in speeds.items()
-            ),
-            Figure.of(
-                "cells to np.take", ratios(speeds, "cells", "np.take in memory"), "x", at_least=2.5
-            ),
-            *(
-                Figure.of(f"cold, {name}", [v / 1e9 for v in values], "GB/s")
-                for name, values in cold.items()
-            ),
-            Figure.of("cold, cells to raw", ratios(cold, "cells", "raw"), "x", at_least=0.8),
+            Figure.of("cells", rounds["cells"], "M cells/s", at_least=3),
+            *rounds.figures("M cells/s", *[name for name in ways if name != "cells"]),
+            rounds.ratio("cells", "np.take in memory", at_least=2.5),
+            *cold.figures("GB/s"),
+            cold.ratio("cold, cells", "cold, raw", at_least=0.8),
         ],
     )
 
@@ -118,12 +110,11 @@ def _write(directory: Path) -> list[Path]:
     few_NLSD = hidden_NSD.view(-1, _LAYERS, CELLS, _WIDTH)
     layers = {f"resid.{layer}": few_NLSD[:, layer].contiguous() for layer in range(_LAYERS)}
     metadata = {"layers": ",".join(map(str, range(_LAYERS)))}
-    paths = [directory / f"{name}.safetensors" for name in ("whole", "stacked", "split")]
-    for path, tensors in zip(
-        paths, ({"resid": hidden_NSD}, {"resid": few_NLSD}, layers), strict=True
-    ):
-        save_file(tensors, path, metadata if path != paths[0] else None)
-    return paths
+    whole, stacked, split = (directory / f"{name}.safetensors" for name in ("a", "b", "c"))
+    save_file({"resid": hidden_NSD}, whole)
+    save_file({"resid": few_NLSD}, stacked, metadata)
+    save_file(layers, split, metadata)
+    return [whole, stacked, split]
 
 
 def _memmap(path: Path) -> np.memmap:
@@ -133,10 +124,10 @@ def _memmap(path: Path) -> np.memmap:
     return mapped_NSD.reshape(-1, _WIDTH)
 
 
-def _layer_speed(path: Path) -> Callable[[], float]:
+def _layer_of(path: Path) -> tuple[int, Callable[[], object]]:
     acts = ActivationsFile(path)
     of_layer = acts.cells("resid", 1, window=_WINDOW)
-    return lambda: len(acts) * CELLS / timed(partial(_exhaust, of_layer))
+    return len(acts) * CELLS, partial(_exhaust, of_layer)
 
 
 def _batches(order: np.ndarray) -> Iterable[np.ndarray]:
@@ -148,18 +139,7 @@ def _exhaust(batches: Iterable[object]) -> None:
         pass
 
 
-def _read_raw(path: Path) -> None:
-    """Read a file from its start to its end."""
-    buffer = bytearray(8 << 20)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-
-
-def _cold(path: Path, read: Callable[[], None]) -> float:
-    """Bytes a second of a read of a file that the page cache does not hold."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        for _ in range(10):  # a page that another CPU has in hand is not dropped at once
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return _NBYTES / timed(read)
+def _cold_speed(path: Path, read: Callable[[], object]) -> float:
+    """GB per second of a read of a file that the page cache does not hold."""
+    drop_from_cache(path)
+    return _NBYTES / 1e9 / timed(read)

@@ -1,14 +1,27 @@
-"""The workload: keys, the 50M model, and datasets of any size made from the demo's."""
+"""A workload: a model, keys and boards, dumped by the package, by a plain script, or only run.
+
+Shape letters: N boards in all, S cells (16).
+"""
 
 import json
+import time
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import baseline
 import safetensors.torch
 import torch
+from limits import plain_loop
+from measure import timed
+from setting import Setting
+from torch import Tensor
 
-from dump_activations import demo
-from dump_activations.model.encoder import Encoder, EncoderConfig
+from dump_activations import Encoder, demo, dump, load_encoder
+from dump_activations.model.encoder import EncoderConfig
+from dump_activations.pipeline.run import Summary
 
 KEYS_DEMO = "final_hidden,layer_outputs,head_logits,attn_norm,mlp_input"
 KEYS_50M = "final_hidden,layer_outputs,attn_norm,mlp_input"
@@ -22,16 +35,12 @@ CONFIG_50M = {
     "output_n_bins": 34,
 }
 BATCH_50M_CPU = 128
-STORED_NBYTES = {"fp32": 4, "bf16": 2}
+WAITING = "share of the loop spent waiting for boards"
 
 
-def board_nbytes(dtype: str) -> int:
-    """Bytes that KEYS_50M take for one board: three keys of 12 layers and one, each (16, 512)."""
-    return STORED_NBYTES[dtype] * (3 * 12 + 1) * 16 * 512
-
-
-def make_checkpoint_50m(directory: Path) -> Path:
-    """Write an untrained model, unless it is there."""
+def checkpoint_50m(setting: Setting) -> Path:
+    """Write an untrained model of 50M parameters, unless it is there."""
+    directory = setting.scratch / "50m"
     if not directory.exists():
         directory.mkdir()
         torch.manual_seed(0)
@@ -41,10 +50,117 @@ def make_checkpoint_50m(directory: Path) -> Path:
     return directory
 
 
-def make_dataset(directory: Path, rows: int) -> Path:
-    """Write a dataset of at least so many steps, the demo's over and over, unless it is there."""
-    if not directory.exists():
-        directory.mkdir()
-        steps = np.concatenate([np.load(path) for path in sorted(demo.DATASET.glob("steps-*.npy"))])
-        np.save(directory / "steps-00000.npy", np.tile(steps, -(-rows // len(steps))))
-    return directory
+@dataclass(kw_only=True)
+class Workload:
+    """Boards to dump, and how.
+
+    Attributes:
+        setting: how to measure.
+        checkpoint: directory of the model.
+        keys: value of `--outputs`.
+        boards, batch: boards in all, and per forward pass.
+        device, dtype: options of both dumps.
+        directory: where files are written. By default, the scratch directory.
+        dataset: directory of the dataset. By default, the demo's steps, repeated.
+    """
+
+    setting: Setting
+    checkpoint: Path = demo.CHECKPOINT
+    keys: str = KEYS_DEMO
+    boards: int = 16_384
+    batch: int = 1024
+    device: str = "cpu"
+    dtype: str = "fp32"
+    directory: Path | None = None
+    dataset: Path | None = None
+
+    def __str__(self) -> str:
+        size = "demo checkpoint" if self.checkpoint == demo.CHECKPOINT else "50M model"
+        return f"{size}, {self.boards:,} boards, batch {self.batch}, {self.keys}, {self.dtype}"
+
+    @cached_property
+    def model(self) -> Encoder:
+        """The model on the device."""
+        return load_encoder(self.checkpoint, device=self.device)
+
+    @cached_property
+    def tokens_NS(self) -> Tensor:  # noqa: N802
+        """All boards on the device."""
+        return self.setting.boards(self.boards).to(self.device)
+
+    @property
+    def target(self) -> Path:
+        """The file that is written."""
+        return (self.directory or self.setting.scratch) / "workload.safetensors"
+
+    @property
+    def steps(self) -> Path:
+        """Directory of the dataset."""
+        return self.dataset or self.setting.dataset(self.boards)
+
+    def dump(self, **options: Any) -> Summary:
+        """Dump, and remove the file."""
+        chosen = {"outputs": self.keys, "n_samples": self.boards, "dtype": self.dtype, **options}
+        try:
+            return dump(
+                self.model,
+                self.steps,
+                self.target,
+                batch_size=self.batch,
+                device=self.device,
+                allow_cpu=self.device == "cpu",
+                **chosen,
+            )
+        finally:
+            self.target.unlink(missing_ok=True)
+
+    def dump_speed(self, **options: Any) -> float:
+        """Boards per second from the first read until the file is durable under its name."""
+        return self.dump_figures(**options)["dump"]
+
+    def dump_figures(self, **options: Any) -> dict[str, float]:
+        """Boards per second of the loop and of the whole call, and the share of waiting."""
+        started = time.perf_counter()
+        summary = self.dump(**options)
+        return {
+            "dump": self.boards / (summary.seconds + summary.commit_seconds),
+            "dump, whole call": self.boards / (time.perf_counter() - started),
+            WAITING: summary.waiting_seconds / summary.seconds,
+        }
+
+    def forward_speed(self) -> float:
+        """Boards per second of a plain loop of forward passes."""
+        return self.boards / timed(partial(plain_loop, self.model, self.tokens_NS, self.batch))
+
+    def script_speed(self, boards: int | None = None) -> float:
+        """Boards per second of the plain script, which loads the model too."""
+        boards = boards or self.boards
+        options = Namespace(
+            init=self.checkpoint,
+            dataset=self.steps,
+            n_samples=boards,
+            batch_size=self.batch,
+            seed=0,
+            outputs=self.keys,
+            output=self.target,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        try:
+            return boards / timed(partial(baseline.dump, options))
+        finally:
+            self.target.unlink()
+
+
+def workload_50m_cpu(setting: Setting) -> Workload:
+    """Return a workload of the 50M model that takes about `setting.seconds` on this CPU."""
+    one_batch = Workload(
+        setting=setting,
+        checkpoint=checkpoint_50m(setting),
+        keys=KEYS_50M,
+        boards=BATCH_50M_CPU,
+        batch=BATCH_50M_CPU,
+    )
+    one_batch.forward_speed()
+    batches = max(round(setting.seconds * one_batch.forward_speed() / BATCH_50M_CPU), 4)
+    return replace(one_batch, boards=batches * BATCH_50M_CPU)

@@ -13,8 +13,8 @@ from dump_activations import dump
 from dump_activations.commands.console import Table, print_parts
 from dump_activations.commands.dump import main as dump_main
 from dump_activations.commands.inspect import main
-from dump_activations.storage.reading.inspection import inspect
-from dump_activations.storage.statistics import stored_statistics
+from dump_activations.storage.reading.dump_files import inspect_dump
+from dump_activations.storage.reading.stored_statistics import stored_statistics
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")
 WORDS = st.text(st.sampled_from("abc/._0盤\x1b"), min_size=1, max_size=40)
@@ -146,7 +146,7 @@ def path(request, tmp_path_factory, demo_checkpoint, demo_dataset):
 @pytest.fixture(scope="module")
 def known(tmp_path_factory, demo_checkpoint, demo_dataset):
     path = activations(tmp_path_factory, demo_checkpoint, demo_dataset, stats=True)
-    return stored_statistics(inspect(path))
+    return stored_statistics(inspect_dump(path))
 
 
 def activations(tmp_path_factory, checkpoint, dataset, *, stats):

@@ -1,6 +1,7 @@
 """Boards that are read ahead, in windows."""
 
 from concurrent.futures import Executor, Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,16 +25,17 @@ def feed(boards, tmp_path, monkeypatch):
     """Return a feed of all boards of a dataset; windows are of 20 boards at most."""
     monkeypatch.setattr(feed_module, "_LARGEST_WINDOW", 20)
 
-    def begin(**options):
+    def begin(batch_size, ranges=None):
         np.save(tmp_path / "steps.npy", encode_rows(boards, "selfplay_v1"))
-        return feed_module.feed_boards(
-            StepsDataset(tmp_path),
-            np.arange(N),
-            vocabulary=16,
-            reading=Stopwatch(),
-            waiting=Stopwatch(),
-            **options,
+        plan = SimpleNamespace(
+            dataset=StepsDataset(tmp_path),
+            indices=np.arange(N),
+            labels=None,
+            options=SimpleNamespace(batch_size=batch_size),
+            model=SimpleNamespace(config=SimpleNamespace(input_vocab_size=16)),
         )
+        watches = {"reading": Stopwatch(), "waiting": Stopwatch()}
+        return feed_module.feed_boards(plan, ranges, **watches)
 
     return begin
 

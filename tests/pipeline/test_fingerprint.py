@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dump_activations.options import Options
-from dump_activations.pipeline import provenance
-from dump_activations.pipeline.plan import Plan, make_plan
+from dump_activations.pipeline import plan as module
+from dump_activations.pipeline.plan import Plan, computed_by, fingerprint, make_plan
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 from reference.datasets import encode_rows, random_boards, write_shards
 
@@ -23,7 +23,7 @@ def planned(directory: Path, **options) -> Plan:
 
 
 def work(directory: Path, **options) -> dict[str, str]:
-    return provenance.fingerprint(planned(directory, **options))
+    return fingerprint(planned(directory, **options))
 
 
 def write_dataset(directory: Path, *, layout: str = "packed_46", sizes=(30, 30)) -> None:
@@ -102,7 +102,7 @@ def test_versions(inputs, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.0")
     assert differing(before, work(inputs)) == {"torch_version"}
     monkeypatch.undo()
-    monkeypatch.setattr(provenance, "version", lambda _package: "0.0")
+    monkeypatch.setattr(module, "version", lambda _package: "0.0")
     assert differing(before, work(inputs)) == {"dump_activations_version"}
 
 
@@ -116,11 +116,11 @@ def test_paths_and_the_way_to_choose_steps_do_not_count(inputs, tmp_path_factory
 def test_the_device_and_its_threads_are_told_apart_from_the_work(inputs, monkeypatch):
     before, threads = work(inputs), torch.get_num_threads()
     torch.set_num_threads(threads + 1)
-    monkeypatch.setattr(provenance, "device_name", lambda _device: "another")
+    monkeypatch.setattr(module, "device_name", lambda _device: "another")
     try:
         plan = planned(inputs)
     finally:
-        changed = provenance.computed_by(plan)
+        changed = computed_by(plan)
         torch.set_num_threads(threads)
-    assert provenance.fingerprint(plan) == before
+    assert fingerprint(plan) == before
     assert changed == {"device": "another", "threads": str(threads + 1)}

@@ -11,7 +11,7 @@ from simulated_device import simulated
 
 from dump_activations import DumpActivationsNote, dump, stream
 from dump_activations.errors import DeviceError, InvalidArgumentError
-from dump_activations.pipeline.transfer import PinnedSlots
+from dump_activations.pipeline.transfer import CudaTransfer
 from reference.dumps import read_dump
 
 __all__ = ["one_thread"]
@@ -48,7 +48,7 @@ def memory():
 @pytest.fixture
 def share(monkeypatch):
     def of(nbytes):
-        monkeypatch.setattr("dump_activations.pipeline.run.pinned_share", lambda _: nbytes)
+        monkeypatch.setattr("dump_activations.pipeline.transfer.pinned_share", lambda _: nbytes)
 
     return of
 
@@ -109,7 +109,7 @@ def test_memory_is_given_back_after_copies_in_streams_of_the_callers(
     waits, demo_checkpoint, demo_dataset, monkeypatch
 ):
     wait = "torch.cuda.synchronize(self._device)"
-    in_other_words(PinnedSlots, "__exit__", (wait, wait if waits else "pass"))(monkeypatch)
+    in_other_words(CudaTransfer, "close", (wait, wait if waits else "pass"))(monkeypatch)
     with simulated(lazy) as device:
         batches = stream(demo_checkpoint, demo_dataset, tensors="view", **OPTIONS)
         batch = next(batches)
@@ -133,7 +133,7 @@ def test_a_small_share_makes_for_fewer_slots(ways, memory, share, tmp_path):
 
 def test_a_share_without_room_is_an_error_before_any_file(ways, memory, share, tmp_path):
     share(2 * SLOT - 1)
-    text = r"pinned host memory \(2 x .* needed, this process may take .*batch_size=8; .*=4$"
+    text = r"host memory \(2 x .* must be page-locked, this process may .*batch_size=8; .*=4$"
     with simulated(lazy, memory):
         for way in ("dump", "copy", "never begun"):
             with pytest.raises(DeviceError, match=text):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dump_activations import dump, load_encoder, stream
-from dump_activations.pipeline.precision import arithmetic
+from dump_activations.pipeline.device import arithmetic
 from reference.checkpoints import VARIANTS
 from reference.dumps import read_dump
 

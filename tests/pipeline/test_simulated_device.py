@@ -4,6 +4,7 @@ The device may run work early or late: the bytes are the same as on the CPU. The
 path is taken out: the program with one slip has to be found out.
 """
 
+import queue
 import sys
 import threading
 from contextlib import nullcontext
@@ -69,14 +70,15 @@ def simulated_dump(run, tmp_path):
 def slow_writers(monkeypatch):
     """Let writers begin only while the program cannot go on without them."""
     waited_for = threading.Event()
-    take, write, join = transfer._Ring.take, writers._Submission.work_on, writers.Writers._join
+    write, join = writers._Submission.work_on, writers.Writers._join
 
-    def take_slot(ring):
-        if ring._free.empty() and not ring._unmade:
-            waited_for.set()
-        slot = take(ring)
-        waited_for.clear()
-        return slot
+    class Ring(queue.Queue):
+        def get(self):
+            if self.empty():
+                waited_for.set()
+            slot = super().get()
+            waited_for.clear()
+            return slot
 
     def write_span(*args):
         waited_for.wait()
@@ -86,7 +88,7 @@ def slow_writers(monkeypatch):
         waited_for.set()
         join(pool)
 
-    monkeypatch.setattr(transfer._Ring, "take", take_slot)
+    monkeypatch.setattr(transfer, "_Ring", Ring)
     monkeypatch.setattr(writers._Submission, "work_on", write_span)
     monkeypatch.setattr(writers.Writers, "_join", join_threads)
 
@@ -160,10 +162,11 @@ in_run = partial(in_other_words, CudaTransfer, "run")
 in_copy = partial(in_other_words, CudaTransfer, "_copy")
 in_bring = partial(in_other_words, transfer._DeviceSlot, "bring")
 
-BEFORE_COPYING = "host = _cut(target.buffers, rows)"
+BEFORE_COPYING = "host = _cut(target, rows)"
+CREATION = "arrived = torch.cuda.Event(blocking=True)"
 AFTER_COPYING = "whole = Chunk("
 RECORD_OF_DEVICE_SLOT = "source.copied.record(self._side)"
-RECORD_OF_HOST_SLOT = "target.copied.record(self._side)"
+RECORD_OF_HOST_SLOT = "arrived.record(self._side)"
 RECORD_OF_BOARDS = "self._boards_copied.record()"
 
 WRONG_BYTES = {
@@ -201,24 +204,24 @@ WRONG_BYTES = {
         lazy,
         in_copy(
             (RECORD_OF_HOST_SLOT, "pass"),
-            (BEFORE_COPYING, f"{BEFORE_COPYING}; {RECORD_OF_HOST_SLOT}"),
+            (CREATION, f"{CREATION}; {RECORD_OF_HOST_SLOT}"),
         ),
     ),
     "event of the host slot recorded on the compute stream": (
         lazy,
         in_copy(
             (RECORD_OF_HOST_SLOT, "pass"),
-            (AFTER_COPYING, f"target.copied.record(self._compute); {AFTER_COPYING}"),
+            (AFTER_COPYING, f"arrived.record(self._compute); {AFTER_COPYING}"),
         ),
     ),
     "host slot given back at once": (
         greedy,
         in_copy(
-            ("lambda: ring.give_back(target)", "_nothing"),
-            (AFTER_COPYING, f"ring.give_back(target); {AFTER_COPYING}"),
+            ("partial(self._free.put, target)", "int"),
+            (AFTER_COPYING, f"self._free.put(target); {AFTER_COPYING}"),
         ),
     ),
-    "writers do not wait": (lazy, in_copy((", partial(self._wait, target.copied)", ""))),
+    "writers do not wait": (lazy, in_copy((", partial(self._wait, arrived)", ""))),
     "pinned boards used again while they are copied": (
         lazy,
         in_bring(("self._boards_copied.synchronize()", "pass")),
@@ -227,7 +230,7 @@ WRONG_BYTES = {
         lazy,
         in_bring(
             (RECORD_OF_BOARDS, "pass"),
-            ("tokens_BS = staged", f"{RECORD_OF_BOARDS}; tokens_BS = staged"),
+            ("tokens_BS.copy_", f"{RECORD_OF_BOARDS}; tokens_BS.copy_"),
         ),
     ),
     "device memory let go of while it is copied": (
@@ -254,7 +257,7 @@ WRONG_ORDER = {
     ),
     "copies are waited for": (
         compute_first,
-        in_copy(("non_blocking=self._copies_are_queued", "non_blocking=False")),
+        in_copy(("non_blocking=is_queued", "non_blocking=False")),
     ),
     "one device slot": (
         compute_first,

@@ -154,14 +154,9 @@ SLIPS = {
         ("view, to the device", side_first),
         waits(for_viewing=False, for_asking=False),
     ),
-    "a host slot is given back at once": (
+    "all host slots are in the same memory": (
         ("view, on the host", greedy),
-        in_other_words(
-            CudaTransfer,
-            "_copy",
-            ("lambda: ring.give_back(target)", "_nothing"),
-            ("whole = Chunk(", "ring.give_back(target); whole = Chunk("),
-        ),
+        in_other_words(transfer, "_ring", ("slot = {}", "slot, start = {}, 0")),
     ),
     "a batch is computed in the memory of a view": (
         ("device", greedy),

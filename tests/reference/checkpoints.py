@@ -1,20 +1,16 @@
 """Checkpoints of every kind found in the field, with seeded random weights far from their init."""
 
-from __future__ import annotations
-
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from reference.model import ReferenceConfig, ReferenceEncoder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 StateDict = dict[str, torch.Tensor]
 
@@ -54,7 +50,7 @@ class Checkpoint:
 
 
 def random_state_dict(config: ReferenceConfig, *, seed: int = 0, positions: int = 16) -> StateDict:
-    """Return fp32 weights: gains around 1, sinks and biases around 0, all of them spread wide."""
+    """Return fp32 weights: gains around 1, sinks and biases around 0, all far from them."""
     generator = torch.Generator().manual_seed(seed)
 
     def sample(name: str, shape: torch.Size) -> torch.Tensor:
@@ -70,7 +66,7 @@ def random_state_dict(config: ReferenceConfig, *, seed: int = 0, positions: int 
 
 
 def config_json(config: ReferenceConfig, **changes: Any) -> dict[str, Any]:
-    """Return the config.json that describes `config`; a change to None takes the field out."""
+    """Return the config.json that describes `config`. A change to None takes the field out."""
     fields = {name: getattr(config, ours) for name, ours in _REFERENCE_FIELDS.items()}
     fields |= {"max_position_embeddings": 16, "dropout_prob": 0.1, "attention_dropout_prob": 0.0}
     if config.head_type == "action_policy":
@@ -134,7 +130,7 @@ def load_demo(directory: Path) -> Checkpoint:
 
 
 def _plain(config: ReferenceConfig, **changes: Any) -> Callable[[Path], Checkpoint]:
-    """Return the maker of a config.json and model.safetensors; `changes` are to the config."""
+    """Return the maker of a config.json, with `changes`, and model.safetensors."""
 
     def make(directory: Path) -> Checkpoint:
         positions = changes.get("max_position_embeddings") or 16

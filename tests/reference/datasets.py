@@ -1,15 +1,10 @@
 """Steps datasets in every row layout, written and decoded with plain NumPy."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 _PACKED_FIELDS = [
     ("run_id", "<u4"),

@@ -1,17 +1,12 @@
 """Reading a dump the way its readers do: with the ordinary library of each format."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FORMATS = (".safetensors", ".pt", ".npz")
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -25,7 +20,7 @@ class Dump:
     metadata: dict[str, str]
 
     def numpy(self, key: str) -> np.ndarray:
-        """Return one tensor; floating ones as float64."""
+        """Return one tensor, floating ones as float64."""
         tensor = self.tensors[key]
         return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
 

@@ -1,7 +1,5 @@
 """A naive game: lists of tiles, one move of one line at a time."""
 
-from __future__ import annotations
-
 from functools import cache
 
 MOVES = ("up", "down", "left", "right")
@@ -23,7 +21,7 @@ def slide(line: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
 
 
 def lines(board: tuple[int, ...], move: str) -> list[tuple[int, ...]]:
-    """Cut a board into lines whose first cell is the one that a move pushes towards."""
+    """Cut a board into lines, each from the cell that a move pushes towards."""
     if move in ("left", "right"):
         cut = [board[4 * row : 4 * row + 4] for row in range(4)]
     else:

@@ -1,20 +1,15 @@
 """A hub-shaped HTTP server on the loopback, for the real huggingface-hub client."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 
 @dataclass
@@ -168,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.endswith(".json"):
             self._send_file(repo_id, commit, path)
         else:
-            # Large files are elsewhere; the redirect describes what it leads to.
+            # Large files are elsewhere. The redirect has their digest and size.
             headers["X-Linked-Etag"] = f'"{hashlib.sha256(files[path]).hexdigest()}"'
             headers["X-Linked-Size"] = str(len(files[path]))
             headers["Location"] = f"{self.hub.endpoint}/lfs/{repo_id}/{commit}/{path}"

@@ -4,19 +4,14 @@ Shape letters: B boards, S the 16 cells, H hidden size, D head size, I the MLP's
 L layers, Q query heads, K key/value heads.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 PER_BOARD_KEYS = (
     "final_hidden",
@@ -212,26 +207,6 @@ class ReferenceEncoder(nn.Module):
         return hidden_BSH, logits
 
 
-def load_reference(
-    state_dict: Mapping[str, torch.Tensor], config: ReferenceConfig
-) -> ReferenceEncoder:
-    """Build the float64 model of a clean state dict."""
-    positions = state_dict["pos_emb.pos_emb.weight"].shape[0]
-    model = ReferenceEncoder(config, positions=positions).double().eval()
-    model.load_state_dict({key: value.double() for key, value in state_dict.items()}, strict=True)
-    return model
-
-
-def naive_forward(
-    state_dict: Mapping[str, torch.Tensor], config: ReferenceConfig, boards: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the final hidden states (B, 16, H) and the head logits, in float64."""
-    model = load_reference(state_dict, config)
-    with torch.no_grad():
-        hidden, logits = model(torch.from_numpy(boards.astype(np.int64)))
-    return hidden.numpy(), logits.numpy()
-
-
 def naive_dump(
     state_dict: Mapping[str, torch.Tensor],
     config: ReferenceConfig,
@@ -239,7 +214,9 @@ def naive_dump(
     keys: Sequence[str] = PER_BOARD_KEYS,
 ) -> dict[str, np.ndarray]:
     """Return what a dump of these boards holds, in float64, as the plain model's blocks saw it."""
-    model = load_reference(state_dict, config)
+    positions = state_dict["pos_emb.pos_emb.weight"].shape[0]
+    model = ReferenceEncoder(config, positions=positions).double().eval()
+    model.load_state_dict({key: value.double() for key, value in state_dict.items()}, strict=True)
     with torch.no_grad():
         hidden, logits = model(torch.from_numpy(boards.astype(np.int64)))
     everything = {
@@ -262,6 +239,14 @@ def naive_dump(
     return dumped
 
 
+def naive_forward(
+    state_dict: Mapping[str, torch.Tensor], config: ReferenceConfig, boards: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the final hidden states (B, 16, H) and the head logits, in float64."""
+    dumped = naive_dump(state_dict, config, boards, ["final_hidden", "head_logits"])
+    return dumped["final_hidden"], dumped["head_logits"]
+
+
 def expected_shapes(config: ReferenceConfig, n: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of each per-board key, from the seed document's table."""
     logits = (n, 4, config.n_bins) if config.head_type == "binned_ev" else (n, 4)
@@ -280,8 +265,7 @@ def expected_shapes(config: ReferenceConfig, n: int) -> dict[str, tuple[int, ...
 def assert_close(actual: np.ndarray, expected: np.ndarray, *, tolerance: float = 1e-5) -> None:
     """Assert that `actual` has the shape and the values of `expected`.
 
-    The largest error may be `tolerance` of the largest value, and the error's norm that of
-    `expected`'s norm.
+    The largest error may be `tolerance` times the largest value. The same holds for the norms.
     """
     assert actual.shape == expected.shape
     error = actual.astype(np.float64) - expected

@@ -15,7 +15,7 @@ def pairwise(
 ) -> list[tuple[Hashable, ...]]:
     """Return cases, one value of each factor, that hold every pair of values but those in `never`.
 
-    Greedy, hence not the fewest there are, and the same ones at every call. No value may be ruled
+    Greedy: the same cases at every call, and not the fewest possible. No value may be ruled
     out by any two others.
     """
     places = [(i, value) for i, values in enumerate(factors) for value in values]

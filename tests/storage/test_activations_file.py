@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, random
 from dump_activations import ActivationsFile, InvalidArgumentError, OutputError, RowIndexError, dump
 from dump_activations.model.activations import ACTIVATIONS, BoardActivation
 from dump_activations.storage.reading import keys as reading_keys
-from dump_activations.storage.reading.inspection import inspect
+from dump_activations.storage.reading.dump_files import inspect_dump
 from reference.dumps import read_dump
 
 N = 40
@@ -346,7 +346,7 @@ def test_damage_is_found_where_whole_tensors_are_read(make, tmp_path, suffix):
     for copy, whole in ((path, make(suffix)), (split, make(suffix, split=True))):
         content = bytearray(whole.read_bytes())
         name = STACKED if copy is path else f"{STACKED}.3"
-        tensors = {tensor.name: tensor for tensor in inspect(whole).contents.tensors}
+        tensors = inspect_dump(whole).tensors
         content[tensors[name].offset + tensors[name].nbytes - 1] ^= 1
         copy.write_bytes(content)
     acts = ActivationsFile(path)

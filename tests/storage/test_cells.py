@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dump_activations import ActivationsFile, CellBatch, InvalidArgumentError, OutputError
-from dump_activations.storage.reading import tensor_files
+from dump_activations.storage.reading import dump_files
 
 LAYERS = (0, 2, 5)
 N, H, WIDE = 37, 6, 10
@@ -139,7 +139,7 @@ def test_the_order_does_not_depend_on_threads(tmp_path, monkeypatch):
     save_file({"hidden": torch.arange(300 * 16).view(300, 16, 1)}, tmp_path / "a.safetensors")
     acts = ActivationsFile(tmp_path / "a.safetensors")  # of another program
     for threads in (1, 4):
-        monkeypatch.setattr(tensor_files, "THREADS", threads)
+        monkeypatch.setattr(dump_files, "THREADS", threads)
         [batch] = acts.cells("hidden", batch_size=300 * 16, seed=3)
         assert places([batch]) == np.random.default_rng([3, 0, 1]).permutation(300 * 16).tolist()
         assert torch.equal(batch.values[:, 0], 16 * batch.rows + batch.cells)

@@ -14,7 +14,7 @@ from dump_activations.commands.inspect import main
 from dump_activations.errors import OutputError
 from dump_activations.storage.reading import comparison
 from dump_activations.storage.reading.comparison import Difference, compare
-from dump_activations.storage.reading.inspection import inspect
+from dump_activations.storage.reading.dump_files import DumpFiles, inspect_dump
 from output_support import SUFFIXES, small_dump, write_dump
 
 ROWS, WIDTH = 40, 7
@@ -42,7 +42,7 @@ def compared(tmp_path: Path, first: torch.Tensor, second: torch.Tensor) -> Diffe
         save(tmp_path / f"{name}.safetensors", {"x": tensor})
         for name, tensor in {"first": first, "second": second}.items()
     ]
-    (pair,) = compare(*map(inspect, paths), threads=2).tensors
+    (pair,) = compare(*map(inspect_dump, paths), threads=2).tensors
     return pair.difference
 
 
@@ -215,13 +215,13 @@ def test_files_that_cannot_be_compared_are_neither_equal_nor_different(unlike, t
 
 def test_a_file_cut_short_while_it_is_compared(tmp_path, monkeypatch):
     paths = [write_dump(tmp_path / name, small_dump()) for name in ("a.pt", "b.pt")]
-    inspections = [inspect(path) for path in paths]
-    read = comparison.read_bytes
+    dumps = [*map(inspect_dump, paths)]
+    read = DumpFiles.read_span
 
     def cut_then_read(*arguments):
         os.truncate(paths[1], 100)
         read(*arguments)
 
-    monkeypatch.setattr(comparison, "read_bytes", cut_then_read)
-    with pytest.raises(OutputError, match=r"b\.pt is another file than it was just now"):
-        compare(*inspections, threads=1)
+    monkeypatch.setattr(DumpFiles, "read_span", cut_then_read)
+    with pytest.raises(OutputError, match=r"b\.pt was replaced or changed since"):
+        compare(*dumps, threads=1)

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from safetensors.torch import save_file
 from dump_activations.commands.inspect import main
 from dump_activations.errors import OutputError
 from dump_activations.storage.formats.pt import load_pickle
-from dump_activations.storage.reading import inspection as reading
-from dump_activations.storage.reading.inspection import find_damage, inspect
+from dump_activations.storage.reading import damage as reading
+from dump_activations.storage.reading.damage import find_damage
+from dump_activations.storage.reading.dump_files import inspect_dump
 from output_support import (
     SUFFIXES,
     make_dump,
@@ -44,7 +46,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 def damage(path: Path) -> list[str] | OutputError:
     try:
-        return find_damage(inspect(path), threads=2)
+        return find_damage(inspect_dump(path), threads=2)[path]
     except OutputError as error:
         caught = error
     assert "\n" not in str(caught)
@@ -101,8 +103,7 @@ def test_large_tensors_pass_too(tmp_path):
 @settings(max_examples=300)
 @given(st.sampled_from(SUFFIXES), st.data())
 def test_a_damaged_byte_in_a_tensor_is_found_there(files, suffix, data):
-    inspection = inspect(files[suffix])
-    tensor = data.draw(st.sampled_from(inspection.contents.tensors))
+    tensor = data.draw(st.sampled_from([*inspect_dump(files[suffix]).tensors.values()]))
     place = tensor.offset + data.draw(st.integers(0, tensor.nbytes - 1))
     with damaged_copy(files[suffix], place, data.draw(st.integers(1, 255))) as path:
         assert damage(path) == [tensor.name]
@@ -184,28 +185,28 @@ def test_wrong_calls_and_files_end_in_one_line(tmp_path, monkeypatch, capsys, ar
 def test_a_file_replaced_by_a_shorter_one(tmp_path, suffix):
     """It is replaced after its headers were read."""
     path = write_dump(tmp_path / f"x{suffix}", DUMP)
-    inspection = inspect(path)
+    dump = inspect_dump(path)
     write_dump(path, small_dump(rows=5), overwrite=True)
-    with pytest.raises(OutputError, match="another file than it was"):
-        find_damage(inspection, threads=2)
+    with pytest.raises(OutputError, match="was replaced or changed"):
+        find_damage(dump, threads=2)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(OutputError, match="not an ordinary file"):
-        find_damage(inspection, threads=2)
+        find_damage(dump, threads=2)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("when", ["digest_span", "combine_crc32"])
+@pytest.mark.parametrize("when", ["_rust.digest_span", "integrity_text"])
 def test_a_file_cut_short_while_it_is_verified(tmp_path, monkeypatch, suffix, when):
     """The cut comes before the first tensor is read, or after the last, before the skeleton."""
     path = write_dump(tmp_path / f"x{suffix}", DUMP)
-    read = getattr(reading._rust, when)
+    read = attrgetter(when)(reading)
 
     def cut_then_read(*arguments):
         os.truncate(path, 100)
         return read(*arguments)
 
-    monkeypatch.setattr(reading._rust, when, cut_then_read)
+    monkeypatch.setattr(f"{reading.__name__}.{when}", cut_then_read)
     result = damage(path)
     assert isinstance(result, OutputError) or "structure" in result
 

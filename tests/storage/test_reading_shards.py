@@ -17,8 +17,9 @@ from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest, integrity_text
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.reading.comparison import compare
-from dump_activations.storage.reading.whole import inspect_dump
-from dump_activations.storage.statistics import STATISTICS, compute_statistics
+from dump_activations.storage.reading.dump_files import inspect_dump
+from dump_activations.storage.reading.stored_statistics import compute_statistics
+from dump_activations.storage.statistics import STATISTICS
 
 N, L, H = 41, 2, 6
 CUTS = (0, 14, 28, N)  # of three shards

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dump_activations.dtypes import STATISTICS_PREFIX
 from dump_activations.storage.formats.layout import storage_order
-from dump_activations.storage.reading.inspection import find_damage, inspect
+from dump_activations.storage.reading.damage import find_damage
+from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.statistics import statistics_specs
 from dump_activations.storage.writing.paths import partial_path
 from output_support import (
@@ -68,7 +69,7 @@ def test_a_file_has_what_numpy_makes_of_its_tensors(tmp_path, suffix):
     for name, expected in numpy_statistics(pooled).items():
         found = np.asarray(tensors[f"stats/pooled/{name}"])
         np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), rtol=1e-9)
-    assert find_damage(inspect(path), threads=1) == []
+    assert find_damage(inspect_dump(path), threads=1) == {path: []}
 
 
 @settings(max_examples=8, deadline=None)

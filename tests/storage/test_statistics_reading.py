@@ -11,15 +11,10 @@ from safetensors.torch import save_file
 
 from dump_activations import ActivationsFile, InvalidArgumentError, OutputError
 from dump_activations.dtypes import TensorSpec
-from dump_activations.storage import statistics
-from dump_activations.storage.reading.inspection import inspect
-from dump_activations.storage.statistics import (
-    STATISTICS,
-    RunningStatistics,
-    compute_statistics,
-    statistics_specs,
-    stored_statistics,
-)
+from dump_activations.storage.reading import stored_statistics as reading
+from dump_activations.storage.reading.dump_files import inspect_dump
+from dump_activations.storage.reading.stored_statistics import compute_statistics, stored_statistics
+from dump_activations.storage.statistics import STATISTICS, RunningStatistics, statistics_specs
 from reference.statistics import numpy_statistics
 
 N = 300
@@ -84,13 +79,15 @@ def test_a_key_has_the_statistics_of_its_values(with_them, key):
 
 
 def test_a_file_without_statistics_is_read_for_them(with_them, without, monkeypatch):
-    stored = stored_statistics(inspect(with_them))
+    stored = stored_statistics(inspect_dump(with_them))
     assert stored.keys() == ACTIVATIONS.keys()
-    assert stored_statistics(inspect(without)) == {}
-    monkeypatch.setattr(statistics, "_CHUNK_NBYTES", 50_000)
+    assert stored_statistics(inspect_dump(without)) == {}
+    monkeypatch.setattr(reading, "_CHUNK_NBYTES", 50_000)
     seen: list[tuple[int, int]] = []
-    computed = compute_statistics(inspect(without), threads=3, progress=lambda *at: seen.append(at))
-    again = compute_statistics(inspect(without), threads=1)
+    computed = compute_statistics(
+        inspect_dump(without), threads=3, progress=lambda *at: seen.append(at)
+    )
+    again = compute_statistics(inspect_dump(without), threads=1)
     assert computed.keys() == stored.keys()
     for tensor, of_tensor in computed.items():
         assert [*of_tensor] == NAMES
@@ -120,7 +117,7 @@ def test_a_foreign_file_has_statistics_of_its_floats(tmp_path):
     hidden = torch.randn(50, 4, 7)
     others = {"n": torch.arange(50), "one": torch.rand(50), "of_layers": torch.rand(50, 3)}
     save_file({"hidden": hidden, **others}, path, {"num_layers": "3"})
-    computed = compute_statistics(inspect(path), threads=1)
+    computed = compute_statistics(inspect_dump(path), threads=1)
     assert [*computed] == ["hidden"]
     for name, expected in numpy_statistics(hidden.double().reshape(-1, 7).numpy()).items():
         found = computed["hidden"][name]
@@ -132,9 +129,9 @@ def test_compressed_tensors_have_no_statistics(tmp_path):
     np.savez_compressed(
         path, hidden=np.ones((3, 2), np.float32), **{"stats/hidden/mean": np.ones(3)}
     )
-    assert stored_statistics(inspect(path)) == {}
+    assert stored_statistics(inspect_dump(path)) == {}
     with pytest.raises(OutputError, match=r"x.npz: hidden is compressed or not in C order"):
-        compute_statistics(inspect(path), threads=1)
+        compute_statistics(inspect_dump(path), threads=1)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +149,14 @@ def test_tensors_that_only_have_the_name_of_statistics_are_ignored(tmp_path, cou
 def test_a_file_that_changes_meanwhile_is_an_error(without, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(without.read_bytes())
-    inspection = inspect(path)
-    os.truncate(path, inspection.size - 1000)
-    with pytest.raises(OutputError, match="is another file than it was"):
-        compute_statistics(inspection, threads=1)
+    dump = inspect_dump(path)
+    os.truncate(path, dump.size - 1000)
+    with pytest.raises(OutputError, match="was replaced or changed since"):
+        compute_statistics(dump, threads=1)
+    status = path.stat()  # as if it were cut after it was opened
+    dump.files[0] = replace(dump.files[0], stamp=(status.st_ino, status.st_mtime_ns))
     with pytest.raises(OutputError, match="cut short"):
-        compute_statistics(replace(inspection, size=inspection.size - 1000), threads=1)
+        compute_statistics(dump, threads=1)
 
 
 def test_an_interrupted_computation_ends(without):
@@ -165,4 +164,4 @@ def test_an_interrupted_computation_ends(without):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compute_statistics(inspect(without), threads=2, progress=interrupt)
+        compute_statistics(inspect_dump(without), threads=2, progress=interrupt)

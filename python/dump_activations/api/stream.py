@@ -18,9 +18,8 @@ from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import StreamOptions
-from dump_activations.pipeline.device import current
+from dump_activations.pipeline.device import OutOfMemoryAdvice, current
 from dump_activations.pipeline.interrupts import HeldInterrupts
-from dump_activations.pipeline.oom import batch_oom_named
 from dump_activations.pipeline.plan import Plan, make_plan
 from dump_activations.pipeline.run import Run
 from dump_activations.pipeline.transfer import ActivationBatch
@@ -147,33 +146,12 @@ def stream(
     Raises:
         DumpActivationsError: one line that names what is wrong and the way out.
     """
-    options = StreamOptions(
-        outputs=outputs,
-        layers=layers,
-        split_layers=split_layers,
-        n_samples=n_samples,
-        indices=indices,
-        steps=steps,
-        where=where,
-        labels=labels,
-        scan_progress=scan_progress,
-        seed=seed,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=str(device),
-        allow_cpu=allow_cpu,
-        random_init=random_init,
-        precision=precision,
-        compile=compile,
-        tensors=tensors,
-    )
-    on_device = tensors == "device"
-    with batch_oom_named(options.batch_size):
-        slots = 0 if on_device else _HOST_SLOTS
+    options = StreamOptions.of(locals())
+    with OutOfMemoryAdvice(batch_size=options.batch_size):
         dataset, options = with_step_indices(dataset, options)
-        plan = make_plan(init, dataset, options, host_slots=slots)
+        plan = make_plan(init, dataset, options)
     caller = _Caller(plan.device, copies=tensors == "copy")
-    run = _computed_ahead(plan, on_device=on_device)
+    run = _computed_ahead(plan, on_device=tensors == "device")
     batches = _interruptible(run, caller, plan.device, options.batch_size)
     next(batches)
     return cast("Iterator[Batch]", batches)
@@ -240,11 +218,16 @@ def _interruptible(
     error keeps the frame of this function: it holds nothing of the run but the generator.
     """
     try:
-        with HeldInterrupts(), batch_oom_named(batch_size), current(device), caller.returned():
+        with (
+            HeldInterrupts(),
+            OutOfMemoryAdvice(batch_size=batch_size),
+            current(device),
+            caller.returned(),
+        ):
             next(run)
         yield None
         while True:
-            with HeldInterrupts(), batch_oom_named(batch_size), current(device):
+            with HeldInterrupts(), OutOfMemoryAdvice(batch_size=batch_size), current(device):
                 batch = caller.take(run)
             if batch is None:
                 return
@@ -261,7 +244,7 @@ def _computed_ahead(plan: Plan, *, on_device: bool) -> _Computed:
     ahead = 1 if plan.device.type == "cuda" else 0
     place = plan.device if on_device else "cpu"
     under_way: deque[ActivationBatch] = deque()
-    with Run(plan, on_device=on_device) as run:
+    with Run(plan, host_slots=0 if on_device else _HOST_SLOTS) as run:
         weights = {
             name: tensor.to(place, plan.storage_dtype, copy=True)
             for name, tensor in plan.weights.items()

@@ -26,7 +26,7 @@ from dump_activations.progress import BYTES, Phase, counted, shown_progress
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dump_activations.storage.reading.inspection import Inspection
+    from dump_activations.storage.reading.dump_files import DumpFiles
     from dump_activations.storage.statistics import TensorStatistics
 
 
@@ -98,7 +98,7 @@ def inspect_activations(
 
 def _show_file(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
     from dump_activations.commands.show import print_file, print_shards, print_unfinished
-    from dump_activations.storage.reading.whole import find_shards, inspect_dump
+    from dump_activations.storage.reading.dump_files import find_shards, inspect_dump
     from dump_activations.storage.writing.existing import find_unfinished
     from dump_activations.storage.writing.paths import partial_path, target_of
 
@@ -115,12 +115,12 @@ def _show_file(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
             raise OutputError(f"{unfinished.path} is not finished: {missing}")
         print_unfinished(unfinished, as_json=as_json)
         return
-    inspection = inspect_dump(file)
+    dump = inspect_dump(file)
     with shown_progress() if verify or stats else nullcontext():
-        damage = _damage(inspection) if verify else {}
-        statistics = _statistics(inspection, compute=stats)
+        damage = _damage(dump) if verify else {}
+        statistics = _statistics(dump, compute=stats)
     damaged = sorted({name for names in damage.values() for name in names}) if verify else None
-    print_file(inspection, damaged=damaged, statistics=statistics, stats=stats, as_json=as_json)
+    print_file(dump, damaged=damaged, statistics=statistics, stats=stats, as_json=as_json)
     if (left := partial_path(target_of(file))).exists():
         print_note(f"{left} is next to it: another dump to its name, not finished")
     texts = [f"{path} is damaged: {', '.join(names)}" for path, names in damage.items() if names]
@@ -128,26 +128,25 @@ def _show_file(file: Path, *, verify: bool, stats: bool, as_json: bool) -> None:
         raise OutputError("; ".join(texts))
 
 
-def _damage(inspection: Inspection) -> dict[Path, list[str]]:
+def _damage(dump: DumpFiles) -> dict[Path, list[str]]:
     """Return the damaged tensors of each file of a dump."""
-    from dump_activations.storage.reading.inspection import each_file, find_damage
+    from dump_activations.storage.reading.damage import find_damage
 
-    count = counted(Phase("verifying", BYTES))
-    return {
-        each.path: find_damage(each, threads=_threads(), progress=progress)
-        for each, progress in each_file(inspection, count)
-    }
+    return find_damage(dump, threads=_threads(), progress=counted(Phase("verifying", BYTES)))
 
 
-def _statistics(inspection: Inspection, *, compute: bool) -> Mapping[str, TensorStatistics]:
+def _statistics(dump: DumpFiles, *, compute: bool) -> Mapping[str, TensorStatistics]:
     """Return the statistics that a dump stores, or computed ones if it stores none."""
-    from dump_activations.storage.statistics import compute_statistics, stored_statistics
+    from dump_activations.storage.reading.stored_statistics import (
+        compute_statistics,
+        stored_statistics,
+    )
 
-    found = stored_statistics(*inspection.files)
+    found = stored_statistics(dump)
     if found or not compute:
         return found
     count = counted(Phase("computing statistics", BYTES))
-    return compute_statistics(inspection, threads=_threads(), progress=count)
+    return compute_statistics(dump, threads=_threads(), progress=count)
 
 
 def _write_report(file: Path, report: Path) -> None:
@@ -162,20 +161,20 @@ def _show_differences(file: Path, other: Path, *, rtol: float, atol: float, as_j
     """Show what differs in two files, and return True where their tensors are equal."""
     from dump_activations.commands.show import print_differences
     from dump_activations.storage.reading.comparison import compare
-    from dump_activations.storage.reading.whole import inspect_dump
+    from dump_activations.storage.reading.dump_files import inspect_dump
 
     for path in (file, other):
         _refuse_unfinished(path, "there is nothing to compare yet")
-    inspections = inspect_dump(file), inspect_dump(other)
+    dumps = inspect_dump(file), inspect_dump(other)
     with shown_progress():
         count = counted(Phase("comparing", "values"))
-        comparison = compare(*inspections, threads=_threads(), rtol=rtol, atol=atol, progress=count)
+        comparison = compare(*dumps, threads=_threads(), rtol=rtol, atol=atol, progress=count)
     print_differences(file, other, comparison, as_json=as_json)
     return comparison.is_equal
 
 
 def _refuse_unfinished(file: Path, reason: str) -> None:
-    from dump_activations.storage.reading.whole import find_shards
+    from dump_activations.storage.reading.dump_files import find_shards
     from dump_activations.storage.writing.existing import find_unfinished
 
     if find_shards(file) is None and (found := find_unfinished(file)) is not None:

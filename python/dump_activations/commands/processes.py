@@ -13,7 +13,7 @@ from dump_activations.errors import DeviceError, InvalidArgumentError, option
 from dump_activations.pipeline.interrupts import (
     UNREAD,
     HeldInterrupts,
-    forwarded_interrupts,
+    handled_by,
     terminate_with_parent,
 )
 
@@ -62,13 +62,13 @@ def launch(arguments: Sequence[str], processes: str) -> int:
     started: list[subprocess.Popen[bytes]] = []
     is_interrupted = False
 
-    def send(number: int) -> None:
+    def send(number: int, _frame: object) -> None:
         nonlocal is_interrupted
         is_interrupted = True
         for process in started:
             process.send_signal(number)
 
-    with forwarded_interrupts(send):
+    with handled_by(send):
         try:
             with HeldInterrupts():  # So that each process gets a signal that comes meanwhile.
                 for rank in range(count):

@@ -34,12 +34,11 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.options import Options
     from dump_activations.pipeline.plan import Preview
-    from dump_activations.pipeline.summary import Summary
+    from dump_activations.pipeline.run import Summary
     from dump_activations.storage.digests import Digest
     from dump_activations.storage.formats.layout import StoredTensor
     from dump_activations.storage.reading.comparison import Comparison, Difference, TensorPair
-    from dump_activations.storage.reading.inspection import Inspection
-    from dump_activations.storage.reading.whole import DumpShards
+    from dump_activations.storage.reading.dump_files import DumpFiles, DumpShards
     from dump_activations.storage.statistics import TensorStatistics
     from dump_activations.storage.writing.existing import Unfinished
 
@@ -160,7 +159,7 @@ class _Contents:
 
 
 def print_file(
-    inspection: Inspection,
+    dump: DumpFiles,
     *,
     damaged: Sequence[str] | None,
     statistics: Mapping[str, TensorStatistics],
@@ -170,15 +169,16 @@ def print_file(
     """Print the contents of a finished file.
 
     Args:
-        inspection: the file.
+        dump: the file.
         damaged: names of damaged tensors; None if the file was not verified.
         statistics: statistics of its tensors, by tensor name. JSON has them only with `stats`.
         stats: include the statistics in JSON.
         as_json: print JSON instead of tables.
     """
-    path, name, size = inspection.path, inspection.format.name, inspection.size
-    tensors, metadata = inspection.contents.tensors, inspection.contents.metadata
-    contents = _Contents(path, name, size, tensors, metadata, inspection.digests)
+    tensors = [*dump.tensors.values()]
+    contents = _Contents(
+        dump.path, dump.format.name, dump.size, tensors, dump.metadata, dump.digests
+    )
     if not as_json:
         table = _statistics_table(statistics, contents.layers or []) if statistics else None
         print_parts(*contents.parts(damaged=damaged, statistics=table))

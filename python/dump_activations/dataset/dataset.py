@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from dump_activations import _rust
 from dump_activations.dataset.columns import Columns, LabelReader
 from dump_activations.dataset.expressions import Expression, parse, split_names
+from dump_activations.dataset.filters import find_matches, locate_rows
 from dump_activations.dataset.sampling import Matches, StepRange, sample, step_indices
-from dump_activations.dataset.scan import find_matches, locate_rows
 from dump_activations.dataset.shards import Shard, fetch_rows, open_shards
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
@@ -122,7 +122,8 @@ class StepsDataset(_Dataset):
         ]
         if len(self.shards) > _SHARDS_SHOWN:
             shards.append(f"  ... and {len(self.shards) - _SHARDS_SHOWN:,} more shards")
-        title = f"StepsDataset({url_of(self.path) or os.fspath(self.path)!r}{labels})"
+        source = url_of(self.path) or os.fspath(self.path)
+        title = f"StepsDataset({source!r}{labels})"
         size = f"{len(self):,} rows of {self.dtype.itemsize} bytes, {len(self.shards):,} shards"
         return "\n".join([f"{title}: {size}", *fields, *shards])
 

@@ -13,14 +13,14 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, Literal
 
-from dump_activations.dtypes import CELLS, MOVES
+from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
     ActivationNotImplementedError,
     ActivationUnavailableError,
@@ -38,11 +38,11 @@ Layers = str | Iterable[int | slice]
 """Text such as `0,3,-1,4:8`, or numbers and slices."""
 
 
-def _unchanged(value: Tensor) -> Tensor:
+def _first(_module: object, value: Tensor, *_: object) -> Tensor:
     return value
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Activation:
     """A key of the registry.
 
@@ -58,8 +58,9 @@ class Activation:
     key: str
     text: str
     alias: str = ""
-    shape: str
-    per_layer: bool = False
+    shape: str = "SH"
+    _: KW_ONLY
+    per_layer: bool = True
     lacking: Callable[[EncoderConfig], str] = lambda _: ""
 
     def shape_in(self, config: EncoderConfig) -> tuple[int, ...]:
@@ -77,33 +78,30 @@ class Activation:
         return tuple(sizes[letter] for letter in self.shape)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class BoardActivation(Activation):
-    """An activation with one value per board, captured at the input or the output of modules.
+    """An activation with one value per board, captured at the input or the output of a module.
 
     Attributes:
-        modules: config -> names of the modules to hook: inside a block where `per_layer`, else as
-            in `named_modules()`. If there are several, the i-th fills index i of the first axis.
+        module: name of the module to hook: inside a block where `per_layer`, "" for the block
+            itself, else as `get_submodule` takes it.
+        transform: the module, and its inputs or its output -> the value to store.
         at: where the value is captured.
-        transform: the module's inputs, or its output -> the value to store.
     """
 
-    modules: Callable[[EncoderConfig], Sequence[str]]
-    at: Literal["input", "output"] = "output"
-    transform: Callable[..., Tensor] = _unchanged
+    module: str = ""
+    transform: Callable[..., Tensor] = _first
+    _: KW_ONLY
+    at: Literal["input", "output"]
 
     def of_layer(self, layer: int) -> BoardActivation:
         """Return the activation of one layer alone, with the key `KEY.LAYER`."""
-        return replace(
-            self,
-            key=f"{self.key}.{layer}",
-            alias="",
-            per_layer=False,
-            modules=lambda config: [block_module(layer, *self.modules(config))],
-        )
+        module = f"blocks.{layer}.{self.module}".rstrip(".")
+        key = f"{self.key}.{layer}"
+        return replace(self, key=key, alias="", per_layer=False, module=module)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class WeightActivation(Activation):
     """A key for parameters of the model, which do not depend on the boards.
 
@@ -111,66 +109,8 @@ class WeightActivation(Activation):
         tensors: model, numbers of the requested layers -> tensors by their names in the file.
     """
 
+    _: KW_ONLY
     tensors: Callable[[Encoder, Sequence[int]], Mapping[str, Tensor]]
-
-
-def _in_block(  # noqa: PLR0917 -- rows of a table
-    at: Literal["input", "output"],
-    key: str,
-    module: str,
-    text: str,
-    alias: str = "",
-    shape: str = "SH",
-    transform: Callable[..., Tensor] = _unchanged,
-) -> BoardActivation:
-    """Describe the input or output of one module of every block; "" is the block itself."""
-    return BoardActivation(
-        key=key,
-        text=text,
-        alias=alias,
-        shape=shape,
-        per_layer=True,
-        modules=lambda _: [module],
-        at=at,
-        transform=transform,
-    )
-
-
-_input = partial(_in_block, "input")
-_output = partial(_in_block, "output")
-_DOT = "attn.dot_product"  # its inputs are q_BSQD, k_BSKD, v_BSKD, sinks_Q
-
-
-def _head(
-    key: str, text: str, transform: Callable[[Tensor], Tensor] = _unchanged
-) -> BoardActivation:
-    """Describe head outputs: one linear per move for binned_ev, one in all for action_policy."""
-    return BoardActivation(
-        key=key,
-        text=text,
-        shape="O",
-        modules=lambda config: (
-            [f"ev_heads.{move}" for move in range(MOVES)]
-            if config.head_type == "binned_ev"
-            else ["policy_head"]
-        ),
-        lacking=lambda config: "this checkpoint has no head" if 0 in config.logits_shape else "",
-        transform=transform,
-    )
-
-
-def _attention_scores(q_BSQD: Tensor, k_BSKD: Tensor, *_: Tensor | None) -> Tensor:
-    from dump_activations.model.encoder import DotProduct
-
-    return DotProduct.scores(q_BSQD, k_BSKD)
-
-
-def _attention_pattern(
-    q_BSQD: Tensor, k_BSKD: Tensor, _v_BSKD: Tensor, sinks_Q: Tensor | None
-) -> Tensor:
-    from dump_activations.model.encoder import DotProduct
-
-    return DotProduct.pattern(q_BSQD, k_BSKD, sinks_Q)
 
 
 def _rmsnorm_gammas(model: Encoder, _layers: Sequence[int]) -> dict[str, Tensor]:
@@ -191,54 +131,75 @@ def _attention_sinks(model: Encoder, layers: Sequence[int]) -> dict[str, Tensor]
     return {"attn_sinks": sinks_LQ}
 
 
+_input = partial(BoardActivation, at="input")
+_output = partial(BoardActivation, at="output")
+_final = partial(_output, module="final_ln", per_layer=False)
+_head = partial(
+    _output,
+    shape="O",
+    module="head",
+    per_layer=False,
+    lacking=lambda config: "this checkpoint has no head" if 0 in config.logits_shape else "",
+)
+# Inputs of the dot product are q_BSQD, k_BSKD, v_BSKD and sinks_Q.
+_into_dot = partial(_input, module="attn.dot_product")
+
 ACTIVATIONS: tuple[Activation, ...] = (
-    BoardActivation(
-        key="final_hidden",
-        text="output of the final RMSNorm",
-        shape="SH",
-        modules=lambda _: ["final_ln"],
-    ),
-    BoardActivation(
-        key="pooled",
-        text="mean of final_hidden over the cells",
+    _final("final_hidden", "output of the final RMSNorm"),
+    _final(
+        "pooled",
+        "mean of final_hidden over the cells",
         shape="H",
-        modules=lambda _: ["final_ln"],
-        transform=lambda hidden_BSH: hidden_BSH.mean(dim=1),
+        transform=lambda _, hidden_BSH: hidden_BSH.mean(dim=1),
     ),
     _head("head_logits", "logits of the head, per move"),
-    _head("head_probs", "softmax of head_logits", lambda logits: logits.float().softmax(dim=-1)),
-    _input("resid_pre", "", "residual stream into the block", "hook_resid_pre"),
-    _output("attn_norm", "attn_norm", "output of the attention norm"),
-    _input("attn_q", _DOT, "queries, after the qk-norm", "attn.hook_q", "SQD", lambda q, *_: q),
-    _input("attn_k", _DOT, "keys, after the qk-norm", "attn.hook_k", "SKD", lambda _q, k, *_: k),
-    _input("attn_v", _DOT, "values", "attn.hook_v", "SKD", lambda _q, _k, v, _sinks: v),
-    _input(
-        *("attn_scores", _DOT, "scaled dot products, before the softmax"),
-        *("attn.hook_attn_scores", "QSS", _attention_scores),
+    _head(
+        "head_probs",
+        "softmax of head_logits",
+        transform=lambda _, logits: logits.float().softmax(dim=-1),
     ),
-    _input(
-        *("attn_pattern", _DOT, "attention weights, after the softmax"),
-        *("attn.hook_pattern", "QSS", _attention_pattern),
+    _input("resid_pre", "residual stream into the block", "hook_resid_pre"),
+    _output("attn_norm", "output of the attention norm", module="attn_norm"),
+    _into_dot("attn_q", "queries, after the qk-norm", "attn.hook_q", "SQD"),
+    _into_dot(
+        *("attn_k", "keys, after the qk-norm", "attn.hook_k", "SKD"),
+        transform=lambda _, *inputs: inputs[1],
     ),
-    _output("attn_z", _DOT, "values weighted by the pattern, per head", "attn.hook_z", "SQD"),
-    _output("attn_out", "attn", "output of the attention", "hook_attn_out"),
-    _input("resid_mid", "mlp_norm", "residual stream between attention and MLP", "hook_resid_mid"),
-    _output("mlp_input", "mlp_norm", "output of the MLP norm"),
-    _output("mlp_pre", "mlp.w_gate", "gate of the MLP, before the SiLU", "mlp.hook_pre", "SI"),
-    _output("mlp_pre_linear", "mlp.w_up", "linear branch of the MLP", "mlp.hook_pre_linear", "SI"),
-    _input(
-        "mlp_post", "mlp.w_down", "gate times linear branch, into w_down", "mlp.hook_post", "SI"
+    _into_dot(*("attn_v", "values", "attn.hook_v", "SKD"), transform=lambda _, *inputs: inputs[2]),
+    _into_dot(
+        *("attn_scores", "scaled dot products, before the softmax"),
+        *("attn.hook_attn_scores", "QSS"),
+        transform=lambda dot_product, *inputs: dot_product.scores(*inputs[:2]),
     ),
-    _output("mlp_out", "mlp", "output of the MLP", "hook_mlp_out"),
-    _output("layer_outputs", "", "residual stream out of the block", "hook_resid_post"),
+    _into_dot(
+        *("attn_pattern", "attention weights, after the softmax", "attn.hook_pattern", "QSS"),
+        transform=lambda dot_product, q, k, _v, sinks: dot_product.pattern(q, k, sinks),
+    ),
+    _output(
+        *("attn_z", "values weighted by the pattern, per head", "attn.hook_z", "SQD"),
+        module="attn.dot_product",
+    ),
+    _output("attn_out", "output of the attention", "hook_attn_out", module="attn"),
+    _input(
+        *("resid_mid", "residual stream between attention and MLP", "hook_resid_mid"),
+        module="mlp_norm",
+    ),
+    _output("mlp_input", "output of the MLP norm", module="mlp_norm"),
+    _output("mlp_pre", "gate of the MLP, before the SiLU", "mlp.hook_pre", "SI", "mlp.w_gate"),
+    _output("mlp_pre_linear", "linear branch of the MLP", "mlp.hook_pre_linear", "SI", "mlp.w_up"),
+    _input(
+        *("mlp_post", "gate times linear branch, into w_down", "mlp.hook_post", "SI"),
+        module="mlp.w_down",
+    ),
+    _output("mlp_out", "output of the MLP", "hook_mlp_out", module="mlp"),
+    _output("layer_outputs", "residual stream out of the block", "hook_resid_post"),
     WeightActivation(
-        key="rmsnorm_gammas", text="weights of every RMSNorm", shape="", tensors=_rmsnorm_gammas
+        *("rmsnorm_gammas", "weights of every RMSNorm", "", ""),
+        per_layer=False,
+        tensors=_rmsnorm_gammas,
     ),
     WeightActivation(
-        key="attn_sinks",
-        text="logits of the attention sinks",
-        shape="Q",
-        per_layer=True,
+        *("attn_sinks", "logits of the attention sinks", "", "Q"),
         lacking=lambda config: (
             "" if config.use_attention_sinks else "this model has no attention sinks"
         ),
@@ -246,7 +207,6 @@ ACTIVATIONS: tuple[Activation, ...] = (
     ),
 )
 _NOT_IMPLEMENTED = {"attn_weights": "attn_pattern"}
-_GLOB_CHARACTERS = "*?["
 _LAYER_ALIAS = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 _EMBEDDING_ALIAS = "hook_embed"
 
@@ -268,8 +228,8 @@ def find_activations(
     """
     if not outputs:
         raise InvalidArgumentError(f"{option('outputs')}: no keys; choose from {_all_keys()}")
-    whole: set[str] = set()
-    layered: dict[str, dict[int, str]] = defaultdict(dict)
+    # By key, and by layer or None for the whole key: the name that asks for it.
+    asked: dict[str, dict[int | None, str]] = defaultdict(dict)
     for name in outputs:
         alias, layer = split_layer_alias(name) or (name, None)
         if config is not None and layer is not None and layer >= config.num_hidden_layers:
@@ -278,23 +238,21 @@ def find_activations(
                 f"{config.num_hidden_layers - 1}"
             )
         for activation in _matches(alias, config):
-            if layer is None:
-                whole.add(activation.key)
-            else:
-                layered[activation.key][layer] = name
-    activations: list[Activation] = []
+            asked[activation.key][layer] = name
+    found: list[Activation] = []
     for activation in ACTIVATIONS:
-        names = layered[activation.key]
-        if activation.key in whole and names:
+        names = asked[activation.key]
+        layers = sorted(layer for layer in names if layer is not None)
+        if None in names and layers:
             raise InvalidArgumentError(
-                f"{option('outputs')}: {next(iter(names.values()))} is a layer of "
-                f"{activation.key}, which is requested too; leave one of them out"
+                f"{option('outputs')}: {names[layers[0]]} is a layer of {activation.key}, which is "
+                "requested too; leave one of them out"
             )
-        if activation.key in whole:
-            activations.append(activation)
+        if None in names:
+            found.append(activation)
         elif isinstance(activation, BoardActivation):  # as all are that have an alias
-            activations += map(activation.of_layer, sorted(names))
-    return activations
+            found += map(activation.of_layer, layers)
+    return found
 
 
 def split_layer_alias(name: str) -> tuple[str, int] | None:
@@ -322,23 +280,20 @@ def _matches(name: str, config: EncoderConfig | None) -> list[Activation]:
         for each in ACTIVATIONS
         if fnmatchcase(each.key, name) or (each.alias and fnmatchcase(each.alias, name))
     ]
-    lacking = {each.key: each.lacking(config) for each in found} if config is not None else {}
-    if any(character in name for character in _GLOB_CHARACTERS):
-        found = [each for each in found if not lacking.get(each.key)]
-        if not found:
-            raise InvalidArgumentError(
-                f"{option('outputs')}: {name!r} matches no key; the keys are {_all_keys()}"
-            )
-        return found
+    reasons = {} if config is None else {each.key: each.lacking(config) for each in found}
+    is_glob = any(character in name for character in "*?[")
+    if is_glob:
+        found = [each for each in found if not reasons.get(each.key)]
     if not found:
         names = [known for each in ACTIVATIONS for known in (each.key, each.alias) if known]
-        near = get_close_matches(name, names)
+        near = [] if is_glob else get_close_matches(name, names)
         hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {_all_keys()}"
-        raise InvalidArgumentError(f"{option('outputs')}: unknown key {name!r}; {hint}")
-    for key, reason in lacking.items():
-        if reason:
+        problem = f"{name!r} matches no key" if is_glob else f"unknown key {name!r}"
+        raise InvalidArgumentError(f"{option('outputs')}: {problem}; {hint}")
+    for each in found:
+        if reason := reasons.get(each.key):
             raise ActivationUnavailableError(
-                f"{option('outputs')}: {key}: {reason}; leave the key out"
+                f"{option('outputs')}: {each.key}: {reason}; leave the key out"
             )
     return found
 
@@ -438,18 +393,12 @@ def board_tensors(
         split: True for one tensor per layer, `KEY.LAYER`; False for one with all layers stacked.
     """
     key, shape = activation.key, activation.shape_in(config)
-    inner = tuple(activation.modules(config))
     if not activation.per_layer:
-        return [BoardTensor(key, activation, shape, inner, stacked=len(inner) > 1)]
-    names = [block_module(layer, inner[0]) for layer in layers]
+        return [BoardTensor(key, activation, shape, (activation.module,), stacked=False)]
+    layered = [activation.of_layer(layer) for layer in layers]
     if split:
         return [
-            BoardTensor(f"{key}.{layer}", activation, shape, (name,), stacked=False)
-            for layer, name in zip(layers, names, strict=True)
+            BoardTensor(each.key, each, shape, (each.module,), stacked=False) for each in layered
         ]
-    return [BoardTensor(key, activation, (len(layers), *shape), tuple(names), stacked=True)]
-
-
-def block_module(layer: int, inner: str) -> str:
-    """Return the full name of a module inside a block; "" is the block itself."""
-    return f"blocks.{layer}.{inner}".rstrip(".")
+    modules = tuple(each.module for each in layered)
+    return [BoardTensor(key, activation, (len(layers), *shape), modules, stacked=True)]

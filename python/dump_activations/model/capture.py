@@ -113,13 +113,13 @@ class Capture:
         self._model(tokens_BS)
 
     def _hook(self, module: nn.Module, tensor: BoardTensor, i: int, number: int) -> RemovableHandle:
-        def store(*values: Tensor) -> None:
+        def store(module: nn.Module, *values: Tensor) -> None:
             # The model may run for others at the same time: for the consumer, or for another run.
             if tensor.name not in self._now.buffers:
                 return
             buffer = self._now.buffers[tensor.name]
             target = buffer[:, i] if tensor.stacked else buffer
-            target.copy_(tensor.activation.transform(*values))
+            target.copy_(tensor.activation.transform(module, *values))
             # A compiled forward computes only what the buffers need, and cannot raise.
             if torch.compiler.is_compiling():
                 return
@@ -131,8 +131,8 @@ class Capture:
                 raise _AllCaptured
 
         if tensor.activation.at == "input":
-            return module.register_forward_pre_hook(lambda _module, inputs: store(*inputs))
-        return module.register_forward_hook(lambda _module, _inputs, output: store(output))
+            return module.register_forward_pre_hook(lambda module, inputs: store(module, *inputs))
+        return module.register_forward_hook(lambda module, _inputs, output: store(module, output))
 
 
 def _misrun(tensor: BoardTensor, i: int, fault: str) -> ActivationUnavailableError:

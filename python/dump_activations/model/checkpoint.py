@@ -1,30 +1,34 @@
-"""The model of a run: loaded from a checkpoint, or an Encoder that a caller hands in."""
+"""The model of a run: loaded from a checkpoint's files, or an Encoder that a caller hands in.
 
+Checkpoints are not trusted: they cannot run code, name files outside of their directory, or take
+memory beyond the size of their files.
+"""
+
+import json
 import os
-from collections.abc import Mapping
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from dump_activations.errors import (
     CheckpointError,
     CheckpointNotFoundError,
-    DumpActivationsError,
     InvalidArgumentError,
     option,
+    switch,
     warn,
 )
-from dump_activations.model.checkpoint_files import (
-    CheckpointFiles,
-    files_to_download,
-    first_few,
-    one_line,
-    read_checkpoint,
-)
-from dump_activations.model.config import EncoderConfig, HeadType
+from dump_activations.model.config import HEAD_MODULES, EncoderConfig
 from dump_activations.model.encoder import (
     Encoder,
     empty_encoder,
@@ -32,11 +36,31 @@ from dump_activations.model.encoder import (
     replicate,
     weights_sha256,
 )
-from dump_activations.paths import locate
+from dump_activations.paths import check_ordinary, locate
 from dump_activations.progress import begin
+from dump_activations.text import printable
 
-_TRUNK = frozenset({"tok_emb", "pos_emb", "blocks", "final_ln"})
-_HEADS: dict[str, HeadType] = {"ev_heads": "binned_ev", "policy_head": "action_policy"}
+_CONFIG_NAME = "config.json"
+_TOKENIZER_NAME = "tokenizer.json"
+_INDEX_NAME = "model.safetensors.index.json"
+_SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+# The first of these in a directory is read.
+WEIGHT_NAMES = (
+    "model-best.safetensors",
+    "model.safetensors",
+    _INDEX_NAME,
+    "model-final.safetensors",
+    "model-stable.safetensors",
+    "model-best.pt",
+    "model.pt",
+    "model-stable.pt",
+)
+_LARGEST_TOKENIZER = 64 << 10
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# torch.compile and DistributedDataParallel name their wrappers so, around any module.
+_WRAPPERS = re.compile(r"\b(?:_orig_mod|module)\.")
+_LONGEST_QUOTE = 200
+_TRUNK = ("tok_emb", "pos_emb", "blocks", "final_ln")
 # Two norms, four projections of the attention and three of the MLP.
 _FEWEST_TENSORS_PER_BLOCK = 9
 _WAY_OUT = (
@@ -68,47 +92,78 @@ def load_encoder(
         CheckpointError: the config or the weights are damaged, contradictory or do not fit.
         InvalidArgumentError: a malformed `hf://` address, or another URL.
     """
-    source = os.fsdecode(init)
-    load = _load_from_hub if "://" in source else _load_from_disk
-    with torch.device("cpu"):  # in place of the caller's default device
-        model = load(source, random_init=random_init, seed=seed)
-    model.checkpoint, model.random_init = source, random_init
+    source, commit = os.fsdecode(init), None
+    if "://" in source:
+        from dump_activations.model.hub import download_checkpoint
+
+        choose = partial(files_to_download, where=source, weights_required=not random_init)
+        path, commit = download_checkpoint(source, choose)
+        begin("loading the checkpoint")
+    else:
+        path = locate(source)
+    try:
+        with torch.device("cpu"):  # in place of the caller's default device
+            model = _load(path, random_init=random_init, seed=seed)
+    except (CheckpointError, CheckpointNotFoundError) as error:
+        if commit is None:
+            raise
+        raise type(error)(f"{source}: {error.args[0]}") from error
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
+    model.checkpoint, model.random_init, model.hub_commit = source, random_init, commit
     return model.to(device).eval().requires_grad_(requires_grad=False)
 
 
-def _load_from_hub(source: str, *, random_init: bool, seed: int) -> Encoder:
-    from dump_activations.model.hub import download_checkpoint
-
-    choose = partial(files_to_download, where=source, weights_required=not random_init)
-    directory, commit = download_checkpoint(source, choose)
-    begin("loading the checkpoint")
-    try:
-        model = _load_from_disk(str(directory), random_init=random_init, seed=seed)
-    except (CheckpointError, CheckpointNotFoundError) as error:
-        raise type(error)(f"{source}: {error.args[0]}") from error
-    model.hub_commit = commit
-    return model
-
-
-def _load_from_disk(source: str, *, random_init: bool, seed: int) -> Encoder:
-    path = locate(source)
-    try:
-        files = read_checkpoint(path, weights_required=not random_init)
-    except DumpActivationsError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
-    fields = files.config
-    if files.weights:
-        fields = fields | _config_of_weights(fields, files.weights)
+def _load(path: Path, *, random_init: bool, seed: int) -> Encoder:
+    paths = _paths_in(path, weights_required=not random_init)
+    fields: dict[str, Any] = {}
+    origins: list[str] = []
+    weights: Mapping[str, Any] = {}
+    shards: list[Path] = []
+    for file in paths:
+        _check_file(file)
+        found: dict[str, Any] | None = None
+        if file.name == _CONFIG_NAME:
+            found = _read_json_object(file)
+        elif file.name == _INDEX_NAME:
+            weights, shards = _read_shards(file)
+        elif file.suffix == ".safetensors":
+            weights = _read_safetensors(file)
+        else:
+            found, weights = _read_bundle(file, config_required=not origins)
+        if found is not None:
+            fields |= found
+            origins.append(str(file))
+    origin, weights_origin = " and ".join(origins), str(paths[-1])
+    weights = _without_wrappers(weights, weights_origin)
+    if weights:
+        fields |= _config_of_weights(fields, weights)
     try:
         config = EncoderConfig.from_dict(fields)
     except CheckpointError as error:
-        raise CheckpointError(f"{files.config_origin}: {error.args[0]}") from error
-    model = random_encoder(config, seed=seed) if random_init else _encoder_with(config, files)
-    model.checkpoint_files = tuple(files.paths)
-    model.tokenizer = files.tokenizer
+        raise CheckpointError(f"{origin}: {error.args[0]}") from error
+    if random_init:
+        model = random_encoder(config, seed=seed)
+    else:
+        model = _encoder_with(config, weights, origin, weights_origin)
+    model.checkpoint_files = (*paths, *shards)
+    model.tokenizer = _read_tokenizer(paths[0].parent)
     return model
+
+
+def _paths_in(path: Path, *, weights_required: bool) -> list[Path]:
+    """List the files to read: the config's first, the weights' last."""
+    if path.is_dir():
+        names = [file.name for file in path.iterdir()]
+        needed = _files_needed(names, str(path), weights_required=weights_required)
+        return [path / name for name in needed]
+    if not path.exists():
+        raise CheckpointNotFoundError(
+            f"{path}: no such checkpoint; give a directory, a .pt bundle or hf://org/repo"
+        )
+    if path.suffix in (".json", ".safetensors"):
+        raise CheckpointError(f"{path}: not a .pt bundle; give the directory that holds it")
+    return [path]
 
 
 def prepare_model(
@@ -121,16 +176,10 @@ def prepare_model(
     """Return a run's own model in eval mode on a device, with `weights_sha256` set.
 
     Args:
-        init: a checkpoint as `load_encoder` takes it; or an Encoder, which may be wrapped by
-            torch.compile, DistributedDataParallel, DataParallel or AveragedModel. A run leaves it
-            as it is.
+        init: a checkpoint as `load_encoder` takes it, or what `unwrap_model` takes.
         device: the run's device.
         random_init: load the checkpoint's architecture with untrained weights.
         seed: of the untrained weights.
-
-    Raises:
-        InvalidArgumentError: neither of these, or a model that does not match its config.
-        DumpActivationsError: as `load_encoder` raises.
     """
     if isinstance(init, str | os.PathLike):
         model = load_encoder(init, random_init=random_init, seed=seed)
@@ -150,9 +199,8 @@ def prepare_model(
 def unwrap_model(model: object) -> Encoder:
     """Take an Encoder out of the wrappers of training scripts, and check that it can be run.
 
-    Raises:
-        InvalidArgumentError: no Encoder, weights that are not plain tensors, or modules that
-            differ from its config. The text says what to give instead.
+    torch.compile, DistributedDataParallel, DataParallel and AveragedModel are taken off. Refused
+    are other modules, weights that are not plain tensors, and modules that differ from the config.
     """
     inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, Encoder):
@@ -177,6 +225,177 @@ def unwrap_model(model: object) -> Encoder:
     return inner
 
 
+def _files_needed(names: Sequence[str], where: str, *, weights_required: bool) -> list[str]:
+    """Choose the file of the config, if it has its own, and the file of the weights."""
+    weights = [name for name in WEIGHT_NAMES if name in names]
+    bundles = [name for name in weights if name.endswith(".pt")]
+    config = [_CONFIG_NAME] if _CONFIG_NAME in names else bundles[:1]
+    others = sorted(name for name in names if name.endswith((".pt", ".safetensors")))
+    it_has = f"; it has {first_few(others, most=5)}" if others else ""
+    if others:
+        it_has += f" (to read another .pt, name it in {option('init')})"
+    if not config:
+        raise CheckpointNotFoundError(
+            f"{where}: not a checkpoint: neither {_CONFIG_NAME} nor a bundle with one of the names "
+            f"{', '.join(name for name in WEIGHT_NAMES if name.endswith('.pt'))}{it_has}"
+        )
+    if weights_required and not weights:
+        raise CheckpointNotFoundError(
+            f"{where}: no weights; expected one of {', '.join(WEIGHT_NAMES)} "
+            f"({switch('random_init')} runs the untrained model){it_has}"
+        )
+    return list(dict.fromkeys([*config, *weights[:1]]))
+
+
+def files_to_download(names: Sequence[str], where: str, *, weights_required: bool) -> list[str]:
+    """Choose the files of a repository's directory to download; raise without a checkpoint."""
+    needed = _files_needed(names, where, weights_required=weights_required)
+    if _INDEX_NAME in needed:
+        needed += filter(_SHARD_NAME.fullmatch, names)
+    return [*needed, _TOKENIZER_NAME] if _TOKENIZER_NAME in names else needed
+
+
+def preferred_files(directory: Path) -> list[Path]:
+    """List absent files of a checkpoint's directory that would be read first if they were there."""
+    paths = [directory / name for name in WEIGHT_NAMES]
+    absent = list(takewhile(lambda path: not path.exists(), paths))
+    has_config = (directory / _CONFIG_NAME).exists()
+    return absent if has_config or len(absent) < len(paths) else []
+
+
+def _read_tokenizer(directory: Path) -> str | None:
+    path = directory / _TOKENIZER_NAME
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_TOKENIZER:
+            return None
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _check_file(path: Path) -> None:
+    check_ordinary(path, CheckpointError)
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{path}: a git-LFS pointer, not the file itself; run git lfs pull"
+            )
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {one_line(str(error))}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must be a JSON object; got a {type(values).__name__}")
+    return values
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    # load_file would map the file. If it were cut short later, the process would be killed.
+    data = path.read_bytes()
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:
+        # For a damaged header torch raises errors of any type, about its dtypes and shapes.
+        reason = one_line(str(error))
+        raise CheckpointError(f"{path}: not a readable safetensors file: {reason}") from error
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Read the tensors that an index of sharded safetensors names, and list their files."""
+    weight_map = _read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map, which names the file of each tensor")
+    names_of: dict[str, list[str]] = defaultdict(list)
+    for name, file in weight_map.items():
+        # A path in the place of a name could lead out of the directory.
+        if not (isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file)):
+            raise CheckpointError(f"{index}: {one_line(str(file))} is not the name of a file there")
+        names_of[file].append(name)
+    weights: dict[str, Any] = {}
+    for file, names in sorted(names_of.items()):
+        path = index.parent / file
+        if not path.exists():
+            raise CheckpointError(f"{index}: no {one_line(file)}, which it names")
+        _check_file(path)
+        held = _read_safetensors(path)
+        missing = [name for name in names if name not in held]
+        if missing:
+            raise CheckpointError(f"{path}: lacks {first_few(missing)}, which {index.name} names")
+        weights |= {name: held[name] for name in names}
+    return weights, [index.parent / file for file in sorted(names_of)]
+
+
+def _read_bundle(path: Path, *, config_required: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Read the raw config, {} if it may be missing, and the state dict of a `.pt` bundle."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                raise CheckpointError(
+                    f"{path}: not a zip archive: damaged, or saved by torch before 1.6; "
+                    "save it again"
+                )
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > size:
+            raise CheckpointError(
+                f"{path}: its members are larger than the file, compressed or overlapping; save it "
+                "with torch.save"
+            )
+        bundle = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, CheckpointError):
+        raise
+    except Exception as error:
+        # For a foreign file torch.load raises errors of any type.
+        raise CheckpointError(f"{path}: {_why_not_loaded(path)}") from error
+    weights = bundle.get("model") if isinstance(bundle, dict) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        raise CheckpointError(f"{path}: not a checkpoint bundle: no state dict under 'model'")
+    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > size:
+        raise CheckpointError(f"{path}: its weights are larger than the file: views of one another")
+    training = bundle.get("training_config")
+    training = training if isinstance(training, Mapping) else {}
+    for config in (bundle.get("encoder_config"), training.get("encoder"), training.get("model")):
+        if isinstance(config, Mapping) and config:
+            # A null is not a value, so config.json's value stays.
+            return {name: it for name, it in config.items() if it is not None}, weights
+    if config_required:
+        raise CheckpointError(
+            f"{path}: no encoder_config (nor training_config['encoder'] or ['model'])"
+        )
+    return {}, weights
+
+
+def _why_not_loaded(path: Path) -> str:
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        foreign = []
+    if not foreign:
+        return "damaged, or not a checkpoint bundle written by torch.save"
+    return (
+        f"holds objects that could run code ({first_few(sorted(foreign), most=8)}), which are "
+        "never loaded; save it again with 'model' and 'encoder_config' alone"
+    )
+
+
+def _without_wrappers(weights: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Strip the names of wrappers from a state dict's keys."""
+    clean: dict[str, Any] = {}
+    for key, value in weights.items():
+        name = _WRAPPERS.sub("", key)
+        if name in clean:
+            raise CheckpointError(
+                f"{origin}: two tensors named {one_line(name)} once wrapper names are stripped"
+            )
+        clean[name] = value
+    return clean
+
+
 def _config_of_weights(config: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config fields in which the weights win."""
 
@@ -193,7 +412,7 @@ def _config_of_weights(config: Mapping[str, Any], weights: Mapping[str, Any]) ->
     if not isinstance(asked, str):
         return found
     modules = set(map(_module_of, weights))
-    heads = [head for module, head in _HEADS.items() if module in modules]
+    heads = [head for head, module in HEAD_MODULES.items() if module in modules]
     if asked not in heads:
         found["head_type"] = heads[0] if heads else "none"
     bins = rows("ev_heads.0.weight")
@@ -202,12 +421,12 @@ def _config_of_weights(config: Mapping[str, Any], weights: Mapping[str, Any]) ->
     return found
 
 
-def _encoder_with(config: EncoderConfig, files: CheckpointFiles) -> Encoder:
-    assert files.weights is not None
-    origin = files.weights_origin
-    used = _TRUNK | {module for module, head in _HEADS.items() if head == config.head_type}
-    weights = {name: value for name, value in files.weights.items() if _module_of(name) in used}
-    others = sorted(set(map(_module_of, files.weights)) - used)
+def _encoder_with(
+    config: EncoderConfig, weights: Mapping[str, Any], config_origin: str, origin: str
+) -> Encoder:
+    used = {*_TRUNK, HEAD_MODULES.get(config.head_type)}
+    others = sorted({_module_of(name) for name in weights} - used)
+    weights = {name: value for name, value in weights.items() if _module_of(name) in used}
     for name, value in weights.items():
         is_dense = isinstance(value, Tensor) and value.layout == torch.strided
         if not (is_dense and value.is_floating_point() and value.device.type == "cpu"):
@@ -222,8 +441,7 @@ def _encoder_with(config: EncoderConfig, files: CheckpointFiles) -> Encoder:
     if problems:
         foreign = f"; not of this model {first_few(others)}" if others else ""
         raise CheckpointError(
-            f"{origin}: the weights do not fit the config ({files.config_origin}): "
-            f"{problems}{foreign}"
+            f"{origin}: the weights do not fit the config ({config_origin}): {problems}{foreign}"
         )
     model.load_state_dict({name: it.to(torch.float32) for name, it in weights.items()}, assign=True)
     if others:
@@ -259,3 +477,14 @@ def _warn_of_nonfinite(weights: Mapping[str, Tensor], origin: str) -> None:
 
 def _module_of(name: str) -> str:
     return name.partition(".")[0]
+
+
+def one_line(text: str) -> str:
+    """Quote text from a file in one line of bounded length."""
+    return printable(text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}...")
+
+
+def first_few(names: Sequence[str], *, most: int = 3) -> str:
+    """Quote the first of some names from a file, and count the others."""
+    more = len(names) - most
+    return ", ".join(map(one_line, names[:most])) + (f" and {more} more" if more > 0 else "")

@@ -10,6 +10,22 @@ from dump_activations.errors import CheckpointError
 
 HeadType = Literal["binned_ev", "action_policy", "none"]
 
+HEAD_MODULES: dict[HeadType, str] = {"binned_ev": "ev_heads", "action_policy": "policy_head"}
+"""The module of each head, as the weights name it."""
+
+_SIZES = (
+    *("hidden_size", "num_attention_heads", "intermediate_size"),
+    *("input_vocab_size", "max_position_embeddings"),
+)
+_DIVISORS = {
+    "num_attention_heads": "hidden_size",
+    "num_key_value_heads": "num_attention_heads",
+}
+# Far above any real model, and far below sizes whose products overflow.
+_LARGEST_SIZE = 1 << 20
+# So many take about a second to make.
+_MOST_LAYERS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -47,45 +63,39 @@ class EncoderConfig:
                 f"model_backend {backend}: its blocks have other names, which are not read; "
                 "save the model with the plain backend"
             )
-        given = {name: value for name, value in values.items() if value is not None}
-        known = {each.name: given[each.name] for each in fields(cls) if each.name in given}
+        known = {each.name for each in fields(cls)}
+        given = {key: it for key, it in values.items() if key in known and it is not None}
         required = [each.name for each in fields(cls) if each.default is MISSING]
-        missing = [name for name in required if name not in known]
-        if missing:
+        if missing := [name for name in required if name not in given]:
             raise CheckpointError(f"missing {', '.join(missing)}")
-        return cls(**known)
+        return cls(**given)
 
     def __post_init__(self) -> None:
-        _check_size("num_hidden_layers", self.num_hidden_layers, _MOST_LAYERS)
-        for name in _SIZES:
-            _check_size(name, getattr(self, name))
+        if self.head_type not in get_args(HeadType):
+            raise _must_be("head_type", f"one of {', '.join(get_args(HeadType))}", self.head_type)
+        sizes = dict.fromkeys(_SIZES, _LARGEST_SIZE) | {"num_hidden_layers": _MOST_LAYERS}
         if self.num_key_value_heads is not None:
-            _check_size("num_key_value_heads", self.num_key_value_heads)
+            sizes["num_key_value_heads"] = _LARGEST_SIZE
+        if self.head_type == "binned_ev":
+            if self.output_n_bins is None:
+                raise CheckpointError("missing output_n_bins, which head_type binned_ev needs")
+            sizes["output_n_bins"] = _LARGEST_SIZE
+        for name, largest in sizes.items():
+            size = getattr(self, name)
+            if type(size) is not int or not 1 <= size <= largest:
+                raise _must_be(name, f"a whole number from 1 to {largest}", size)
         for name in ("use_attention_sinks", "use_qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise _must_be(name, "true or false", getattr(self, name))
         eps = self.layer_norm_eps
-        is_number = isinstance(eps, int | float) and not isinstance(eps, bool)
-        if not (is_number and 0 <= eps <= sys.float_info.max):
+        if type(eps) not in (int, float) or not 0 <= eps <= sys.float_info.max:
             raise _must_be("layer_norm_eps", "a number >= 0", eps)
-        if self.head_type not in get_args(HeadType):
-            raise _must_be("head_type", f"one of {', '.join(get_args(HeadType))}", self.head_type)
-        if self.head_type == "binned_ev":
-            if self.output_n_bins is None:
-                raise CheckpointError("missing output_n_bins, which head_type binned_ev needs")
-            _check_size("output_n_bins", self.output_n_bins)
-        self._check_divides("num_attention_heads", "hidden_size")
-        if self.num_key_value_heads is not None:
-            self._check_divides("num_key_value_heads", "num_attention_heads")
-        if self.max_position_embeddings < CELLS:
-            raise _must_be(
-                "max_position_embeddings", f"at least {CELLS}", self.max_position_embeddings
-            )
-
-    def _check_divides(self, name: str, of: str) -> None:
-        divisor, whole = getattr(self, name), getattr(self, of)
-        if whole % divisor:
-            raise CheckpointError(f"{name} {divisor} does not divide {of} {whole}")
+        for name, of in _DIVISORS.items():
+            divisor, whole = getattr(self, name), getattr(self, of)
+            if divisor is not None and whole % divisor:
+                raise CheckpointError(f"{name} {divisor} does not divide {of} {whole}")
+        if (positions := self.max_position_embeddings) < CELLS:
+            raise _must_be("max_position_embeddings", f"at least {CELLS}", positions)
 
     @property
     def kv_heads(self) -> int:
@@ -106,24 +116,6 @@ class EncoderConfig:
             return (MOVES,)
         assert self.output_n_bins is not None
         return (MOVES, self.output_n_bins)
-
-
-_SIZES = (
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "input_vocab_size",
-    "max_position_embeddings",
-)
-# Far above any real model, and far below sizes whose products overflow.
-_LARGEST_SIZE = 1 << 20
-# So many take about a second to make.
-_MOST_LAYERS = 1024
-
-
-def _check_size(name: str, value: object, largest: int = _LARGEST_SIZE) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-        raise _must_be(name, f"a whole number from 1 to {largest}", value)
 
 
 def _must_be(name: str, what: str, value: object) -> CheckpointError:

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dump_activations.dtypes import CELLS, MOVES
-from dump_activations.model.config import EncoderConfig
+from dump_activations.model.config import HEAD_MODULES, EncoderConfig
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
@@ -51,11 +51,8 @@ class DotProduct(nn.Module):
     ) -> Tensor:
         """Return the values weighted by the pattern, (B, S, Q, D)."""
         q_heads = q_BSQD.shape[2]
-        q_BQSD, k_BQSD, v_BQSD = (
-            q_BSQD.transpose(1, 2),
-            _spread(k_BSKD, q_heads),
-            _spread(v_BSKD, q_heads),
-        )
+        q_BQSD = q_BSQD.transpose(1, 2)
+        k_BQSD, v_BQSD = _spread(k_BSKD, q_heads), _spread(v_BSKD, q_heads)
         bias_Q1T = None
         if sinks_Q is not None:
             # A zero key scores 0 on every query, so the bias alone is the sink's logit. Its value
@@ -107,11 +104,12 @@ class Attention(nn.Module):
         self.wk = nn.Linear(hidden, kv_width, bias=False)
         self.wv = nn.Linear(hidden, kv_width, bias=False)
         self.wo = nn.Linear(hidden, hidden, bias=False)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
-        if config.use_qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_size, eps=config.layer_norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_size, eps=config.layer_norm_eps)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_size, eps=config.layer_norm_eps)
+            if config.use_qk_norm
+            else nn.Identity()
+            for _ in ("query", "key")
+        )
         self.dot_product = DotProduct()
         self.sinks: nn.Parameter | None = None
         if config.use_attention_sinks:
@@ -125,18 +123,11 @@ class Attention(nn.Module):
         k_BSKD = self.wk(x_BSH).view(B, CELLS, self.kv_heads, self.head_size)
         v_BSKD = self.wv(x_BSH).view(B, CELLS, self.kv_heads, self.head_size)
         q_BSQD, k_BSKD = _normed(self.q_norm, q_BSQD), _normed(self.k_norm, k_BSKD)
-        sinks_Q = None if self.sinks is None else self.sinks_by_head()
+        # They are stored by key/value head first: query head h has sinks[(h % K) G + h // K].
+        sinks_Q = None if self.sinks is None else self.sinks.view(self.kv_heads, -1).t().flatten()
         z_BSQD = self.dot_product(q_BSQD, k_BSKD, v_BSKD, sinks_Q)
         out_BSH: Tensor = self.wo(z_BSQD.flatten(2))
         return out_BSH
-
-    def sinks_by_head(self) -> Tensor:
-        """Return the sink logits in the order of the query heads, (Q,).
-
-        They are stored by key/value head first: query head h has sinks[(h % K) G + h // K].
-        """
-        assert self.sinks is not None
-        return self.sinks.view(self.kv_heads, -1).t().flatten()
 
 
 def _normed(norm: nn.Module, heads: Tensor) -> Tensor:
@@ -180,6 +171,18 @@ class Block(nn.Module):
         return out_BSH
 
 
+class ValueHeads(nn.ModuleList):
+    """One linear per move."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        assert config.output_n_bins is not None
+        super().__init__(nn.Linear(config.hidden_size, config.output_n_bins) for _ in range(MOVES))
+
+    def forward(self, pooled_BH: Tensor) -> Tensor:
+        """Map the mean hidden states (B, H) to the logits of each move, (B, 4, N)."""
+        return torch.stack([head(pooled_BH) for head in self], dim=1)
+
+
 class Encoder(nn.Module):
     """The whole model. Its modules have the names of the checkpoints' state dicts.
 
@@ -207,10 +210,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_ln = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         if config.head_type == "binned_ev":
-            assert config.output_n_bins is not None
-            self.ev_heads = nn.ModuleList(
-                nn.Linear(config.hidden_size, config.output_n_bins) for _ in range(MOVES)
-            )
+            self.ev_heads = ValueHeads(config)
         elif config.head_type == "action_policy":
             self.policy_head = nn.Linear(config.hidden_size, MOVES)
 
@@ -230,14 +230,16 @@ class Encoder(nn.Module):
         x_BSH = self.final_ln(x_BSH)
         return x_BSH, self._head_logits(x_BSH.mean(dim=1))
 
+    @property
+    def head(self) -> nn.Module | None:
+        """The module of the head; None without a head."""
+        return getattr(self, HEAD_MODULES.get(self.config.head_type, ""), None)
+
     def _head_logits(self, pooled_BH: Tensor) -> Tensor:
-        if self.config.head_type == "binned_ev":
-            pooled_BH = pooled_BH.to(next(self.ev_heads.parameters()).dtype)
-            return torch.stack([head(pooled_BH) for head in self.ev_heads], dim=1)
-        if self.config.head_type == "none":
+        if self.head is None:
             return pooled_BH[:, :0]
-        logits_B4: Tensor = self.policy_head(pooled_BH.to(self.policy_head.weight.dtype))
-        return logits_B4
+        logits: Tensor = self.head(pooled_BH.to(next(self.head.parameters()).dtype))
+        return logits
 
 
 def empty_encoder(config: EncoderConfig) -> Encoder:
@@ -265,17 +267,10 @@ def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
 class _NoInitialisation(TorchFunctionMode):
     """Leaves parameters as they are allocated: sampling them on the meta device takes seconds."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        _types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def weights_sha256(model: Encoder) -> str:
@@ -292,11 +287,10 @@ def replicate(
     device: torch.device,
     dtype_in: Callable[[nn.Module], torch.dtype | None] = lambda _: None,
 ) -> _ModuleT:
-    """Return a model in eval mode on a device that shares all it can with the given one.
+    """Return a model in eval mode on a device that shares hooks and, where it can, weights.
 
-    It has the same hooks and the same weights, in the same memory where they are neither moved nor
-    cast. Its mode, its device and the hooks that it gets later are its own, so that a run leaves
-    the caller's model as it was.
+    A run hooks, moves and casts the replica, and leaves the caller's model as it was. Weights that
+    are neither moved nor cast are in the same memory.
 
     Args:
         module: the model.

@@ -1,20 +1,13 @@
 """Checkpoints on the Hugging Face Hub: `hf://org/repo[/subdir][@revision]` to a local directory."""
 
-import glob
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+import huggingface_hub as client
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -24,7 +17,6 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from dump_activations.errors import (
     CheckpointError,
     CheckpointNotFoundError,
-    DumpActivationsError,
     InvalidArgumentError,
     warn,
 )
@@ -74,7 +66,8 @@ def _stays_inside(path: str) -> bool:
 def download_checkpoint(uri: str, choose_files: _Choice) -> tuple[Path, str]:
     """Download the files of a checkpoint into the hub's cache.
 
-    Where the hub does not answer, a checkpoint that is already in the cache is used.
+    Where the hub does not answer, or refuses, a checkpoint that is already in the cache is used, as
+    the hub's own tools do.
 
     Args:
         uri: `hf://org/repo[/subdir][@revision]`.
@@ -96,82 +89,81 @@ def download_checkpoint(uri: str, choose_files: _Choice) -> tuple[Path, str]:
             snapshot = _download(location, choose_files)
     except CheckpointNotFoundError:
         raise
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise InvalidArgumentError(f"{uri}: must be {_FORM}: {error}") from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"{uri}: no revision {location.revision}; the form is {_FORM}"
+        ) from error
     except Exception as error:
         # The client raises errors of many libraries.
-        _raise_refusal(uri, location, error)
-        snapshot = _cached(uri, location, choose_files, _reason(error))
+        kind, reason = _explain(error)
+        cached = _cached(location, choose_files)
+        if cached is None:
+            raise kind(f"{uri}: {reason}; no checkpoint is cached") from error
+        warn(f"{uri}: {reason}; using the cached checkpoint")
+        snapshot = cached
     return snapshot / location.subdir, snapshot.name
 
 
 def _download(location: _Location, choose_files: _Choice) -> Path:
+    repo_id, subdir, revision = location
     # The client waits without end unless it is given a timeout.
-    info = HfApi().model_info(
-        location.repo_id, revision=location.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
-    )
-    below = f"{location.subdir}/" if location.subdir else ""
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = client.HfApi().model_info(repo_id, revision=revision, timeout=timeout)
+    # Files are of one commit, even if the branch moves in between.
+    commit = info.sha
+    assert commit is not None
+    below = f"{subdir}/" if subdir else ""
     paths = [file.rfilename for file in info.siblings or []]
     names = [name for path in paths if below + (name := path.rpartition("/")[2]) == path]
-    chosen = [glob.escape(below + name) for name in choose_files(names)]
-    # Files are of one commit, even if the branch moves in between.
-    assert info.sha is not None
-    snapshot = Path(snapshot_download(location.repo_id, revision=info.sha, allow_patterns=chosen))
-    if location.revision != info.sha:
+    for path in [below + name for name in choose_files(names)]:
+        if not isinstance(client.try_to_load_from_cache(repo_id, path, revision=commit), str):
+            # Without an answer to this, a download would try for minutes.
+            url = client.hf_hub_url(repo_id, path, revision=commit)
+            client.get_hf_file_metadata(url, timeout=timeout)
+        file = client.hf_hub_download(repo_id, path, revision=commit)
+    snapshot = Path(file.removesuffix(path))
+    if revision != commit:
         # Asked for a commit, the client does not record where the branch is. The cache needs that
         # once the hub cannot be reached.
-        ref = snapshot.parents[1] / "refs" / location.revision
+        ref = snapshot.parents[1] / "refs" / revision
         ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(info.sha)
+        ref.write_text(commit)
     return snapshot
 
 
-def _raise_refusal(uri: str, location: _Location, error: Exception) -> None:
-    """Raise an error with the hub's reason and a way out where the hub answered."""
+def _explain(error: Exception) -> tuple[type[CheckpointError | CheckpointNotFoundError], str]:
+    """Return the kind of error to raise, and the hub's reason with a way out."""
     refusal: BaseException | None = error
-    while refusal is not None and not isinstance(refusal, HfHubHTTPError):
+    while refusal is not None and not isinstance(refusal, errors.HfHubHTTPError):
         refusal = refusal.__cause__
-    kind: type[DumpActivationsError] = CheckpointError
-    match refusal:
-        case None:
-            return
-        case RevisionNotFoundError():
-            kind = CheckpointNotFoundError
-            text = f"no revision {location.revision}; the form is {_FORM}"
-        case GatedRepoError():
-            text = "gated; ask for access, then `hf auth login`"
-        case RepositoryNotFoundError():
-            kind = CheckpointNotFoundError
-            text = "no such repository, or a private one: check the name or `hf auth login`"
-        case _:
-            status = refusal.response.status_code
-            if status not in _WAYS_OUT:
-                return
-            text = f"the hub refuses ({status}: {_reason(refusal)}); {_WAYS_OUT[status]}"
-    raise kind(f"{uri}: {text}") from error
+    if isinstance(refusal, errors.GatedRepoError):
+        return CheckpointError, "gated; ask for access, then `hf auth login`"
+    if isinstance(refusal, errors.RepositoryNotFoundError):
+        return CheckpointNotFoundError, (
+            "no such repository, or a private one: check the name or `hf auth login`"
+        )
+    # The hub's own words where it answered, else the first line of the client's error.
+    reason = getattr(refusal or error, "server_message", None) or str(error)
+    reason = reason.strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    status = 0 if refusal is None else refusal.response.status_code
+    if status in _WAYS_OUT:
+        return CheckpointError, f"the hub refuses ({status}: {reason}); {_WAYS_OUT[status]}"
+    return CheckpointNotFoundError, f"the hub cannot be reached ({reason})"
 
 
-def _reason(error: Exception) -> str:
-    """Give the hub's own words where it answered, else the first line of the client's error."""
-    text = getattr(error, "server_message", None) or str(error)
-    return text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-def _cached(uri: str, location: _Location, choose_files: _Choice, reason: str) -> Path:
-    repo_id, revision = location.repo_id, location.revision
+def _cached(location: _Location, choose_files: _Choice) -> Path | None:
+    """Find the checkpoint in the client's cache."""
     try:
         # Without a pattern the client would miss the files that were never asked for.
-        found = snapshot_download(
-            repo_id, revision=revision, local_files_only=True, allow_patterns=[]
+        found = client.snapshot_download(
+            location.repo_id, revision=location.revision, local_files_only=True, allow_patterns=[]
         )
-        snapshot = Path(found)
-        choose_files([path.name for path in (snapshot / location.subdir).iterdir()])
-    except (OSError, ValueError) as error:
-        raise CheckpointNotFoundError(
-            f"{uri}: the hub cannot be reached and no checkpoint is cached ({reason})"
-        ) from error
-    warn(f"{uri}: the hub cannot be reached ({reason}); using the cached checkpoint")
-    return snapshot
+        choose_files([path.name for path in (Path(found) / location.subdir).iterdir()])
+    except (OSError, ValueError):
+        return None
+    return Path(found)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Boards for the forward pass, read ahead on a background thread.
 
-Shape letters: W boards in a window, N boards that are counted, S cells (16).
+Shape letters: B boards in a batch, N boards that are counted, S cells (16).
 """
 
 from collections import deque
@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dump_activations import _rust
-from dump_activations.dataset.columns import LabelReader, Values
-from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.sampling import StepIndices
+from dump_activations.dataset.columns import Values
 from dump_activations.dtypes import CELLS, LABEL_PREFIX
 from dump_activations.errors import VocabularyError, option
+from dump_activations.pipeline.plan import Plan
 from dump_activations.timing import Stopwatch
 
 # Indices are read a window at a time: the more of them one read sees, the nearer its rows lie
@@ -50,47 +49,33 @@ class BoardBatch:
         return {"indices": torch.from_numpy(self.indices), "boards": self.boards_BS, **labels}
 
 
-def read_batch(
-    dataset: StepsDataset,
-    labels: LabelReader | None,
-    indices: NDArray[np.int64],
-    *,
-    first_row: int,
-    cancel: _rust.Cancel | None = None,
-) -> BoardBatch:
-    """Read boards, and their labels from the same bytes of the shards.
+def read_batch(plan: Plan, rows: range, cancel: _rust.Cancel | None = None) -> BoardBatch:
+    """Read the boards of a run's rows, and their labels from the same bytes of the shards.
 
-    Another thread ends the read by `cancel`. The rest is as in `feed_boards` and `BoardBatch`.
+    Another thread ends the read by `cancel`.
     """
+    indices = plan.indices[rows.start : rows.stop]
     boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
     values: Values = {}
-    if labels is None:
-        dataset.read_boards(indices, out=boards_BS.numpy(), cancel=cancel)
+    if plan.labels is None:
+        plan.dataset.read_boards(indices, out=boards_BS.numpy(), cancel=cancel)
     else:
-        values = labels.read(indices, boards_BS.numpy(), cancel)
+        values = plan.labels.read(indices, boards_BS.numpy(), cancel)
     tensors = {name: torch.from_numpy(each) for name, each in values.items()}
-    return BoardBatch(first_row, indices, boards_BS, tensors)
+    return BoardBatch(rows.start, indices, boards_BS, tensors)
 
 
 def feed_boards(
-    dataset: StepsDataset,
-    indices: StepIndices,
-    labels: LabelReader | None = None,
-    *,
-    batch_size: int,
-    vocabulary: int,
+    plan: Plan,
     ranges: Iterable[range] | None = None,
+    *,
     reading: Stopwatch,
     waiting: Stopwatch,
 ) -> Generator[BoardBatch, None, None]:
-    """Yield the boards of the given steps in batches; the last batch of a range may be short.
+    """Yield a plan's boards in batches; the last batch of a range may be short.
 
     Args:
-        dataset: source of the steps.
-        indices: global step indices.
-        labels: reads the labels; None reads boards alone.
-        batch_size: boards per batch.
-        vocabulary: exponents must be below this.
+        plan: the plan.
         ranges: rows of the run, as in `Run.batches`.
         reading: counts the time spent reading.
         waiting: counts the time the consumer waited for boards.
@@ -99,21 +84,17 @@ def feed_boards(
         VocabularyError: a board has an exponent without an embedding in the model.
         DatasetError: a shard cannot be read.
     """
+    batch_size = plan.options.batch_size
     cancel = _rust.Cancel()
 
-    def read(first: int, stop: int) -> BoardBatch:
+    def read(rows: range) -> BoardBatch:
         with reading:
-            window = read_batch(
-                dataset, labels, indices[first:stop], first_row=first, cancel=cancel
-            )
-            if window.boards_BS.numpy().max(initial=0) >= vocabulary:
-                # Read on, so that the error tells a stray board from a wrong model.
-                counted_N = indices[first : first + _LARGEST_WINDOW]
-                boards_NS = dataset.read_boards(counted_N, cancel=cancel)
-                raise _vocabulary_error(boards_NS, counted_N, vocabulary, first_row=first)
+            window = read_batch(plan, rows, cancel)
+            if window.boards_BS.numpy().max(initial=0) >= plan.model.config.input_vocab_size:
+                raise _vocabulary_error(plan, rows.start, cancel)
             return window
 
-    windows = _windows([range(len(indices))] if ranges is None else ranges, batch_size)
+    windows = _windows([range(len(plan.indices))] if ranges is None else ranges, batch_size)
     held: deque[tuple[range, bool, Future[BoardBatch]]] = deque()
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="boards")
     try:
@@ -125,7 +106,7 @@ def feed_boards(
                 and (window := next(windows, None))
             ):
                 rows, is_last = window
-                held.append((rows, is_last, reader.submit(read, rows.start, rows.stop)))
+                held.append((rows, is_last, reader.submit(read, rows)))
             if not held:
                 return
             with waiting:
@@ -160,15 +141,16 @@ def _windows(ranges: Iterable[range], batch_size: int) -> Iterator[tuple[range, 
             first, size = stop, min(size * _GROWTH, largest)
 
 
-def _vocabulary_error(
-    boards_NS: NDArray[np.uint8], indices_N: NDArray[np.int64], vocabulary: int, *, first_row: int
-) -> VocabularyError:
-    highest_N = boards_NS.max(axis=1)
+def _vocabulary_error(plan: Plan, first_row: int, cancel: _rust.Cancel) -> VocabularyError:
+    # Read on, so that the error tells a stray board from a wrong model.
+    indices_N = plan.indices[first_row : first_row + _LARGEST_WINDOW]
+    highest_N = plan.dataset.read_boards(indices_N, cancel=cancel).max(axis=1)
+    vocabulary = plan.model.config.input_vocab_size
     outside_N = highest_N >= vocabulary
     at = int(np.argmax(outside_N))
     return VocabularyError(
         f"step {indices_N[at]}: exponent {highest_N[at]} is outside the model's vocabulary of "
-        f"{vocabulary} (as in {np.count_nonzero(outside_N):,} of the {len(boards_NS):,} boards "
+        f"{vocabulary} (as in {np.count_nonzero(outside_N):,} of the {len(indices_N):,} boards "
         f"from row {first_row:,} on); leave such boards out with "
         f"{option('where', f'max_exponent < {vocabulary}')} or choose other {option('indices')}, "
         "or use a model with a larger input_vocab_size"

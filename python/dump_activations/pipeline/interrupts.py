@@ -5,8 +5,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -18,18 +18,11 @@ _REPEATED_WITHIN = 1.0  # seconds
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
-def _python_handlers() -> dict[int, Any]:
-    """Return the handlers of SIGINT and SIGTERM in Python, which run in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    handlers = {number: signal.getsignal(number) for number in _BOTH}
-    return {number: handler for number, handler in handlers.items() if callable(handler)}
-
-
 @contextmanager
-def _handled_by(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
-    """Install a handler of some signals inside the context."""
-    before = {number: signal.signal(number, handler) for number in numbers}
+def handled_by(handler: Any, numbers: Iterable[int] = _BOTH) -> Iterator[None]:
+    """Install a handler of some signals inside the context, if this is the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in (numbers if is_main else ())}
     try:
         yield
     finally:
@@ -42,12 +35,15 @@ def ignored_interrupts() -> AbstractContextManager[None]:
 
     Only signals that have a handler in Python are ignored, and only in the main thread.
     """
-    return _handled_by(signal.SIG_IGN, _python_handlers())
+    return handled_by(signal.SIG_IGN, _python_handlers())
 
 
-def forwarded_interrupts(send: Callable[[int], object]) -> AbstractContextManager[None]:
-    """Give SIGINT and SIGTERM to a function inside the context; use in the main thread."""
-    return _handled_by(lambda number, _frame: send(number), _BOTH)
+def _python_handlers() -> dict[int, Any]:
+    """Return the handlers of SIGINT and SIGTERM in Python, which run in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    handlers = {number: signal.getsignal(number) for number in _BOTH}
+    return {number: handler for number, handler in handlers.items() if callable(handler)}
 
 
 class HeldInterrupts:
@@ -108,9 +104,7 @@ def terminated_like_interrupted() -> AbstractContextManager[None]:
     def interrupt(_signal: int, _frame: object) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():
-        return nullcontext()
-    return _handled_by(interrupt, [signal.SIGTERM])
+    return handled_by(interrupt, [signal.SIGTERM])
 
 
 def ignore_interrupts() -> None:

@@ -1,11 +1,16 @@
-"""A run that is checked and ready: model, dataset, step indices, and the tensors of its output."""
+"""A run that is checked and ready: model, dataset, step indices, and a description of its output.
 
+docs/file-format.md explains each entry of the metadata and how each digest is computed.
+"""
+
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +18,7 @@ from torch import Tensor, nn
 from dump_activations import progress as phases
 from dump_activations.dataset.columns import LabelReader
 from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dataset.expressions import Expression
 from dump_activations.dataset.sampling import StepIndices
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
 from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
@@ -25,18 +31,31 @@ from dump_activations.model.activations import (
     find_activations,
     find_layers,
 )
-from dump_activations.model.checkpoint import prepare_model
-from dump_activations.model.checkpoint_files import preferred_files
+from dump_activations.model.checkpoint import preferred_files, prepare_model
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import Options
-from dump_activations.pipeline.device import current, find_device
-from dump_activations.pipeline.oom import model_oom_named
+from dump_activations.pipeline.device import (
+    OutOfMemoryAdvice,
+    current,
+    device_name,
+    find_device,
+)
 from dump_activations.text import size_text
 
 # Flash attention puts boards on an axis of CUDA's grid that is no longer than this.
 _LARGEST_CUDA_BATCH = 65_535
 
 _LARGE_TENSOR = 8 << 30
+_FORMAT_VERSION = "1"
+_DIGESTED_AT_ONCE = 1 << 20
+
+# Entries of the metadata that determine the values of a run's tensors, with the rest of
+# `fingerprint`. The dataset counts by the names, sizes and layouts of its shards, not by its rows.
+_IDENTITY = (
+    *("weights_sha256", "dataset_layout_sha256", "n_samples", "outputs", "layers", "labels"),
+    *("dtype", "precision", "compile", "batch_size"),
+    *("format_version", "dump_activations_version", "torch_version"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +73,6 @@ class Plan:
         weights: parameters to store, by their names in the file, on the host.
         options: what to compute and how.
         device: runs the model.
-        host_slots: batches to page-lock memory for, where a CUDA device copies them to the host.
-        local_processes: processes that share this machine's memory.
     """
 
     model: Encoder
@@ -68,8 +85,6 @@ class Plan:
     weights: dict[str, Tensor]
     options: Options
     device: torch.device
-    host_slots: int
-    local_processes: int
 
     @property
     def input_files(self) -> list[Path]:
@@ -118,9 +133,6 @@ def make_plan(
     init: str | os.PathLike[str] | nn.Module,
     dataset: str | os.PathLike[str] | StepsDataset,
     options: Options,
-    *,
-    host_slots: int = 0,
-    local_processes: int = 1,
 ) -> Plan:
     """Load and check everything a run needs, before any forward pass.
 
@@ -128,8 +140,6 @@ def make_plan(
         init: the checkpoint, or the model.
         dataset: the dataset, or its directory.
         options: what to compute and how.
-        host_slots: batches to page-lock memory for, where a CUDA device copies them to the host.
-        local_processes: processes that share this machine's memory.
 
     Raises:
         DumpActivationsError: names what is wrong with the call, a file or the machine.
@@ -148,7 +158,7 @@ def make_plan(
         phases.begin("opening the dataset")
         dataset = StepsDataset(dataset)
     phases.begin("loading the checkpoint")
-    with model_oom_named(device), current(device):
+    with OutOfMemoryAdvice(model_on=device), current(device):
         model = prepare_model(init, device, random_init=options.random_init, seed=options.seed)
     activations = find_activations(options.outputs, model.config)
     layers = find_layers(options.layers, model.config.num_hidden_layers)
@@ -164,19 +174,69 @@ def make_plan(
         for name, tensor in activation.tensors(model, layers).items()
     }
     return Plan(
-        model,
-        dataset,
-        indices,
-        sampling,
-        labels,
-        activations,
-        layers,
-        weights,
-        options,
-        device,
-        host_slots,
-        local_processes,
+        model, dataset, indices, sampling, labels, activations, layers, weights, options, device
     )
+
+
+def metadata(plan: Plan) -> dict[str, str]:
+    """Describe a run for its output file, but for `computed_by`. Entries of no use are left out."""
+    options, model, config = plan.options, plan.model, plan.model.config
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
+    entries = {
+        "checkpoint": model.checkpoint,
+        "hub_commit": model.hub_commit,
+        "hidden_size": str(config.hidden_size),
+        "num_layers": str(config.num_hidden_layers),
+        "head_type": config.head_type,
+        "n_bins": None if config.head_type == "none" else str(config.logits_shape[-1]),
+        "random_init": str(model.random_init).lower(),
+        "tokenizer": model.tokenizer,
+        "weights_sha256": model.weights_sha256,
+        "weights_dtype": None if dtypes == {"float32"} else ",".join(sorted(dtypes)),
+        "outputs": ",".join(sorted(each.key for each in plan.activations)),
+        "layers": ",".join(map(str, plan.layers)),
+        "labels": None if plan.labels is None else ",".join(plan.labels.dtypes),
+        "dtype": options.dtype,
+        "precision": options.precision,
+        "compile": str(options.compile).lower(),
+        "batch_size": str(options.batch_size),
+        "seed": str(options.seed),
+        "n_samples": str(len(plan.indices)),
+        "dataset": str(plan.dataset.path),
+        "dataset_rows": str(len(plan.dataset)),
+        "dataset_layout_sha256": plan.dataset.layout_sha256,
+        "sampling": plan.sampling,
+        "where": options.where.text if isinstance(options.where, Expression) else None,
+        "steps": plan.sampling.removeprefix("steps ") if options.steps is not None else None,
+        "format_version": _FORMAT_VERSION,
+        "dump_activations_version": version("dump-activations"),
+        "torch_version": torch.__version__,
+    }
+    return {name: text for name, text in entries.items() if text is not None}
+
+
+def fingerprint(plan: Plan) -> dict[str, str]:
+    """Name everything that determines the values of a run's tensors, and nothing else.
+
+    It is the same in all processes and on all machines: without paths, devices or threads.
+    """
+    digest = hashlib.sha256()
+    for start in range(0, len(plan.indices), _DIGESTED_AT_ONCE):
+        digest.update(plan.indices[start : start + _DIGESTED_AT_ONCE].data)
+    split = {"split_layers": "true"} if plan.options.split_layers else {}
+    entries = metadata(plan)
+    return {
+        **{name: entries[name] for name in _IDENTITY if name in entries},
+        **split,
+        "config": repr(plan.model.config),
+        "indices": digest.hexdigest(),
+    }
+
+
+def computed_by(plan: Plan) -> dict[str, str]:
+    """Name what may change the last bits of a result: the device, and threads on a CPU."""
+    threads = {} if plan.device.type == "cuda" else {"threads": str(torch.get_num_threads())}
+    return {"device": device_name(plan.device), **threads}
 
 
 def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices, str]:
@@ -212,47 +272,27 @@ def warn_of_large_tensors(specs: Sequence[TensorSpec]) -> None:
 
 @dataclass(frozen=True)
 class Preview:
-    """The output of a run, known before any forward pass.
+    """The output of a plan, known before any forward pass.
 
     Attributes:
-        boards: boards that go through the model.
-        keys: activations to capture.
+        plan: the plan.
         tensors: tensors of the output, with `indices` and `boards`.
         output: the file, or the name of its shards; None if nothing is written.
         free_nbytes: free space of the disk; None if it is unknown or nothing is written.
         shards: boards of each shard to write, in order; empty for one file.
     """
 
-    boards: int
-    keys: Sequence[str]
+    plan: Plan
     tensors: Sequence[TensorSpec]
-    output: Path | None
-    free_nbytes: int | None
+    output: Path | None = None
+    free_nbytes: int | None = None
     shards: Mapping[Path, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        tensors: Sequence[TensorSpec],
-        output: Path | None = None,
-        free_nbytes: int | None = None,
-        shards: Mapping[Path, int] | None = None,
-    ) -> Self:
-        """Preview a plan whose output has these tensors."""
-        keys = [each.key for each in plan.activations]
-        boards = sum(shards.values()) if shards else len(plan.indices)
-        return cls(boards, keys, tensors, output, free_nbytes, shards or {})
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def text(self) -> str:
         """All but the tensors, in one line."""
-        work = f"{self.boards:,} boards of {', '.join(self.keys)}: {size_text(self.nbytes)}"
+        it = self.as_dict()
+        work = f"{it['boards']:,} boards of {', '.join(it['keys'])}: {size_text(it['bytes'])}"
         if self.output is None:
             return f"{work}, not written"
         shards = ""
@@ -263,11 +303,11 @@ class Preview:
         return f"{work} to {self.output}{shards}{free}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON."""
+        """Return all figures, ready for JSON."""
         return {
-            "boards": self.boards,
-            "keys": list(self.keys),
-            "bytes": self.nbytes,
+            "boards": sum(self.shards.values()) if self.shards else len(self.plan.indices),
+            "keys": [each.key for each in self.plan.activations],
+            "bytes": sum(each.nbytes for each in self.tensors),
             "output": None if self.output is None else str(self.output),
             "free_bytes": self.free_nbytes,
             "shards": {str(path): boards for path, boards in self.shards.items()},

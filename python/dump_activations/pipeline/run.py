@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,19 +23,15 @@ from torch import Tensor
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import DeviceError, DumpActivationsError, option
 from dump_activations.model.capture import Capture
-from dump_activations.pipeline.device import pinned_share
+from dump_activations.pipeline.device import arithmetic, in_precision, out_of
 from dump_activations.pipeline.feed import BoardBatch, feed_boards
-from dump_activations.pipeline.oom import out_of
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pipeline.precision import arithmetic, in_precision
-from dump_activations.pipeline.summary import Summary
 from dump_activations.pipeline.transfer import (
     ActivationBatch,
     Buffers,
     CudaStopwatch,
     CudaTransfer,
     HostTransfer,
-    PinnedSlots,
 )
 from dump_activations.timing import Chunk, Stopwatch
 
@@ -42,7 +39,60 @@ from dump_activations.timing import Chunk, Stopwatch
 # of a whole batch are mapped afresh for each operation.
 _CHUNK_ROWS = 128
 
-_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+STAGES = ("boards", "forward", "copy", "write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The work that this process did in a run. Times are in seconds.
+
+    Attributes:
+        output: the file, or the name of its shards; None if nothing was written.
+        boards: boards that went through the model.
+        resumed_boards: boards that were already on disk from earlier runs.
+        bytes_written: size of the finished files of the output.
+        shards_written: shards that this process wrote; 0 for one file.
+        shards_found: shards that were complete or that others wrote meanwhile; 0 for one file.
+        seconds: wall time of the loop: reading, forward, copying and writing together.
+        setup_seconds: wall time before the loop: loading, sampling, compiling, the first batch.
+        commit_seconds: wall time until finished files were durable under their names.
+        stage_seconds: busy time of each stage. Stages overlap, so they may add up to more.
+        waiting_seconds: how long the loop waited for boards.
+        nonfinite: tensor name -> number of its values stored as `nan` and as `inf`; only tensors
+            with any.
+    """
+
+    output: Path | None = None
+    boards: int = 0
+    resumed_boards: int = 0
+    bytes_written: int = 0
+    shards_written: int = 0
+    shards_found: int = 0
+    seconds: float = 0.0
+    setup_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    waiting_seconds: float = 0.0
+    nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def boards_per_second(self) -> float:
+        """Boards per second of the loop."""
+        return self.boards / self.seconds if self.seconds else 0.0
+
+    @property
+    def slowest_stage(self) -> str:
+        """The stage that was busy longest, which bounds the run's speed."""
+        return max(self.stage_seconds, key=self.stage_seconds.__getitem__)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields and the figures derived from them, ready for JSON."""
+        return {
+            **asdict(self),
+            "output": None if self.output is None else str(self.output),
+            "boards_per_second": self.boards_per_second,
+            "slowest_stage": self.slowest_stage,
+        }
 
 
 class Run:
@@ -53,9 +103,16 @@ class Run:
     any work, and set-up is not timed as work. Leaving ends the reading ahead and waits for the
     device. The plan's device is to be the thread's current one throughout.
 
+    On the CPU each core takes chunks of the batch and runs them by itself: threads that share
+    each operation would wait for one another a hundred times per batch, and longest when a core is
+    busy with something else. A batch is only queued, so that no core waits for the end of one
+    before the chunks of the next. On a GPU, and compiled, a batch is run as a whole.
+
     Args:
         plan: the plan to run.
-        on_device: yield batches on the device that computes them.
+        host_slots: batches to page-lock memory for, where a CUDA device copies them to the host.
+            Without them a CUDA device keeps its batches.
+        local_processes: processes that share this machine's memory.
 
     Attributes:
         commit_seconds: time of the caller's that counts as committing, not as the loop's.
@@ -64,50 +121,71 @@ class Run:
         DeviceError: the device cannot run the model, or torch cannot compile it.
     """
 
-    def __init__(self, plan: Plan, *, on_device: bool = False) -> None:
+    def __init__(self, plan: Plan, *, host_slots: int = 0, local_processes: int = 1) -> None:
         self._plan = plan
-        self._on_device = on_device
+        self._host_slots, self._local_processes = host_slots, local_processes
         self.commit_seconds = 0.0
         self._reading, self._waiting = Stopwatch(), Stopwatch()
         self._boards = 0
         self._ended: float | None = None
+        on_cuda, compiled = plan.device.type == "cuda", plan.options.compile
+        self._computing: Stopwatch | CudaStopwatch = (
+            CudaStopwatch(torch.cuda.current_stream(plan.device)) if on_cuda else Stopwatch()
+        )
+        self._is_chunked = not (on_cuda or compiled)
+        # On the CPU even a single worker runs chunks, which fit its cache, while this thread reads
+        # boards and takes shards.
+        self._workers = torch.get_num_threads() if self._is_chunked else 1
+        self._futures: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
-        plan = self._plan
+        plan, compiled = self._plan, self._plan.options.compile
         rows = min(plan.options.batch_size, len(plan.indices))
         with ExitStack() as exits:
-            self._forward = exits.enter_context(_Forward(plan, rows))
+            if compiled:
+                _use_own_cache()
+            model = in_precision(plan.model, plan.options.precision, plan.device)
+            self._capture = exits.enter_context(
+                Capture(model, plan.board_tensors, compiled_rows=rows if compiled else None)
+            )
+            if self._is_chunked:
+                self._chunk_rows = min(_CHUNK_ROWS, -(-rows // self._workers))
+                # A thread takes its number of threads from the process's setting when it begins.
+                exits.callback(torch.set_num_threads, self._workers)
+                self._executor = ThreadPoolExecutor(
+                    self._workers,
+                    thread_name_prefix="forward",
+                    initializer=torch.set_num_threads,
+                    initargs=(1,),
+                )
+                exits.callback(self._executor.shutdown, wait=True, cancel_futures=True)
             self._transfer = self._make_transfer(rows, exits)
-            exits.callback(self._transfer.close)
             self._set_up = (0.0, 0.0)
-            if plan.device.type == "cuda" or plan.options.compile:
+            if not self._is_chunked:
                 self._warm_up(rows)
-                self._set_up = (self._forward.seconds, self._transfer.copying.seconds)
+                self._set_up = (self._computing.seconds, self._transfer.copying.seconds)
             self._exits = exits.pop_all()
         self._started = time.perf_counter()
         return self
 
     def _make_transfer(self, rows: int, exits: ExitStack) -> HostTransfer | CudaTransfer:
-        plan, dtype = self._plan, self._plan.storage_dtype
-        shapes = {tensor.name: (rows, *tensor.shape) for tensor in plan.board_tensors}
-        if plan.device.type != "cuda":
-            return HostTransfer(shapes, dtype)
-        slots = None
-        if plan.host_slots and shapes:
-            share = pinned_share(plan.local_processes)
-            slots = PinnedSlots(shapes, dtype, plan.device, count=plan.host_slots, share=share)
-            exits.enter_context(slots)
-        return CudaTransfer(shapes, dtype, plan.device, host_slots=slots, on_device=self._on_device)
+        if self._plan.device.type != "cuda":
+            return HostTransfer(self._plan, rows)
+        slots, processes = self._host_slots, self._local_processes
+        transfer = CudaTransfer(self._plan, rows, host_slots=slots, local_processes=processes)
+        exits.callback(transfer.close)
+        return transfer
 
     def _warm_up(self, rows: int) -> None:
         indices = np.zeros(rows, np.int64)
         boards_BS = torch.zeros((rows, CELLS), dtype=torch.uint8, device="cpu")
         try:
-            batch = self._transfer.run(BoardBatch(0, indices, boards_BS, {}), self._forward.start)
+            batch = self._transfer.run(BoardBatch(0, indices, boards_BS, {}), self._start)
             for chunk in batch.chunks:
                 chunk.wait()
             batch.release()
-            self._transfer.close()
+            if self._plan.device.type == "cuda":
+                torch.cuda.synchronize(self._plan.device)  # The times are complete after it.
         except Exception as error:
             if isinstance(error, DumpActivationsError) or out_of(error):
                 raise
@@ -142,30 +220,50 @@ class Run:
                 whose batches are yielded. None yields all rows.
             done: called with the number of boards of each batch, about when they are done.
         """
-        plan = self._plan
-        feed = feed_boards(
-            plan.dataset,
-            plan.indices,
-            plan.labels,
-            batch_size=plan.options.batch_size,
-            vocabulary=plan.model.config.input_vocab_size,
-            ranges=ranges,
-            reading=self._reading,
-            waiting=self._waiting,
-        )
+        feed = feed_boards(self._plan, ranges, reading=self._reading, waiting=self._waiting)
         # Leaving the run ends the reading, also where this generator is left unfinished.
         self._exits.enter_context(closing(feed))
         try:
             for boards in feed:
-                batch = self._transfer.run(boards, self._forward.start)
-                yield batch
+                yield self._transfer.run(boards, self._start)
                 # As many as keep the workers busy while the next batch is queued.
-                self._forward.finish(leave=self._forward.workers)
+                self._finish(leave=self._workers)
                 self._boards += len(boards.indices)
                 done(len(boards.indices))
-            self._forward.finish()
+            self._finish()
         finally:
-            self._forward.abandon()
+            while self._futures:  # Waiting for one that has not begun raises CancelledError.
+                self._futures.popleft().cancel()
+
+    def _start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Chunk]:
+        """Queue a batch: exponents (B, 16) of any integer dtype, and buffers (B, *shape) to fill.
+
+        Returns:
+            The chunks of the batch, in order. On CUDA there is nothing to wait for: the next work
+            in the stream finds the buffers full.
+        """
+        rows = len(tokens_BS)
+        if not self._is_chunked:
+            self._run_chunk(tokens_BS, buffers)
+            return [Chunk(0, rows)]
+        chunks = []
+        for start in range(0, rows, self._chunk_rows):
+            stop = min(start + self._chunk_rows, rows)
+            cut = {key: tensor[start:stop] for key, tensor in buffers.items()}
+            future = self._executor.submit(self._run_chunk, tokens_BS[start:stop], cut)
+            self._futures.append(future)
+            chunks.append(Chunk(start, stop, future.result))
+        return chunks
+
+    def _run_chunk(self, tokens_BS: Tensor, buffers: Buffers) -> None:
+        own = arithmetic(self._plan.options.precision, self._plan.device)
+        with self._computing, torch.inference_mode(), own:
+            self._capture.run(tokens_BS, buffers)
+
+    def _finish(self, *, leave: int = 0) -> None:
+        """Wait for the oldest chunks until so many are left; raise the error of one that failed."""
+        while len(self._futures) > leave:
+            self._futures.popleft().result()
 
     def summary(self, started: float, *, write_seconds: float = 0.0) -> Summary:
         """Sum up the run of this process, without what only its output tells.
@@ -183,101 +281,12 @@ class Run:
             commit_seconds=self.commit_seconds,
             stage_seconds={
                 "boards": self._reading.seconds,
-                "forward": self._forward.seconds - forward,
+                "forward": (self._computing.seconds - forward) / self._workers,
                 "copy": self._transfer.copying.seconds - copying,
                 "write": write_seconds,
             },
             waiting_seconds=self._waiting.seconds,
         )
-
-
-class _Forward:
-    """Forward passes that fill buffers with activations.
-
-    On the CPU each core takes chunks of the batch and runs them by itself: threads that share
-    each operation would wait for one another a hundred times per batch, and longest when a core is
-    busy with something else. A batch is only queued, so that no core waits for the end of one
-    before the chunks of the next.
-    """
-
-    def __init__(self, plan: Plan, rows: int) -> None:
-        self._precision, self._device = plan.options.precision, plan.device
-        on_cuda, compiled = plan.device.type == "cuda", plan.options.compile
-        if compiled:
-            _use_own_cache()
-        self._capture = Capture(
-            in_precision(plan.model, self._precision, plan.device),
-            plan.board_tensors,
-            compiled_rows=rows if compiled else None,
-        )
-        self._computing: Stopwatch | CudaStopwatch = (
-            CudaStopwatch(torch.cuda.current_stream(plan.device)) if on_cuda else Stopwatch()
-        )
-        self.workers = 1 if on_cuda or compiled else torch.get_num_threads()
-        # On a GPU, and compiled, a batch is run as a whole. On the CPU even a single worker runs
-        # chunks, which fit its cache, while this thread reads boards and takes shards.
-        self._is_chunked = not (on_cuda or compiled)
-        self._chunk_rows = min(_CHUNK_ROWS, -(-rows // self.workers))
-        self._executor: ThreadPoolExecutor | None = None
-        self._futures: deque[Future[None]] = deque()
-
-    def __enter__(self) -> Self:
-        with ExitStack() as exits:
-            exits.enter_context(self._capture)
-            if self._is_chunked:
-                # A thread takes its number of threads from the process's setting when it begins.
-                exits.callback(torch.set_num_threads, self.workers)
-                self._executor = ThreadPoolExecutor(
-                    self.workers,
-                    thread_name_prefix="forward",
-                    initializer=torch.set_num_threads,
-                    initargs=(1,),
-                )
-                exits.callback(self._executor.shutdown, wait=True, cancel_futures=True)
-            self._exits = exits.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exits.close()
-
-    @property
-    def seconds(self) -> float:
-        """How long the device was busy; with several workers, their mean."""
-        return self._computing.seconds / self.workers
-
-    def start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Chunk]:
-        """Queue a batch: exponents (B, 16) of any integer dtype, and buffers (B, *shape) to fill.
-
-        Returns:
-            The chunks of the batch, in order. On CUDA there is nothing to wait for: the next work
-            in the stream finds the buffers full.
-        """
-        rows = len(tokens_BS)
-        if self._executor is None:
-            self._run_chunk(tokens_BS, buffers)
-            return [Chunk(0, rows)]
-        chunks = []
-        for start in range(0, rows, self._chunk_rows):
-            stop = min(start + self._chunk_rows, rows)
-            cut = {key: tensor[start:stop] for key, tensor in buffers.items()}
-            future = self._executor.submit(self._run_chunk, tokens_BS[start:stop], cut)
-            self._futures.append(future)
-            chunks.append(Chunk(start, stop, future.result))
-        return chunks
-
-    def finish(self, *, leave: int = 0) -> None:
-        """Wait for the oldest chunks until so many are left; raise the error of one that failed."""
-        while len(self._futures) > leave:
-            self._futures.popleft().result()
-
-    def abandon(self) -> None:
-        """Drop chunks that are queued and not begun; waiting for one raises CancelledError."""
-        while self._futures:
-            self._futures.popleft().cancel()
-
-    def _run_chunk(self, tokens_BS: Tensor, buffers: Buffers) -> None:
-        with self._computing, torch.inference_mode(), arithmetic(self._precision, self._device):
-            self._capture.run(tokens_BS, buffers)
 
 
 def _use_own_cache() -> None:
@@ -286,24 +295,22 @@ def _use_own_cache() -> None:
     By default it is in the shared temporary directory under a predictable name: code that another
     user puts there would be run.
     """
-    chosen = os.environ.get(_CACHE_VARIABLE)
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    chosen = os.environ.get(variable)
     # torch sets it as well, to its default.
     if chosen and not chosen.startswith(f"{tempfile.gettempdir()}/torchinductor_"):
         return
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dump-activations", "torch")
     try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        directory = caches / "dump-activations" / "torch"
+        directory = directory.expanduser()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = directory.lstat()
+        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if not is_own or found.st_mode & 0o077:
+            raise PermissionError("must be a directory of this user alone, with mode 0700")
     except (OSError, RuntimeError) as error:  # The latter where the user has no home.
         raise DeviceError(
-            f"{option('compile')}: torch has no directory for compiled code ({error}); "
-            f"set {_CACHE_VARIABLE}"
+            f"{option('compile')}: torch cannot keep compiled code in {directory} ({error}); "
+            f"set {variable}"
         ) from error
-    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    if not is_own or found.st_mode & 0o077:
-        raise DeviceError(
-            f"{option('compile')}: {directory} must be a directory of this user alone (mode 0700)"
-            f"; remove it, or set {_CACHE_VARIABLE}"
-        )
-    os.environ[_CACHE_VARIABLE] = str(directory)
+    os.environ[variable] = str(directory)

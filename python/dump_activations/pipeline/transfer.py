@@ -11,21 +11,20 @@ import math
 import mmap
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import note
-from dump_activations.pipeline.device import current
+from dump_activations.pipeline.device import current, pinned_share
 from dump_activations.pipeline.feed import BoardBatch
-from dump_activations.pipeline.oom import PinnedMemoryError
+from dump_activations.pipeline.plan import Plan
 from dump_activations.text import size_text
 from dump_activations.timing import Chunk, Stopwatch
 
@@ -44,10 +43,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 Buffers = dict[str, Tensor]
 """Key -> tensor (B, *shape)."""
 
+_Ring = queue.SimpleQueue[Buffers]
+
 Forward = Callable[[Tensor, Buffers], Sequence[Chunk]]
 """Queues a batch: tokens (B, 16) on the device, buffers to fill -> the chunks of the batch."""
-
-_SlotT = TypeVar("_SlotT")
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ class ActivationBatch:
 
     Attributes:
         boards: the batch of boards.
-        tensors: key -> tensor (B, *shape) in the memory that the consumer asked for; empty if it
-            asked for none.
+        tensors: key -> tensor (B, *shape) in the memory that the consumer asked for.
         chunks: the batch's rows. The rows of a chunk are there once it has been waited for: on the
             host, or on a device for work that is queued afterwards in the thread's current stream.
         release: gives the memory back to the ring. `tensors` must not be used after it.
@@ -66,7 +64,7 @@ class ActivationBatch:
     boards: BoardBatch
     tensors: Buffers
     chunks: Sequence[Chunk]
-    release: Callable[[], object]
+    release: Callable[[], object] = lambda: None
 
 
 class CudaStopwatch:
@@ -101,169 +99,21 @@ class CudaStopwatch:
             self._seconds += start.elapsed_time(stop) / 1000
 
 
-class _Ring(Generic[_SlotT]):
-    """A bounded ring of slots, each made when it is first needed."""
-
-    def __init__(self, make: Callable[[], _SlotT], count: int) -> None:
-        self._make, self._unmade = make, count
-        self._free: queue.SimpleQueue[_SlotT] = queue.SimpleQueue()
-
-    def take(self) -> _SlotT:
-        """Take the slot that has been free longest. Blocks while none is free."""
-        if self._free.empty() and self._unmade:
-            self._unmade -= 1
-            return self._make()
-        return self._free.get()
-
-    def give_back(self, slot: _SlotT) -> None:
-        """Let the slot be taken again."""
-        self._free.put(slot)
-
-
 class HostTransfer:
     """Captures batches in host memory, where the model runs and the consumer reads them."""
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
+    def __init__(self, plan: Plan, rows: int) -> None:
         self.copying: Stopwatch | CudaStopwatch = Stopwatch()
-        self._ring = _Ring(partial(_empty_on_pages, shapes, dtype), HOST_SLOTS)
+        shapes, dtype = _shapes(plan, rows), plan.storage_dtype
+        memory = _mapped(HOST_SLOTS * _slot_nbytes(shapes, dtype))
+        self._free = _ring(memory, shapes, dtype, HOST_SLOTS)
 
     def run(self, boards: BoardBatch, forward: Forward) -> ActivationBatch:
         """Queue a batch. Blocks while every slot is taken."""
-        slot = self._ring.take()
+        slot = self._free.get()
         buffers = _cut(slot, len(boards.indices))
         chunks = forward(boards.boards_BS, buffers)
-        return ActivationBatch(boards, buffers, chunks, partial(self._ring.give_back, slot))
-
-    def close(self) -> None:
-        """Do nothing: all work is done once its chunks were waited for."""
-
-
-class PinnedSlots:
-    """The host slots of a GPU's run, page-locked, as a context manager that gives them back.
-
-    torch's own pinned memory comes in powers of two and stays with the process. CUDA page-locks
-    memory of the exact size, which takes a second for some GB and happens on a thread of its own:
-    CUDA keeps an error for the thread that met it, and would raise it at the caller's next kernel.
-    Where that is forbidden (confidential VMs) or scarce (WSL2), torch's pinned memory is taken, and
-    else ordinary memory, with a note.
-
-    Args:
-        shapes: shapes of a full batch's tensors, all in the storage dtype `dtype`.
-        dtype: storage dtype.
-        device: copies to them.
-        count: slots to make; fewer where `share` has no room for them.
-        share: bytes that this process may page-lock.
-
-    Raises:
-        PinnedMemoryError: `share` has no room for two. Iterating raises it too: no memory is left.
-    """
-
-    def __init__(
-        self, shapes: Shapes, dtype: torch.dtype, device: torch.device, *, count: int, share: int
-    ) -> None:
-        self._shapes, self._dtype, self._device = shapes, dtype, device
-        nbytes = sum(_whole_pages(shape, dtype) for shape in shapes.values())
-        self.count = min(count, share // nbytes)
-        if self.count < _FEWEST_HOST_SLOTS:
-            raise PinnedMemoryError(
-                f"{_FEWEST_HOST_SLOTS} x {size_text(nbytes)} needed, this process may take "
-                f"{size_text(share)}"
-            )
-        self._locker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pinning")
-        self._locked = self._locker.submit(_lock, self.count * nbytes, device)
-
-    def __iter__(self) -> Iterator[Buffers]:
-        """Wait for the memory and yield each slot, whose tensors start on a page."""
-        memory, start = self._locked.result().memory, 0
-        for _ in range(self.count):
-            slot = {}
-            for key, shape in self._shapes.items():
-                nbytes = math.prod(shape) * self._dtype.itemsize
-                slot[key] = memory[start : start + nbytes].view(self._dtype).view(shape)
-                start += _whole_pages(shape, self._dtype)
-            yield slot
-
-    @property
-    def are_pinned(self) -> bool:
-        """True where copies to them are queued, and the program continues meanwhile."""
-        return self._locked.result().is_pinned
-
-    def __enter__(self) -> "PinnedSlots":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give the memory back. Tensors in it stay readable."""
-        self._locker.shutdown(wait=True)
-        if self._locked.exception() is None and self._locked.result().is_registered:
-            with current(self._device):
-                # The consumer may copy from it in streams that the run has not heard of.
-                torch.cuda.synchronize(self._device)
-                torch.cuda.cudart().cudaHostUnregister(self._locked.result().memory.data_ptr())
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """Host memory, uint8 (nbytes,), and how CUDA sees it."""
-
-    memory: Tensor
-    is_pinned: bool
-    is_registered: bool = False
-
-
-def _lock(nbytes: int, device: torch.device) -> _Memory:
-    try:
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise PinnedMemoryError(f"{size_text(nbytes)}: {error.strerror}") from None
-    # Without this, copy-on-write after fork() could give us a page that the GPU has not mapped.
-    pages.madvise(mmap.MADV_DONTFORK)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
-    with current(device):
-        code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, _PORTABLE)
-        if int(code) == 0:
-            return _Memory(memory, is_pinned=True, is_registered=True)
-        return _pinned_or_pageable(nbytes)
-
-
-def _pinned_or_pageable(nbytes: int) -> _Memory:
-    try:
-        memory = torch.empty(nbytes, dtype=torch.uint8, device=_HOST, pin_memory=True)
-    except RuntimeError:
-        return _Memory(torch.empty(nbytes, dtype=torch.uint8, device=_HOST), is_pinned=False)
-    return _Memory(memory, is_pinned=True)
-
-
-class _DeviceSlot:
-    """One batch's memory on the device, with the events of its last forward pass and last copy."""
-
-    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> None:
-        self.buffers = {
-            key: torch.empty(shape, dtype=dtype, device=device) for key, shape in shapes.items()
-        }
-        self.copied, self.filled = torch.cuda.Event(), torch.cuda.Event()
-        self._device = device
-        self._boards = _Memory(torch.empty(0, dtype=torch.uint8, device=_HOST), is_pinned=False)
-        # A host thread that waits sleeps, instead of spinning on a core that others need.
-        self._boards_copied = torch.cuda.Event(blocking=True)
-
-    def bring(self, boards_BS: Tensor) -> Tensor:
-        """Queue the copy of boards, uint8 (B, 16), by way of page-locked memory."""
-        self._boards_copied.synchronize()
-        if self._boards.memory.nbytes < boards_BS.nbytes:
-            self._boards = _pinned_or_pageable(boards_BS.nbytes)
-        staged_BS = self._boards.memory[: boards_BS.nbytes].view(-1, CELLS)
-        staged_BS.copy_(boards_BS)
-        tokens_BS = staged_BS.to(self._device, non_blocking=self._boards.is_pinned)
-        self._boards_copied.record()
-        return tokens_BS
-
-
-@dataclass(frozen=True)
-class _HostSlot:
-    """One batch's page-locked buffers, and the event of the last copy into them."""
-
-    buffers: Buffers
-    copied: torch.cuda.Event
+        return ActivationBatch(boards, buffers, chunks, partial(self._free.put, slot))
 
 
 class CudaTransfer:
@@ -273,72 +123,74 @@ class CudaTransfer:
     once its copy is done (the device waits), a host slot once its consumer released it (the
     calling thread waits). The forward passes run in the stream that is current when this is made.
 
-    Without host slots nothing is copied. A consumer that takes batches on the device has each until
-    the one after the next is captured, in the same slot. Before that, the forward's stream has to
-    wait for the consumer's work.
+    Without host slots the consumer has each batch on the device until the one after the next is
+    captured, in the same slot. Before that, the forward's stream has to wait for the consumer's
+    work.
 
     Args:
-        shapes: shapes of a full batch's tensors, all in the storage dtype `dtype`.
-        dtype: storage dtype.
-        device: runs the model.
-        host_slots: take the copies; None copies nothing.
-        on_device: hand batches to the consumer on the device.
+        plan: a plan for a CUDA device.
+        rows: boards in a full batch.
+        host_slots: slots to page-lock for the copies, fewer where the host has no room for them.
+        local_processes: processes that share this machine's memory.
+
+    Raises:
+        MemoryError: the host has no room for two of the slots.
     """
 
-    def __init__(
-        self,
-        shapes: Shapes,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        host_slots: PinnedSlots | None = None,
-        on_device: bool = False,
-    ) -> None:
-        self._device = device
-        self._on_device = on_device
+    def __init__(self, plan: Plan, rows: int, *, host_slots: int, local_processes: int) -> None:
+        self._device = device = plan.device
         self._compute = torch.cuda.current_stream(device)
         self._side = torch.cuda.Stream(device)
         self.copying: Stopwatch | CudaStopwatch = CudaStopwatch(self._side)
-        # Used in turn, each allocated at its first use. The one being copied is the last used.
-        count = _DEVICE_SLOTS if on_device or host_slots is not None else 1
-        self._device_slots = cycle(_DeviceSlot(shapes, dtype, device) for _ in range(count))
-        self._ring: _Ring[_HostSlot] | None = None
-        if host_slots is not None:
-            self._copies_are_queued = host_slots.are_pinned
-            if not self._copies_are_queued:
-                note(f"{device} cannot page-lock host memory here; copies to the host are slower")
-            buffers = iter(host_slots)
-            # Writers sleep on this event instead of spinning on a core that others need.
-            self._ring = _Ring(
-                lambda: _HostSlot(next(buffers), torch.cuda.Event(blocking=True)), host_slots.count
+        shapes, dtype = _shapes(plan, rows), plan.storage_dtype
+        # Used in turn: the one being copied is the last used.
+        self._slots = cycle(
+            [_DeviceSlot(shapes, dtype, device, rows) for _ in range(_DEVICE_SLOTS)]
+        )
+        self._host: _HostMemory | None = None
+        if not (host_slots and shapes):
+            return
+        nbytes, share = _slot_nbytes(shapes, dtype), pinned_share(local_processes)
+        host_slots = min(host_slots, share // nbytes)
+        if host_slots < _FEWEST_HOST_SLOTS:
+            raise MemoryError(
+                f"{_FEWEST_HOST_SLOTS} x {size_text(nbytes)} must be page-locked, this process may "
+                f"page-lock {size_text(share)}"
             )
+        # CUDA keeps an error for the thread that met it, and would raise it at the caller's next
+        # kernel.
+        with ThreadPoolExecutor(1, thread_name_prefix="pinning") as pinning:
+            self._host = pinning.submit(_lock, host_slots * nbytes, device).result()
+        if not self._host.is_pinned:
+            note(f"{device} cannot page-lock host memory here; copies to the host are slower")
+        self._free = _ring(self._host.memory, shapes, dtype, host_slots)
 
     def run(self, boards: BoardBatch, forward: Forward) -> ActivationBatch:
         """Queue a batch and its copy. Blocks while every host slot is taken."""
-        slot, rows = next(self._device_slots), len(boards.indices)
+        slot, rows = next(self._slots), len(boards.indices)
         self._compute.wait_event(slot.copied)
         forward(slot.bring(boards.boards_BS), _cut(slot.buffers, rows))
-        if self._ring is not None:
-            return self._copy(slot, boards, self._ring)
-        if not self._on_device:
-            return ActivationBatch(boards, {}, [Chunk(0, rows)], _nothing)
+        if self._host is not None:
+            return self._copy(slot, boards, is_queued=self._host.is_pinned)
         slot.filled.record(self._compute)
         whole = Chunk(0, rows, partial(self._wait_on_device, slot.filled))
-        return ActivationBatch(boards, _cut(slot.buffers, rows), [whole], _nothing)
+        return ActivationBatch(boards, _cut(slot.buffers, rows), [whole])
 
     def _copy(
-        self, source: _DeviceSlot, boards: BoardBatch, ring: _Ring[_HostSlot]
+        self, source: "_DeviceSlot", boards: BoardBatch, *, is_queued: bool
     ) -> ActivationBatch:
-        target, rows = ring.take(), len(boards.indices)
-        host = _cut(target.buffers, rows)
+        target, rows = self._free.get(), len(boards.indices)
+        host = _cut(target, rows)
+        # Writers sleep on this event instead of spinning on a core that others need.
+        arrived = torch.cuda.Event(blocking=True)
         self._side.wait_stream(self._compute)
         with torch.cuda.stream(self._side), self.copying:
             for key, tensor in _cut(source.buffers, rows).items():
-                host[key].copy_(tensor, non_blocking=self._copies_are_queued)
+                host[key].copy_(tensor, non_blocking=is_queued)
             source.copied.record(self._side)
-            target.copied.record(self._side)
-        whole = Chunk(0, rows, partial(self._wait, target.copied))
-        return ActivationBatch(boards, host, [whole], lambda: ring.give_back(target))
+            arrived.record(self._side)
+        whole = Chunk(0, rows, partial(self._wait, arrived))
+        return ActivationBatch(boards, host, [whole], partial(self._free.put, target))
 
     def _wait(self, event: torch.cuda.Event) -> None:
         with current(self._device):
@@ -348,28 +200,102 @@ class CudaTransfer:
         torch.cuda.current_stream(self._device).wait_event(event)
 
     def close(self) -> None:
-        """Wait for all that is queued, so that the buffers may be freed and times are complete."""
+        """Wait for all that is queued and give the pinned memory back. Tensors stay readable."""
         self._compute.synchronize()
         self._side.synchronize()
+        if self._host is not None and self._host.is_registered:
+            # The consumer may copy from it in streams that the run has not heard of.
+            torch.cuda.synchronize(self._device)
+            torch.cuda.cudart().cudaHostUnregister(self._host.memory.data_ptr())
 
 
-def _nothing() -> None:
-    pass
+class _DeviceSlot:
+    """One batch's memory on the device, with the events of its last forward pass and last copy."""
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, rows: int) -> None:
+        self.buffers = {
+            key: torch.empty(shape, dtype=dtype, device=device) for key, shape in shapes.items()
+        }
+        self.copied, self.filled = torch.cuda.Event(), torch.cuda.Event()
+        self._boards_BS = torch.empty((rows, CELLS), dtype=torch.uint8, device=device)
+        self._host = _locked_by_torch(rows * CELLS)
+        # A host thread that waits sleeps, instead of spinning on a core that others need.
+        self._boards_copied = torch.cuda.Event(blocking=True)
+
+    def bring(self, boards_BS: Tensor) -> Tensor:
+        """Queue the copy of boards, uint8 (B, 16), by way of page-locked memory."""
+        self._boards_copied.synchronize()
+        host_BS = self._host.memory.view(-1, CELLS)[: len(boards_BS)]
+        host_BS.copy_(boards_BS)
+        tokens_BS = self._boards_BS[: len(boards_BS)]
+        tokens_BS.copy_(host_BS, non_blocking=self._host.is_pinned)
+        self._boards_copied.record()
+        return tokens_BS
 
 
-def _whole_pages(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+@dataclass(frozen=True)
+class _HostMemory:
+    """Host memory, uint8 (nbytes,), and how CUDA sees it."""
+
+    memory: Tensor
+    is_pinned: bool
+    is_registered: bool = False
 
 
-def _empty_on_pages(shapes: Shapes, dtype: torch.dtype) -> Buffers:
-    # As in pinned memory, tensors start on a page, for direct writes.
-    buffers = {}
-    for key, shape in shapes.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        memory = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8, device=_HOST)
-        start = -memory.data_ptr() % mmap.PAGESIZE
-        buffers[key] = memory[start : start + nbytes].view(dtype).view(shape)
-    return buffers
+def _lock(nbytes: int, device: torch.device) -> _HostMemory:
+    """Page-lock memory.
+
+    torch's own pinned memory comes in powers of two and stays with the process. CUDA page-locks
+    memory of the exact size, which takes a second for some GB. Where that is forbidden
+    (confidential VMs) or scarce (WSL2), torch's pinned memory is taken, and else ordinary memory.
+    """
+    # After a fork, copy-on-write could give this process a page that the GPU has not mapped.
+    memory = _mapped(nbytes, mmap.MADV_DONTFORK)
+    with current(device):
+        code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, _PORTABLE)
+        if int(code) == 0:
+            return _HostMemory(memory, is_pinned=True, is_registered=True)
+        return _locked_by_torch(nbytes)
+
+
+def _locked_by_torch(nbytes: int) -> _HostMemory:
+    try:
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=_HOST, pin_memory=True)
+    except RuntimeError:
+        return _HostMemory(torch.empty(nbytes, dtype=torch.uint8, device=_HOST), is_pinned=False)
+    return _HostMemory(memory, is_pinned=True)
+
+
+def _mapped(nbytes: int, advice: int = mmap.MADV_NORMAL) -> Tensor:
+    """Map memory, uint8 (nbytes,), that starts on a page and takes none until it is written to."""
+    try:
+        pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size_text(nbytes)}: {error.strerror}") from None
+    pages.madvise(advice)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _ring(memory: Tensor, shapes: Shapes, dtype: torch.dtype, count: int) -> _Ring:
+    """Cut memory into slots whose tensors start on a page, as direct writes need."""
+    free, start = _Ring(), 0
+    for _ in range(count):
+        slot = {}
+        for key, shape in shapes.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            slot[key] = memory[start : start + nbytes].view(dtype).view(shape)
+            start += -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        free.put(slot)
+    return free
+
+
+def _shapes(plan: Plan, rows: int) -> Shapes:
+    return {tensor.name: (rows, *tensor.shape) for tensor in plan.board_tensors}
+
+
+def _slot_nbytes(shapes: Shapes, dtype: torch.dtype) -> int:
+    sizes = (math.prod(shape) * dtype.itemsize for shape in shapes.values())
+    return sum(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for nbytes in sizes)
 
 
 def _cut(buffers: Buffers, rows: int) -> Buffers:

@@ -8,13 +8,13 @@ import asyncio
 import os
 import re
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from base64 import b64encode
 from dataclasses import dataclass, field
 from datetime import timedelta
-from html.parser import HTMLParser
 from functools import cache
+from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
@@ -237,8 +237,8 @@ class Location:
 
     def _list_index(self, wanted: Callable[[str], bool]) -> Iterator[RemoteFile]:
         """Read the names from the page that web servers make of a directory."""
-        request = Request(f"{self.url}/", headers=self.headers)  # noqa: S310 -- http or https
-        with urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310
+        request = Request(f"{self.url}/", headers=self.headers)
+        with urlopen(request, timeout=_TIMEOUT) as answer:
             page = answer.read(_LARGEST_PAGE).decode(errors="replace")
         links = _Links()
         links.feed(page)

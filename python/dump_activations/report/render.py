@@ -17,8 +17,6 @@ from dump_activations.progress import Count, Phase, counted, shown_progress
 from dump_activations.report import charts, sections
 from dump_activations.report.data import Source, choose_examples
 from dump_activations.storage.reading.activations_file import ActivationsFile
-from dump_activations.storage.reading.inspection import inspect
-from dump_activations.storage.reading.whole import inspect_dump
 from dump_activations.text import printable
 
 # A page of this package begins with the first and has the second among its first bytes.
@@ -86,15 +84,14 @@ def render(path: Path, *, progress: Count | None = None) -> str:
         InvalidArgumentError: the suffix names no format.
         OutputError: the file cannot be read, or cannot be shown.
     """
-    source = Source(ActivationsFile(path))  # Warns of shards next to a whole file.
-    inspection = inspect(path) if path.exists() else inspect_dump(path)
-    checkpoint = inspection.contents.metadata.get("checkpoint", path.name)
+    source = Source(ActivationsFile(path))
+    checkpoint = source.file.metadata.get("checkpoint", path.name)
     # The last two names of a path, or of an address of the hub.
     name = "/".join(Path(checkpoint).parts[-2:])
     with np.errstate(all="ignore"):  # The page shows NaN and infinite values as such.
         examples = choose_examples(source, _EXAMPLES)
         values = {
-            "facts": sections.facts(inspection),
+            "facts": sections.facts(source.file.files),
             "boards": sections.boards(source),
             "examples": sections.examples(source, examples),
             "moves": sections.moves(source),

@@ -31,7 +31,7 @@ from dump_activations.report.data import (
     read_choices,
 )
 from dump_activations.storage.digests import INTEGRITY_KEY
-from dump_activations.storage.reading.inspection import Inspection
+from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.text import size_text
 
 Values = dict[str, Any]
@@ -57,27 +57,27 @@ _GROUPS = {
 _MOST_ENTRIES, _MOST_TENSORS = 100, 200
 
 
-def facts(inspection: Inspection) -> Values:
+def facts(dump: DumpFiles) -> Values:
     """List the metadata in groups, and the tensors in a table."""
-    metadata = {k: v for k, v in inspection.contents.metadata.items() if k != INTEGRITY_KEY}
+    metadata = {k: v for k, v in dump.metadata.items() if k != INTEGRITY_KEY}
     for key in {"labels", "layers", "outputs"} & metadata.keys():
         metadata[key] = metadata[key].replace(",", ", ")  # Such a list may wrap.
     groups = {
         title: {key: metadata.pop(key) for key in keys.split() if key in metadata}
         for title, keys in _GROUPS.items()
     }
-    groups["File"] = _file(inspection)
+    groups["File"] = _file(dump)
     groups["More"] = dict(list(metadata.items())[:_MOST_ENTRIES])
-    tensors = [t for t in inspection.contents.tensors if not t.name.startswith(STATISTICS_PREFIX)]
+    tensors = [t for n, t in dump.tensors.items() if not n.startswith(STATISTICS_PREFIX)]
     rows = []
     for tensor in tensors[:_MOST_TENSORS]:
-        digest = inspection.digests.get(tensor.name)
+        digest = dump.digests.get(tensor.name)
         shape = " x ".join(f"{length:,}" for length in tensor.shape)
         nonfinite = [f"{digest.nan:,}", f"{digest.inf:,}"] if digest else ["", ""]
         rows.append([tensor.name, tensor.dtype, shape, size_text(tensor.nbytes), *nonfinite])
     counts = {
         "more tensors are not listed": len(tensors) - len(rows),
-        "more hold statistics": len(inspection.contents.tensors) - len(tensors),
+        "more hold statistics": len(dump.tensors) - len(tensors),
         "more entries of metadata are not listed": len(metadata) - len(groups["More"]),
     }
     return {
@@ -88,17 +88,17 @@ def facts(inspection: Inspection) -> Values:
     }
 
 
-def _file(inspection: Inspection) -> dict[str, str]:
-    digests = inspection.digests.values()
+def _file(dump: DumpFiles) -> dict[str, str]:
+    digests = dump.digests.values()
     nan, inf = sum(d.nan for d in digests), sum(d.inf for d in digests)
     integrity = (
         f"digests of {len(digests)} tensors, not compared here (inspect-activations --verify "
         f"does); {nan:,} NaN and {inf:,} infinite elements"
     )
     return {
-        "path": os.fspath(inspection.path.resolve()),
-        "format": inspection.format.name,
-        "size": f"{size_text(inspection.size)} ({inspection.size:,} bytes)",
+        "path": os.fspath(dump.path.resolve()),
+        "format": dump.format.name,
+        "size": f"{size_text(dump.size)} ({dump.size:,} bytes)",
         "integrity": integrity if digests else "the file carries no digests",
     }
 

@@ -1,11 +1,18 @@
 """One way to spread work on threads."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
+
+
+class _Sum(Protocol):
+    def __add__(self, following: Self, /) -> Self: ...
+
 
 T = TypeVar("T")
 R = TypeVar("R")
+K = TypeVar("K", bound=Hashable)
+S = TypeVar("S", bound=_Sum)
 
 
 def in_parallel(
@@ -25,31 +32,35 @@ def in_parallel(
             raise
 
 
-def chunks_of(name: T, length: int, size: int) -> Iterator[tuple[T, int, int]]:
-    """Cut `length` bytes or elements of something into (its name, start, stop)."""
-    return ((name, start, min(start + size, length)) for start in range(0, length, size))
-
-
-def chunks_in_parallel(
-    work: Callable[[T, int, int], R],
-    chunks: Iterable[tuple[T, int, int]],
+def sum_in_parallel(
+    work: Callable[[K, int, int], S],
+    lengths: Mapping[K, tuple[int, int]],
     threads: int,
-    take: Callable[[T, R], None],
     progress: Callable[[int, int], object] | None = None,
-) -> None:
-    """Call `work(name, start, stop)` on threads, and `take(name, result)` in this thread, in order.
+) -> dict[K, S]:
+    """Call `work(name, start, stop)` on threads for each chunk, and add the results of each name.
 
-    `progress` is called in this thread with what is done and with all, and may raise.
+    Args:
+        work: measures a chunk. Results of a name are added in order.
+        lengths: name -> its length, and the length of a chunk. Empty ones have no result.
+        threads: threads.
+        progress: called in this thread with the length done and the length in all. It may raise.
     """
-    chunks = list(chunks)
-    done, in_all = 0, sum(stop - start for _, start, stop in chunks)
+    found: dict[K, S] = {}
+    chunks = [
+        (name, start, min(start + size, length))
+        for name, (length, size) in lengths.items()
+        for start in range(0, length, size)
+    ]
+    done, in_all = 0, sum(length for length, _ in lengths.values())
 
-    def take_chunk(chunk: tuple[T, int, int], result: R) -> None:
+    def take(chunk: tuple[K, int, int], result: S) -> None:
         nonlocal done
         name, start, stop = chunk
-        take(name, result)
+        found[name] = found[name] + result if name in found else result
         done += stop - start
         if progress is not None:
             progress(done, in_all)
 
-    in_parallel(lambda chunk: work(*chunk), chunks, threads, take_chunk)
+    in_parallel(lambda chunk: work(*chunk), chunks, threads, take)
+    return found

@@ -1,4 +1,4 @@
-"""Statistics of activations in float64: taken per batch, merged in order, stored and read back.
+"""Statistics of activations in float64: taken per batch, and merged in order.
 
 A vector lies along the last axis of a tensor, and each place in it is a feature. A new statistic is
 one new entry in `STATISTICS`.
@@ -6,11 +6,11 @@ one new entry in `STATISTICS`.
 Shape letters: L layers (1 for a tensor without their axis), F features.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
-from itertools import chain
 from math import prod
+from operator import add
 from threading import Lock
 from typing import NamedTuple
 
@@ -19,20 +19,11 @@ from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.dtypes import DTYPES, STATISTICS_PREFIX, TensorSpec
-from dump_activations.errors import InvalidArgumentError, OutputError, switch
-from dump_activations.storage.parallel import chunks_in_parallel, chunks_of
-from dump_activations.storage.reading.inspection import Inspection, read_bytes
-from dump_activations.storage.reading.keys import Key
 
 Array = NDArray[np.float64]
 
 TensorStatistics = dict[str, Array]
 """Statistics of a tensor by name: (L, F) and (L,), or (F,) and (1,) of one without layers."""
-
-_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
-
-# Bytes that a thread reads and measures at a time. The bits of computed statistics depend on it.
-_CHUNK_NBYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,7 @@ class Moments:
     norm_mean: Array
     mean_squared_norm: Array
 
-    def merge(self, following: "Moments") -> "Moments":
+    def __add__(self, following: "Moments") -> "Moments":
         """Return the moments of these vectors and the following ones, by Chan's rule."""
         count = self.count + following.count
         weight = following.count / count
@@ -140,7 +131,7 @@ def _statistics(moments: Moments, *, layers: int | None, width: int) -> TensorSt
 
 
 @dataclass(frozen=True)
-class _Vectors:
+class Vectors:
     """A tensor (N, ..., F), or (N, L, ..., F) where `layers` is L, whose vectors are measured."""
 
     dtype: str
@@ -149,9 +140,11 @@ class _Vectors:
 
     @property
     def row_nbytes(self) -> int:
+        """Bytes of a row."""
         return prod(self.shape[1:]) * DTYPES[self.dtype].nbytes
 
     def measure(self, data: NDArray[np.uint8]) -> Moments:
+        """Return the moments of rows, uint8 (nbytes,), without the interpreter."""
         layers, width = self.layers or 1, self.shape[-1]
         run = prod(self.shape[1:-1]) // layers
         # Each record holds 5 values per feature and 2 more: rust/statistics.rs lists them.
@@ -162,6 +155,7 @@ class _Vectors:
         return Moments(count, *per_feature.swapaxes(0, 1), *records[:, -2:].T)
 
     def statistics(self, moments: Moments) -> TensorStatistics:
+        """Return the statistics as they are stored."""
         return _statistics(moments, layers=self.layers, width=self.shape[-1])
 
 
@@ -178,12 +172,12 @@ class RunningStatistics:
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         shapes = {spec.name: spec.shape for spec in specs}
-        self._vectors: dict[str, _Vectors] = {}
+        self._vectors: dict[str, Vectors] = {}
         for spec in specs:
             mean = shapes.get(f"{STATISTICS_PREFIX}{spec.name}/mean")
             if mean is not None:
                 layers = mean[0] if len(mean) > 1 else None
-                self._vectors[spec.name] = _Vectors(spec.dtype, layers, spec.shape)
+                self._vectors[spec.name] = Vectors(spec.dtype, layers, spec.shape)
         self._lock = Lock()
         self._merged: dict[str, Moments] = {}
         self._pending: dict[int, Mapping[str, Moments]] = {}
@@ -204,7 +198,7 @@ class RunningStatistics:
             while (following := self._pending.pop(self.next_batch, None)) is not None:
                 for name, more in following.items():
                     before = self._merged.get(name)
-                    self._merged[name] = before.merge(more) if before else more
+                    self._merged[name] = before + more if before else more
                 self.next_batch += 1
 
     def tensors(self) -> dict[str, Array]:
@@ -218,44 +212,6 @@ class RunningStatistics:
             }
 
 
-def stored_statistics(*files: Inspection) -> dict[str, TensorStatistics]:
-    """Return the statistics that files hold by tensor, merged in the order of the files.
-
-    Tensors that lack a statistic in one of the files are left out.
-
-    Raises:
-        OutputError: they cannot be read.
-    """
-    found = [_stored_in(file) for file in files]
-    if len(found) == 1:
-        return found[0]
-    return {
-        tensor: merge_stored([of_file[tensor] for of_file in found])
-        for tensor in found[0]
-        if all(tensor in of_file for of_file in found)
-    }
-
-
-def _stored_in(file: Inspection) -> dict[str, TensorStatistics]:
-    tensors = file.contents.tensors
-    there = {(each.name, each.dtype, each.shape) for each in tensors if each.offset is not None}
-    found: dict[str, TensorStatistics] = {}
-    for mean in tensors:
-        tensor = mean.name.removeprefix(STATISTICS_PREFIX).removesuffix("/mean")
-        if mean.name != f"{STATISTICS_PREFIX}{tensor}/mean" or len(mean.shape) not in (1, 2):
-            continue
-        *layers, width = mean.shape
-        specs = statistics_specs(tensor, layers=layers[0] if layers else None, width=width)
-        if not {(spec.name, spec.dtype, spec.shape) for spec in specs} <= there:
-            continue
-        found[tensor] = {
-            each.name: np.empty(spec.shape) for each, spec in zip(STATISTICS, specs, strict=True)
-        }
-        for spec, values in zip(specs, found[tensor].values(), strict=True):
-            read_bytes(file, spec.name, 0, values.reshape(-1).view(np.uint8))
-    return found
-
-
 def merge_stored(stored: Sequence[TensorStatistics]) -> TensorStatistics:
     """Merge all statistics of one tensor in several files, in their order; shapes stay."""
 
@@ -267,84 +223,8 @@ def merge_stored(stored: Sequence[TensorStatistics]) -> TensorStatistics:
         found["m2"] = found["variance"] * found["count"][:, None]
         return Moments(**{field.name: found[field.name] for field in fields(Moments)})
 
+    if len(stored) == 1:  # as it is, to the bit
+        return stored[0]
     *layers, width = stored[0]["mean"].shape
-    merged = reduce(Moments.merge, map(moments, stored))
+    merged = reduce(add, map(moments, stored))
     return _statistics(merged, layers=layers[0] if layers else None, width=width)
-
-
-def compute_statistics(
-    inspection: Inspection, *, threads: int, progress: Callable[[int, int], None] | None = None
-) -> dict[str, TensorStatistics]:
-    """Read a dump and return the statistics of its activations by tensor.
-
-    They agree with `dump(stats=True)` to rounding, and do not depend on `threads` or shards.
-    `progress` is called in this thread with bytes read and bytes in all, and may raise.
-
-    Raises:
-        OutputError: the dump cannot be read, or its tensors have no axis of boards.
-    """
-    vectors = _vectors_in(inspection)
-    merged: dict[str, Moments] = {}
-
-    def measure(name: str, start: int, stop: int) -> Moments:
-        data = np.empty(stop - start, np.uint8)
-        read_bytes(inspection, name, start, data)
-        return vectors[name].measure(data)
-
-    def merge(name: str, moments: Moments) -> None:
-        merged[name] = merged[name].merge(moments) if name in merged else moments
-
-    chunks = [
-        chunks_of(name, inspection.tensor(name).nbytes, max(_CHUNK_NBYTES // row, 1) * row)
-        for name, of in vectors.items()
-        for row in [of.row_nbytes]
-    ]
-    chunks_in_parallel(measure, chain(*chunks), threads, merge, progress)
-    return {name: of.statistics(merged[name]) for name, of in vectors.items()}
-
-
-def _vectors_in(inspection: Inspection) -> dict[str, _Vectors]:
-    """Find the floating activations of a dump. Its metadata names their layers."""
-    found = {}
-    for key in inspection.catalog.keys.values():
-        for part in key.parts(None):
-            stored = inspection.tensor(part.tensor)
-            if stored.dtype not in _DTYPES or not key.value or not stored.nbytes:
-                continue
-            for file in inspection.files:
-                if file.tensor(part.tensor).offset is None:
-                    raise OutputError(
-                        f"{file.path}: {stored.name} is compressed or not in C order; save it "
-                        "uncompressed to compute its statistics"
-                    )
-            found[stored.name] = _Vectors(stored.dtype, key.stacked, stored.shape)
-    return found
-
-
-def key_statistics(
-    key: Key, layer: int | None, stored: Mapping[str, TensorStatistics]
-) -> TensorStatistics:
-    """Return the stored statistics of a key, of all its layers or of one.
-
-    Raises:
-        InvalidArgumentError: the key has no statistics, or no such layer.
-    """
-    parts = key.parts(layer)
-    shape = (*(() if key.stacked is None else (key.stacked,)), *key.value[-1:])
-    found = [stored[part.tensor] for part in parts if part.tensor in stored]
-    if len(found) < len(parts) or any(each["mean"].shape != shape for each in found):
-        raise InvalidArgumentError(
-            f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "
-            "inspect-activations --stats compute them"
-        )
-    statistics = {}
-    for each in STATISTICS:
-        values = [of_part[each.name] for of_part in found]
-        if key.stacked is None:
-            values = values if each.per_feature else [of_part[0] for of_part in values]
-            statistics[each.name] = (
-                np.stack(values) if key.is_split and layer is None else values[0]
-            )
-        else:
-            statistics[each.name] = values[0] if layer is None else values[0][parts[0].at]
-    return statistics

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
-from dump_activations.paths import input_path
+from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.reading.keys import Key, Rows, row_numbers
-from dump_activations.storage.reading.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     import torch
@@ -60,36 +59,37 @@ class ActivationsFile:
         if not paths:
             raise InvalidArgumentError("paths: name a file")
         # Absolute, so that the program may change its directory before it reads.
-        self._names = [input_path(path) for path in paths]
-        self._files = TensorFiles(self._names)
+        self._names = [Path(os.path.abspath(Path(path).expanduser())) for path in paths]  # noqa: PTH100
+        self.files = inspect_dump(*self._names)
+        assert self.files.boards >= 0  # OutputError where a file has no axis of boards
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files; of a dump in shards, the shards in order."""
-        return tuple(file.path for file in self._files.files)
+        return tuple(file.path for file in self.files.files)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """The dump's metadata; of several dumps, the first's."""
-        return self._files.metadata
+        return self.files.metadata
 
     def __len__(self) -> int:
         """Boards in all files."""
-        return self._files.boards
+        return self.files.boards
 
     def __repr__(self) -> str:
         return f"ActivationsFile({', '.join(repr(os.fspath(path)) for path in self._names)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_names": self._names, "_files": self._files}
+        return {"_names": self._names, "files": self.files}
 
     def keys(self) -> list[str]:
         """Names of the activation keys with a value per board; a split key is one key."""
-        return list(self._files.catalog.keys)
+        return list(self.files.catalog.keys)
 
     def tensor_names(self) -> list[str]:
         """Names of all stored tensors, which `read` takes too."""
-        return list(self._files.catalog.tensors)
+        return list(self.files.catalog.tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a key: `(N, L, *value)` with layers, stacked or split, or else `(N, *value)`."""
@@ -264,7 +264,7 @@ class ActivationsFile:
         if not keys:
             raise InvalidArgumentError(f"{option('key')} must name a key; got none")
         return Cells(
-            self._files,
+            self.files,
             {name: find_cells(self._find(name), layer) for name in keys},
             single=isinstance(key, str),
             batch_size=batch_size,
@@ -292,19 +292,19 @@ class ActivationsFile:
         Raises:
             InvalidArgumentError: The file has no statistics of the key.
         """
-        from dump_activations.storage.statistics import key_statistics
+        from dump_activations.storage.reading.stored_statistics import key_statistics
 
         return key_statistics(self._find(key), layer, self._statistics)
 
     @cached_property
     def _statistics(self) -> Mapping[str, TensorStatistics]:
-        from dump_activations.storage.statistics import stored_statistics
+        from dump_activations.storage.reading.stored_statistics import stored_statistics
 
-        return stored_statistics(*self._files.files)
+        return stored_statistics(self.files)
 
     def _find(self, name: str) -> Key:
         """Find a key whose dtype can be read; InvalidArgumentError for any other."""
-        found = self._files.catalog.find(name)
+        found = self.files.catalog.find(name)
         if found.dtype not in READABLE_DTYPES:
             raise InvalidArgumentError(f"{name} is of {found.dtype}, which cannot be read")
         return found
@@ -332,9 +332,9 @@ class ActivationsFile:
         rows = out.reshape(len(numbers), len(parts), nbytes // len(parts))
         for at, part in enumerate(parts):
             into = rows[:, 0] if len(parts) == 1 else np.empty(rows[:, at].shape, np.uint8)
-            self._files.read(part, numbers, into)
+            self.files.read(part, numbers, into)
             if verify:
-                self._files.check_digest(part.tensor, into.reshape(-1))
+                self.files.check_digest(part.tensor, into.reshape(-1))
             if len(parts) > 1:
                 rows[:, at] = into
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS
 from dump_activations.storage.reading.cell_order import CellOrder, CellValues
-from dump_activations.storage.reading.tensor_files import TensorFiles
+from dump_activations.storage.reading.dump_files import DumpFiles
 
 KeyedCells = tuple[dict[str, Tensor], Tensor, Tensor]
 """Values by key, rows and cells, as in a `CellBatch`."""
@@ -28,7 +28,7 @@ class CellFeed:
 
     def __init__(
         self,
-        files: TensorFiles,
+        files: DumpFiles,
         values: Mapping[str, CellValues],
         batch_size: int,
         device: torch.device,

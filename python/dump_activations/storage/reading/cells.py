@@ -15,9 +15,9 @@ from dump_activations.dtypes import CELLS
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
 from dump_activations.storage.reading.cell_feed import CellFeed
 from dump_activations.storage.reading.cell_order import CellOrder, CellValues
+from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.epochs import Epochs
 from dump_activations.storage.reading.inspection import Inspection
-from dump_activations.storage.reading.tensor_files import TensorFiles
 
 
 class CellBatch(NamedTuple):
@@ -44,7 +44,7 @@ class Cells(IterableDataset[CellBatch]):
 
     def __init__(
         self,
-        files: TensorFiles,
+        files: DumpFiles,
         values: Mapping[str, CellValues],
         *,
         single: bool,

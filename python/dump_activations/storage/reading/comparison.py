@@ -4,9 +4,8 @@ Chunks of values are read at a time, so memory does not grow with the files.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from dump_activations.dtypes import READABLE_DTYPES, STATISTICS_PREFIX
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.storage.formats.layout import StoredTensor
-from dump_activations.storage.parallel import chunks_in_parallel, chunks_of
-from dump_activations.storage.reading.inspection import Inspection, read_bytes
+from dump_activations.storage.parallel import sum_in_parallel
+from dump_activations.storage.reading.dump_files import DumpFiles
 
 # Elements of each file that a thread compares at a time.
 _CHUNK = 1 << 20
@@ -95,8 +94,8 @@ class Comparison:
 
 
 def compare(
-    first: Inspection,
-    second: Inspection,
+    first: DumpFiles,
+    second: DumpFiles,
     *,
     threads: int,
     rtol: float = 0.0,
@@ -113,27 +112,26 @@ def compare(
         OutputError: a file cannot be read, or its values cannot be compared.
     """
     dumps = (first, second)
-    # Each shard has statistics of its own.
-    left_out = (STATISTICS_PREFIX,) if any(each.shards for each in dumps) else ()
+    # Each of several shards has statistics of its own.
+    left_out = (STATISTICS_PREFIX,) if any(len(each.files) > 1 for each in dumps) else ()
     ours, theirs = (
-        {each.name: each for each in dump.contents.tensors if not each.name.startswith(left_out)}
+        {name: each for name, each in dump.tensors.items() if not name.startswith(left_out)}
         for dump in dumps
     )
     both = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
-    for file in (*first.files, *second.files):
-        _check_comparable(file, both)
-    found = dict.fromkeys(both, Difference())
+    for dump in dumps:
+        for name in both:
+            if (dtype := dump.tensors[name].dtype) not in READABLE_DTYPES:
+                raise OutputError(f"{dump.path}: {name} is {dtype}, which cannot be compared")
 
     def compare_chunk(name: str, start: int, stop: int) -> Difference:
         a, b = (_read(each, name, start, stop) for each in dumps)
         return _difference(a, b, start, ours[name].shape, (rtol, atol))
 
-    def take(name: str, difference: Difference) -> None:
-        found[name] += difference
-
-    chunks = [chunks_of(name, math.prod(ours[name].shape), _CHUNK) for name in both]
-    chunks_in_parallel(compare_chunk, chain(*chunks), threads, take, progress)
-    a, b = (each.contents.metadata for each in dumps)
+    lengths = {name: (math.prod(ours[name].shape), _CHUNK) for name in both}
+    found = dict.fromkeys(both, Difference())
+    found |= sum_in_parallel(compare_chunk, lengths, threads, progress)
+    a, b = first.metadata, second.metadata
     return Comparison(
         {
             key: (a.get(key), b.get(key))
@@ -147,22 +145,11 @@ def compare(
     )
 
 
-def _check_comparable(file: Inspection, names: Sequence[str]) -> None:
-    for name in names:
-        tensor = file.tensor(name)
-        if tensor.dtype not in READABLE_DTYPES:
-            raise OutputError(f"{file.path}: {name} is {tensor.dtype}, which cannot be compared")
-        if tensor.offset is None:
-            raise OutputError(
-                f"{file.path}: {name} is compressed or not in C order, and cannot be compared"
-            )
-
-
-def _read(inspection: Inspection, name: str, start: int, stop: int) -> NDArray[Any]:
+def _read(dump: DumpFiles, name: str, start: int, stop: int) -> NDArray[Any]:
     """Read elements `start` to `stop`, counted through a tensor, (stop - start,)."""
-    dtype = READABLE_DTYPES[inspection.tensor(name).dtype]
+    dtype = READABLE_DTYPES[dump.tensors[name].dtype]
     values = np.empty(stop - start, dtype.npy or "<u2")
-    read_bytes(inspection, name, start * dtype.nbytes, values.view(np.uint8))
+    dump.read_span(name, start * dtype.nbytes, values.view(np.uint8))
     if dtype.name == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values

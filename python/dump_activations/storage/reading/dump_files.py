@@ -1,0 +1,338 @@
+"""The files of a dump as one: its file, or its shards, or several dumps of the same keys.
+
+Shards of one dump share a fingerprint; each holds consecutive boards of the run.
+
+Shape letters: R rows asked for.
+"""
+
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dump_activations import _rust
+from dump_activations.errors import InvalidArgumentError, OutputError, warn
+from dump_activations.storage.digests import INTEGRITY_KEY, Digest
+from dump_activations.storage.formats.layout import Format, StoredTensor
+from dump_activations.storage.formats.registry import format_of
+from dump_activations.storage.reading.inspection import (
+    Inspection,
+    inspect,
+    inspect_again,
+    offset_in,
+    read_span,
+)
+from dump_activations.storage.reading.keys import Catalog, Part
+from dump_activations.storage.shards import Shard, list_shards
+
+THREADS: int | None = None
+"""Threads of a read; None for one per core."""
+
+# Metadata that describes one shard and not the dump.
+_OF_ONE_SHARD = ("shard", "first_board", INTEGRITY_KEY)
+
+# Metadata that must be equal in files that are read as one, where both have it.
+_OF_THE_MODEL = ("weights_sha256", "layers", "precision")
+
+
+class DumpFiles:
+    """Finished files that hold the same tensors, whose rows are counted through all of them.
+
+    Each read opens the files again.
+
+    Attributes:
+        path: the file, or the name of the whole dump; of several dumps, of the first.
+        files: the files, in the order of their boards.
+        metadata: of the dump; of several, the first's.
+    """
+
+    def __init__(self, path: Path, files: Sequence[Inspection], metadata: Mapping[str, str]):
+        self.path = path
+        self.files = list(files)
+        self.metadata = dict(metadata)
+        self._open: dict[tuple[str, int], _rust.StoredTensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": {}}
+
+    @property
+    def format(self) -> Format:
+        """Format of the first file."""
+        return self.files[0].format
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def catalog(self) -> Catalog:
+        """Keys and tensors of the first file, which the others share.
+
+        Raises:
+            OutputError: its tensors share no first axis.
+        """
+        return self.files[0].catalog
+
+    @cached_property
+    def boards(self) -> int:
+        """Boards in all files."""
+        return int(self._ends[-1])
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.cumsum([file.catalog.boards for file in self.files])
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Tensors of all files by name. One of boards has no offset where there are several."""
+        if len(self.files) == 1:
+            return self.files[0].tensors
+        return {name: self._joined(tensor) for name, tensor in self.files[0].tensors.items()}
+
+    def _joined(self, tensor: StoredTensor) -> StoredTensor:
+        if not self.catalog.find(tensor.name).of_boards:
+            return tensor
+        nbytes = sum(file.tensors[tensor.name].nbytes for file in self.files)
+        return replace(tensor, shape=(self.boards, *tensor.shape[1:]), nbytes=nbytes, offset=None)
+
+    @cached_property
+    def digests(self) -> dict[str, Digest]:
+        """Stored digests by tensor name, with `nbytes` 0; empty if there are none or damaged."""
+        if len(self.files) == 1:
+            return self.files[0].digests
+        found: dict[str, Digest] = {}
+        for name in self.tensors:
+            for file in self.files_of(name):
+                if name in file.digests:
+                    digest = replace(file.digests[name], nbytes=file.tensors[name].nbytes)
+                    found[name] = found.get(name, Digest()) + digest
+        return {name: replace(digest, nbytes=0) for name, digest in found.items()}
+
+    def files_of(self, name: str) -> list[Inspection]:
+        """Return the files that a tensor is read from: the first, where it has no axis of boards.
+
+        Raises:
+            InvalidArgumentError: another file has none of its dtype and shape.
+        """
+        if len(self.files) == 1 or not self.catalog.find(name).of_boards:
+            return self.files[:1]
+        first = self.files[0].tensors[name]
+        for file in self.files:
+            tensor = file.tensors.get(name)
+            wanted = (first.dtype, (file.catalog.boards, *first.shape[1:]))
+            if tensor is None or (tensor.dtype, tensor.shape) != wanted:
+                raise InvalidArgumentError(f"{file.path} has no {name} like {self.files[0].path}")
+        return self.files
+
+    def read(
+        self,
+        part: Part,
+        numbers: NDArray[np.int64],
+        out: NDArray[np.uint8],
+        *,
+        per_row: int = 1,
+        cancel: _rust.Cancel | None = None,
+    ) -> None:
+        """Read a part of each row of a stored tensor, or cells of it.
+
+        Args:
+            part: the part.
+            numbers: rows, or cells, counted through all files, int64 (R,).
+            out: receives them, uint8 (R, bytes of each).
+            per_row: cells of the part; 1 for whole rows.
+            cancel: lets another thread end the read.
+
+        Raises:
+            InvalidArgumentError: not all files have the tensor.
+            OutputError: a row cannot be read, or a file was changed.
+        """
+        touched: Iterable[int] = range(len(self.files))
+        if len(numbers) < len(self.files):
+            touched = np.unique(np.searchsorted(self._ends, numbers // per_row, "right")).tolist()
+        parts = part.of * per_row
+        if part.of > 1:
+            numbers = numbers + ((part.of - 1) * (numbers // per_row) + part.at) * per_row
+        self._check_unchanged(touched)
+        if out.size:
+            stored = self._open.get((part.tensor, parts))
+            if stored is None:
+                stored = self._open[part.tensor, parts] = self._stored(part.tensor, parts)
+            stored.read(numbers, out, threads=THREADS, cancel=cancel)
+            self._check_unchanged(touched)
+
+    def _check_unchanged(self, files: Iterable[int]) -> None:
+        for i in files:
+            found = inspect_again(self.files[i])
+            if found is not self.files[i]:
+                self.files[i] = found
+                self._open = {}  # which would refuse another inode number
+
+    def _stored(self, name: str, parts: int) -> _rust.StoredTensor:
+        of_boards = self.catalog.find(name).of_boards
+        places, nbytes = [], 0
+        for file in self.files_of(name):
+            tensor = file.tensors[name]
+            places.append((file.path, offset_in(file, name), tensor.shape[0] if of_boards else 1))
+            nbytes += tensor.nbytes
+        rows = sum(rows for _, _, rows in places)
+        return _rust.StoredTensor(name, places, parts, nbytes // (rows * parts))
+
+    def read_span(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out`, (n,), with a stored tensor's bytes from `start` on, through all files.
+
+        Raises:
+            OutputError: a file cannot be read, or was changed.
+        """
+        for file in self.files_of(name):
+            nbytes = file.tensors[name].nbytes
+            if len(out) and start < nbytes:
+                read_span(file, name, start, out[: nbytes - start])
+                out, start = out[nbytes - start :], nbytes
+            start -= nbytes
+
+    def check_digest(self, name: str, data: NDArray[np.uint8]) -> None:
+        """Compare a whole tensor's bytes, of all files, with the files' digests.
+
+        Raises:
+            OutputError: they differ, or a file carries no digests.
+        """
+        start = 0
+        for file in self.files_of(name):
+            digest, stop = file.digests.get(name), start + file.tensors[name].nbytes
+            if digest is None:
+                raise OutputError(f"{file.path} carries no digest to verify {name} by")
+            if zlib.crc32(data[start:stop].data) != digest.crc32:
+                raise OutputError(f"{file.path}: {name} is damaged; make the file again")
+            start = stop
+
+
+def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
+    """Read the headers of a dump: of the file of this name, or else of all its shards.
+
+    Several dumps are read as one, with the metadata of the first.
+
+    Raises:
+        InvalidArgumentError: a suffix names no format, or the dumps do not belong together.
+        OutputError: a file cannot be read or is not of its format, a shard is missing, or the
+            shards do not belong together.
+    """
+    dumps = [_inspect_one(Path(path).expanduser()) for path in paths]
+    if len(dumps) == 1:
+        return dumps[0]
+    joined = DumpFiles(dumps[0].path, [f for d in dumps for f in d.files], dumps[0].metadata)
+    first = joined.files[0]
+    for file in joined.files:
+        apart = f"{file.path} cannot be read as one with {first.path}"
+        if file.catalog.keys != first.catalog.keys:
+            raise InvalidArgumentError(
+                f"{apart}: its keys differ in their names, layers, shapes or dtypes"
+            )
+        for name in _OF_THE_MODEL:
+            theirs = file.contents.metadata.get(name)
+            ours = joined.metadata.get(name, theirs)
+            if theirs not in (ours, None):
+                raise InvalidArgumentError(f"{apart}: its {name} is {theirs}, not {ours}")
+    return joined
+
+
+def _inspect_one(path: Path) -> DumpFiles:
+    format_of(path)
+    if not os.path.lexists(path) and (shards := find_shards(path)) is not None:
+        return _inspect_shards(shards)
+    found = inspect(path)  # which raises where there is no such file
+    shard = None
+    with suppress(OutputError):  # A file can be read in a directory that cannot be listed.
+        shard = next(iter(list_shards(path).values()), None)
+    if shard is not None:
+        warn(
+            f"{path} is read; shards of the same name lie next to it, {shard.name}: remove the "
+            "dump that is out of date"
+        )
+    return DumpFiles(path, [found], found.contents.metadata)
+
+
+@dataclass(frozen=True)
+class DumpShards:
+    """The shards of one dump in its directory.
+
+    Attributes:
+        whole: the name of the whole dump.
+        count: shards of the dump.
+        finished: paths of the finished shards, in order.
+        partial: paths of the unfinished ones that are there, in order.
+    """
+
+    whole: Path
+    count: int
+    finished: Mapping[Shard, Path]
+    partial: Mapping[Shard, Path]
+
+    @cached_property
+    def boards(self) -> tuple[int, int | None]:
+        """Boards in the finished shards, and in the dump; None before a shard is finished."""
+        found = [inspect(path) for path in self.finished.values()]
+        done = sum(each.tensors["indices"].shape[0] for each in found)
+        return done, int(found[0].contents.metadata["n_samples"]) if found else None
+
+    @property
+    def missing(self) -> list[Shard]:
+        """Shards that are not finished."""
+        shards = [Shard(self.whole, number, self.count) for number in range(1, self.count + 1)]
+        return [shard for shard in shards if shard not in self.finished]
+
+
+def find_shards(whole: Path) -> DumpShards | None:
+    """List the shards of a dump, finished or not; None if there are none.
+
+    Raises:
+        OutputError: the directory cannot be listed, or has shards of dumps of different counts.
+    """
+    finished, partial = list_shards(whole), list_shards(whole, ".partial")
+    first_of = {shard.count: path for shard, path in reversed(list((finished or partial).items()))}
+    if len(first_of) > 1:
+        raise OutputError(
+            f"{' and '.join(map(str, sorted(first_of.values())))} are shards of different dumps; "
+            "move or remove one of the dumps"
+        )
+    return DumpShards(whole, min(first_of), finished, partial) if first_of else None
+
+
+def _inspect_shards(shards: DumpShards) -> DumpFiles:
+    """Inspect all shards; OutputError, naming a shard, where they are not one whole dump."""
+    if shards.missing:
+        raise OutputError(
+            f"{shards.missing[0].path} is missing: {len(shards.finished)} of {shards.count} shards "
+            "are finished; run the same dump command again, which writes the others"
+        )
+    files = [inspect(path) for path in shards.finished.values()]
+    first, next_board = files[0], 0
+    ours = first.contents.metadata
+    for shard, file in zip(shards.finished, files, strict=True):
+        theirs = file.contents.metadata
+        if theirs.get("fingerprint") != ours.get("fingerprint"):
+            raise OutputError(
+                f"{file.path} and {first.path} are shards of different dumps: their fingerprints "
+                "differ; move or remove one of the dumps"
+            )
+        for name, value in {"shard": shard.text, "first_board": str(next_board)}.items():
+            if theirs.get(name) != value:
+                raise OutputError(
+                    f"{file.path} is not shard {shard.text} of its dump: its {name} is "
+                    f"{theirs.get(name)}, not {value}"
+                )
+        rows = [{(n, t.dtype, t.shape[1:]) for n, t in f.tensors.items()} for f in (first, file)]
+        if rows[0] != rows[1]:
+            raise OutputError(f"{file.path} has other tensors than {first.path}")
+        next_board += file.catalog.boards
+    if str(next_board) != (boards := ours.get("n_samples")):
+        raise OutputError(f"{files[-1].path} is the last shard, at board {next_board} of {boards}")
+    of_all = {key: text for key, text in ours.items() if key not in _OF_ONE_SHARD}
+    return DumpFiles(shards.whole, files, of_all)

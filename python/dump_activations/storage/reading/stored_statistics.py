@@ -1,0 +1,124 @@
+"""Statistics of a finished dump: those that its files store, or computed from its values."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from dump_activations.dtypes import STATISTICS_PREFIX
+from dump_activations.errors import InvalidArgumentError, switch
+from dump_activations.storage.parallel import sum_in_parallel
+from dump_activations.storage.reading.dump_files import DumpFiles
+from dump_activations.storage.reading.inspection import Inspection, read_span
+from dump_activations.storage.reading.keys import Key, Part
+from dump_activations.storage.statistics import (
+    STATISTICS,
+    Array,
+    Moments,
+    Statistic,
+    TensorStatistics,
+    Vectors,
+    merge_stored,
+    statistics_specs,
+)
+
+_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+# Bytes that a thread reads and measures at a time. The bits of computed statistics depend on it.
+_CHUNK_NBYTES = 8 << 20
+
+
+def stored_statistics(dump: DumpFiles) -> dict[str, TensorStatistics]:
+    """Return the statistics that files hold by tensor, merged in the order of the files.
+
+    Tensors that lack a statistic in one of the files are left out.
+
+    Raises:
+        OutputError: they cannot be read.
+    """
+    first, *others = [_stored_in(file) for file in dump.files]
+    return {
+        tensor: merge_stored([of_first, *(of_file[tensor] for of_file in others)])
+        for tensor, of_first in first.items()
+        if all(tensor in of_file for of_file in others)
+    }
+
+
+def _stored_in(file: Inspection) -> dict[str, TensorStatistics]:
+    tensors = file.contents.tensors
+    there = {(each.name, each.dtype, each.shape) for each in tensors if each.offset is not None}
+    found: dict[str, TensorStatistics] = {}
+    for mean in tensors:
+        tensor = mean.name.removeprefix(STATISTICS_PREFIX).removesuffix("/mean")
+        if mean.name != f"{STATISTICS_PREFIX}{tensor}/mean" or len(mean.shape) not in (1, 2):
+            continue
+        *layers, width = mean.shape
+        specs = statistics_specs(tensor, layers=layers[0] if layers else None, width=width)
+        if not {(spec.name, spec.dtype, spec.shape) for spec in specs} <= there:
+            continue
+        found[tensor] = {
+            each.name: np.empty(spec.shape) for each, spec in zip(STATISTICS, specs, strict=True)
+        }
+        for spec, values in zip(specs, found[tensor].values(), strict=True):
+            read_span(file, spec.name, 0, values.reshape(-1).view(np.uint8))
+    return found
+
+
+def compute_statistics(
+    dump: DumpFiles, *, threads: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, TensorStatistics]:
+    """Read a dump and return the statistics of its floating activations by tensor.
+
+    They agree with `dump(stats=True)` to rounding, and do not depend on `threads` or shards.
+    `progress` is called in this thread with bytes read and bytes in all, and may raise.
+
+    Raises:
+        OutputError: the dump cannot be read, or its tensors have no axis of boards.
+    """
+    vectors, lengths = {}, {}
+    for key in dump.catalog.keys.values():
+        for name, *_ in key.parts(None):
+            stored = dump.tensors[name]
+            if stored.dtype in _DTYPES and key.value and stored.nbytes:
+                # The metadata names the layers.
+                of = vectors[name] = Vectors(stored.dtype, key.stacked, stored.shape)
+                rows = max(_CHUNK_NBYTES // of.row_nbytes, 1)
+                lengths[name] = stored.nbytes, rows * of.row_nbytes
+
+    def measure(name: str, start: int, stop: int) -> Moments:
+        data = np.empty(stop - start, np.uint8)
+        dump.read_span(name, start, data)
+        return vectors[name].measure(data)
+
+    found = sum_in_parallel(measure, lengths, threads, progress)
+    return {name: vectors[name].statistics(moments) for name, moments in found.items()}
+
+
+def key_statistics(
+    key: Key, layer: int | None, stored: Mapping[str, TensorStatistics]
+) -> TensorStatistics:
+    """Return the stored statistics of a key, of all its layers or of one.
+
+    Raises:
+        InvalidArgumentError: the key has no statistics, or no such layer.
+    """
+    parts = key.parts(layer)
+    shape = (*(() if key.stacked is None else (key.stacked,)), *key.value[-1:])
+    found = [stored[part.tensor] for part in parts if part.tensor in stored]
+    if len(found) < len(parts) or any(each["mean"].shape != shape for each in found):
+        raise InvalidArgumentError(
+            f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "
+            "inspect-activations --stats compute them"
+        )
+
+    def of_part(part: Part, each: Statistic) -> Array:
+        values = stored[part.tensor][each.name]
+        if key.stacked is None:
+            return values if each.per_feature else values[0]
+        return values if layer is None else values[part.at]
+
+    return {
+        each.name: np.stack([of_part(part, each) for part in parts])
+        if key.is_split and layer is None
+        else of_part(parts[0], each)
+        for each in STATISTICS
+    }
