@@ -15,7 +15,7 @@ class Web:
     Attributes:
         requests: what was asked for, `GET /name 0-4095`.
         sent: bytes of files that were sent.
-        fault: `no-ranges`, `short` (half of each answer), `hang`, or a status to refuse ranges with.
+        fault: `no-ranges`, `short` (half of each answer), `hang`, or a status that refuses ranges.
         user: a user and password, `name:secret`, that requests must carry.
     """
 

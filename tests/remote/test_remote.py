@@ -106,11 +106,11 @@ def test_a_dump_is_read_as_a_local_one(web, shelf, name):
     assert len(remote) == len(local)
     np.testing.assert_array_equal(remote.indices, local.indices)
     np.testing.assert_array_equal(remote.labels["move_dir"], local.labels["move_dir"])
-    for name in ("count", "mean", "max"):
-        ours, theirs = remote.stats("layer_outputs")[name], local.stats("layer_outputs")[name]
+    for each in ("count", "mean", "max"):
+        ours, theirs = (acts.stats("layer_outputs")[each] for acts in (remote, local))
         np.testing.assert_array_equal(ours, theirs)
     rows = [150, 3, 3, 77]
-    for key in local.keys():
+    for key in list(local.keys()):
         assert torch.equal(remote.read(key, rows), local.read(key, rows))
     ours, theirs = (
         [batch.values.clone() for batch in acts.cells("layer_outputs", layer=1, batch_size=256)]
@@ -142,7 +142,7 @@ def test_a_dump_of_a_remote_dataset_and_indices_has_the_same_tensors(
         **DUMP,
     )
     acts, expected = ActivationsFile(path), ActivationsFile(shelf / "whole.safetensors")
-    for key in expected.keys():
+    for key in list(expected.keys()):
         assert torch.equal(acts.read(key), expected.read(key))
     assert acts.metadata["dataset"] == f"{web.url}/dataset"
     assert b"secret" not in path.read_bytes()
@@ -204,7 +204,7 @@ def test_a_file_that_changes_is_an_error_now_and_a_new_copy_later(tmp_path, demo
     rows["board"][:] = 0x1111
     np.save(shard, rows)
     os.utime(shard, (1, 1))
-    with pytest.raises(DumpActivationsError, match="steps-00000.npy changed while it was read"):
+    with pytest.raises(DumpActivationsError, match=r"steps-00000\.npy changed while it was read"):
         ds.read_boards(range(4000, 4100))
     changed = StepsDataset(f"{web.url}/dataset").read_boards(range(4000, 4100))
     np.testing.assert_array_equal(
@@ -223,14 +223,14 @@ def test_a_block_is_written_before_its_bit(web, monkeypatch):
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", fails)
-    with pytest.raises(DumpActivationsError, match="cannot write the cache .*No space left"):
+    with pytest.raises(DumpActivationsError, match=r"cannot write the cache .*No space left"):
         ds.read_boards([3000])
     monkeypatch.undo()
     _check_blocks(ds.path, web.directory / "dataset")
 
 
 def _check_blocks(view: Path, truth: Path) -> int:
-    """Check that each block that counts as there is the remote file's; return how many there are."""
+    """Check that each block that is marked is the remote file's; return how many there are."""
     count = 0
     for link in view.glob("steps-*.npy"):
         bits = np.unpackbits(np.fromfile(f"{link.resolve()}.blocks", np.uint8))
@@ -334,7 +334,8 @@ from dump_activations import StepsDataset, ActivationsFile
 ds, local = StepsDataset(sys.argv[1]), StepsDataset(sys.argv[2])
 steps = local.sample_indices(100)
 np.testing.assert_array_equal(ds.read_boards(steps), local.read_boards(steps))
-print(ds.read_labels(steps, ["run_seed"])["run_seed"].sum() == local.read_labels(steps, ["run_seed"])["run_seed"].sum())
+of_runs = [each.read_labels(steps, ["run_seed"])["run_seed"] for each in (ds, local)]
+print((of_runs[0] == of_runs[1]).all())
 """
 
 
@@ -346,6 +347,6 @@ def test_a_dataset_on_the_hub_is_read_by_ranges(tmp_path, demo_dataset, address)
     hub.commit("org/games", files, ref="v1")
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-c", FROM_HUB, address, str(demo_dataset)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     hub.stop()
     assert done.stdout == "True\n", done.stderr

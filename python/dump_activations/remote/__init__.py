@@ -1,4 +1,4 @@
-"""Datasets and dumps in buckets, on web servers and on the Hugging Face Hub, read as local files."""
+"""Datasets and dumps in buckets, on web servers and on the Hugging Face Hub, as local files."""
 
 import re
 from fnmatch import fnmatchcase

@@ -17,6 +17,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,10 +85,15 @@ def fetch(ranges: Mapping[Path, Ranges]) -> None:
         run_all([mirror.read(first, stop) for mirror, first, stop in requests], at_once)
 
 
+def fetch_span(path: Path, start: int, nbytes: int) -> None:
+    """Make one range of bytes of a mirrored file local; any other file is left alone."""
+    fetch({path: (np.array([start]), np.array([start + nbytes]))})
+
+
 def fetch_whole(path: Path) -> None:
     """Make a mirrored file local; any other file is left alone."""
     if (mirror := _mirror_at(path)) is not None:
-        fetch({path: (np.zeros(1, np.int64), np.array([mirror.file.size]))})
+        fetch_span(path, 0, mirror.file.size)
 
 
 def is_mirror(path: Path) -> bool:
@@ -119,9 +125,7 @@ class _MirrorReader(io.FileIO):
         self._path = path
 
     def readinto(self, buffer: Any) -> int:
-        start = self.tell()
-        stop = start + memoryview(buffer).nbytes
-        fetch({self._path: (np.array([start]), np.array([stop]))})
+        fetch_span(self._path, self.tell(), memoryview(buffer).nbytes)
         return super().readinto(buffer)
 
     def readall(self) -> bytes:
@@ -280,10 +284,8 @@ def _create(mirror: Path, location: Location, file: RemoteFile) -> None:
 
 
 def _link(view: Path, mirror: Path) -> None:
-    try:
+    with suppress(FileExistsError):  # Another process made it.
         view.symlink_to(os.path.relpath(mirror, view.parent))
-    except FileExistsError:  # Another process made it.
-        pass
 
 
 def _make_room(root: Path) -> None:

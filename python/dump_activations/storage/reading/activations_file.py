@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, switch
+from dump_activations.paths import input_path
 from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.reading.keys import Key, Rows, row_numbers
 
@@ -59,7 +60,7 @@ class ActivationsFile:
         if not paths:
             raise InvalidArgumentError("paths: name a file")
         # Absolute, so that the program may change its directory before it reads.
-        self._names = [Path(os.path.abspath(Path(path).expanduser())) for path in paths]  # noqa: PTH100
+        self._names = [input_path(path) for path in paths]
         self.files = inspect_dump(*self._names)
         assert self.files.boards >= 0  # OutputError where a file has no axis of boards
 
