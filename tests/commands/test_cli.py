@@ -332,8 +332,9 @@ def test_the_list_of_labels_is_what_a_dump_stores(demo_dataset, tmp_path, capsys
     assert main(["--demo", "--outputs=pooled", "--n-samples=3", labels, "-o", str(path)]) == 0
     dump = read_dump(path)
     for name, each in listed.items():
-        stored = dump.numpy(f"labels/{name}")
-        assert (each["dtype"], each["shape"]) == (stored.dtype.name, [*stored.shape[1:]])
+        stored = dump.tensors[f"labels/{name}"]
+        dtype = str(stored.dtype).removeprefix("torch.")
+        assert (each["dtype"], each["shape"]) == (dtype, [*stored.shape[1:]])
         assert each["text"]
     capsys.readouterr()
     assert main(["--dataset", str(demo_dataset), "--list-labels"]) == 0
