@@ -18,7 +18,7 @@ import torch
 from dump_activations.__main__ import run_dump
 from dump_activations.commands.dump import dump_activations, main
 from dump_activations.commands.inspect import main as inspect_main
-from dump_activations.options import PRECISIONS, DumpOptions, Group
+from dump_activations.pipeline.options import PRECISIONS, DumpOptions, Group
 from reference.checkpoints import BASE, config_json, load_demo
 from reference.datasets import make_dataset, naive_boards, numpy_indices, read_dataset
 from reference.dumps import read_dump
