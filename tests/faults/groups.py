@@ -29,7 +29,7 @@ class Group:
 
 
 def without_notes(lines: Sequence[str]) -> list[str]:
-    return [line for line in lines if not line.startswith("note: ")]
+    return [line for line in lines if not line.startswith(("note: ", '{"note": '))]
 
 
 def place(rank: int, size: int) -> dict[str, str]:
