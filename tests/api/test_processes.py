@@ -20,7 +20,7 @@ from api.test_faults_kills import SYNC_INTERVAL, sha256
 from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import dump, load_encoder
 from dump_activations.api.dump import dump_to_file
-from dump_activations.options import DumpOptions
+from dump_activations.pipeline.options import DumpOptions
 from dump_activations.storage.writing.shards import Place
 from faults.groups import place, start_group, without_notes
 from reference.dumps import FORMATS

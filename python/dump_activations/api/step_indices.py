@@ -15,8 +15,8 @@ from dump_activations.dataset.filters import RUN, STEPS
 from dump_activations.dataset.sampling import Steps, step_indices
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
-from dump_activations.options import Options
 from dump_activations.paths import check_ordinary, locate
+from dump_activations.pipeline.options import Options
 from dump_activations.progress import Count, Phase, begin, counted
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.dump_files import DumpFiles, find_shards, inspect_dump
