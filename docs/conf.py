@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 from sphinx.util.typing import stringify_annotation
 
 from dump_activations.model.activations import Layers
-from dump_activations.storage.reading.keys import Rows
+from dump_activations.storage.reading.array import Rows
 
 project = "dump-activations"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
