@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
 OUTSIDE = [
     path
-    for directory in ("tests/benchmarks", "fuzz/python")
+    for directory in ("tests/benchmarks", "fuzz/python", "docs")
     for path in sorted((PACKAGE.parents[1] / directory).glob("*.py"))
 ]
 
