@@ -17,9 +17,6 @@ pub type Interrupt<'a> = &'a mut dyn FnMut() -> Result<(), Interrupted>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("{}: {problem}", .path.display())]
-    NotFound { path: PathBuf, problem: &'static str },
-
-    #[error("{}: {problem}", .path.display())]
     Dataset { path: PathBuf, problem: String },
 
     #[error(
@@ -47,7 +44,7 @@ impl Error {
         Self::Dataset { path: path.to_owned(), problem: problem.into() }
     }
 
-    /// A shard, or the directory of shards, cannot be opened.
+    /// A shard cannot be opened.
     pub fn open(path: &Path, source: &io::Error) -> Self {
         Self::dataset(path, format!("cannot be opened: {source}"))
     }

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 
 #[pymodule]
 mod _rust {
+    use std::ffi::OsString;
     use std::fs::File;
     use std::io;
     use std::mem::ManuallyDrop;
@@ -35,7 +36,6 @@ mod _rust {
 
     pyo3::import_exception!(dump_activations.errors, OutputError);
     pyo3::import_exception!(dump_activations.errors, DatasetError);
-    pyo3::import_exception!(dump_activations.errors, DatasetNotFoundError);
     pyo3::import_exception!(dump_activations.errors, InvalidArgumentError);
     pyo3::import_exception!(dump_activations.errors, StepIndexError);
 
@@ -43,7 +43,6 @@ mod _rust {
         fn from(error: Error) -> Self {
             let text = error.to_string();
             match error {
-                Error::NotFound { .. } => DatasetNotFoundError::new_err(text),
                 Error::Dataset { .. } | Error::Interrupted(_) => DatasetError::new_err(text),
                 Error::StepIndex { .. } => StepIndexError::new_err(text),
                 Error::Output(_) => OutputError::new_err(text),
@@ -121,11 +120,17 @@ mod _rust {
 
     #[pymethods]
     impl Dataset {
-        /// `read_layout(path, descr)` is called once per distinct dtype of rows. It returns the
-        /// bytes of a row and the offsets of `board`, `tile_65536_mask` and `exps`, or None.
+        /// `names` are the shards in order. `read_layout(path, descr)` is called once per distinct
+        /// dtype of rows. It returns the bytes of a row and the offsets of `board`,
+        /// `tile_65536_mask` and `exps`, or None.
         #[new]
-        fn new(py: Python<'_>, path: PathBuf, read_layout: &Bound<'_, PyAny>) -> PyResult<Self> {
-            let shards = detached(py, None, |interrupt| Shards::read(&path, interrupt))?;
+        fn new(
+            py: Python<'_>,
+            path: PathBuf,
+            names: Vec<OsString>,
+            read_layout: &Bound<'_, PyAny>,
+        ) -> PyResult<Self> {
+            let shards = detached(py, None, |interrupt| Shards::read(&path, &names, interrupt))?;
             let layouts = shards.layouts.iter().map(|layout| {
                 type Offset = Option<u32>;
                 let found = read_layout.call1(layout.clone())?;
@@ -368,6 +373,21 @@ mod _rust {
         detached(py, None, |interrupt| {
             sampling::shuffle_tail(population, generator, out, interrupt)
         })
+    }
+
+    /// `Generator.permutation(len(out))` of a fresh `default_rng`, in half the time and without the
+    /// interpreter, by the `state` and `inc` of its PCG64.
+    #[pyfunction]
+    fn permutation(
+        py: Python<'_>,
+        state: u128,
+        increment: u128,
+        out: &Bound<'_, PyArray1<i64>>,
+    ) -> PyResult<()> {
+        let mut out = out.try_readwrite().map_err(not_usable("out"))?;
+        let out = out.as_slice_mut().map_err(not_usable("out"))?;
+        py.detach(|| Generator::new(state, increment).permute(out));
+        Ok(())
     }
 
     fn element(dtype: &str) -> PyResult<Element> {

@@ -25,10 +25,11 @@ fuzz_target!(|bytes: &[u8]| {
 });
 
 fn read(directory: &Path, bytes: &[u8]) {
-    for name in ["steps-0.npy", "steps-1.npy"] {
+    let names = ["steps-0.npy", "steps-1.npy"].map(Into::into);
+    for name in &names {
         fs::write(directory.join(name), bytes).expect("a writable directory");
     }
-    let Ok(shards) = Shards::read(directory, &mut || Ok(())) else { return };
+    let Ok(shards) = Shards::read(directory, &names, &mut || Ok(())) else { return };
     let layout = layout_of(bytes);
     let Ok(dataset) = Dataset::new(shards, vec![layout]) else { return };
     let shard = &dataset.files().files()[0];

@@ -70,7 +70,7 @@ def make_selection_target(directory: Path):
             return found
 
         try:
-            dataset = _rust.Dataset(directory, layout)
+            dataset = _rust.Dataset(directory, ["steps.npy"], layout)
             selection = _rust.Selection(dataset, fields)
         except (DumpActivationsError, TypeError, OverflowError):
             return

@@ -9,10 +9,10 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from dump_activations.dataset.expressions import Expression, parse, split_names
 from dump_activations.dtypes import STORAGE_DTYPES
@@ -24,17 +24,10 @@ from dump_activations.model.activations import (
     split_layer_alias,
 )
 from dump_activations.progress import Count
+from dump_activations.text import did_you_mean
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-
-
-def _progress(name: str, value: Any) -> Count | bool:
-    if value is not None and not isinstance(value, bool) and not callable(value):
-        raise InvalidArgumentError(
-            f"{option(name)}: must be True for a bar, or a function; got {value!r}"
-        )
-    return value or False
 
 
 DEFAULT_OUTPUT = "activations.safetensors"
@@ -44,6 +37,16 @@ TENSORS = ("copy", "view", "device")
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-true")
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+# Names that other tools use.
+_OTHER_NAMES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "gpu": "cuda",
+}
 
 _Check = Callable[[str, Any], Any]
 
@@ -79,24 +82,22 @@ class Described:
 
 def _option(
     text: str,
-    *,
     group: Group,
+    *,
     default: Any,
     check: _Check = lambda _name, value: value,
     choices: Collection[str] = (),
 ) -> Any:
     """Describe an option; `check` gives the value as the run has it, or refuses it."""
-    if choices:
-        check = _one_of(choices)
-    shown = {"help": text, "group": group, "choices": tuple(choices)}
-    return field(default=default, metadata={**shown, "check": check})
+    shown = {"text": text, "group": group, "choices": tuple(choices)}
+    check = _one_of(choices) if choices else check
+    return field(default=default, metadata={"shown": shown, "check": check})
 
 
 def _whole_from(least: int) -> _Check:
     def check(name: str, value: Any) -> int:
-        # NumPy's integers are as good as Python's own.
         try:
-            number = operator.index(value)
+            number = operator.index(value)  # NumPy's integers have it too.
         except TypeError:
             raise InvalidArgumentError(
                 f"{option(name)}: must be a whole number, not {value!r}"
@@ -113,10 +114,16 @@ def _one_of(choices: Collection[str]) -> _Check:
         if not isinstance(value, str) or value not in choices:
             raise InvalidArgumentError(
                 f"{option(name)}: {value!r} is not one of {', '.join(choices)}"
+                f"{_hint(value, choices)}"
             )
         return value
 
     return check
+
+
+def _hint(value: object, choices: Collection[str]) -> str:
+    other_name = _OTHER_NAMES.get(str(value).lower(), str(value))
+    return did_you_mean(other_name, choices)
 
 
 def _keys(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
@@ -127,16 +134,9 @@ def _keys(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
         raise InvalidArgumentError(
             f"{option(name)}: {value!r} is not a list of activation keys"
         ) from None
+    keys = tuple("*" if key == "all" else key for key in keys)
     find_activations(keys)
     return keys
-
-
-def _labels(_name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    return split_names(value)
-
-
-def _where(_name: str, value: str | Expression | None) -> Expression | None:
-    return parse(value) if isinstance(value, str) else value
 
 
 def _steps(name: str, value: str | slice | None) -> slice | None:
@@ -150,8 +150,7 @@ def _steps(name: str, value: str | slice | None) -> slice | None:
             value = slice(*parts)
         if not isinstance(value, slice):
             raise TypeError
-        # Python's own check of the three.
-        step = range(1)[value].step
+        step = range(1)[value].step  # Python's own check of the three.
     except (TypeError, ValueError):
         raise InvalidArgumentError(
             f"{option(name)}: {value!r} is no START:STOP or START:STOP:STEP of whole numbers"
@@ -191,8 +190,19 @@ def _shards(name: str, value: int | str | range | None) -> range | None:
 def _device(name: str, value: object) -> str:
     text = str(value)
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
-        raise InvalidArgumentError(f"{option(name)}: {text!r} is neither cuda, cuda:N nor cpu")
+        hint = _hint(text, ("cuda", "cpu", "cuda:0"))
+        raise InvalidArgumentError(
+            f"{option(name)}: {text!r} is neither cuda, cuda:N nor cpu{hint}"
+        )
     return text
+
+
+def _progress(name: str, value: Any) -> Count | bool:
+    if value is not None and not isinstance(value, bool) and not callable(value):
+        raise InvalidArgumentError(
+            f"{option(name)}: must be True for a bar, or a function; got {value!r}"
+        )
+    return value or False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,94 +215,93 @@ class Options:
     """
 
     outputs: str | Sequence[str] = _option(
-        "activation keys, separated by commas; globs ('attn_*') and TransformerLens names work",
-        group=Group.KEEP,
+        "activation keys, separated by commas, or all; globs and TransformerLens names work",
+        Group.KEEP,
         default=("final_hidden",),
         check=_keys,
     )
     layers: Layers | None = _option(
         f"keep only these layers, indexed as in Python, e.g. {option('layers', '0,3,-1,4:8')}",
-        group=Group.KEEP,
+        Group.KEEP,
         default=None,
         check=parse_layers,
     )
     split_layers: bool = _option(
-        "write one tensor per layer, KEY.LAYER, instead of a stacked one",
-        group=Group.KEEP,
-        default=False,
+        "write one tensor per layer, KEY.LAYER, instead of a stacked one", Group.KEEP, default=False
     )
     n_samples: int = _option(
         f"number of boards to sample (ignored with {option('indices')} or {option('steps')})",
-        group=Group.RUN,
+        Group.RUN,
         default=1024,
         check=_whole_from(1),
     )
     indices: ArrayLike | os.PathLike[str] | None = _option(
         "global step indices to use instead of a sample; order and duplicates are kept",
-        group=Group.RUN,
+        Group.RUN,
         default=None,
     )
     steps: slice | str | None = _option(
         "take steps START:STOP or START:STOP:STEP in order instead of a sample; ':' is all",
-        group=Group.RUN,
+        Group.RUN,
         default=None,
         check=_steps,
     )
     where: str | Expression | None = _option(
         "sample only steps that match this expression, e.g. 'max_rank >= 11 and run_id % 10 != 0'",
-        group=Group.RUN,
+        Group.RUN,
         default=None,
-        check=_where,
+        check=lambda _name, value: parse(value) if isinstance(value, str) else value,
     )
     labels: str | Sequence[str] = _option(
         "labels to store per board, separated by commas: row fields, move, run columns, or all",
-        group=Group.KEEP,
+        Group.KEEP,
         default=(),
-        check=_labels,
+        check=lambda _name, value: split_names(value),
     )
     scan_progress: Count | None = _option(
         f"called while {option('where')} scans the dataset, with rows done and rows in all",
-        group=Group.COMPUTE,
+        Group.COMPUTE,
         default=None,
     )
     seed: int = _option(
         "seed of the sample, as numpy.random.default_rng takes it",
-        group=Group.RUN,
+        Group.RUN,
         default=0,
         check=_whole_from(0),
     )
     batch_size: int = _option(
-        "boards per forward pass", group=Group.COMPUTE, default=1024, check=_whole_from(1)
+        "boards per forward pass", Group.COMPUTE, default=1024, check=_whole_from(1)
     )
     dtype: str = _option(
         "storage dtype of floating-point tensors",
-        group=Group.KEEP,
+        Group.KEEP,
         default="fp32",
         choices=STORAGE_DTYPES,
     )
     device: str = _option(
         f"compute device: cuda, cuda:N, or cpu with {switch('allow_cpu')}",
-        group=Group.COMPUTE,
+        Group.COMPUTE,
         default="cuda",
         check=_device,
     )
-    allow_cpu: bool = _option(
-        "run on the CPU where there is no GPU", group=Group.COMPUTE, default=False
-    )
+    allow_cpu: bool = _option("run on the CPU where there is no GPU", Group.COMPUTE, default=False)
     random_init: bool = _option(
         "use untrained weights in the checkpoint's architecture, as a control",
-        group=Group.RUN,
+        Group.RUN,
         default=False,
     )
     precision: str = _option(
         "arithmetic of the forward pass (tf32 on CUDA only)",
-        group=Group.COMPUTE,
+        Group.COMPUTE,
         default="fp32",
         choices=PRECISIONS,
     )
-    compile: bool = _option(
-        "compile the model with torch.compile", group=Group.COMPUTE, default=False
-    )
+    compile: bool = _option("compile the model with torch.compile", Group.COMPUTE, default=False)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Take the options among the arguments of a call, which may be all its local names."""
+        return cls(**{each.name: arguments[each.name] for each in fields(cls)})
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -328,33 +337,29 @@ class DumpOptions(Options):
     """
 
     write: bool = _option(
-        "write the output; False runs the model and keeps nothing",
-        group=Group.KEEP,
-        default=True,
+        "write the output; False runs the model and keeps nothing", Group.KEEP, default=True
     )
     stats: bool = _option(
-        "store statistics of each activation, e.g. stats/KEY/mean", group=Group.KEEP, default=False
+        "store statistics of each activation, e.g. stats/KEY/mean", Group.KEEP, default=False
     )
     shard_size: int | str | None = _option(
         "write shards of at most this size, e.g. 4GB, that several processes can share",
-        group=Group.SHARE,
+        Group.SHARE,
         default=None,
         check=_size,
     )
     shards: int | str | range | None = _option(
         "write only these shards, e.g. 3 or 1-20, and return when they are done",
-        group=Group.SHARE,
+        Group.SHARE,
         default=None,
         check=_shards,
     )
     overwrite: bool = _option(
-        "replace output of other work when the new one is whole",
-        group=Group.AGAIN,
-        default=False,
+        "replace output of other work when the new one is whole", Group.AGAIN, default=False
     )
     progress: Count | bool | None = _option(
         "True for a bar, or a function called per batch with boards done and boards in all",
-        group=Group.COMPUTE,
+        Group.COMPUTE,
         default=None,
         check=_progress,
     )
@@ -367,7 +372,7 @@ class StreamOptions(Options):
     tensors: str = _option(
         "copy: yours to keep. view: host buffers, valid until the next batch. device: the same on "
         "the compute device",
-        group=Group.KEEP,
+        Group.KEEP,
         default="copy",
         check=_one_of(TENSORS),
     )
@@ -376,12 +381,5 @@ class StreamOptions(Options):
 def describe(options: type[Options]) -> list[Described]:
     """Describe an options class's fields, in their order."""
     return [
-        Described(
-            each.name,
-            each.default,
-            each.metadata["help"],
-            each.metadata["group"],
-            each.metadata["choices"],
-        )
-        for each in fields(options)
+        Described(each.name, each.default, **each.metadata["shown"]) for each in fields(options)
     ]

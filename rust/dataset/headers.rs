@@ -1,13 +1,11 @@
-//! Finds the shards of a directory and cuts their `.npy` headers.
+//! Opens the shards of a directory and cuts their `.npy` headers.
 //!
 //! `numpy.lib.format` documents the format. Its versions 1.0, 2.0 and 3.0 are read. The dtype of
 //! the rows stays text: NumPy reads it, once per distinct text. A header is hostile, so its length
 //! is checked against the file before memory is taken for it.
 
 use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
-use std::fs;
-use std::io;
+use std::ffi::OsString;
 use std::iter;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -58,9 +56,13 @@ pub struct Shard {
 }
 
 impl Shards {
-    /// Reads the headers of a directory's shards, and keeps no file open.
-    pub fn read(directory: &Path, interrupt: Interrupt<'_>) -> Result<Self, Error> {
-        let paths = find(directory)?;
+    /// Reads the headers of a directory's shards, given by name, and keeps no file open.
+    pub fn read(
+        directory: &Path,
+        names: &[OsString],
+        interrupt: Interrupt<'_>,
+    ) -> Result<Self, Error> {
+        let paths: Vec<_> = names.iter().map(|name| directory.join(name)).collect();
         let (mut places, mut layouts) = (HashMap::new(), Vec::new());
         let mut files = Vec::with_capacity(paths.len());
         for outcome in read_headers(&paths, interrupt)? {
@@ -73,46 +75,6 @@ impl Shards {
         }
         Ok(Self { directory: directory.to_owned(), files, layouts })
     }
-}
-
-/// The `steps-*.npy` of a directory in lexicographic order, or else its `steps.npy`.
-fn find(directory: &Path) -> Result<Vec<PathBuf>, Error> {
-    let not_found = |problem| Error::NotFound { path: directory.to_owned(), problem };
-    let listing = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => {
-            not_found("no such directory; name the directory that holds the shards")
-        }
-        io::ErrorKind::NotADirectory => {
-            not_found("not a directory; name the directory that holds the shards")
-        }
-        _ => Error::open(directory, &error),
-    };
-    let mut names: Vec<OsString> = Vec::new();
-    for entry in fs::read_dir(directory).map_err(listing)? {
-        let name = entry.map_err(listing)?.file_name();
-        let bytes = name.as_encoded_bytes();
-        if bytes.starts_with(b"steps-") && bytes.ends_with(b".npy") && !is_copy(&name) {
-            names.push(name);
-        }
-    }
-    names.sort_unstable();
-    if !names.is_empty() {
-        return Ok(names.into_iter().map(|name| directory.join(name)).collect());
-    }
-    let single = directory.join("steps.npy");
-    match single.symlink_metadata() {
-        Ok(_) => Ok(vec![single]),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(not_found("no shards; a dataset holds steps-*.npy files or one steps.npy"))
-        }
-        Err(error) => Err(Error::open(&single, &error)),
-    }
-}
-
-/// Tells copies that browsers, desktops and synchronisers make of a shard. `shards.py` warns.
-fn is_copy(name: &OsStr) -> bool {
-    let name = name.to_string_lossy().to_lowercase();
-    [" (", " copy", ".sync-conflict-"].iter().any(|mark| name.contains(mark))
 }
 
 /// Each shard and its `descr`, or the error of it, in order.
@@ -317,6 +279,8 @@ impl<'a> Scanner<'a> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn file(version: u8, text: &[u8]) -> Vec<u8> {
@@ -395,11 +359,12 @@ mod tests {
     #[test]
     fn opening_can_be_interrupted() {
         let directory = tempfile::tempdir().expect("a directory");
-        for index in 0..3 * OPEN_BATCH {
-            let path = directory.path().join(format!("steps-{index}.npy"));
-            fs::write(path, []).expect("a writable directory");
+        let names: Vec<_> =
+            (0..3 * OPEN_BATCH).map(|index| format!("steps-{index}.npy").into()).collect();
+        for name in &names {
+            fs::write(directory.path().join(name), []).expect("a writable directory");
         }
-        let outcome = Shards::read(directory.path(), &mut || Err(Interrupted));
+        let outcome = Shards::read(directory.path(), &names, &mut || Err(Interrupted));
         assert!(matches!(outcome, Err(Error::Interrupted(_))));
     }
 

@@ -199,7 +199,7 @@ impl Dataset {
 
 /// Refuses layouts whose board is outside the row, or that hold it in other fields than the first.
 fn check_layouts(shards: &Shards, layouts: &[Layout]) -> Result<(), Error> {
-    if layouts.len() != shards.layouts.len() {
+    if layouts.is_empty() || layouts.len() != shards.layouts.len() {
         let problem = format!("a dataset of {} layouts must get as many", shards.layouts.len());
         return Err(Error::Argument(problem));
     }

@@ -1,8 +1,10 @@
-"""Filters against Python itself, one row at a time, and filtered samples against NumPy."""
+"""Filters against Python, row by row; their samples against NumPy; located rows against a dict."""
 
 import ast
 import math
 import re
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alarm import interrupted_soon
 from dump_activations import StepsDataset
-from dump_activations.dataset import scan
+from dump_activations.dataset import columns
 from dump_activations.errors import (
     DatasetError,
     DumpActivationsWarning,
@@ -137,7 +140,7 @@ def test_filters_mean_what_python_means(datasets, data, chunk_rows):
     start = data.draw(st.integers(0, len(ds) - 1))
     steps = range(start, data.draw(st.integers(start + 1, len(ds))), data.draw(st.integers(1, 9)))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(scan, "CHUNK_ROWS", chunk_rows)
+        patch.setattr(columns, "CHUNK_ROWS", chunk_rows)
         warnings.simplefilter("ignore", SyntaxWarning)
         code = compile(reference, "reference", "eval")
         try:
@@ -228,7 +231,7 @@ def test_lists_line_breaks_and_operations_not_reached(where, datasets):
 )
 def test_the_first_step_that_fails_is_named(where, failure, tmp_path, monkeypatch):
     """Although later chunks fail too, on other threads."""
-    monkeypatch.setattr(scan, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(columns, "CHUNK_ROWS", 8)
     names = [("x", "u1"), ("big", "<i8"), ("low", "<i8"), ("unsigned", "<u8")]
     rows = np.ones(500, [("board", "<u8"), *names])
     rows["x"][20:], rows["x"][31:] = 0, 4
@@ -304,7 +307,7 @@ def test_wrong_filters(where, names, demo_dataset):
 
 def test_an_empty_range(demo_dataset):
     ds = StepsDataset(demo_dataset)
-    with pytest.raises(InvalidArgumentError, match=f"steps: 5:5:1 is empty; .* {len(ds)} rows"):
+    with pytest.raises(InvalidArgumentError, match=f"steps='5:5' takes no row of .* {len(ds)}"):
         ds.find("max_rank > 1", slice(5, 5))
     assert ds.find("max_rank > 99").tolist() == []
 
@@ -317,3 +320,99 @@ def test_a_shard_cut_short_after_it_was_opened(tmp_path):
     path.write_bytes(path.read_bytes()[: -46 * 10 + 3])
     with pytest.raises(DatasetError, match=rf"steps-00000\.npy: step {N - 10} cannot be read"):
         ds.find("max_rank > 1")
+
+
+# Rows located by their run and step, against a dict of all rows
+
+
+M = 3000
+
+
+def played_rows(layout, step, *, runs):
+    """Return rows in no order, each another step of one of the runs."""
+    rng = np.random.default_rng(0)
+    rows = encode_rows(random_boards(M, seed=0), layout)
+    numbers = rng.permutation(M)
+    rows["run_id"] = np.array(runs, rows["run_id"].dtype)[numbers % len(runs)]
+    rows[step] = 7 * (numbers // len(runs)) + 2**31
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("layout", "step", "runs"),
+    [
+        ("packed_46", "step_index", [5, 0, 2**32 - 1, 17]),
+        ("selfplay_v1", "step_idx", [2**63 - 1, 2**63 + 5, 3, 2**64 - 1, 0]),
+    ],
+)
+def test_rows_are_located_by_run_and_step(layout, step, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "CHUNK_ROWS", 256)
+    rows = played_rows(layout, step, runs=runs)
+    write_shards(tmp_path, rows, [1000, 0, M - 1000])
+    ids = zip(rows["run_id"].tolist(), rows[step].tolist(), strict=True)
+    expected = {(run, at): row for row, (run, at) in enumerate(ids) if run < 2**63}
+    wanted = [*expected][::-3] * 2
+    located = StepsDataset(tmp_path).locate(*zip(*wanted, strict=True))
+    assert located.dtype == np.int64
+    assert located.tolist() == [expected[each] for each in wanted]
+
+
+def test_steps_that_are_missing_or_there_twice(tmp_path):
+    rows = played_rows("selfplay_v1", "step_idx", runs=[2**64 - 1, 4, 9])
+    rows["run_id"][10], rows["step_idx"][10] = rows["run_id"][20], rows["step_idx"][20] = 4, 1
+    write_shards(tmp_path, rows, [M])
+    ds = StepsDataset(tmp_path)
+    there = [(4, 2**31), (9, 2**31), (9, 2**31 + 7)]
+    for missing in [(4, 2), (9, 1), (-1, 2**31), (5, 2**31), (4, -1), (10, 0)]:
+        with pytest.raises(IndicesError, match=rf"no rows .* are step {missing[1]} of run") as info:
+            ds.locate(*zip(*there, missing, (4, 3), strict=True))
+        assert str(info.value).endswith(f"of run {missing[0]}")
+    with pytest.raises(IndicesError, match=r"2 rows .* are step 1 of run 4$"):
+        ds.locate(*zip(*there, (4, 1), (4, 2), strict=True))
+
+
+def test_wrong_runs_and_steps(tmp_path):
+    write_shards(tmp_path / "a", played_rows("packed_46", "step_index", runs=[1]), [M])
+    ds = StepsDataset(tmp_path / "a")
+    assert ds.locate([], []).tolist() == []
+    with pytest.raises(InvalidArgumentError, match="must have one length; got 2 and 1"):
+        ds.locate([1, 2], [0])
+    with pytest.raises(IndicesError, match="must be integers; got float64"):
+        ds.locate([1.5], [0])
+    rows = encode_rows(random_boards(5, seed=0, largest=15), "legacy_move")
+    write_shards(tmp_path / "b", rows, [5])
+    with pytest.raises(InvalidArgumentError, match=r"indices: .* has no 'step_index'"):
+        StepsDataset(tmp_path / "b").locate([1], [0])
+    odd = np.zeros(5, [("board", "<u8"), ("run_id", "<f4"), ("step_index", "<u4")])
+    write_shards(tmp_path / "c", odd, [5])
+    with pytest.raises(InvalidArgumentError, match=r"'run_id' .* must be an integer"):
+        StepsDataset(tmp_path / "c").locate([1], [0])
+
+
+# Scans
+
+
+def test_progress_is_reported_in_the_callers_thread(demo_dataset, monkeypatch):
+    monkeypatch.setattr(columns, "CHUNK_ROWS", 64)
+    ds = StepsDataset(demo_dataset)
+    reports = []
+    ds.find(
+        "max_rank > 1",
+        progress=lambda done, of: reports.append((done, of, threading.current_thread())),
+    )
+    assert reports[-1] == (len(ds), len(ds), threading.current_thread())
+    assert [done for done, _, _ in reports] == sorted(done for done, _, _ in reports)
+
+
+def test_a_signal_interrupts_a_scan(demo_dataset, monkeypatch):
+    threads = threading.active_count()
+    monkeypatch.setattr(columns, "CHUNK_ROWS", 8)
+    ds = StepsDataset(demo_dataset)
+    with interrupted_soon():
+        for _ in range(1000):
+            ds.find("merges_0 + merges_2 > 100")
+    for _ in range(100):  # one whose start was interrupted may have to end yet
+        if threading.active_count() == threads:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == threads

@@ -11,25 +11,20 @@ import pytest
 
 from dump_activations import _rust
 from dump_activations.dataset.shards import read_layout
-from dump_activations.errors import InvalidArgumentError
 from reference.datasets import make_dataset
 
 ROWS = 10
-BOARDS = (3, 16)
-EVERY_OTHER = np.s_[::2]
+STEPS = np.array([0, 1, 2])
+DATA = np.zeros(1 << 20, np.uint8)
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    make_dataset(tmp_path, "packed_46", n=ROWS)
-    return _rust.Dataset(tmp_path, read_layout)
+def u8(*shape):
+    return np.empty(shape, np.uint8)
 
 
-@pytest.fixture
-def fd(tmp_path):
-    descriptor = os.open(tmp_path / "span", os.O_RDWR | os.O_CREAT)
-    yield descriptor
-    os.close(descriptor)
+def shared(dtype, count):
+    """Return unaligned integers."""
+    return np.frombuffer(bytearray(count * np.dtype(dtype).itemsize + 1), dtype, count, 1)
 
 
 def read_only(array):
@@ -37,212 +32,157 @@ def read_only(array):
     return array
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        (46, 8, 20),
-        (46, None, None, None),
-        (46, 39, None, None),
-        (46, None, None, 31),
-        (46, 8, 45, None),
-        (-1, 8, 20, None),
-        (2**63, 8, 20, None),
-        (46, 2**32, None, None),
-    ],
-)
-def test_wrong_layouts(layout, tmp_path):
-    make_dataset(tmp_path, "packed_46", n=ROWS)
-    with pytest.raises((TypeError, ValueError, OverflowError)):
-        _rust.Dataset(tmp_path, lambda _path, _descr: layout)
-
-
-STEPS = np.array([0, 1, 2])
-SHARED = np.zeros(48, np.uint8)
-WRONG_READS = [
-    (STEPS.astype(np.int32), np.empty(BOARDS, np.uint8)),
-    (STEPS.astype(">i8"), np.empty(BOARDS, np.uint8)),
-    (STEPS[:, None], np.empty(BOARDS, np.uint8)),
-    (np.arange(6)[EVERY_OTHER], np.empty(BOARDS, np.uint8)),
-    (STEPS, np.empty(BOARDS, np.int8)),
-    (STEPS, np.empty((4, 16), np.uint8)),
-    (STEPS, np.empty((3, 15), np.uint8)),
-    (STEPS, np.empty((3, 0), np.uint8)),
-    (STEPS, np.empty(48, np.uint8)),
-    (STEPS, np.empty((6, 16), np.uint8)[EVERY_OTHER]),
-    (STEPS, np.empty((16, 3), np.uint8).T),
-    (STEPS, read_only(np.empty(BOARDS, np.uint8))),
-    (SHARED[:24].view(np.int64), SHARED.reshape(BOARDS)),
-    (np.frombuffer(bytearray(25), np.int64, 3, 1), np.empty(BOARDS, np.uint8)),
-    (np.array([0, -1, 2]), np.empty(BOARDS, np.uint8)),
-    (np.array([0, ROWS, 2]), np.empty(BOARDS, np.uint8)),
-    (np.array([0, 2**63 - 1, -(2**63)]), np.empty(BOARDS, np.uint8)),
-]
-
-
-@pytest.mark.parametrize(("indices", "out"), WRONG_READS)
-def test_wrong_reads(indices, out, dataset):
-    with pytest.raises((TypeError, ValueError, IndexError)):
-        dataset.read_boards(indices, out)
-    with pytest.raises((TypeError, ValueError, IndexError)):
-        dataset.read_rows(indices, out)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [[], [[], []], [[(0, 47)]], [[(46, 1)]], [[(-1, 2)]], [[(0, 2**32)]]],
-)
-def test_wrong_selections(fields, dataset):
-    with pytest.raises((TypeError, ValueError, OverflowError)):
-        _rust.Selection(dataset, fields)
-
-
-def test_selections_of_rows_of_several_layouts(tmp_path):
+@pytest.fixture(scope="module")
+def scope(tmp_path_factory):
+    """Return the names that calls use."""
+    path, mixed = tmp_path_factory.mktemp("packed"), tmp_path_factory.mktemp("mixed")
+    make_dataset(path, "packed_46", n=ROWS)
     for number, layout in enumerate(["packed_46", "aligned_48"]):
-        rows = make_dataset(tmp_path / layout, layout, n=3).rows
-        np.save(tmp_path / f"steps-{number}.npy", rows)
-    dataset = _rust.Dataset(tmp_path, read_layout)
-    for fields in ([[(0, 4)]], [[(0, 4)], []], [[(0, 4)], [(0, 2)]], [[(0, 4)], [(46, 4)]]):
-        with pytest.raises(InvalidArgumentError):
-            _rust.Selection(dataset, fields)
-    _rust.Selection(dataset, [[(0, 4)], [(44, 4)]])
+        rows = make_dataset(mixed / layout, layout, n=3).rows
+        np.save(mixed / f"steps-{number}.npy", rows)
+    dataset = _rust.Dataset(path, ["steps.npy"], read_layout)
+    names = {
+        "path": path,
+        "fd": os.open(path / "span", os.O_RDWR | os.O_CREAT),
+        "others": [os.open(path, os.O_RDONLY), *os.pipe(), -1, -(2**31), 2**31 - 1],
+        "dataset": dataset,
+        "mixed": _rust.Dataset(mixed, ["steps-0.npy", "steps-1.npy"], read_layout),
+        "selection": _rust.Selection(dataset, [[(0, 4), (25, 1)]]),
+        "open_with": lambda *layout: _rust.Dataset(path, ["steps.npy"], lambda *_: layout),
+    }
+    return {**globals(), **names}
 
 
-FIELDS = [(0, 4), (25, 1)]
-SCRATCH = np.empty(46, np.uint8)
-WRONG_SCANS = [
-    ((8, 11), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
-    ((2**64 - 2, 2**64 - 1), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
-    ((-1, 2), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
-    ((0, 2), SCRATCH, BOARDS, [(3, 4), (3, 1)]),
-    ((0, 3), SCRATCH, (3, 15), [(3, 4), (3, 1)]),
-    ((0, 3), SCRATCH, BOARDS, [(3, 4)]),
-    ((0, 3), SCRATCH, BOARDS, [(3, 4), (3, 1), (3, 1)]),
-    ((0, 3), SCRATCH, BOARDS, [(3, 1), (3, 4)]),
-    ((0, 3), SCRATCH, BOARDS, [(12,), (3, 1)]),
-    ((0, 3), np.empty(45, np.uint8), BOARDS, [(3, 4), (3, 1)]),
-    ((0, 3), np.empty(99, np.int8), BOARDS, [(3, 4), (3, 1)]),
-    ((0, 3), np.empty(99, np.uint8)[EVERY_OTHER], BOARDS, [(3, 4), (3, 1)]),
-    ((0, 3), read_only(np.empty(99, np.uint8)), BOARDS, [(3, 4), (3, 1)]),
-    ((3, 0), SCRATCH, (0, 16), [(0, 4), (0, 1)]),
+def scan(rows="(0, 3)", scratch="u8(46)", boards="u8(3, 16)", out="[u8(3, 4), u8(3, 1)]"):
+    return f"selection.scan({rows}, {scratch}, {boards}, {out})"
+
+
+CALLS = [
+    *(f"_rust.Dataset({each}, ['steps.npy'], read_layout)" for each in ("None", "'a\\0b'", "'no'")),
+    *(f"_rust.Dataset(path, {each}, read_layout)" for each in ("'a'", "[]", "[1]", "['a\\0b']")),
+    "open_with(46, 8, 20)",
+    "open_with(46, None, None, None)",
+    "open_with(46, 39, None, None)",
+    "open_with(46, None, None, 31)",
+    "open_with(46, 8, 45, None)",
+    "open_with(-1, 8, 20, None)",
+    "open_with(2**63, 8, 20, None)",
+    "open_with(46, 2**32, None, None)",
+    *(
+        f"dataset.read_{what}({arguments})"
+        for what, width in [("boards", 16), ("rows", 46)]
+        for arguments in [
+            f"STEPS.astype(np.int32), u8(3, {width})",
+            f"STEPS.astype('>i8'), u8(3, {width})",
+            f"STEPS[:, None], u8(3, {width})",
+            f"np.arange(6)[::2], u8(3, {width})",
+            f"shared(np.int64, 3), u8(3, {width})",
+            f"np.array([0, -1, 2]), u8(3, {width})",
+            f"np.array([0, ROWS, 2]), u8(3, {width})",
+            f"np.array([0, 2**63 - 1, -(2**63)]), u8(3, {width})",
+            f"STEPS, np.empty((3, {width}), np.int8)",
+            f"STEPS, u8(4, {width})",
+            f"STEPS, u8(3, {width - 1})",
+            "STEPS, u8(3, 0)",
+            f"STEPS, u8({3 * width})",
+            f"STEPS, u8(6, {width})[::2]",
+            f"STEPS, u8({width}, 3).T",
+            f"STEPS, read_only(u8(3, {width}))",
+            f"DATA[:24].view(np.int64), DATA[: 3 * {width}].reshape(3, {width})",
+        ]
+    ),
+    "selection.read(STEPS, u8(3, 20))",
+    *(
+        f"_rust.Selection(dataset, {fields})"
+        for fields in (
+            "[]",
+            "[[], []]",
+            "[[(0, 47)]]",
+            "[[(46, 1)]]",
+            "[[(-1, 2)]]",
+            "[[(0, 2**32)]]",
+        )
+    ),
+    "_rust.Selection(mixed, [[(0, 4)]])",
+    "_rust.Selection(mixed, [[(0, 4)], []])",
+    "_rust.Selection(mixed, [[(0, 4)], [(0, 2)]])",
+    "_rust.Selection(mixed, [[(44, 4)], [(0, 4)]])",
+    scan("(8, 11)"),
+    scan("(2**64 - 2, 2**64 - 1)"),
+    scan("(-1, 2)"),
+    scan("(0, 2)"),
+    scan("(3, 0)", boards="u8(0, 16)", out="[u8(0, 4), u8(0, 1)]"),
+    scan(boards="u8(3, 15)"),
+    scan(out="[u8(3, 4)]"),
+    scan(out="[u8(3, 4), u8(3, 1), u8(3, 1)]"),
+    scan(out="[u8(3, 1), u8(3, 4)]"),
+    scan(out="[u8(12), u8(3, 1)]"),
+    scan(out="[u8(4, 3).T, u8(3, 1)]"),
+    scan(out="[u8(3, 8)[:, ::2], u8(3, 1)]"),
+    scan(out="[DATA[:12].reshape(3, 4), DATA[9:12, None]]"),
+    scan("(0, 3)", "u8(45)"),
+    scan("(0, 3)", "np.empty(99, np.int8)"),
+    scan("(0, 3)", "u8(99)[::2]"),
+    scan("(0, 3)", "read_only(u8(99))"),
+    *(
+        f"_rust.shuffle_tail({numbers}, np.empty({n}, np.int64))"
+        for numbers, n in [
+            *[("4, 1, 1", 5), ("0, 1, 1", 1), ("2**63, 1, 1", 1), ("2**64 - 1, 1, 1", 1)],
+            *[("10**12, 1, 1", 5), ("9, -1, 1", 3), ("9, 1, 2**128", 3)],
+        ]
+    ),
+    "_rust.shuffle_tail(9, 1, 1, np.empty(2))",
+    "_rust.shuffle_tail(9, 1, 1, np.empty((2, 1), np.int64))",
+    "_rust.shuffle_tail(9, 1, 1, np.empty(2, '>i8'))",
+    "_rust.shuffle_tail(9, 1, 1, np.empty(4, np.int64)[::2])",
+    "_rust.shuffle_tail(9, 1, 1, read_only(np.empty(2, np.int64)))",
+    "_rust.shuffle_tail(9, 1, 1, shared(np.int64, 2))",
+    *(
+        f"_rust.write_span(fd, None, 0, {data})"
+        for data in [
+            *["b'bytes', 'uint8'", "np.empty(4, np.int8), 'uint8'", "u8(2, 2), 'uint8'"],
+            *["u8(4)[::2], 'uint8'", "u8(4), 'float128'", "u8(4), '<f4'"],
+        ]
+    ),
+    *(
+        call.format(offset)
+        for offset in (-1, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 0.0)
+        for call in [
+            "_rust.write_span(fd, None, {}, DATA[:4], 'uint8')",
+            "_rust.write_span(fd, fd, {}, DATA, 'uint8')",
+            "_rust.digest_span(fd, {}, 4, 'uint8')",
+            "_rust.digest_span(fd, 4, {}, 'uint8')",
+        ]
+    ),
+    *(f"_rust.reserve(fd, {size})" for size in (-1, 2**63, 2**64, 0.0)),
+    *(
+        call.format(at)
+        for at in range(6)
+        for call in [
+            "_rust.digest_span(others[{}], 0, 4, 'uint8')",
+            "_rust.write_span(others[{}], None, 0, DATA[:4], 'uint8')",
+            "_rust.reserve(others[{}], 4)",
+        ]
+    ),
+    *(f"_rust.write_span(fd, others[{at}], 0, DATA, 'uint8')" for at in (3, 4, 5)),
 ]
 
 
-@pytest.mark.parametrize("case", WRONG_SCANS)
-def test_wrong_scans(case, dataset):
-    rows, scratch, boards, out = case
-    selection = _rust.Selection(dataset, [FIELDS])
-    arrays = [np.empty(shape, np.uint8) for shape in out]
-    with pytest.raises((TypeError, ValueError, OverflowError)):
-        selection.scan(rows, scratch, np.empty(boards, np.uint8), arrays)
+@pytest.mark.parametrize("call", CALLS)
+def test_wrong_calls(call, scope):
+    with pytest.raises((TypeError, ValueError, IndexError, OverflowError, OSError)):
+        eval(call, scope)
 
 
-def test_scans_into_wrong_arrays(dataset):
-    selection = _rust.Selection(dataset, [FIELDS])
-    one = np.empty((3, 1), np.uint8)
-    for out in (np.empty((4, 3), np.uint8).T, np.empty((3, 8), np.uint8)[:, ::2], SHARED[:12]):
-        with pytest.raises((TypeError, ValueError)):
-            selection.scan((0, 3), SCRATCH, None, [out, one])
-    with pytest.raises(ValueError, match="borrowed"):
-        selection.scan((0, 3), SCRATCH, None, [SHARED[:12].reshape(3, 4), SHARED[9:12, None]])
-    with pytest.raises(InvalidArgumentError):
-        selection.read(STEPS, np.empty((3, 20), np.uint8))
-
-
-@pytest.mark.parametrize("path", [None, "nul\0byte", "", "\ud800"])
-def test_wrong_paths(path):
-    with pytest.raises((TypeError, ValueError, OSError)):
-        _rust.Dataset(path, read_layout)
-
-
-@pytest.mark.parametrize(
-    ("population", "state", "increment", "n"),
-    [
-        (4, 1, 1, 5),
-        (0, 1, 1, 1),
-        (2**63, 1, 1, 1),
-        (2**64 - 1, 1, 1, 1),
-        (10**12, 1, 1, 5),
-        (9, -1, 1, 3),
-        (9, 1, 2**128, 3),
-    ],
-)
-def test_wrong_samples(population, state, increment, n):
-    with pytest.raises((TypeError, ValueError, OverflowError)):
-        _rust.shuffle_tail(population, state, increment, np.empty(n, np.int64))
-
-
-@pytest.mark.parametrize(
-    "out",
-    [
-        np.empty(2),
-        np.empty((2, 1), np.int64),
-        np.empty(2, ">i8"),
-        np.empty(4, np.int64)[EVERY_OTHER],
-        read_only(np.empty(2, np.int64)),
-        np.frombuffer(bytearray(17), np.int64, 2, 1),
-    ],
-)
-def test_samples_into_wrong_arrays(out):
-    with pytest.raises((TypeError, ValueError)):
-        _rust.shuffle_tail(9, 1, 1, out)
-
-
-@pytest.mark.parametrize(
-    ("data", "dtype"),
-    [
-        (b"bytes", "uint8"),
-        (np.empty(4, np.int8), "uint8"),
-        (np.empty((2, 2), np.uint8), "uint8"),
-        (np.empty(4, np.uint8)[EVERY_OTHER], "uint8"),
-        (np.zeros(4, np.uint8), "float128"),
-        (np.zeros(4, np.uint8), "<f4"),
-    ],
-)
-def test_wrong_data(data, dtype, fd):
-    with pytest.raises((TypeError, ValueError)):
-        _rust.write_span(fd, None, 0, data, dtype)
-
-
-@pytest.mark.parametrize("offset", [-1, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 0.0])
-def test_spans_where_no_file_has_bytes(offset, fd):
-    data = np.zeros(1 << 20, np.uint8)
-    for call in (
-        lambda: _rust.write_span(fd, None, offset, data[:4], "uint8"),
-        lambda: _rust.write_span(fd, fd, offset, data, "uint8"),
-        lambda: _rust.digest_span(fd, offset, 4, "uint8"),
-        lambda: _rust.digest_span(fd, 4, offset, "uint8"),
-        lambda: _rust.reserve(fd, max(offset, 2**63) if offset != -1 else offset),
-    ):
-        with pytest.raises((TypeError, OverflowError, OSError)):
-            call()
-    assert os.fstat(fd).st_size == 0
-
-
-@pytest.mark.parametrize("wrong", [-1, -(2**31), 2**31 - 1])
-def test_wrong_descriptors(wrong, fd):
-    data = np.zeros(1 << 20, np.uint8)
-    for call in (
-        lambda: _rust.write_span(wrong, None, 0, data, "uint8"),
-        lambda: _rust.write_span(fd, wrong, 0, data, "uint8"),
-        lambda: _rust.digest_span(wrong, 0, 4, "uint8"),
-        lambda: _rust.reserve(wrong, 4),
-    ):
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            call()
-
-
-def test_a_descriptor_of_the_wrong_kind(tmp_path):
-    directory = os.open(tmp_path, os.O_RDONLY)
-    reader, writer = os.pipe()
-    try:
-        for descriptor in (directory, reader, writer):
-            with pytest.raises(OSError, match=r"descriptor|directory|seek"):
-                _rust.digest_span(descriptor, 0, 4, "uint8")
-            with pytest.raises(OSError, match=r"descriptor|directory|seek"):
-                _rust.write_span(descriptor, None, 0, np.zeros(4, np.uint8), "uint8")
-    finally:
-        for descriptor in (directory, reader, writer):
-            os.close(descriptor)
+def test_what_wrong_calls_are_told(scope):
+    for call, text in {
+        scan(out="[DATA[:12].reshape(3, 4), DATA[9:12, None]]"): "borrowed",
+        "_rust.digest_span(-1, 0, 4, 'uint8')": "Bad file descriptor",
+        "dataset.read_boards(STEPS, u8(4, 16))": r"shape \[3, 16\]; got shape \[4, 16\]",
+    }.items():
+        with pytest.raises((ValueError, OSError), match=text):
+            eval(call, scope)
+    _rust.Selection(scope["mixed"], [[(0, 4)], [(44, 4)]])
 
 
 def test_an_array_cannot_be_resized_while_it_is_filled():
@@ -278,46 +218,31 @@ LITTLE_MEMORY = """
     def leave(megabytes):
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + (megabytes << 20),) * 2)
+
+    indices, out = np.zeros(1 << 24, np.int64), np.empty((1 << 24, 16), np.uint8)
+    sample = np.empty(30_000_000, np.int64)
+    dataset = _rust.Dataset(sys.argv[1], ["steps.npy"], read_layout)
+    leave(int(sys.argv[2]))
+    try:
+        {call}
+    except (MemoryError, DatasetError) as error:
+        print(error)
 """
 
 
-def run_with_little_memory(code, *arguments):
-    command = [sys.executable, "-c", textwrap.dedent(LITTLE_MEMORY) + textwrap.dedent(code)]
-    done = subprocess.run([*command, *arguments], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_sample_without_enough_memory():
-    printed = run_with_little_memory(
-        """
-        out = np.empty(30_000_000, np.int64)
-        leave(64)
-        try:
-            _rust.shuffle_tail(10**9, 1, 1, out)
-        except MemoryError as error:
-            print(error)
-        """
-    )
-    assert printed.startswith("cannot sample: not enough memory for ")
-    assert printed.count("\n") == 1
-
-
-@pytest.mark.parametrize("megabytes", [64, 160])
-def test_a_read_without_enough_memory(megabytes, tmp_path):
+@pytest.mark.parametrize(
+    ("call", "megabytes", "text"),
+    [
+        ("_rust.shuffle_tail(10**9, 1, 1, sample)", 64, "cannot sample: "),
+        ("dataset.read_boards(indices, out)", 64, "{path}: its rows cannot be read: "),
+        ("dataset.read_boards(indices, out)", 160, "{path}: its rows cannot be read: "),
+    ],
+)
+def test_too_little_memory(call, megabytes, text, tmp_path):
     make_dataset(tmp_path, "packed_46", n=ROWS)
-    printed = run_with_little_memory(
-        """
-        indices, out = np.zeros(1 << 24, np.int64), np.empty((1 << 24, 16), np.uint8)
-        dataset = _rust.Dataset(sys.argv[1], read_layout)
-        leave(int(sys.argv[2]))
-        try:
-            dataset.read_boards(indices, out)
-        except DatasetError as error:
-            print(error)
-        """,
-        os.fspath(tmp_path),
-        str(megabytes),
-    )
-    assert printed.startswith(f"{tmp_path}: its rows cannot be read: not enough memory for ")
-    assert printed.count("\n") == 1
+    code = textwrap.dedent(LITTLE_MEMORY).format(call=call)
+    command = [sys.executable, "-c", code, os.fspath(tmp_path), str(megabytes)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(text.format(path=tmp_path) + "not enough memory for ")
+    assert done.stdout.count("\n") == 1

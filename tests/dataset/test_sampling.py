@@ -1,5 +1,7 @@
-"""Sampled step indices equal NumPy's."""
+"""Sampled step indices equal NumPy's, and those without a list read as one."""
 
+import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ from alarm import interrupted_soon
 from dump_activations import _rust
 from dump_activations.dataset import sampling
 from dump_activations.dataset.dataset import StepsDataset
+from dump_activations.dataset.sampling import Matches, StepRange
 from dump_activations.errors import DatasetError, InvalidArgumentError
+from reference.datasets import write_shards
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
@@ -66,14 +70,10 @@ def test_committed_samples(name):
 
 def test_indices_of_a_dataset(demo_dataset):
     ds = StepsDataset(demo_dataset)
-    indices = ds.sample_indices(4096, seed=42)
-    assert indices.dtype == np.int64
-    np.testing.assert_array_equal(indices, numpy_sample(len(ds), 4096, 42))
-    np.testing.assert_array_equal(ds.sample_indices(7), numpy_sample(len(ds), 7, 0))
-    np.testing.assert_array_equal(
-        ds.sample_indices(np.int32(7), seed=np.uint64(2**64 - 1)),
-        numpy_sample(len(ds), 7, 2**64 - 1),
-    )
+    for n, seed in [(4096, 42), (7, 0), (np.int32(7), np.uint64(2**64 - 1))]:
+        indices = ds.sample_indices(n, seed)
+        assert indices.dtype == np.int64
+        np.testing.assert_array_equal(indices, numpy_sample(len(ds), n, seed))
 
 
 def test_more_samples_than_rows_repeat_rows(demo_dataset):
@@ -89,6 +89,7 @@ def test_more_samples_than_rows_repeat_rows(demo_dataset):
     ("n", "seed", "error", "text"),
     [
         *((n, 0, InvalidArgumentError, f"got {n}") for n in (0, -5)),
+        *((n, 0, InvalidArgumentError, "must fit into memory") for n in (10**15, 2**63, 2**100)),
         (5, -1, InvalidArgumentError, "got -1"),
         *((n, seed, TypeError, None) for n, seed in [(1.0, 0), (5, 0.5), ("5", 0)]),
     ],
@@ -110,3 +111,53 @@ def test_a_signal_interrupts_a_sample():
     with interrupted_soon():
         _rust.shuffle_tail(10**9, state["state"], state["inc"], out)
     assert (out == -1).any()
+
+
+# Step indices without a list
+
+
+@st.composite
+def matches(draw):
+    """Return matches in chunks of any length, and the list of them."""
+    first, rows = draw(st.integers(0, 2**40)), draw(st.integers(0, 300))
+    density = draw(st.sampled_from([0.0, 0.02, 0.5, 1.0]))
+    holds = np.random.default_rng(draw(st.integers(0, 99))).random(rows) < density
+    cuts = [0, *sorted(draw(st.lists(st.integers(0, rows), max_size=5))), rows]
+    chunks = [
+        (first + start, np.packbits(holds[start:stop]), np.count_nonzero(holds[start:stop]))
+        for start, stop in pairwise(cuts)
+    ]
+    return Matches(chunks), [first + row for row in range(rows) if holds[row]]
+
+
+ranges = st.builds(range, st.integers(0, 99), st.integers(0, 400), st.integers(1, 7))
+cases = st.one_of(matches(), ranges.map(lambda steps: (StepRange(steps), list(steps))))
+
+
+@given(cases, st.data())
+def test_steps_read_as_a_list(case, data):
+    steps, expected = case
+    assert len(steps) == len(expected)
+    start, stop = data.draw(st.tuples(st.integers(0, 320), st.integers(0, 320)))
+    cut = steps[start:stop]
+    assert cut.dtype == np.int64
+    assert cut.tolist() == expected[start:stop]
+    assert steps[:].tolist() == expected
+    if expected:
+        places = data.draw(st.lists(st.integers(0, len(expected) - 1), max_size=30))
+        taken = steps.take(np.array(places, np.int64))
+        assert taken.dtype == np.int64
+        assert taken.tolist() == [expected[place] for place in places]
+
+
+def test_a_range_takes_no_memory():
+    steps = StepRange(range(3, 10**12, 2))
+    assert len(steps) == (10**12 - 2) // 2
+    assert steps[10**11 : 10**11 + 2].tolist() == [2 * 10**11 + 3, 2 * 10**11 + 5]
+
+
+def test_a_row_takes_one_bit(tmp_path):
+    rows = 100_000
+    write_shards(tmp_path, np.zeros(rows, [("board", "<u8"), ("x", "u1")]), [rows])
+    held = pickle.dumps(StepsDataset(tmp_path).matches("x == 0"))
+    assert len(held) < rows / 8 + 1000

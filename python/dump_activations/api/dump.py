@@ -4,7 +4,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from dump_activations.api.step_indices import indices_files, with_step_indices
 from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.expressions import Expression
-from dump_activations.dtypes import LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
+from dump_activations.dtypes import LABEL_PREFIX, STORAGE_DTYPES
 from dump_activations.errors import (
     InvalidArgumentError,
     Note,
@@ -138,31 +138,7 @@ def dump(
         DumpActivationsError: one line that names what is wrong and the way out. No file appears
             under the output's name then, and an existing one is left as it was.
     """
-    options = DumpOptions(
-        outputs=outputs,
-        layers=layers,
-        split_layers=split_layers,
-        n_samples=n_samples,
-        indices=indices,
-        steps=steps,
-        where=where,
-        labels=labels,
-        scan_progress=scan_progress,
-        seed=seed,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=str(device),
-        allow_cpu=allow_cpu,
-        random_init=random_init,
-        precision=precision,
-        compile=compile,
-        write=write,
-        stats=stats,
-        shard_size=shard_size,
-        shards=shards,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    options = DumpOptions.of(locals())
     return dump_to_file(init, dataset, locate(output, "output"), options)
 
 
@@ -178,21 +154,14 @@ def preview(
     Raises:
         DumpActivationsError: what `dump` would raise.
     """
-    if options.write:
-        check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=indices_files(options))
-    dataset, options = with_step_indices(dataset, options)
-    plan = make_plan(init, dataset, options)
+    plan = _make_plan(init, dataset, path, options)
     if not options.write:
         return Preview(plan, plan.tensor_specs())
-    _check_inputs([path], plan)
-    files = _files(plan, path, options, place)
-    output = Output(files, place=place, overwrite=options.overwrite)
-    _check_inputs([each.path for each in output.replaced], plan)
-    _check_space(output)
+    output = _look(plan, path, options, place)
+    _check_space(output.missing)
     for text in (*_already_there(output), *_fate_of_partial_files(output)):
         note(text)
-    free = free_space([each.target for each in files])
-    return _preview(plan, path, files, free)
+    return _preview(plan, path, output)
 
 
 def dump_to_file(
@@ -219,10 +188,7 @@ def dump_to_file(
         shown_progress() if options.progress is True else nullcontext(),
         OutOfMemoryAdvice(batch_size=options.batch_size),
     ):
-        if options.write:
-            check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=indices_files(options))
-        dataset, options = with_step_indices(dataset, options)
-        plan = make_plan(init, dataset, options)
+        plan = _make_plan(init, dataset, path, options)
         with current(plan.device), HeldInterrupts() as interrupts:
             call = _Call(plan, path, options, place, local_processes, started, interrupts)
             return call.write() if options.write else call.discard()
@@ -242,30 +208,36 @@ class _Call:
 
     def write(self) -> Summary:
         """Run the boards of every file that is missing, and write it."""
-        _check_inputs([self.path], self.plan)
-        files = _files(self.plan, self.path, self.options, self.place)
-        check = self.interrupts.check
-        output = Output(files, place=self.place, overwrite=self.options.overwrite, check=check)
-        _check_inputs([each.path for each in output.replaced], self.plan)
-        if not output.missing:
-            return self._already_complete(output)
-        warn_of_large_tensors(files[0].work.specs)
+        output = _look(self.plan, self.path, self.options, self.place, self.interrupts.check)
+        shards, is_run = [each.shard for each in output.files if each.shard], bool(output.missing)
+        if is_run:
+            summary = self._run(output)
+            _note_mixture(output)
+        else:
+            output.tidy()
+            note(f"{_files_are(output)} already complete")
+            keys = tuple(each.key for each in self.plan.activations)
+            summary = Summary(keys=keys, setup_seconds=time.perf_counter() - self.started)
+        return replace(
+            summary,
+            output=self.path,
+            resumed_boards=output.found + summary.resumed_boards,
+            bytes_written=sum(each.size for each in output.finished.values()),
+            nonfinite=_nonfinite(output, warn_of_them=is_run),
+            shards_written=output.written if shards else 0,
+            shards_found=len(shards) - output.written if shards else 0,
+        )
+
+    def _run(self, output: Output) -> Summary:
+        """Write all files that are missing, and count what was resumed and computed."""
+        warn_of_large_tensors(output.files[0].work.specs)
         run = Run(self.plan, host_slots=HOST_SLOTS, local_processes=self.local_processes)
         with output, run, self._kept_or_discarded(output):
             self._prepare(output)
             resumed, write_seconds = self._fill(run, output)
             self.interrupts.check()
-        _note_mixture(output)
-        is_sharded = files[0].shard is not None
-        return replace(
-            run.summary(self.started, write_seconds=write_seconds),
-            output=self.path,
-            resumed_boards=output.found + resumed,
-            bytes_written=sum(each.size for each in output.finished),
-            nonfinite=_nonfinite(output, warn_of_them=True),
-            shards_written=output.written if is_sharded else 0,
-            shards_found=len(files) - output.written if is_sharded else 0,
-        )
+        summary = run.summary(self.started, write_seconds=write_seconds)
+        return replace(summary, resumed_boards=resumed)
 
     def discard(self) -> Summary:
         """Run this process's share of the batches, and keep nothing."""
@@ -282,30 +254,16 @@ class _Call:
                 self.interrupts.check()
         return run.summary(self.started)
 
-    def _already_complete(self, output: Output) -> Summary:
-        output.tidy()
-        note(f"{_files_are(output)} already complete")
-        return Summary(
-            output=self.path,
-            resumed_boards=output.found,
-            bytes_written=sum(each.size for each in output.finished),
-            shards_found=0 if output.files[0].shard is None else len(output.files),
-            setup_seconds=time.perf_counter() - self.started,
-            nonfinite=_nonfinite(output),
-        )
-
     def _prepare(self, output: Output) -> None:
         """Make the output's directory, and describe the output in notes."""
         begin("preparing the output")
-        _check_space(output)
-        targets = [each.target for each in output.missing]
-        directory = targets[0].parent
+        _check_space(output.missing)
+        directory = output.missing[0].target.parent
         if not directory.exists():
             with OutputError.when(f"cannot make {directory}"):
                 directory.mkdir(parents=True, exist_ok=True)
             note(f"made the directory {directory}")
-        free = free_space(targets)
-        note(_preview(self.plan, self.path, output.files, free).text)
+        note(_preview(self.plan, self.path, output).text)
         for text in _already_there(output):
             note(text)
 
@@ -345,7 +303,7 @@ class _Call:
                     self._submit(writers, output, batch)
                     self.interrupts.check()
                 begin("completing the output")
-            write_seconds += writers.busy_seconds
+            write_seconds += writers.busy.seconds
         # Shards are committed while others are computed, a whole file after the last batch.
         if output.files[0].shard is None:
             run.commit_seconds = output.commit_seconds
@@ -420,24 +378,35 @@ class _Call:
             raise
 
 
-def _files(plan: Plan, path: Path, options: DumpOptions, place: Place) -> list[FileWork]:
-    """Return the files of the output that this call may write."""
-    statistics = _statistics_specs(plan) if options.stats else []
-    stats = {"stats": "true"} if options.stats else {}
-    specs = [*plan.tensor_specs(), *statistics]
-    separate = {*plan.weights, *(spec.name for spec in statistics)}
-    work = Work(
-        whole=Path(os.path.realpath(path)),
-        specs=specs,
-        batched=[spec.name for spec in specs if spec.name not in separate],
-        batch_rows=options.batch_size,
-        metadata={**metadata(plan), **stats},
-        computed_by=computed_by(plan),
-        identity={**fingerprint(plan), "stats": str(options.stats).lower()},
-    )
+def _make_plan(
+    init: str | os.PathLike[str] | Encoder,
+    dataset: str | os.PathLike[str] | StepsDataset,
+    path: Path,
+    options: DumpOptions,
+) -> Plan:
+    """Make the plan of a call, and refuse an output that would replace what the run reads."""
+    dtypes = [STORAGE_DTYPES[options.dtype].name]
+    if options.write:
+        check_output(path, dtypes, inputs=indices_files(options))
+    dataset, options = with_step_indices(dataset, options)
+    plan = make_plan(init, dataset, options)
+    if options.write:
+        check_output(path, dtypes, inputs=plan.input_files)
+    return plan
+
+
+def _look(
+    plan: Plan,
+    path: Path,
+    options: DumpOptions,
+    place: Place,
+    check: Callable[[], object] = lambda: None,
+) -> Output:
+    """Cut the output into files, and look at what is there in their places."""
+    work = _work(plan, path, stats=options.stats)
     share = place.size > 1 or options.shards is not None
     assert not isinstance(options.shard_size, str)
-    shards = choose_shards(work, options.shard_size, share=share, overwrite=options.overwrite)
+    shards = choose_shards(work, options.shard_size, share=share)
     files = work.files(shards)
     largest_nbytes = max(files[0].tensor_nbytes, files[-1].tensor_nbytes)
     if options.shard_size is not None and largest_nbytes > options.shard_size:
@@ -449,12 +418,16 @@ def _files(plan: Plan, path: Path, options: DumpOptions, place: Place) -> list[F
                 f"{options.shards.stop - 1}"
             )
         files = files[options.shards.start - 1 : options.shards.stop - 1]
-    return files
+    output = Output(files, place=place, overwrite=options.overwrite, check=check)
+    for replaced in output.replaced:
+        check_output(replaced, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
+    return output
 
 
-def _statistics_specs(plan: Plan) -> list[TensorSpec]:
+def _work(plan: Plan, path: Path, *, stats: bool) -> Work:
+    """Name everything that determines the output's bytes."""
     stacked = None if plan.options.split_layers else len(plan.layers)
-    return [
+    statistics = [
         spec
         for each in plan.board_tensors
         for spec in statistics_specs(
@@ -462,7 +435,19 @@ def _statistics_specs(plan: Plan) -> list[TensorSpec]:
             layers=stacked if each.activation.per_layer else None,
             width=each.shape[-1],
         )
+        if stats
     ]
+    specs = [*plan.tensor_specs(), *statistics]
+    separate = {*plan.weights, *(spec.name for spec in statistics)}
+    return Work(
+        whole=Path(os.path.realpath(path)),
+        specs=specs,
+        batched=[spec.name for spec in specs if spec.name not in separate],
+        batch_rows=plan.options.batch_size,
+        metadata={**metadata(plan), **({"stats": "true"} if stats else {})},
+        computed_by=computed_by(plan),
+        identity={**fingerprint(plan), "stats": str(stats).lower()},
+    )
 
 
 def _already_there(output: Output) -> Iterator[str]:
@@ -470,10 +455,10 @@ def _already_there(output: Output) -> Iterator[str]:
     if not output.missing:
         yield f"{_files_are(output)} already complete"
         return
-    for existing in output.replaced:
+    for existing in output.replaced.values():
         boards = "" if "shard" in existing.metadata else existing.metadata.get("n_samples", "")
         holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
-        size = size_text(existing.found.st_size)
+        size = size_text(existing.size)
         yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
     finished = len(output.files) - len(output.missing)
     if finished:
@@ -514,33 +499,26 @@ def _files_are(output: Output) -> str:
     return f"{name} is"
 
 
-def _check_inputs(paths: Sequence[Path], plan: Plan) -> None:
-    """Raise InvalidArgumentError where writing these files would replace what the run reads."""
-    for path in paths:
-        check_output(path, [STORAGE_DTYPES[plan.options.dtype].name], inputs=plan.input_files)
+def _check_space(files: Sequence[FileWork]) -> None:
+    check_space([each.target for each in files], sum(each.tensor_nbytes for each in files))
 
 
-def _check_space(output: Output) -> None:
-    """Raise OutputError where the disk has less space than all missing files need."""
-    missing = output.missing
-    check_space([each.target for each in missing], sum(each.tensor_nbytes for each in missing))
-
-
-def _preview(plan: Plan, path: Path, files: Sequence[FileWork], free_nbytes: int | None) -> Preview:
+def _preview(plan: Plan, path: Path, output: Output) -> Preview:
     """Describe the files that a call may write, as one dump of their boards."""
-    work, rows = files[0].work, sum(file.rows for file in files)
+    work, rows = output.files[0].work, sum(file.rows for file in output.files)
     specs = [
         replace(spec, shape=(rows, *spec.shape[1:])) if spec.name in work.batched else spec
         for spec in work.specs
     ]
-    shards = {file.target: file.rows for file in files if file.shard is not None}
+    shards = {file.target: file.rows for file in output.files if file.shard is not None}
+    free_nbytes = free_space([file.target for file in output.missing or output.files])
     return Preview(plan, specs, path, free_nbytes, shards)
 
 
 def _note_mixture(output: Output) -> None:
     """Note where different devices or numbers of threads computed the output."""
     makers: set[str] = set()
-    for text in {each.computed_by for each in output.finished}:
+    for text in {each.computed_by for each in output.finished.values()}:
         with suppress(ValueError, TypeError):  # A file may carry any text.
             makers.update(map(json.dumps, json.loads(text)))
     if len(makers) > 1:
@@ -550,7 +528,7 @@ def _note_mixture(output: Output) -> None:
 def _nonfinite(output: Output, *, warn_of_them: bool = False) -> dict[str, dict[str, int]]:
     """Count the values that are not finite in each tensor of all finished files that has any."""
     counts: dict[str, dict[str, int]] = {}
-    for finished in output.finished:
+    for finished in output.finished.values():
         for name, digest in finished.digests.items():
             # Labels are as the dataset has them.
             if (digest.nan or digest.inf) and not name.startswith(LABEL_PREFIX):

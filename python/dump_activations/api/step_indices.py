@@ -1,23 +1,26 @@
 """The option `indices` as a file of step indices, which may be an earlier dump."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.sampling import load_indices, step_indices
-from dump_activations.dataset.scan import RUN, STEPS
+from dump_activations.dataset.filters import RUN, STEPS
+from dump_activations.dataset.sampling import Steps, step_indices
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
 from dump_activations.options import Options
-from dump_activations.paths import locate
+from dump_activations.paths import check_ordinary, locate
 from dump_activations.progress import Count, Phase, begin, counted
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.dump_files import DumpFiles, find_shards, inspect_dump
+from dump_activations.storage.reading.inspection import Inspection
 
 _NAME = "indices"
 _RUN = LABEL_PREFIX + RUN
@@ -45,13 +48,11 @@ def with_step_indices(
     return dataset, options
 
 
-def read_step_indices(
-    path: Path, dataset: StepsDataset, progress: Count | None = None
-) -> NDArray[np.int64]:
+def read_step_indices(path: Path, dataset: StepsDataset, progress: Count | None = None) -> Steps:
     """Read step indices, int64 (n,), from a `.npy`, or `indices` of an `.npz` or a dump.
 
-    Where a dump is of another dataset than this, its rows are found by what its labels say of them;
-    without such labels that is cause for a warning.
+    They may be whole numbers of any dtype and shape, in C order. Where a dump is of another dataset
+    than this, its rows are found by their labels. Without such labels that causes a warning.
 
     Raises:
         IndicesNotFoundError: there is no such file.
@@ -59,10 +60,12 @@ def read_step_indices(
         OutputError: it is not a whole file of its format.
         DatasetError: the rows are looked for, and one cannot be read.
     """
-    if path.suffix.lower() not in FORMATS:
-        return load_indices(path)
-    if not path.exists() and find_shards(path) is None:
+    is_dump = path.suffix.lower() in FORMATS
+    if not path.exists() and not (is_dump and find_shards(path)):
         raise IndicesNotFoundError(f"{path}: no such file of step indices")
+    if not is_dump:
+        check_ordinary(path, IndicesError)
+        return _steps_in(path, partial(_read_npy, path))
     dump = inspect_dump(path)
     tensors, metadata = dump.tensors, dump.metadata
     if _NAME not in tensors:
@@ -79,25 +82,47 @@ def read_step_indices(
         warn(f"{other}; with {option('labels', 'run_id,step_index')} its rows could be found here")
         return _read(dump, _NAME)
     note(f"{other}; its rows are found by their run_id and step_index")
-    run_ids, run_steps = _read(dump, _RUN), _read(dump, steps)
-    return dataset.locate(run_ids, run_steps, progress=progress)
+    return dataset.locate(_read(dump, _RUN), _read(dump, steps), progress=progress)
 
 
-def _read(dump: DumpFiles, name: str) -> NDArray[np.int64]:
-    """Read step indices, int64 (n,), of all files of a dump."""
-    found = []
-    for file in dump.files:
-        tensor = file.tensors[name]
-        try:
-            if file.path.suffix.lower() == ".npz":  # May be compressed, or of another byte order.
-                with np.load(file.path, allow_pickle=False) as arrays:
-                    array = arrays[name]
-            else:
-                assert tensor.offset is not None
-                dtype = np.dtype(tensor.dtype)
-                count = tensor.nbytes // dtype.itemsize
-                array = np.fromfile(file.path, dtype, count, offset=tensor.offset)
-            found.append(step_indices(array.reshape(-1)))
-        except (IndicesError, OSError, ValueError, TypeError) as error:
-            raise IndicesError(f"{file.path}: {error}") from None
+def _read(dump: DumpFiles, name: str) -> Steps:
+    """Read a tensor of integers from all files of a dump, int64 (n,)."""
+    found = [_steps_in(file.path, partial(_stored, file, name)) for file in dump.files]
     return np.concatenate(found)
+
+
+def _stored(file: Inspection, name: str) -> NDArray[Any]:
+    tensor = file.tensors[name]
+    array: NDArray[Any]
+    if file.path.suffix.lower() == ".npz":  # May be compressed, or of another byte order.
+        with np.load(file.path, allow_pickle=False) as arrays:
+            array = arrays[name]
+    else:
+        assert tensor.offset is not None
+        dtype = np.dtype(tensor.dtype)
+        count = tensor.nbytes // dtype.itemsize
+        array = np.fromfile(file.path, dtype, count, offset=tensor.offset)
+    return array
+
+
+def _read_npy(path: Path) -> NDArray[Any]:
+    # A mapping checks the header against the file's size before memory is allocated for it.
+    array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    # Read numbers: a mapped file that is cut short would end the process.
+    return np.load(path, allow_pickle=False) if array.dtype.kind in "iuf" else array
+
+
+def _steps_in(path: Path, read: Callable[[], NDArray[Any]]) -> Steps:
+    """Return the step indices in an array of any shape in a file."""
+    try:
+        steps = step_indices(read().reshape(-1))
+    except IndicesError as error:
+        raise IndicesError(f"{path}: {error.args[0]}") from None
+    except Exception as error:  # NumPy raises almost anything on a damaged file.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise IndicesError(
+            f"{path}: step indices cannot be read ({reason}); write them with numpy.save"
+        ) from error
+    if len(steps) == 0:
+        raise IndicesError(f"{path}: it has no step indices")
+    return steps

@@ -146,26 +146,7 @@ def stream(
     Raises:
         DumpActivationsError: one line that names what is wrong and the way out.
     """
-    options = StreamOptions(
-        outputs=outputs,
-        layers=layers,
-        split_layers=split_layers,
-        n_samples=n_samples,
-        indices=indices,
-        steps=steps,
-        where=where,
-        labels=labels,
-        scan_progress=scan_progress,
-        seed=seed,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=str(device),
-        allow_cpu=allow_cpu,
-        random_init=random_init,
-        precision=precision,
-        compile=compile,
-        tensors=tensors,
-    )
+    options = StreamOptions.of(locals())
     with OutOfMemoryAdvice(batch_size=options.batch_size):
         dataset, options = with_step_indices(dataset, options)
         plan = make_plan(init, dataset, options)

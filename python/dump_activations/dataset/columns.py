@@ -3,15 +3,16 @@
 Shape letters: N rows, S cells (16).
 """
 
-import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,10 @@ from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
 from dump_activations.dataset.shards import row_dtype
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import DatasetError, InvalidArgumentError, option
+from dump_activations.progress import Count
+from dump_activations.text import did_you_mean
+
+_T = TypeVar("_T")
 
 Values = dict[str, NDArray[Any]]
 """Name -> values of rows, first axis N."""
@@ -38,28 +43,40 @@ BOARD_LABELS: dict[str, tuple[tuple[int, ...], Callable[[NDArray[Any]], NDArray[
 }
 """Label -> shape of one row's value, and cells uint8 (16, N) -> uint8 (N, *shape)."""
 
+LABEL_TEXTS = {
+    "run_id": "number of the self-play run",
+    "step_index": "moves made in the run before the board",
+    "step_idx": "moves made in the run before the board",
+    "board": "the board, 4 bits per cell",
+    "board_eval": "the player's evaluation of the board",
+    "tile_65536_mask": "cells with a tile of 65536 or more, one bit each",
+    "move_dir": "played move: 0 up, 1 down, 2 left, 3 right",
+    "move": "played move: 0 up, 1 down, 2 left, 3 right",
+    "valuation_type": "unit of branch_evs, by its place in valuation_types.json",
+    "ev_legal": "legal moves: bits 0 to 3 are up, down, left, right",
+    "max_rank": "largest exponent, as recorded",
+    "seed": "seed that the row records",
+    "branch_evs": "recorded value of up, down, left and right",
+    "ev_values": "recorded value of up, down, left and right",
+    "exps": "exponents of the 16 cells",
+    "empty_cells": "number of empty cells",
+    "max_exponent": "largest exponent: 11 for the tile 2048",
+    "max_in_corner": "1 if a largest tile is in a corner",
+    "legal_moves": "1 where up, down, left and right change the board",
+    "merges": "pairs that up, down, left and right merge",
+    "run_seed": "seed of the run, from metadata.db",
+    "run_steps": "moves of the run, from metadata.db",
+    "run_max_score": "highest score of the run, from metadata.db",
+    "run_highest_tile": "largest tile of the run, from metadata.db",
+}
+"""Column -> its content in a few words, for the fields that datasets usually have."""
+
 _INT64_MAX = np.iinfo(np.int64).max
 # Bytes of rows read at once by a scan: no row is larger, and a core's level 2 cache holds them.
 _SCRATCH = 1 << 20
-
-
-@dataclass(frozen=True)
-class RowField:
-    """A field that the rows of all shards have.
-
-    `dtype` is of one element, and `shape` of one row's value. `offsets` count the bytes before it
-    in a row, for each layout of rows in the dataset.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one row's value."""
-        return self.dtype.itemsize * math.prod(self.shape)
+# Rows of a chunk of a scan: their columns stay in a core's cache, and the interpreter's share of
+# the time is small.
+CHUNK_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class Column:
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    source: RowField | None
+    source: str | None
     compute: Callable[[NDArray[Any]], NDArray[Any]]
 
 
@@ -118,23 +135,23 @@ class Columns:
         raise self._missing(name, of=of)
 
     def _whole(self, name: str, *, of: str) -> Column | None:
-        if (field := self._field(name)) is not None:
-            return Column(field.dtype, field.shape, field, lambda values: values)
+        if (dtype := self._field(name)) is not None:
+            return Column(dtype.base, dtype.shape, name, lambda values: values)
         if name in BOARD_LABELS:
             shape, compute = BOARD_LABELS[name]
             return Column(np.dtype(np.uint8), shape, None, compute)
         if name not in RUN_LABELS:
             return None
         run_id = self._field("run_id")
-        if run_id is None or run_id.shape or run_id.dtype.kind not in "iu" or not self._runs.exists:
+        if run_id is None or run_id.kind not in "iu" or not self._runs.exists:
             raise InvalidArgumentError(
                 f"{option(of)}: {name!r} needs a {DATABASE} in {self.dataset.path} and an integer "
                 f"run_id in its rows; it has {', '.join(self.names)}"
             )
-        return Column(np.dtype(np.int64), (), run_id, self._runs.column(RUN_LABELS[name]))
+        return Column(np.dtype(np.int64), (), "run_id", self._runs.column(RUN_LABELS[name]))
 
-    def _field(self, name: str) -> RowField | None:
-        """Return the field of that name; None where no shard has it."""
+    def _field(self, name: str) -> np.dtype[Any] | None:
+        """Return the dtype of the field of that name; None where no shard has it."""
         holders = [(path, row[name]) for path, row in self.layouts if name in (row.names or ())]
         if not holders:
             return None
@@ -147,12 +164,10 @@ class Columns:
                     f"{path}: its rows have {name!r} as {row[name]}, but {holder} as {dtype}; "
                     "shards of one dataset must agree in the fields that are read"
                 )
-        offsets = tuple(row.fields[name][1] for _, row in self.layouts if row.fields)
-        return RowField(name, dtype.base, dtype.shape, offsets)
+        return dtype
 
     def _missing(self, name: str, *, of: str) -> InvalidArgumentError:
-        near = get_close_matches(name, self.names, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(name, self.names)
         return InvalidArgumentError(
             f"{option(of)}: {self.dataset.path} has no {name!r}{hint}; it has "
             f"{', '.join(self.names)}"
@@ -184,47 +199,69 @@ class Columns:
 
 
 class ColumnReader:
-    """Reads columns of consecutive rows in one pass over the shards."""
+    """Reads columns of rows in one pass over the shards."""
 
-    def __init__(self, dataset: _rust.Dataset, columns: Mapping[str, Column]) -> None:
-        self._dataset = dataset
-        self._columns = columns
-        self._needs_boards = any(column.source is None for column in columns.values())
-        sources = {each.source.name: each.source for each in columns.values() if each.source}
-        self._fields = list(sources.values())
-        layouts = len(dict.fromkeys(dataset.descrs))
-        self._selection = _rust.Selection(
-            dataset, [[(f.offsets[i], f.nbytes) for f in self._fields] for i in range(layouts)]
-        )
-
-    def buffers(self, rows: int) -> list[NDArray[np.uint8]]:
-        """Allocate what `scan` reads up to `rows` rows into: scratch, boards, fields."""
-        boards = np.empty((rows if self._needs_boards else 0, CELLS), np.uint8)
-        fields = (np.empty((rows, field.nbytes), np.uint8) for field in self._fields)
-        return [np.empty(_SCRATCH, np.uint8), boards, *fields]
+    def __init__(self, columns: Columns, read: Mapping[str, Column]) -> None:
+        self._path = columns.dataset.path
+        self._columns = read
+        self._needs_boards = any(column.source is None for column in read.values())
+        layouts: list[Mapping[str, Any]] = [row.fields or {} for _, row in columns.layouts]
+        sources = dict.fromkeys(each.source for each in read.values() if each.source)
+        self._fields = {name: layouts[0][name][0] for name in sources}
+        places = [[(row[name][1], row[name][0].itemsize) for name in sources] for row in layouts]
+        self._selection = _rust.Selection(columns.dataset, places)
 
     def scan(
-        self,
-        first: int,
-        rows: int,
-        buffers: Sequence[NDArray[np.uint8]],
-        cancel: _rust.Cancel,
-    ) -> Values:
-        """Read consecutive rows. The values may be views of the buffers."""
-        scratch, *outs = buffers
-        boards_NS, *fields = (out[:rows] for out in outs)
-        boards = boards_NS if self._needs_boards else None
-        self._selection.scan((first, first + rows), scratch, boards, fields, cancel)
-        return self._compute(boards_NS, fields)
+        self, rows: range, look: Callable[[range, Values], _T], progress: Count | None
+    ) -> list[_T]:
+        """Read consecutive rows on all cores; return what `look` returns for chunks of them.
+
+        It takes a chunk's rows and their values, which are valid during the call, on any thread.
+        The calling thread reports progress and handles interrupts. Where several chunks fail, the
+        error of the first one is raised.
+        """
+        chunks = [rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS)]
+        threads = max(min(len(os.sched_getaffinity(0)), len(chunks)), 1)
+        cancel, free = _rust.Cancel(), SimpleQueue[list[NDArray[np.uint8]]]()
+        widths = [CELLS * self._needs_boards, *(each.itemsize for each in self._fields.values())]
+        for _ in range(threads):
+            outs = [np.empty((min(CHUNK_ROWS, len(rows)), width), np.uint8) for width in widths]
+            free.put([np.empty((1, _SCRATCH), np.uint8), *outs])
+
+        def read(chunk: range) -> _T:
+            buffers = free.get()
+            try:
+                scratch = buffers[0][0]
+                boards_NS, *fields = (out[: len(chunk)] for out in buffers[1:])
+                boards = boards_NS if self._needs_boards else None
+                rows = (chunk.start, chunk.stop)
+                self._selection.scan(rows, scratch, boards, fields, cancel)
+                return look(chunk, self._compute(boards_NS, fields))
+            finally:
+                free.put(buffers)
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="scan") as executor:
+            try:
+                seen = []
+                futures = [executor.submit(read, chunk) for chunk in chunks]
+                for chunk, future in zip(chunks, futures, strict=True):
+                    seen.append(future.result())
+                    if progress is not None:
+                        progress(chunk.stop - rows.start, len(rows))
+                return seen
+            except BaseException:
+                cancel.ask()
+                executor.shutdown(cancel_futures=True)
+                raise
 
     def _compute(self, boards_NS: NDArray[np.uint8], fields: Sequence[NDArray[np.uint8]]) -> Values:
         values = {
-            field.name: raw.view(field.dtype).reshape(len(raw), *field.shape)
-            for field, raw in zip(self._fields, fields, strict=True)
+            name: raw.view(dtype.base).reshape(len(raw), *dtype.shape)
+            for (name, dtype), raw in zip(self._fields.items(), fields, strict=True)
         }
         cells_SN = np.ascontiguousarray(boards_NS.T) if self._needs_boards else boards_NS.T
         return {
-            name: column.compute(values[column.source.name] if column.source else cells_SN)
+            name: column.compute(values[column.source] if column.source else cells_SN)
             for name, column in self._columns.items()
         }
 
@@ -241,7 +278,7 @@ class LabelReader(ColumnReader):
     def __init__(self, columns: Columns, names: Sequence[str]) -> None:
         """Find the labels, as `Columns.find_labels` does."""
         found = columns.find_labels(names)
-        super().__init__(columns.dataset, found)
+        super().__init__(columns, found)
         self.dtypes = {name: np.dtype(_stored_dtype(column)) for name, column in found.items()}
         self.shapes = {name: column.shape for name, column in found.items()}
 
@@ -256,7 +293,7 @@ class LabelReader(ColumnReader):
         Returns name -> the label's values, (n, *shape). Raises DatasetError if a row cannot be
         read, or a value does not fit into int64.
         """
-        ends = np.cumsum([CELLS, *(field.nbytes for field in self._fields)])
+        ends = np.cumsum([CELLS, *(each.itemsize for each in self._fields.values())])
         rows = np.empty((len(indices), ends[-1]), np.uint8)
         self._selection.read(indices, rows, cancel)
         boards_NS[:], *fields = np.split(rows, ends[:-1], axis=1)
@@ -267,7 +304,7 @@ class LabelReader(ColumnReader):
                 if too_large.any():
                     row = int(np.argmax(too_large))
                     raise DatasetError(
-                        f"{self._dataset.path}: {name!r} of step {indices[row]} must fit into "
+                        f"{self._path}: {name!r} of step {indices[row]} must fit into "
                         f"int64; it is {values[row]}"
                     )
         return {

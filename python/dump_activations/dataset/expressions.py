@@ -5,21 +5,36 @@ imports no NumPy, so that `--help` and usage errors answer quickly.
 """
 
 import ast
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dump_activations.errors import InvalidArgumentError, option
 
 _EXAMPLE = "max_rank >= 11 and run_id % 10 != 0"
+OPERATIONS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+}
+"""Operators that compute with two values; on columns, NumPy's."""
+
+_OTHERS = (ast.And, ast.Or, ast.Not, ast.Invert, ast.USub, ast.UAdd, ast.In, ast.NotIn)
 _NODES = (ast.Name, ast.Constant, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare)
-_OPERATORS = (
-    ast.And, ast.Or, ast.Not, ast.Invert, ast.USub, ast.UAdd,
-    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr,
-    ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn,
-)  # fmt: skip
 # Operators of other languages, and Python's.
 _FOREIGN = {
     r"&&": "and",
@@ -98,7 +113,9 @@ def _check(expression: Expression) -> None:
         if not isinstance(node, ast.expr) or node in lists:
             continue
         operators = [getattr(node, "op", ast.And()), *getattr(node, "ops", ())]
-        if not isinstance(node, _NODES) or not all(isinstance(op, _OPERATORS) for op in operators):
+        if not isinstance(node, _NODES) or not all(
+            isinstance(op, (*OPERATIONS, *_OTHERS)) for op in operators
+        ):
             reason = f"a filter only compares fields, labels and numbers, e.g. {_EXAMPLE!r}"
             expression.refuse(node, reason)
         if isinstance(node, ast.Compare):

@@ -1,9 +1,9 @@
-"""Evaluates a filter on columns of rows, with NumPy.
+"""Finds rows on all cores, in one pass over the shards: by a filter, or by their run and step.
 
-Integers are int64, or uint64 where an operand is uint64 and none can be negative. An operation
-whose result does not fit is an error. Floats are float64, and an integer next to a float becomes
-float64. A division by zero is an error. Neither error is raised for rows that Python would not
-evaluate the operation on, such as those that fail a condition before an `and`.
+Integers of a filter are int64, or uint64 where an operand is uint64 and none can be negative. An
+operation whose result does not fit is an error. Floats are float64, and an integer next to a float
+becomes float64. A division by zero is an error. Neither error is raised for rows that Python would
+not evaluate the operation on, such as those that fail a condition before an `and`.
 
 Shape letters: N consecutive rows.
 """
@@ -11,56 +11,111 @@ Shape letters: N consecutive rows.
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.dataset.expressions import Expression
-from dump_activations.errors import DatasetError, InvalidArgumentError, option
+from dump_activations.dataset.columns import ColumnReader, Columns, Values
+from dump_activations.dataset.expressions import OPERATIONS, Expression
+from dump_activations.dataset.runs import find_sorted
+from dump_activations.dataset.sampling import Matches, Steps
+from dump_activations.errors import DatasetError, IndicesError, InvalidArgumentError, option
+from dump_activations.progress import Count
 
-_Operation = Callable[[Any, Any], Any]
+RUN = "run_id"
+STEPS = ("step_index", "step_idx")
+"""Names that rows may have for the number of their step in its run."""
 
-_COMPARISONS: dict[type[ast.cmpop], _Operation] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
-_OPERATIONS: dict[type[ast.operator], _Operation] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-}
 _BITWISE = (operator.and_, operator.or_)
 _DIVISIONS = (operator.truediv, operator.floordiv, operator.mod)
 
 
-def evaluate(
+def find_matches(
+    columns: Columns, where: Expression, steps: range, progress: Count | None
+) -> Matches:
+    """Find which of `steps`, ascending, match a filter. Raises as `StepsDataset.find` does."""
+    named = {name: columns.find(name, of="where") for name in where.names}
+    for name, column in named.items():
+        if column.shape:
+            elements = ["_".join(map(str, (name, *at))) for at in np.ndindex(column.shape)]
+            raise InvalidArgumentError(
+                f"{option('where')}: {name!r} is an array; name one of its elements, "
+                f"{elements[0]} to {elements[-1]}"
+            )
+        if column.dtype.kind not in "biuf":
+            raise InvalidArgumentError(
+                f"{option('where')}: {name!r} must be a number; it is {column.dtype}"
+            )
+    # Refuse a wrong filter before any row is read.
+    none = {name: np.empty(0, column.dtype) for name, column in named.items()}
+    _evaluate(where, none, np.empty(0, np.bool_), first=0)
+
+    def look(rows: range, values: Values) -> tuple[int, NDArray[np.uint8], int]:
+        selected_N = np.zeros(len(rows), np.bool_)
+        selected_N[(steps.start - rows.start) % steps.step :: steps.step] = True
+        matches_N = _evaluate(where, values, selected_N, rows.start)
+        return rows.start, np.packbits(matches_N), int(np.count_nonzero(matches_N))
+
+    rows = range(steps.start, steps[-1] + 1)
+    return Matches(ColumnReader(columns, named).scan(rows, look, progress))
+
+
+def locate_rows(
+    columns: Columns, run_ids: Steps, run_steps: Steps, progress: Count | None
+) -> Steps:
+    """Find the rows of these runs and steps, int64 (n,), as `StepsDataset.locate` does."""
+    if len(run_ids) == 0:
+        return np.empty(0, np.int64)
+    step = next((name for name in STEPS if name in columns.fields), STEPS[0])
+    read = {name: columns.find(name, of="indices") for name in (RUN, step)}
+    for name, column in read.items():
+        if column.shape or column.dtype.kind not in "iu":
+            raise InvalidArgumentError(
+                f"{option('indices')}: {name!r} of {columns.dataset.path} must be an integer "
+                f"field; it is {column.dtype}"
+            )
+    runs, run_places = np.unique(run_ids, return_inverse=True)
+    steps, step_places = np.unique(run_steps, return_inverse=True)
+    # One int64 below n**2 per run and step, so that pairs can be sorted.
+    pairs, places = np.unique(run_places * len(steps) + step_places, return_inverse=True)
+
+    def look(rows: range, values: Values) -> tuple[Steps, Steps]:
+        run_places, is_found = find_sorted(values[RUN], runs)
+        at = np.flatnonzero(is_found)
+        step_places, is_found = find_sorted(values[step][at], steps)
+        of_pairs = run_places[at] * len(steps) + step_places
+        pair_places, is_pair = find_sorted(of_pairs, pairs)
+        at, pair_places = at[is_found & is_pair], pair_places[is_found & is_pair]
+        return rows.start + at, pair_places
+
+    rows, counts = np.zeros((2, len(pairs)), np.int64)
+    reader = ColumnReader(columns, read)
+    for found, of_pairs in reader.scan(range(columns.dataset.rows), look, progress):
+        rows[of_pairs] = found
+        np.add.at(counts, of_pairs, 1)
+    wrong = counts[places] != 1
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise IndicesError(
+            f"{option('indices')}: {counts[places[at]] or 'no'} rows of {columns.dataset.path} are "
+            f"step {run_steps[at]} of run {run_ids[at]}"
+        )
+    return rows[places]
+
+
+def _evaluate(
     expression: Expression,
     columns: Mapping[str, NDArray[Any]],
     selected_N: NDArray[np.bool_],
     first: int,
 ) -> NDArray[np.bool_]:
-    """Evaluate a filter on consecutive rows: bool (N,).
-
-    Args:
-        expression: The filter.
-        columns: Name -> values (N,), booleans, integers or floats of any width.
-        selected_N: The rows to look at. The others do not match.
-        first: Step index of the first row, for errors.
+    """Evaluate a filter on the selected ones of consecutive rows from step `first` on: bool (N,).
 
     Raises:
         InvalidArgumentError: The filter mixes numbers and conditions, or is not a condition.
         DatasetError: It divides by zero, or an integer does not fit.
-
     """
     try:
         with np.errstate(all="ignore"):
@@ -73,23 +128,21 @@ def evaluate(
     return matches_N
 
 
+@dataclass(frozen=True)
 class _Evaluation:
     """One evaluation. Each node is given the rows, bool (N,), that Python would evaluate it on.
 
     A value is a column (N,) or Python's number; conditions are bool.
     """
 
-    def __init__(
-        self, expression: Expression, columns: Mapping[str, NDArray[Any]], first: int
-    ) -> None:
-        self._expression = expression
-        self._columns = columns
-        self._first = first
+    expression: Expression
+    columns: Mapping[str, NDArray[Any]]
+    first: int
 
     def value(self, node: ast.expr, reached_N: NDArray[np.bool_]) -> Any:
         match node:
             case ast.Name():
-                return self._columns[node.id]
+                return self.columns[node.id]
             case ast.Constant():
                 return node.value
             case ast.BoolOp():
@@ -105,7 +158,7 @@ class _Evaluation:
     def _condition(self, node: ast.expr, reached_N: NDArray[np.bool_]) -> Any:
         value = self.value(node, reached_N)
         if not _is_condition(value):
-            self._expression.refuse(node, "must be a condition; this is a number")
+            self.expression.refuse(node, "must be a condition; this is a number")
         return value
 
     def _joined(self, node: ast.BoolOp, reached_N: NDArray[np.bool_]) -> Any:
@@ -129,13 +182,15 @@ class _Evaluation:
                     is_in = is_in | self._holds(node, operator.eq, left, right)
                 return result & (is_in if isinstance(op, ast.In) else np.logical_not(is_in))
             right = self.value(right_node, reached_N)
-            result = result & self._holds(node, _COMPARISONS[type(op)], left, right)
+            result = result & self._holds(node, OPERATIONS[type(op)], left, right)
             left, reached_N = right, reached_N & result
         return result
 
-    def _holds(self, node: ast.Compare, op: _Operation, left: Any, right: Any) -> Any:
+    def _holds(
+        self, node: ast.Compare, op: Callable[[Any, Any], Any], left: Any, right: Any
+    ) -> Any:
         if _is_condition(left) != _is_condition(right):
-            self._expression.refuse(node, "compares a condition with a number; add parentheses")
+            self.expression.refuse(node, "compares a condition with a number; add parentheses")
         if _is_float(left) or _is_float(right):
             left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
         return np.asarray(op(left, right))
@@ -147,28 +202,28 @@ class _Evaluation:
         if _is_condition(value):
             if isinstance(node.op, ast.Invert):
                 return np.logical_not(value)
-            self._expression.refuse(node, "a condition has no sign; add parentheses")
+            self.expression.refuse(node, "a condition has no sign; add parentheses")
         if isinstance(node.op, ast.UAdd):
             return value
         if isinstance(node.op, ast.USub):
             return self._calculated(node, operator.sub, 0, value, reached_N)
         if _is_float(value):
-            self._expression.refuse(node, "~ takes conditions and integers")
+            self.expression.refuse(node, "~ takes conditions and integers")
         return self._calculated(node, operator.sub, -1, value, reached_N)
 
     def _combined(self, node: ast.BinOp, reached_N: NDArray[np.bool_]) -> Any:
-        op = _OPERATIONS[type(node.op)]
+        op = OPERATIONS[type(node.op)]
         left, right = self.value(node.left, reached_N), self.value(node.right, reached_N)
         conditions = _is_condition(left) + _is_condition(right)
         if op in _BITWISE:
             if conditions == 2:
                 return op(left, right)
             if conditions or _is_float(left) or _is_float(right):
-                self._expression.refuse(
+                self.expression.refuse(
                     node, "& and | bind tighter than comparisons; add parentheses"
                 )
         if conditions:
-            self._expression.refuse(node, "calculates with a condition; add parentheses")
+            self.expression.refuse(node, "calculates with a condition; add parentheses")
         if op in _DIVISIONS:
             is_zero = np.equal(right, 0)
             self._check(node, is_zero & reached_N, "divides by zero")
@@ -177,7 +232,12 @@ class _Evaluation:
         return self._calculated(node, op, left, right, reached_N)
 
     def _calculated(
-        self, node: ast.expr, op: _Operation, left: Any, right: Any, reached_N: NDArray[np.bool_]
+        self,
+        node: ast.expr,
+        op: Callable[[Any, Any], Any],
+        left: Any,
+        right: Any,
+        reached_N: NDArray[np.bool_],
     ) -> Any:
         if op is operator.truediv or _is_float(left) or _is_float(right):
             return op(np.asarray(left, np.float64), np.asarray(right, np.float64))
@@ -200,8 +260,8 @@ class _Evaluation:
         """Raise DatasetError where an operation fails on a row that Python would reach."""
         if bad_N.any():
             raise DatasetError(
-                f"{option('where')}: {self._expression.source(node)!r} {problem} at step "
-                f"{self._first + int(np.argmax(bad_N))}; leave such rows out with a condition and "
+                f"{option('where')}: {self.expression.source(node)!r} {problem} at step "
+                f"{self.first + int(np.argmax(bad_N))}; leave such rows out with a condition and "
                 "'and' before it"
             )
 

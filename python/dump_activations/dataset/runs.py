@@ -51,8 +51,7 @@ class Runs:
         ids, values = self._columns[name]
 
         def look_up(run_ids: NDArray[np.integer]) -> NDArray[np.int64]:
-            places = np.minimum(np.searchsorted(ids, run_ids.astype(np.int64)), len(ids) - 1)
-            is_found = ids[places] == run_ids
+            places, is_found = find_sorted(run_ids, ids)
             if not is_found.all():
                 raise DatasetError(
                     f"{self._path}: steps are of run {run_ids[np.argmin(is_found)]}, but its "
@@ -61,6 +60,16 @@ class Runs:
             return values[places]
 
         return look_up
+
+
+def find_sorted(
+    values: NDArray[np.integer], among: NDArray[np.int64]
+) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Return the places of values among ascending ones, and which of them are there."""
+    numbers = values.astype(np.int64)
+    places = np.minimum(np.searchsorted(among, numbers), len(among) - 1)
+    wrapped = (values >= 0) != (numbers >= 0)  # uint64 from 2**63 on
+    return places, (among[places] == numbers) & ~wrapped
 
 
 def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,25 +1,17 @@
-"""Step indices: sampled as NumPy would, read from a file, given by a caller, or found by a filter.
+"""Step indices: sampled as NumPy would, given by a caller, or found by a filter.
 
 A range and the matches of a filter are kept without a list. `len`, slices and `take` give what a
 list would.
 """
 
 import operator
-import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dump_activations import _rust
-from dump_activations.errors import (
-    IndicesError,
-    IndicesNotFoundError,
-    InvalidArgumentError,
-    option,
-)
-from dump_activations.paths import check_ordinary
+from dump_activations.errors import IndicesError, InvalidArgumentError, option
 
 Steps = NDArray[np.int64]
 """A list of step indices."""
@@ -56,35 +48,6 @@ def sample(population: int, n: int, seed: int) -> Steps:
         text = f"{option('n_samples')} must fit into memory, 8 bytes per sample; got {n}"
         raise InvalidArgumentError(text) from error
     return sampled
-
-
-def load_indices(path: str | os.PathLike[str]) -> Steps:
-    """Read step indices, int64 (n,), from a `.npy` of integers of any shape, in C order.
-
-    Raises:
-        IndicesNotFoundError: there is no such file.
-        IndicesError: the file is not such an array, or is empty.
-    """
-    check_ordinary(Path(path), IndicesError)
-    try:
-        # A mapping checks the header against the file's size before memory is allocated for it.
-        array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-        if array.dtype.kind in "iuf":
-            array = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise IndicesNotFoundError(f"{os.fspath(path)}: no such file of step indices") from error
-    except Exception as error:  # NumPy raises almost anything on a damaged file.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise IndicesError(
-            f"{os.fspath(path)}: not a readable .npy of step indices ({reason}); write one with "
-            "numpy.save"
-        ) from error
-    if array.size == 0:
-        raise IndicesError(f"{os.fspath(path)}: it has no step indices")
-    try:
-        return step_indices(array.reshape(-1))
-    except IndicesError as error:
-        raise IndicesError(f"{os.fspath(path)}: {error.args[0]}") from None
 
 
 def step_indices(indices: ArrayLike) -> Steps:
@@ -129,51 +92,28 @@ class StepRange:
 class Matches:
     """Steps that match a filter, ascending, in one bit per row that was scanned."""
 
-    def __init__(self, first: int, rows: int, *, chunk_rows: int) -> None:
-        """Start without a match among the `rows` rows from step `first` on."""
-        self._first = first
-        self._chunk_rows = chunk_rows
-        chunks = -(-rows // chunk_rows)
-        self._bits = np.zeros((chunks, chunk_rows // 8), np.uint8)
-        self._counts = np.zeros(chunks, np.int64)
-
-    def put(self, first: int, matches_N: NDArray[np.bool_]) -> None:
-        """Store a chunk's matches, once; `first` is the step of its first row. Thread-safe."""
-        chunk = (first - self._first) // self._chunk_rows
-        bits = np.packbits(matches_N)
-        self._bits[chunk, : len(bits)] = bits
-        self._counts[chunk] = np.count_nonzero(matches_N)
+    def __init__(self, chunks: Sequence[tuple[int, NDArray[np.uint8], int]]) -> None:
+        """Take chunks of rows in order: first step, packed bits, and how many of them are set."""
+        self._chunks = chunks
+        self._ends = np.cumsum([count for *_, count in chunks], dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self._counts.sum())
+        return int(self._ends[-1])
 
     def __getitem__(self, places: slice) -> Steps:
-        start, stop, step = places.indices(len(self))
-        assert step == 1
-        ends = np.cumsum(self._counts)
-        found = [np.empty(0, np.int64)]
-        for chunk in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
-            before = int(ends[chunk] - self._counts[chunk])
-            if before >= stop:
-                break
-            found.append(self._steps_in(chunk)[max(start - before, 0) : stop - before])
-        return np.concatenate(found)
+        return self.take(np.arange(*places.indices(len(self))))
 
     def take(self, places: Steps) -> Steps:
         """Return the steps at these places among the matches, int64 (n,)."""
-        ends = np.cumsum(self._counts)
-        order = np.argsort(places)
-        chunks = np.searchsorted(ends, places[order], side="right")
+        order = np.argsort(places, kind="stable")  # Fast where they ascend.
+        chunks = np.searchsorted(self._ends, places[order], side="right")
         taken = np.empty(len(places), np.int64)
         changes = np.flatnonzero(np.diff(chunks, prepend=-1))
         for chunk, of_chunk in zip(chunks[changes], np.split(order, changes)[1:], strict=True):
-            before = ends[chunk] - self._counts[chunk]
-            taken[of_chunk] = self._steps_in(chunk)[places[of_chunk] - before]
+            first, bits, count = self._chunks[chunk]
+            matches = np.flatnonzero(np.unpackbits(bits))
+            taken[of_chunk] = first + matches[places[of_chunk] - (self._ends[chunk] - count)]
         return taken
-
-    def _steps_in(self, chunk: int) -> Steps:
-        places = np.flatnonzero(np.unpackbits(self._bits[chunk]))
-        return places + (self._first + int(chunk) * self._chunk_rows)
 
 
 StepIndices = Steps | StepRange | Matches

@@ -7,7 +7,6 @@ import ast
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +14,10 @@ import numpy as np
 
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import DatasetError, warn
+from dump_activations.errors import DatasetError, DatasetNotFoundError, warn
 
-# Marks of copies, in lower case, that `find` of the extension leaves out too: `steps-0 (1).npy`,
-# `steps-0 copy 2.npy`, `steps-0 - Copy.npy`, `steps-0 (conflicted copy ...).npy` and
-# `steps-0.sync-conflict-....npy`.
+# Marks of copies, in lower case: `steps-0 (1).npy`, `steps-0 copy 2.npy`, `steps-0 - Copy.npy`,
+# `steps-0 (conflicted copy ...).npy` and `steps-0.sync-conflict-....npy`.
 _COPY_MARKS = (" (", " copy", ".sync-conflict-")
 # Rows of datasets have some 50 bytes. All bytes between the board and its mask are read with them.
 _MAX_ITEMSIZE = 1 << 20
@@ -52,9 +50,17 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
         DatasetError: a shard's header, fields or size are wrong.
     """
     directory = Path(os.path.expanduser(path))  # noqa: PTH111 - `~nobody` is a name, not an error
-    names: list[str] = []
-    with suppress(OSError):  # The reader, which comes next, names what is wrong.
-        names = [each.name for each in directory.glob("steps-*.npy")]
+    try:
+        listed = os.listdir(directory)  # noqa: PTH208 - names are many, and need no Path
+    except (FileNotFoundError, NotADirectoryError) as error:
+        problem = "no such" if isinstance(error, FileNotFoundError) else "not a"
+        raise DatasetNotFoundError(
+            f"{directory}: {problem} directory; name the directory that holds the shards"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(f"{directory}: cannot be opened: {reason}") from error
+    names = [name for name in listed if name.startswith("steps-") and name.endswith(".npy")]
     copies = sorted(name for name in names if any(mark in name.lower() for mark in _COPY_MARKS))
     if copies:
         others = f" and {len(copies) - 1} more" if copies[1:] else ""
@@ -62,29 +68,33 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
             f"{directory}: left out {copies[0]}{others}, named like copies of shards; remove or "
             "rename them"
         )
-    dataset = _rust.Dataset(directory, read_layout)
-    _warn_of_numbers(dataset.path, sorted({*names} - {*copies}))
+    names = sorted({*names} - {*copies}, key=os.fsencode)
+    if not names and "steps.npy" not in listed:
+        raise DatasetNotFoundError(
+            f"{directory}: no shards; a dataset holds steps-*.npy files or one steps.npy"
+        )
+    dataset = _rust.Dataset(directory, names or ["steps.npy"], read_layout)
+    _warn_of_numbers(directory, names)
     return dataset
 
 
-def _warn_of_numbers(path: Path, names: Sequence[str]) -> None:
+def _warn_of_numbers(directory: Path, names: Sequence[str]) -> None:
     matches = [re.fullmatch(r"steps-([0-9]+)\.npy", name) for name in names]
     numbers = [int(match[1]) for match in matches if match]
     if not numbers or len(numbers) < len(names):
         return
-    # Packers count from 0 or from 1.
-    expected = range(min(numbers[0], 1), min(numbers[0], 1) + len(numbers))
-    odd = next((i for i, (n, e) in enumerate(zip(numbers, expected, strict=True)) if n != e), None)
+    first = min(numbers[0], 1)  # Packers count from 0 or from 1.
+    odd = next((i for i, number in enumerate(numbers) if number != first + i), None)
     if odd is None:
         return
     if numbers != sorted(set(numbers)):
         problem = f"shards are read in the order of their names, not their numbers: {names[odd]}"
     else:
         problem = (
-            f"shard number {expected[odd]} before {names[odd]} is missing; step indices count the "
+            f"shard number {first + odd} before {names[odd]} is missing; step indices count the "
             "rows of the shards that are there"
         )
-    warn(f"{path}: {problem}")
+    warn(f"{directory}: {problem}")
 
 
 def row_dtype(path: Path, descr: str) -> np.dtype[np.void]:

@@ -31,8 +31,7 @@ from dump_activations.model.activations import (
     find_activations,
     find_layers,
 )
-from dump_activations.model.checkpoint import prepare_model
-from dump_activations.model.checkpoint import preferred_files
+from dump_activations.model.checkpoint import preferred_files, prepare_model
 from dump_activations.model.encoder import Encoder
 from dump_activations.options import Options
 from dump_activations.pipeline.device import (

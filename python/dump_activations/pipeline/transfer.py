@@ -105,8 +105,9 @@ class HostTransfer:
     def __init__(self, plan: Plan, rows: int) -> None:
         self.copying: Stopwatch | CudaStopwatch = Stopwatch()
         shapes, dtype = _shapes(plan, rows), plan.storage_dtype
-        memory = _mapped(HOST_SLOTS * _slot_nbytes(shapes, dtype))
-        self._free = _ring(memory, shapes, dtype, HOST_SLOTS)
+        count = min(HOST_SLOTS, -(-len(plan.indices) // rows))
+        memory = _mapped(count * _slot_nbytes(shapes, dtype))
+        self._free = _ring(memory, shapes, dtype, count)
 
     def run(self, boards: BoardBatch, forward: Forward) -> ActivationBatch:
         """Queue a batch. Blocks while every slot is taken."""

@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES
-from dump_activations.errors import InvalidArgumentError, option, switch
+from dump_activations.dtypes import CELLS, LABEL_PREFIX, READABLE_DTYPES
+from dump_activations.errors import InvalidArgumentError, option, switch, warn
 from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.reading.keys import Key, Rows, row_numbers
 
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dump_activations.storage.reading.boards import BoardValues
-    from dump_activations.storage.reading.cells import Cells
+    from dump_activations.storage.reading.cells import CellArguments, Cells
     from dump_activations.storage.statistics import TensorStatistics
+
+# Boards whose order tells if all are a random sample.
+_ENOUGH_ORDER = 64
 
 
 class ActivationsFile:
@@ -210,6 +213,17 @@ class ActivationsFile:
             {name: partial(self.read_numpy, LABEL_PREFIX + name) for name in names},
         )
 
+    @overload
+    def cells(
+        self, key: str, layer: int | None = None, **arguments: Unpack[CellArguments]
+    ) -> Cells[Tensor]: ...
+    @overload
+    def cells(
+        self,
+        key: list[str] | tuple[str, ...],
+        layer: int | None = None,
+        **arguments: Unpack[CellArguments],
+    ) -> Cells[dict[str, Tensor]]: ...
     def cells(
         self,
         key: str | Sequence[str],
@@ -218,12 +232,15 @@ class ActivationsFile:
         batch_size: int = 8192,
         seed: int = 0,
         epoch: int = 0,
+        epochs: int | None = 1,
         rank: int = 0,
         world_size: int = 1,
         window: int = 256 << 20,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         drop_last: bool = False,
-    ) -> Cells:
+        shuffle_boards: bool = False,
+    ) -> Cells[Any]:
         """Return shuffled batches of cells, `CellBatch(values, rows, cells)`, as SAEs train on.
 
         Each cell of each board comes once per epoch, and each loop is the next epoch. The file is
@@ -232,9 +249,10 @@ class ActivationsFile:
         already, so only the cells of one board stay near one another: with the defaults and 1 KB
         per cell two of them are 11 batches apart on average, and 38 % of all cells share a batch
         with another cell of their board. A shuffle of 4 million cells leaves 3 %. The boards of a
-        dump with `steps` are in the order of the games, so that a window holds few games.
+        dump with `steps` are in the order of the games, so that a window holds few games:
+        a warning says so, and `shuffle_boards` shuffles the whole file.
 
-        The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cell_order` has it.
+        The order depends on `seed`, `epoch`, `batch_size` and `window` alone; `cells.py` has it.
         Ranks take its batches in turns. `state_dict()` and `load_state_dict()` resume in the middle
         of an epoch. Reading ahead takes a thread and no `DataLoader`. A `DataLoader` with workers
         needs `batch_size=None`.
@@ -246,36 +264,54 @@ class ActivationsFile:
             batch_size: Cells per batch; the last of an epoch may have fewer.
             seed: Seed of the order, at least 0.
             epoch: Number of the first epoch, at least 0.
+            epochs: Epochs per loop; None for a loop without an end.
             rank: Number of this process among `world_size`.
             world_size: Processes that share the batches.
             window: Bytes per window, at least one batch.
             device: Device of the values; batches reach a CUDA device through pinned memory, on a
                 side stream.
+            dtype: Dtype of the values; None for the stored one.
             drop_last: Leave out a short last batch, and batches that not every rank would have.
+            shuffle_boards: Take the boards in a random order, 8 bytes each, before windows are cut.
+                Boards are then read one by one, from all over the file.
 
         Raises:
             InvalidArgumentError: A key has no axis of cells, or a number is out of range.
             DeviceError: The machine does not have the device.
         """
-        from dump_activations.storage.reading.cell_order import find_cells
-        from dump_activations.storage.reading.cells import Cells
+        from dump_activations.storage.reading.cells import CellOrder
+        from dump_activations.storage.reading.stored_cells import StoredCells, find_cells
 
         keys = (key,) if isinstance(key, str) else tuple(key)
         if not keys:
             raise InvalidArgumentError(f"{option('key')} must name a key; got none")
-        return Cells(
-            self.files,
-            {name: find_cells(self._find(name), layer) for name in keys},
-            single=isinstance(key, str),
+        values = {name: find_cells(self._find(name), layer) for name in keys}
+        order = CellOrder(
+            cells=len(self) * CELLS,
+            nbytes=sum(each.nbytes for each in values.values()),
+            window=window,
             batch_size=batch_size,
             seed=seed,
             epoch=epoch,
             rank=rank,
             world_size=world_size,
-            window=window,
-            device=device,
             drop_last=drop_last,
+            shuffle_boards=shuffle_boards,
         )
+        if not shuffle_boards and self._is_in_file_order():
+            warn(
+                f"{self.files.path}: its boards are in the order of the dataset, not a random "
+                f"sample, so that a window holds few games; {switch('shuffle_boards')} shuffles all"
+            )
+        loop = {"single": isinstance(key, str), "epochs": epochs, "dtype": dtype}
+        return StoredCells(order, self.files, values, device, **loop)
+
+    def _is_in_file_order(self) -> bool:
+        """Tell if step indices ascend, which those of a sample do once in 10^89 times."""
+        indices = self.files.catalog.tensors.get("indices")
+        if indices is None or indices.dtype != "int64" or len(self) < _ENOUGH_ORDER:
+            return False
+        return bool((np.diff(self.read_numpy("indices", slice(_ENOUGH_ORDER))) > 0).all())
 
     def stats(self, key: str, layer: int | None = None) -> dict[str, NDArray[np.float64]]:
         """Return the statistics stored with the dump (`stats=True`), float64, by name.

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from dump_activations.dtypes import LABEL_PREFIX, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, OutputError, RowIndexError, option
 from dump_activations.storage.formats.layout import Contents, StoredTensor
+from dump_activations.text import did_you_mean
 
 Rows = ArrayLike | slice | None
 """Row numbers in any order, with repeats; a slice; a mask, bool (N,); None for all."""
@@ -117,8 +118,9 @@ class Catalog:
         if name in self.tensors:
             return self._key_of(self.tensors[name])
         others = [other for other in self.tensors if _split_name(other)[0] not in self.keys]
+        known = [*self.keys, *others]
         raise InvalidArgumentError(
-            f"{self._path}: no {name!r} in it, only {_listed([*self.keys, *others])}"
+            f"{self._path}: no {name!r} in it{did_you_mean(name, known)}, only {_listed(known)}"
         )
 
     def _find_layers(self, metadata: Mapping[str, str]) -> tuple[int, ...]:

@@ -1,12 +1,16 @@
-"""Names next to an output, and the checks of an output before any work is done."""
+"""Names next to an output, and the checks of an output and its disk before any work is done."""
 
 import errno
+import fcntl
 import os
+import secrets
 import stat
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError, option
 from dump_activations.paths import locate
 from dump_activations.storage.formats.registry import format_of
@@ -55,14 +59,23 @@ def check_output(
         target = target_of(path)
         format_of(target, dtypes)
         directory = nearest_directory(target)
-        _check_directory(directory, target)
+        longest = replacement_path(Shard(target, MAX_SHARDS, MAX_SHARDS).path).name
+        if len(os.fsencode(longest)) > os.pathconf(directory, "PC_NAME_MAX"):
+            raise OutputError(f"{target} has too long a name for the files next to it; shorten it")
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise OutputError(f"{directory} is not writable; choose another output")
         with suppress(FileNotFoundError):
             _check_replaceable(target, target.lstat(), directory.stat())
-        if any(_is_same(target, each) for each in inputs):
-            raise InvalidArgumentError(
-                f"{option('output')}: this run reads {target}, or would read it next time; choose "
-                "another output"
-            )
+        for each in inputs:
+            # Where neither exists, two spellings of one name lead to the same place.
+            is_same = target.name == each.name and target == target_of(each)
+            with suppress(FileNotFoundError):
+                is_same = is_same or target.samefile(each)
+            if is_same:
+                raise InvalidArgumentError(
+                    f"{option('output')}: this run reads {target}, or would read it next time; "
+                    "choose another output"
+                )
 
 
 def nearest_directory(target: Path) -> Path:
@@ -82,23 +95,17 @@ def free_space(targets: Sequence[Path]) -> int | None:
     where the file system reports a size of zero or nothing, as some network mounts do.
     """
     with OutputError.when(f"cannot write {targets[0]}"):
-        free = free_bytes(nearest_directory(targets[0]))
-        taken = 0
+        try:
+            disk = os.statvfs(nearest_directory(targets[0]))
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+                return None
+            raise
+        free = disk.f_bavail * disk.f_frsize
         for target in targets:
             with suppress(FileNotFoundError):
-                taken += partial_path(target).stat().st_blocks * 512
-    return None if free is None else free + taken
-
-
-def free_bytes(where: Path | int) -> int | None:
-    """Return the free bytes of a disk, by a path or descriptor on it; None where it is unknown."""
-    try:
-        disk = os.statvfs(where)
-    except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
-            return None
-        raise
-    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+                free += partial_path(target).stat().st_blocks * 512
+    return free if disk.f_blocks else None
 
 
 def check_space(targets: Sequence[Path], nbytes: int) -> None:
@@ -107,6 +114,76 @@ def check_space(targets: Sequence[Path], nbytes: int) -> None:
     if free is not None and free < nbytes:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise OutputError.of_system(f"cannot reserve {nbytes:,} bytes for {targets[0]}", full)
+
+
+@dataclass(frozen=True)
+class Mount:
+    """What a file system does, as it showed with a file just made.
+
+    Attributes:
+        has_locks: False where `flock` fails, or grants a lock twice and so protects nothing.
+        can_reserve: True where space can be taken before it is written.
+    """
+
+    has_locks: bool = True
+    can_reserve: bool = True
+
+
+def probe(directory: Path) -> Mount:
+    """Make a file in a directory and try with it what a dump needs.
+
+    Raises:
+        OutputError: no file can be made there.
+    """
+    with OutputError.when(f"cannot write {directory}"), _new_file(directory) as (fd, path):
+        return Mount(has_locks=_has_locks(fd, path), can_reserve=_can_reserve(fd))
+
+
+def owner_of_new_files(directory: Path) -> int:
+    """Make a file to see its owner: some network mounts show one owner for all files."""
+    with _new_file(directory) as (fd, _):
+        return os.fstat(fd).st_uid
+
+
+@contextmanager
+def _new_file(directory: Path) -> Iterator[tuple[int, Path]]:
+    path = directory / f".{secrets.token_hex(8)}.probe"
+    fd = create(path, os.O_RDWR)
+    try:
+        yield fd, path
+    finally:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+
+
+def _has_locks(fd: int, path: Path) -> bool:
+    second = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(second)
+    return False
+
+
+def _can_reserve(fd: int) -> bool:
+    try:
+        return _rust.reserve(fd, 1)
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def create(path: Path, flags: int) -> int:
+    """Create a file, with the permissions that any new file gets there, and open it.
+
+    Raises:
+        FileExistsError: the name is taken; it may be a link that somebody planted.
+    """
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
 
 def sync_directory(path: Path) -> None:
@@ -119,14 +196,6 @@ def sync_directory(path: Path) -> None:
             raise
     finally:
         os.close(fd)
-
-
-def _check_directory(directory: Path, target: Path) -> None:
-    longest = replacement_path(Shard(target, MAX_SHARDS, MAX_SHARDS).path).name
-    if len(os.fsencode(longest)) > os.pathconf(directory, "PC_NAME_MAX"):
-        raise OutputError(f"{target} has too long a name for the files next to it; shorten it")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise OutputError(f"{directory} is not writable; choose another output")
 
 
 def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_result) -> None:
@@ -143,10 +212,3 @@ def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_r
             f"{target} belongs to another user, in a directory where only its owner may replace "
             "it; choose another output"
         )
-
-
-def _is_same(target: Path, path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return target.samefile(path)
-    # Neither exists: two spellings of one name lead to the same place.
-    return target.name == path.name and target == Path(os.path.realpath(path))

@@ -1,11 +1,21 @@
 """Step indices from files: arrays, archives, and dumps of this dataset or another."""
 
+import io
+import pickle
 import warnings
 
 import numpy as np
 import pytest
 
-from dump_activations import IndicesNotFoundError, InvalidArgumentError, dump, stream
+from dump_activations import (
+    IndicesError,
+    IndicesNotFoundError,
+    InvalidArgumentError,
+    StepsDataset,
+    dump,
+    stream,
+)
+from dump_activations.api.step_indices import read_step_indices
 from dump_activations.commands.dump import main
 from reference.datasets import read_dataset, write_shards
 from reference.dumps import FORMATS, read_dump
@@ -33,6 +43,47 @@ def test_arrays_and_archives(save, dtype, tmp_path):
     (given,) = tmp_path.iterdir()
     run("--indices", str(given), "-o", str(tmp_path / "a.npz"))
     assert stored_indices(tmp_path / "a.npz") == STEPS
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">i4", "u1", "<u8", "<f4"])
+def test_arrays_of_any_shape(dtype, tmp_path, demo_dataset):
+    path = tmp_path / "indices.npy"
+    array = np.arange(24, dtype=dtype).reshape(2, 3, 4)
+    for stored in (array, np.asfortranarray(array), array[:, ::2], np.array(5, dtype)):
+        np.save(path, stored)
+        indices = read_step_indices(path, StepsDataset(demo_dataset))
+        assert indices.dtype == np.int64
+        np.testing.assert_array_equal(indices, stored.ravel())
+
+
+def saved(array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (saved(np.array([1.0, 2.5])), "integers; got float64"),
+        (saved(np.array([1.0, np.nan])), "integers; got float64"),
+        (saved(np.array([2.0**53])), "integers; got float64"),
+        (saved(np.zeros(3, bool)), "integers; got bool"),
+        (saved(np.array(["a"])), "integers; got"),
+        (saved(np.zeros(0, np.int64)), "no step indices"),
+        (saved(np.array([2**63], np.uint64)), "must fit into int64"),
+        (saved(np.array([1, None])), "cannot be read"),
+        (saved(np.zeros(10**5, np.int64))[:-1], "cannot be read"),
+        *((content, "") for content in (b"", b"PK\x03\x04", b"garbage", pickle.dumps([1]))),
+        (b"\x93NUMPY\x01\x00\xff\xff{", "cannot be read"),
+    ],
+)
+def test_files_that_are_not_indices(content, text, tmp_path, demo_dataset):
+    path = tmp_path / "indices.npy"
+    path.write_bytes(content)
+    with pytest.raises(IndicesError, match=rf"indices\.npy: .*{text}") as caught:
+        read_step_indices(path, StepsDataset(demo_dataset))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
