@@ -52,8 +52,8 @@ ARROWS = {
         *("storage.reading", "storage.shards", "storage.statistics"),
     ),
     "storage.reading": (
-        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
-        *("storage.shards", "storage.statistics"),
+        *(*LEAVES, "_rust", "model.activations", "storage.digests", "storage.formats"),
+        *("storage.parallel", "storage.shards", "storage.statistics"),
     ),
     "storage.statistics": (*LEAVES, "_rust"),
     "storage.parallel": (),

@@ -116,8 +116,7 @@ def test_a_pipe_gets_a_file_and_a_preview_in_whole_lines(
     assert main([str(target)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        f"{target}: 31.0 kB ({target.stat().st_size:,} bytes), 1,024 boards, 4 of 4 layers, "
-        "all values finite"
+        f"{target}: 31.0 kB ({target.stat().st_size:,} bytes), 1,024 boards, all values finite"
     )
     found = [line.split() for line in lines]
     assert ["checkpoint", str(demo_checkpoint)] in found

@@ -221,7 +221,7 @@ class _Call:
         return replace(
             summary,
             output=self.path,
-            resumed_boards=output.found + summary.resumed_boards,
+            resumed_boards=sum(file.rows for file in output.files) - summary.boards,
             bytes_written=sum(each.size for each in output.finished.values()),
             nonfinite=_nonfinite(output, warn_of_them=is_run),
             shards_written=output.written if shards else 0,
@@ -229,15 +229,14 @@ class _Call:
         )
 
     def _run(self, output: Output) -> Summary:
-        """Write all files that are missing, and count what was resumed and computed."""
+        """Write all files that are missing."""
         warn_of_large_tensors(output.files[0].work.specs)
         run = Run(self.plan, host_slots=HOST_SLOTS, local_processes=self.local_processes)
         with output, run, self._kept_or_discarded(output):
             self._prepare(output)
-            resumed, write_seconds = self._fill(run, output)
+            write_seconds = self._fill(run, output)
             self.interrupts.check()
-        summary = run.summary(self.started, write_seconds=write_seconds)
-        return replace(summary, resumed_boards=resumed)
+        return run.summary(self.started, write_seconds=write_seconds)
 
     def discard(self) -> Summary:
         """Run this process's share of the batches, and keep nothing."""
@@ -267,12 +266,8 @@ class _Call:
         for text in _already_there(output):
             note(text)
 
-    def _fill(self, run: Run, output: Output) -> tuple[int, float]:
-        """Write file after file until all are finished.
-
-        Returns:
-            The boards that were resumed, and the seconds in which writers were busy.
-        """
+    def _fill(self, run: Run, output: Output) -> float:
+        """Write file after file until all are finished; return the seconds of busy writers."""
         resumed = done = 0
         write_seconds = 0.0
         n = sum(file.rows for file in output.files)
@@ -307,7 +302,7 @@ class _Call:
         # Shards are committed while others are computed, a whole file after the last batch.
         if output.files[0].shard is None:
             run.commit_seconds = output.commit_seconds
-        return resumed, write_seconds
+        return write_seconds
 
     def _begin_file(self, file: OutputFile) -> None:
         """Write the tensors that do not come in batches, and say what is resumed."""

@@ -52,7 +52,7 @@ class Summary:
         output: the file, or the name of its shards; None if nothing was written.
         keys: activation keys that were captured.
         boards: boards that went through the model.
-        resumed_boards: boards that were already on disk from earlier runs.
+        resumed_boards: the other boards of the output, which earlier runs or other processes wrote.
         bytes_written: size of the finished files of the output.
         shards_written: shards that this process wrote; 0 for one file.
         shards_found: shards that were complete or that others wrote meanwhile; 0 for one file.

@@ -138,7 +138,7 @@ class Journal:
             with OutputError.when(f"cannot write {self._path}"):
                 self._append(batches, _line(asdict(header)))
                 self._new_path.replace(self._path)
-                sync_directory(self._path.parent)
+                sync_directory(self._path.parent, partial.mount)
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
         except BaseException:

@@ -189,7 +189,7 @@ class OutputFile:
             self._partial.publish(self._replaced)
         try:
             with OutputError.when(f"{target} is complete, but its directory cannot be tidied"):
-                sync_directory(target.parent)
+                sync_directory(target.parent, self._partial.mount)
                 remove_journal(target)
         finally:
             self._close()

@@ -73,6 +73,7 @@ class Partial:
     Attributes:
         target: the output, past all links.
         path: where the partial file is.
+        mount: what its file system does.
         is_new: True where this process created it.
     """
 
@@ -81,10 +82,10 @@ class Partial:
         self.target = target
         self.path = partial_path(target)
         self.is_new = is_new
-        self._mount = mount
+        self.mount = mount
         self._process = os.getpid()
         self._file: Descriptor | None = file
-        self._direct = _open_direct(file.number)
+        self._direct = _open_direct(file.number) if mount.can_write_direct else None
 
     @classmethod
     def open(cls, target: Path, mount: Mount) -> Self:
@@ -137,7 +138,7 @@ class Partial:
 
         Without fallocate, `check_space` has compared them with the free space.
         """
-        if not self._mount.can_reserve or not _rust.reserve(self.fd, size):
+        if not self.mount.can_reserve or not _rust.reserve(self.fd, size):
             os.ftruncate(self.fd, size)
 
     def clear(self) -> None:

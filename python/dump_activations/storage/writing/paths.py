@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from dump_activations.errors import InvalidArgumentError, OutputError, option
 from dump_activations.paths import locate
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.shards import MAX_SHARDS, Shard
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 PARTIAL = ".partial"
 JOURNAL = ".partial.journal"
@@ -60,7 +64,11 @@ def check_output(
         format_of(target, dtypes)
         directory = nearest_directory(target)
         longest = replacement_path(Shard(target, MAX_SHARDS, MAX_SHARDS).path).name
-        if len(os.fsencode(longest)) > os.pathconf(directory, "PC_NAME_MAX"):
+        # Some network mounts give no limit, or zero.
+        max_nbytes = 0
+        with suppress(OSError):
+            max_nbytes = os.pathconf(directory, "PC_NAME_MAX")
+        if len(os.fsencode(longest)) > (max_nbytes or 255):
             raise OutputError(f"{target} has too long a name for the files next to it; shorten it")
         if not os.access(directory, os.W_OK | os.X_OK):
             raise OutputError(f"{directory} is not writable; choose another output")
@@ -95,12 +103,11 @@ def free_space(targets: Sequence[Path]) -> int | None:
     where the file system reports a size of zero or nothing, as some network mounts do.
     """
     with OutputError.when(f"cannot write {targets[0]}"):
+        directory = nearest_directory(targets[0])
         try:
-            disk = os.statvfs(nearest_directory(targets[0]))
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
-                return None
-            raise
+            disk = os.statvfs(directory)
+        except OSError:
+            return None
         free = disk.f_bavail * disk.f_frsize
         for target in targets:
             with suppress(FileNotFoundError):
@@ -123,20 +130,40 @@ class Mount:
     Attributes:
         has_locks: False where `flock` fails, or grants a lock twice and so protects nothing.
         can_reserve: True where space can be taken before it is written.
+        can_write_direct: True where writes may go past the page cache.
+        can_sync_directory: True where the names in a directory can be flushed.
+        clock_ahead: seconds between its clock, which dates its files, and this machine's.
     """
 
     has_locks: bool = True
     can_reserve: bool = True
+    can_write_direct: bool = True
+    can_sync_directory: bool = True
+    clock_ahead: float = 0.0
 
 
 def probe(directory: Path) -> Mount:
-    """Make a file in a directory and try with it what a dump needs.
+    """Do with a file just made what a dump does with its files.
 
     Raises:
-        OutputError: no file can be made there.
+        OutputError: the file system lacks what every dump needs, or no file can be made there.
     """
     with OutputError.when(f"cannot write {directory}"), _new_file(directory) as (fd, path):
-        return Mount(has_locks=_has_locks(fd, path), can_reserve=_can_reserve(fd))
+        ahead = os.fstat(fd).st_mtime - time.time()
+        with _needed(directory, "rename a file"):
+            path.replace(path.with_suffix(".renamed"))
+        with _needed(directory, "write at an offset"):
+            _check_offsets(fd)
+        with _needed(directory, "flush a file to disk"):
+            os.fsync(fd)
+            os.fdatasync(fd)
+        return Mount(
+            has_locks=_has_locks(fd),
+            can_reserve=_succeeds(lambda: _rust.reserve(fd, 1)),
+            can_write_direct=_succeeds(lambda: _write_direct(fd)),
+            can_sync_directory=_succeeds(lambda: _sync_directory(directory)),
+            clock_ahead=ahead,
+        )
 
 
 def owner_of_new_files(directory: Path) -> int:
@@ -153,11 +180,37 @@ def _new_file(directory: Path) -> Iterator[tuple[int, Path]]:
         yield fd, path
     finally:
         os.close(fd)
-        path.unlink(missing_ok=True)
+        for name in (path, path.with_suffix(".renamed")):
+            with suppress(OSError):
+                name.unlink(missing_ok=True)
 
 
-def _has_locks(fd: int, path: Path) -> bool:
-    second = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+@contextmanager
+def _needed(directory: Path, what: str) -> Iterator[None]:
+    """Name a file system that refuses as unfit. A full disk shows when space is reserved."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise
+        if error.errno not in _FULL:
+            raise OutputError(
+                f"{directory} cannot hold a dump, because its file system cannot {what} "
+                f"({error.strerror}); choose an output on another disk, and copy the finished file"
+            ) from None
+
+
+def _check_offsets(fd: int) -> None:
+    end = 2 * mmap.PAGESIZE
+    os.pwrite(fd, b"end", end)
+    os.pwrite(fd, b"begin", 0)
+    if (os.pread(fd, 5, 0), os.pread(fd, 9, end)) != (b"begin", b"end"):
+        raise OSError(errno.ESPIPE, "it appends")
+    os.ftruncate(fd, mmap.PAGESIZE)
+
+
+def _has_locks(fd: int) -> bool:
+    second = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,11 +223,29 @@ def _has_locks(fd: int, path: Path) -> bool:
     return False
 
 
-def _can_reserve(fd: int) -> bool:
+def _write_direct(fd: int) -> None:
+    direct = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT)
     try:
-        return _rust.reserve(fd, 1)
+        with mmap.mmap(-1, mmap.PAGESIZE) as aligned:
+            os.pwrite(direct, aligned, 0)
+    finally:
+        os.close(direct)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _succeeds(attempt: Callable[[], bool | None]) -> bool:
+    """Return False where an attempt fails, but on a full disk: only its space is lacking."""
+    try:
+        return attempt() is not False
     except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in _FULL
 
 
 def create(path: Path, flags: int) -> int:
@@ -186,16 +257,10 @@ def create(path: Path, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
 
-def sync_directory(path: Path) -> None:
-    """Return once the names in a directory are on disk, where the file system supports it."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(fd)
+def sync_directory(directory: Path, mount: Mount) -> None:
+    """Return once the names in a directory are on disk, where the mount can flush them."""
+    if mount.can_sync_directory:
+        _sync_directory(directory)
 
 
 def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_result) -> None:
@@ -205,9 +270,19 @@ def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_r
         raise OutputError(f"{target} is not an ordinary file; choose another output")
     # Root may write any file, but a file without write permission is meant to stay.
     if not found.st_mode & 0o222 or not os.access(target, os.W_OK):
-        raise OutputError(f"{target} is write-protected; permit writing, or choose another output")
+        with _new_file(target.parent) as (fd, _):
+            is_any = os.fstat(fd).st_mode == found.st_mode  # as on a mount with one mode for all
+        if not is_any:
+            raise OutputError(
+                f"{target} is write-protected; permit writing, or choose another output"
+            )
     is_sticky = directory.st_mode & stat.S_ISVTX
-    if is_sticky and os.geteuid() not in (0, found.st_uid, directory.st_uid):
+    owners = (0, found.st_uid, directory.st_uid)
+    if (
+        is_sticky
+        and os.geteuid() not in owners
+        and found.st_uid != owner_of_new_files(target.parent)
+    ):
         raise OutputError(
             f"{target} belongs to another user, in a directory where only its owner may replace "
             "it; choose another output"

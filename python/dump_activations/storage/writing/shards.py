@@ -54,7 +54,6 @@ class Output:
 
     Attributes:
         files: the files that this process may write.
-        found: boards of files that were finished when the process came.
         finished: the finished files by their paths, whichever process wrote them.
         replaced: files of other work that this call replaces, by their paths.
         written: number of files that this process finished.
@@ -94,7 +93,6 @@ class Output:
         for file in self.files:
             if not self._is_finished(file, at_start=True):
                 check_partial(file, overwrite=overwrite)
-        self.found = self._count_boards()
 
     def __enter__(self) -> "Output":
         return self
@@ -229,7 +227,7 @@ class Output:
         """Refuse a partial file that another process may be writing, where locks do not work."""
         with suppress(JournalError):
             modified = read_journal(file.target, header_only=True).modified
-            if time.time() - modified < _RECENT_SECONDS:
+            if time.time() + self._mount.clock_ahead - modified < _RECENT_SECONDS:
                 raise OutputError(
                     f"{partial_path(file.target)} was written less than a minute ago, and this "
                     "file system has no locks that tell whether its process is still at work; wait "
