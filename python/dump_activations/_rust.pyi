@@ -8,6 +8,9 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+__version__: str
+"""The version of the package."""
+
 @final
 class Dataset:
     """A dataset directory whose shards' headers were read; no file is kept open."""
@@ -78,6 +81,7 @@ class Cancel:
     def ask(self) -> None: ...
 
 def shuffle_tail(population: int, state: int, increment: int, out: NDArray[np.int64]) -> None: ...
+def permutation(state: int, increment: int, out: NDArray[np.int64]) -> None: ...
 def combine_crc32(first: int, second: int, second_len: int) -> int: ...
 def write_span(
     fd: int, direct_fd: int | None, offset: int, data: NDArray[np.uint8], dtype: str

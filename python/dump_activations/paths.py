@@ -42,20 +42,6 @@ def locate(path: str | os.PathLike[str], name: str = "") -> Path:
         ) from None
 
 
-def input_path(path: str | os.PathLike[str], name: str = "") -> Path:
-    """Turn the path or URL of an input file into an absolute path, of its local copy for a URL.
-
-    Raises:
-        InvalidArgumentError: as `locate`, or no store serves the URL.
-        RemoteError: the file cannot be read, or there is none.
-    """
-    if not is_url(path):
-        return locate(path, name)
-    from dump_activations.remote import local_file
-
-    return local_file(os.fspath(path))
-
-
 def check_reachable(path: Path, error: type[DumpActivationsError]) -> None:
     """Raise `error` where the system refuses to look for the path: it is too long, or locked up."""
     try:

@@ -43,7 +43,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 Buffers = dict[str, Tensor]
 """Key -> tensor (B, *shape)."""
 
-_Ring = queue.SimpleQueue[Buffers]
+# The slot that was released last comes first: its memory is in the cache, and a consumer that keeps
+# up never touches the others.
+_Ring = queue.LifoQueue[Buffers]
 
 Forward = Callable[[Tensor, Buffers], Sequence[Chunk]]
 """Queues a batch: tokens (B, 16) on the device, buffers to fill -> the chunks of the batch."""
@@ -105,8 +107,9 @@ class HostTransfer:
     def __init__(self, plan: Plan, rows: int) -> None:
         self.copying: Stopwatch | CudaStopwatch = Stopwatch()
         shapes, dtype = _shapes(plan, rows), plan.storage_dtype
-        memory = _mapped(HOST_SLOTS * _slot_nbytes(shapes, dtype))
-        self._free = _ring(memory, shapes, dtype, HOST_SLOTS)
+        count = min(HOST_SLOTS, -(-len(plan.indices) // rows))
+        memory = _mapped(count * _slot_nbytes(shapes, dtype))
+        self._free = _ring(memory, shapes, dtype, count)
 
     def run(self, boards: BoardBatch, forward: Forward) -> ActivationBatch:
         """Queue a batch. Blocks while every slot is taken."""

@@ -1,5 +1,6 @@
 """Datasets and dumps in buckets, on web servers and on the Hugging Face Hub, as local files."""
 
+import os
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -7,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dump_activations.errors import DatasetNotFoundError, OutputError
+from dump_activations.paths import is_url, locate
 from dump_activations.remote.mirror import BLOCK_NBYTES, fetch, view_of
 
 _DATASET_NAMES = ("steps-*.npy", "steps.npy", "metadata.db", "metadata.db-*")
@@ -63,3 +65,18 @@ def local_file(url: str) -> Path:
     if not files:
         raise OutputError(f"{location.url}/{name}: no such file, and no shards of it")
     return view_of(location, files) / name
+
+
+def input_path(path: str | os.PathLike[str], name: str = "") -> Path:
+    """Return the absolute path of an input file: of its local copy, where a URL is given.
+
+    Args:
+        path: the path, or the URL of a file or of a dump in shards.
+        name: the option it was given for; errors name it.
+
+    Raises:
+        InvalidArgumentError: the path is empty, or no store serves the URL.
+        OutputError: nothing is at the URL.
+        RemoteError: the server refuses or does not answer, or the cache cannot be written.
+    """
+    return local_file(os.fspath(path)) if is_url(path) else locate(path, name)
