@@ -29,6 +29,7 @@ from dump_activations.errors import (
     warn,
 )
 from dump_activations.progress import Count
+from dump_activations.remote.mirror import url_of
 from dump_activations.text import printable, slice_text
 
 if TYPE_CHECKING:
