@@ -6,7 +6,7 @@ It imports NumPy to read a file, and never torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,25 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(inspect_activations, arguments)
 
 
-class _Dump(click.ParamType):
-    """The path of a dump, or its URL, which stands for its local copy."""
+def _dump_path(path: str) -> Path:
+    """Return the path of a dump, or of the local copy of a URL's."""
+    if not is_url(path):
+        return Path(path)
+    from dump_activations.remote import input_path
 
-    name = "path"
-
-    def convert(self, value: Any, *_: object) -> Path:
-        if not is_url(value):
-            return Path(value)
-        from dump_activations.remote import input_path
-
-        return input_path(value)
+    return input_path(path)
 
 
 _Tolerance = click.FloatRange(min=0)
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
-@click.argument("file", type=_Dump())
-@click.argument("other", type=_Dump(), required=False)
+@click.argument("file", type=_dump_path)
+@click.argument("other", type=_dump_path, required=False)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
 @click.option("--stats", is_flag=True, help="Show statistics; compute them where there are none.")
 @click.option(
