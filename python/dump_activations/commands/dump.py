@@ -216,9 +216,9 @@ def _is_default(context: click.Context, name: str) -> bool:
 
 
 def _device_there_is(device: str) -> str:
-    import torch
+    from dump_activations.pipeline.device import lack_of_cuda
 
-    if torch.cuda.is_available():
+    if not (reason := lack_of_cuda()):
         return device
-    print_note("no CUDA device: running on the CPU")
+    print_note(f"no CUDA device ({reason}): running on the CPU")
     return "cpu"
