@@ -23,9 +23,8 @@ mod _rust {
     use pyo3::prelude::*;
     use pyo3::types::{PyList, PyString};
 
-    use crate::dataset::boards::CELLS;
     use crate::dataset::headers::Shards;
-    use crate::dataset::layouts::{self, BoardField, Layout};
+    use crate::dataset::layouts::{self, BoardField, CELLS, Layout};
     use crate::dataset::{self, scan::Columns};
     use crate::error::{Error, Interrupt, Interrupted};
     use crate::output::checksum::{self, Element};
@@ -152,7 +151,7 @@ mod _rust {
 
         #[getter]
         fn path(&self) -> PathBuf {
-            self.dataset.path().to_owned()
+            self.dataset.path.clone()
         }
 
         #[getter]
@@ -163,14 +162,14 @@ mod _rust {
         /// The `descr` text of each shard's header, equal ones as one object.
         #[getter]
         fn descrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-            let descrs = self.dataset.descrs().iter();
+            let descrs = self.dataset.descrs.iter();
             let texts: Vec<_> = descrs.map(|text| PyString::new(py, text)).collect();
-            PyList::new(py, self.dataset.layout_of().iter().map(|&layout| &texts[layout]))
+            PyList::new(py, self.dataset.layout_of.iter().map(|&layout| &texts[layout]))
         }
 
         #[getter]
         fn shards(&self) -> Vec<(PathBuf, u64, u64)> {
-            let files = self.dataset.files();
+            let files = &self.dataset.files;
             let shard = |(shard, file): (usize, &RowFile)| {
                 (file.path.clone(), file.rows, files.first(shard))
             };
@@ -269,7 +268,7 @@ mod _rust {
             }
             let mut scratch = scratch.try_readwrite().map_err(not_usable("scratch"))?;
             let scratch = scratch.as_slice_mut().map_err(not_usable("scratch"))?;
-            if dataset.files().files().iter().any(|file| file.itemsize > scratch.len()) {
+            if dataset.files.files().iter().any(|file| file.itemsize > scratch.len()) {
                 return Err(argument("scratch must hold one row"));
             }
             let borrowed = arrays.into_iter().map(|array| array.try_readwrite());
@@ -373,6 +372,21 @@ mod _rust {
         detached(py, None, |interrupt| {
             sampling::shuffle_tail(population, generator, out, interrupt)
         })
+    }
+
+    /// `Generator.permutation(len(out))` of a fresh `default_rng`, in half the time and without the
+    /// interpreter, by the `state` and `inc` of its PCG64.
+    #[pyfunction]
+    fn permutation(
+        py: Python<'_>,
+        state: u128,
+        increment: u128,
+        out: &Bound<'_, PyArray1<i64>>,
+    ) -> PyResult<()> {
+        let mut out = out.try_readwrite().map_err(not_usable("out"))?;
+        let out = out.as_slice_mut().map_err(not_usable("out"))?;
+        py.detach(|| Generator::new(state, increment).permute(out));
+        Ok(())
     }
 
     fn element(dtype: &str) -> PyResult<Element> {

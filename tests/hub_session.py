@@ -7,6 +7,7 @@ before this starts.
 import json
 import os
 import sys
+import warnings
 from types import SimpleNamespace
 
 
@@ -24,7 +25,7 @@ def main() -> None:
         told = SimpleNamespace(begin=lambda phase, phases=phases: phases.append(phase.name))
         constants.HF_HUB_ETAG_TIMEOUT = request["timeout"]
         try:
-            with progress.reported_to(told):
+            with progress.reported_to(told), warnings.catch_warnings(record=True) as caught:
                 model = load_encoder(request["init"])
             with torch.no_grad():
                 _, logits = model(torch.tensor(request["boards"]))
@@ -33,6 +34,7 @@ def main() -> None:
                 "commit": model.hub_commit,
                 "tokenizer": model.tokenizer,
                 "phases": phases,
+                "warnings": [str(each.message) for each in caught],
             }
         except Exception as error:
             kinds = [kind.__name__ for kind in type(error).__mro__]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         IndicesError,
         IndicesNotFoundError,
         InvalidArgumentError,
+        MissingKeyError,
         OutputError,
         RowIndexError,
         StepIndexError,
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
     from dump_activations.pipeline.run import Summary
     from dump_activations.report.render import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
+    from dump_activations.storage.reading.array import ActivationArray
     from dump_activations.storage.reading.cells import CellBatch
 
     __version__: str
 
 __all__ = [
+    "ActivationArray",
     "ActivationNotImplementedError",
     "ActivationUnavailableError",
     "ActivationsFile",
@@ -61,6 +64,7 @@ __all__ = [
     "IndicesError",
     "IndicesNotFoundError",
     "InvalidArgumentError",
+    "MissingKeyError",
     "OutputError",
     "RowIndexError",
     "Shard",
@@ -76,6 +80,7 @@ __all__ = [
 
 # torch and NumPy take seconds to import, so a name's module is imported when it is first used.
 _HOMES = {
+    "ActivationArray": "storage.reading.array",
     "ActivationsFile": "storage.reading.activations_file",
     "Batch": "api.stream",
     "CellBatch": "storage.reading.cells",

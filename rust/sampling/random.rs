@@ -39,6 +39,28 @@ impl Generator {
         })
     }
 
+    /// Puts 0 up to the length of `out` in the order of `Generator.permutation`.
+    pub fn permute(&mut self, out: &mut [i64]) {
+        for (item, number) in out.iter_mut().zip(0..) {
+            *item = number;
+        }
+        for last in (1..out.len()).rev() {
+            out.swap(last, self.masked(last as u64) as usize);
+        }
+    }
+
+    /// A random integer of [0, last], from as few bits as `last` has, again until it is inside.
+    fn masked(&mut self, last: u64) -> u64 {
+        let mask = u64::MAX >> last.leading_zeros();
+        loop {
+            let narrow = last <= u64::from(u32::MAX);
+            let bits = if narrow { u64::from(self.next_u32()) } else { self.next_u64() };
+            if bits & mask <= last {
+                return bits & mask;
+            }
+        }
+    }
+
     /// A random integer of the closed range [0, last].
     pub fn bounded(&mut self, last: u64) -> u64 {
         match u32::try_from(last) {

@@ -15,9 +15,11 @@ from dump_activations.options import DumpOptions, StreamOptions, describe
 CACHE = Path(__file__).parents[2] / ".mypy_cache" / "uses"
 USES = """
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
-from dump_activations import Batch, StepsDataset, Summary, dump, load_encoder, stream
+from dump_activations import ActivationsFile, Batch, StepsDataset, Summary
+from dump_activations import dump, load_encoder, stream
 from dump_activations import strem  # wrong: no such name
 
 ds = StepsDataset("dataset")
@@ -34,6 +36,13 @@ dump("checkpoint", "dataset", tensors="view")  # wrong: of stream only
 for batch in stream("checkpoint", ds, outputs="pooled"):
     each: Batch = batch
     batch["pooled"].shape, batch.indices, batch.boards, batch.keys()
+acts = ActivationsFile("a.pt")
+for cells in acts.cells("layer_outputs", layer=2, batch_size=2048, dtype=torch.float32):
+    cells.values.float() * 2, cells.rows + cells.cells
+for pairs in acts.cells(["mlp_input", "mlp_out"], 2, epochs=None):
+    pairs.values["mlp_out"].float()
+    pairs.values.float()  # wrong: a dict of several keys
+acts.cells("layer_outputs", batch=2048)  # wrong: no such argument
 """
 
 

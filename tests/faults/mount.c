@@ -6,11 +6,16 @@
  * MOUNT_FLOCK=<errno> flock fails (Lustre, Cray DVS, NFS)
  * MOUNT_INODES=1      each look shows a new inode number (rclone renews them every few minutes)
  * MOUNT_STATFS=zero|<errno>  free space is unknown
- * There is never an fallocate.
+ * MOUNT_DIRECT=<errno> writes past the page cache fail
+ * MOUNT_PWRITE=ignored|<errno>  what is written goes to the end, or writing elsewhere fails
+ * MOUNT_FSYNC=<errno>, MOUNT_DIRSYNC=<errno>, MOUNT_RENAME=<errno>  flushing a file or a directory,
+ *                     or renaming, fails
+ * There is never an fallocate: MOUNT_RESERVE=<errno> is its error, by default EOPNOTSUPP.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -86,7 +91,7 @@ int flock(int fd, int operation) {
 int fallocate64(int fd, int mode, off64_t at, off64_t size) {
     if (!is_fd_under(fd))
         return REAL(fallocate64)(fd, mode, at, size);
-    errno = EOPNOTSUPP;
+    errno = getenv("MOUNT_RESERVE") ? atoi(getenv("MOUNT_RESERVE")) : EOPNOTSUPP;
     return -1;
 }
 int fallocate(int fd, int mode, off_t at, off_t size) { return fallocate64(fd, mode, at, size); }
@@ -107,4 +112,39 @@ int fstatvfs64(int fd, struct statvfs64 *disk) {
 }
 int statvfs64(const char *path, struct statvfs64 *disk) {
     return space(REAL(statvfs64)(path, disk), is_under(path), disk);
+}
+
+ssize_t pwrite64(int fd, const void *data, size_t length, off64_t at) {
+    const char *habit = getenv("MOUNT_PWRITE");
+    struct stat64 found;
+    if (!is_fd_under(fd) || REAL(fstat64)(fd, &found))
+        return REAL(pwrite64)(fd, data, length, at);
+    if ((fcntl(fd, F_GETFL) & O_DIRECT) && refuse("MOUNT_DIRECT", 1))
+        return -1;
+    if (habit && at != found.st_size) {
+        if (strcmp(habit, "ignored")) {
+            errno = atoi(habit);
+            return -1;
+        }
+        at = found.st_size;
+    }
+    return REAL(pwrite64)(fd, data, length, at);
+}
+ssize_t pwrite(int fd, const void *data, size_t length, off_t at) {
+    return pwrite64(fd, data, length, at);
+}
+
+static int is_directory(int fd) {
+    struct stat64 found;
+    return !REAL(fstat64)(fd, &found) && S_ISDIR(found.st_mode);
+}
+int fsync(int fd) {
+    const char *habit = is_directory(fd) ? "MOUNT_DIRSYNC" : "MOUNT_FSYNC";
+    return refuse(habit, is_fd_under(fd)) ? -1 : REAL(fsync)(fd);
+}
+int fdatasync(int fd) {
+    return refuse("MOUNT_FSYNC", is_fd_under(fd)) ? -1 : REAL(fdatasync)(fd);
+}
+int rename(const char *from, const char *to) {
+    return refuse("MOUNT_RENAME", is_under(to)) ? -1 : REAL(rename)(from, to);
 }

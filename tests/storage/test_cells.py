@@ -1,9 +1,13 @@
 """Cells in a shuffled order: each once an epoch, the same however they are read."""
 
+import gc
 import itertools
 import pickle
 import subprocess
 import sys
+import threading
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,19 +73,20 @@ def places(batches):
     return torch.cat([batch.rows * 16 + batch.cells for batch in batches]).tolist()
 
 
-def expected_order(cells, batch_size, window, seed, epoch):
-    """Follow the words of `cell_order`, with NumPy's own permutations."""
+def expected_order(cells, batch_size, window, seed, epoch, *, shuffle_boards=False):
+    """Follow the words of `cells.py`, with NumPy's own permutations."""
     length = window // (batch_size * CELL) * batch_size
 
-    def permutation(n, number):
-        return np.random.default_rng([seed, epoch, number]).permutation(n)
+    def permutation(n, *key):
+        return np.random.default_rng([seed, epoch, *key]).permutation(n)
 
     windows = [*permutation(cells // length, 0), cells // length]
     order = []
     for number in windows:
         inside = range(cells)[number * length : (number + 1) * length]
         order += [inside[i] for i in permutation(len(inside), 1 + number)]
-    return order
+    boards = permutation(cells // 16, 0, 1) if shuffle_boards else range(cells // 16)
+    return [16 * boards[cell // 16] + cell % 16 for cell in order]
 
 
 @st.composite
@@ -89,7 +94,8 @@ def orders(draw):
     batch_size = draw(st.integers(8, 700))
     window = draw(st.integers(batch_size * CELL, max(16 * N, batch_size) * CELL))
     numbers = {name: draw(st.integers(0, 2**40)) for name in ("seed", "epoch")}
-    return {"batch_size": batch_size, "window": window, **numbers}
+    shuffle = {"shuffle_boards": True} if draw(st.booleans()) else {}
+    return {"batch_size": batch_size, "window": window, **numbers, **shuffle}
 
 
 @given(orders())
@@ -432,9 +438,67 @@ def test_a_state_of_another_file_of_the_same_shapes(acts, tmp_path):
         one.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize("steps", ["sampled", "in order"])
+def test_boards_in_the_order_of_the_dataset_are_warned_of(tmp_path, steps):
+    boards = torch.randperm(200) if steps == "sampled" else torch.arange(1000, 1200)
+    hidden = torch.arange(200 * 16.0).view(200, 16, 1)
+    save_file({"indices": boards, "hidden": hidden}, tmp_path / "a.safetensors")
+    acts = ActivationsFile(tmp_path / "a.safetensors")
+    with warnings.catch_warnings(record=True) as caught:
+        options = {"batch_size": 64, "window": 64 * 4}
+        near = next(iter(acts.cells("hidden", **options))).rows.unique()
+        far = next(iter(acts.cells("hidden", **options, shuffle_boards=True))).rows.unique()
+    assert [str(each.message).partition(": ")[2][:44] for each in caught] == (
+        [] if steps == "sampled" else ["its boards are in the order of the dataset, "]
+    )
+    assert len(near) == len(far) == 4
+    assert int(near[-1] - near[0]) == 3 < int(far[-1] - far[0])
+
+
+def test_values_have_the_dtype_asked_for(acts):
+    stored = list(acts.cells("final_hidden", batch_size=300))
+    found = list(acts.cells("final_hidden", batch_size=300, dtype=torch.float64))
+    for one, other in zip(stored, found, strict=True):
+        assert other.values.dtype == torch.float64
+        assert torch.equal(one.values.double().nan_to_num(), other.values.nan_to_num())
+    pair = next(iter(acts.cells(["mlp_post", "attn_q"], 2, dtype=torch.bfloat16)))
+    assert {each.dtype for each in pair.values.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loop_of_several_epochs_or_without_an_end(acts, workers):
+    options = {"batch_size": 40, "epoch": 1}
+    whole = [list(acts.cells("final_hidden", batch_size=40, epoch=1 + i)) for i in range(3)]
+    for epochs in (2, None):
+        cells = acts.cells("final_hidden", **options, epochs=epochs)
+        loader = DataLoader(cells, batch_size=None, num_workers=workers)
+        found = take(loader, 45)
+        expected = [*whole[0], *whole[1], *whole[2]][: 45 if epochs is None else 30]
+        assert sorted(places(found)) == sorted(places(expected))
+        if not workers:
+            assert places(found) == places(expected)
+    assert len(acts.cells("final_hidden", **options, epochs=2)) == 30
+    with pytest.raises(TypeError, match="a loop has no end"):
+        len(cells)
+
+
+def test_loops_opened_and_dropped_leave_no_thread_or_descriptor(acts):
+    def held():
+        gc.collect()
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    next(iter(acts.cells("final_hidden", batch_size=16, window=32 * CELL)))
+    before = held()
+    for _ in range(50):
+        next(iter(acts.cells("final_hidden", batch_size=16, window=32 * CELL)))
+    assert held() == before
+
+
 ENDINGS = {
     "held": "batches = iter(cells); next(batches)",
     "thread": "threading.Thread(target=lambda: print(len(list(cells)))).start()",
+    "daemon": "threading.Thread(target=lambda: list(cells), daemon=True).start(); time.sleep(0.05)",
+    "workers": "batches = iter(DataLoader(cells, batch_size=None, num_workers=2)); next(batches)",
 }
 
 
@@ -442,8 +506,9 @@ ENDINGS = {
 def test_a_program_that_ends_while_cells_are_read_ends_quietly(tmp_path, ending):
     save_file({"hidden": torch.zeros(4000, 16, 32)}, tmp_path / "a.safetensors")
     program = f"""
-import sys, threading
+import sys, threading, time
 from dump_activations import ActivationsFile
+from torch.utils.data import DataLoader
 cells = ActivationsFile(sys.argv[1]).cells("hidden", batch_size=500, window=500 * 128 * 4)
 {ENDINGS[ending]}
 """
@@ -465,6 +530,8 @@ cells = ActivationsFile(sys.argv[1]).cells("hidden", batch_size=500, window=500 
         ({"rank": 2, "world_size": 2}, "rank must be less than world_size=2; got 2"),
         ({"rank": -1}, "rank must be at least 0; got -1"),
         ({"rank": 0, "world_size": 0}, "rank must be less than world_size=0; got 0"),
+        ({"epochs": 0}, "epochs must be at least 1 or None; got 0"),
+        ({"dtype": "float32"}, "dtype must be a torch.dtype; got 'float32'"),
         ({"seed": -1}, "seed must be at least 0; got -1"),
         ({"epoch": -1}, "epoch must be at least 0; got -1"),
         ({"device": "meta"}, "device must be cpu or cuda; got 'meta'"),

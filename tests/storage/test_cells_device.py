@@ -7,7 +7,7 @@ from simulated.policies import at_random, first, greedy, lazy
 from simulated_device import simulated
 
 from dump_activations import ActivationsFile, DeviceError
-from dump_activations.storage.reading import cell_feed
+from dump_activations.storage.reading import stored_cells
 
 OPTIONS = {"batch_size": 64, "window": 3 * 64 * 40}
 POLICIES = {
@@ -47,7 +47,7 @@ def test_the_values_are_those_on_the_host(acts, policy):
 
 def test_values_are_wrong_where_no_stream_waits_for_the_copy(acts, monkeypatch):
     expected = torch.cat([b.values["hidden"] * 2 for b in acts.cells(["hidden"], **OPTIONS)])
-    monkeypatch.setattr(cell_feed, "_finish_copy", lambda batch, *_: batch)
+    monkeypatch.setattr(stored_cells, "_finish_copy", lambda batch, *_: batch)
     with simulated(lazy):
         found = used_on_the_device(acts.cells(["hidden"], device="cuda:0", **OPTIONS))
     assert not torch.equal(found, expected)

@@ -28,6 +28,7 @@ from dump_activations.errors import (
     warn,
 )
 from dump_activations.progress import Count
+from dump_activations.text import slice_text
 
 if TYPE_CHECKING:
     # For the types of a `DataLoader`. It only needs the methods, and a dataset needs no torch.
@@ -246,8 +247,8 @@ class StepsDataset(_Dataset):
             raise DatasetError(f"{self.path}: its shards have no rows")
         if not selected:
             raise InvalidArgumentError(
-                f"{option('steps')}: {selected.start}:{selected.stop}:{selected.step} is empty; "
-                f"{self.path} has {len(self)} rows"
+                f"{option('steps', slice_text(steps or slice(None)))} takes no row of {self.path}, "
+                f"which has {len(self)}"
             )
         if where is None:
             return StepRange(selected)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ from dump_activations.pipeline.device import (
 from dump_activations.pipeline.feed import BoardBatch, feed_boards
 from dump_activations.pipeline.plan import Plan
 from dump_activations.pipeline.transfer import ActivationBatch, Buffers, HostTransfer
+from dump_activations.text import size_text
 from dump_activations.timing import Chunk, Stopwatch
 
 # Boards in a chunk on the CPU: its temporaries stay in a core's cache and in the heap, while those
@@ -48,8 +50,9 @@ class Summary:
 
     Attributes:
         output: the file, or the name of its shards; None if nothing was written.
+        keys: activation keys that were captured.
         boards: boards that went through the model.
-        resumed_boards: boards that were already on disk from earlier runs.
+        resumed_boards: the other boards of the output, which earlier runs or other processes wrote.
         bytes_written: size of the finished files of the output.
         shards_written: shards that this process wrote; 0 for one file.
         shards_found: shards that were complete or that others wrote meanwhile; 0 for one file.
@@ -63,6 +66,7 @@ class Summary:
     """
 
     output: Path | None = None
+    keys: tuple[str, ...] = ()
     boards: int = 0
     resumed_boards: int = 0
     bytes_written: int = 0
@@ -85,12 +89,53 @@ class Summary:
         """The stage that was busy longest, which bounds the run's speed."""
         return max(self.stage_seconds, key=self.stage_seconds.__getitem__)
 
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of the whole call."""
+        return self.setup_seconds + self.seconds + self.commit_seconds
+
+    def __str__(self) -> str:
+        """Return work, place, size and speed in one line, as the command shows them."""
+        resumed = f" (and {self.resumed_boards:,} resumed)" if self.resumed_boards else ""
+        shards = f", {self.shards_written:,} shards of it" if self.shards_written else ""
+        where = (
+            f"{size_text(self.bytes_written)} in {self.output}{shards}"
+            if self.output
+            else "nothing written"
+        )
+        speed = f", {self.boards_per_second:,.0f} boards/s in the loop" if self.boards else ""
+        of = f" of {', '.join(self.keys)}" if self.keys else ""
+        return f"{self.boards:,} boards{of}{resumed}: {where}; {self.total_seconds:.1f} s{speed}"
+
+    def _repr_html_(self) -> str:
+        """Return the same line and a table of the stages, as a notebook shows them."""
+        headings, rows = self.stage_table()
+        cells = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+        return (
+            f"<p>{escape(str(self))}</p><table><thead><tr><th>{'</th><th>'.join(headings)}</th>"
+            f"</tr></thead><tbody>{cells}</tbody></table>"
+        )
+
+    def stage_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return the headings and the rows of a table of the stages."""
+        stages = {"setup": self.setup_seconds, **self.stage_seconds}
+        stages |= {"waiting for boards": self.waiting_seconds, "whole loop": self.seconds}
+        rows: list[tuple[str, ...]] = []
+        for stage, seconds in {**stages, "commit": self.commit_seconds}.items():
+            slowest = " (slowest)" if self.boards and stage == self.slowest_stage else ""
+            share = f"{seconds / self.total_seconds:.0%}" if self.total_seconds else "-"
+            # A time that rounds to zero gives no rate.
+            rate = f"{self.boards / seconds:,.0f}" if seconds >= 0.0005 else "-"
+            rows.append((f"{stage}{slowest}", f"{seconds:.3f}", share, rate))
+        return ("stage", "seconds", "share", "boards/s"), rows
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields and the figures derived from them, ready for JSON."""
         return {
             **asdict(self),
             "output": None if self.output is None else str(self.output),
             "boards_per_second": self.boards_per_second,
+            "total_seconds": self.total_seconds,
             "slowest_stage": self.slowest_stage,
         }
 
@@ -280,6 +325,7 @@ class Run:
         ended = self._ended or time.perf_counter()
         forward, copying = self._set_up
         return Summary(
+            keys=tuple(each.key for each in self._plan.activations),
             boards=self._boards,
             seconds=ended - self._started - self.commit_seconds,
             setup_seconds=self._started - started,

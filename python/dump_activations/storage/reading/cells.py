@@ -1,26 +1,59 @@
-"""Cells of all boards in a shuffled order, a batch at a time.
+"""Shuffled cells a batch at a time: their order, their epochs, and the position to resume from.
 
-Shape letters: B cells in a batch, D width of a cell's value.
+The order is normative: equally many cells, read with the same numbers, always come in the same one.
+Cell c is cell c % 16 of board c // 16. `permutation(n, *key)` is
+`numpy.random.default_rng(key).permutation(n)` of NumPy 2. A window is as many consecutive cells as
+whole batches fit in its bytes; the cells left at the end are one more, shorter window. The windows
+come in the order `permutation(whole windows, seed, epoch, 0)`, the short one last; the cells of
+window w in the order `permutation(cells of it, seed, epoch, 1 + w)`. Batches are cut from that one
+after the other. Where boards are shuffled first, board b above stands for board
+`permutation(boards, seed, epoch, 0, 1)[b]`.
+
+Shape letters: B cells in a batch, M cells read at once, D width of a cell's value.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby, repeat
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dump_activations import _rust
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import DeviceError, InvalidArgumentError, option
-from dump_activations.storage.reading.cell_feed import CellFeed
-from dump_activations.storage.reading.cell_order import CellOrder, CellValues
-from dump_activations.storage.reading.dump_files import DumpFiles
+from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.storage.reading.epochs import Epochs
-from dump_activations.storage.reading.inspection import Inspection
+
+Values = TypeVar("Values", Tensor, dict[str, Tensor])
+
+KeyedCells = tuple[dict[str, Tensor], Tensor, Tensor]
+"""Values by key, rows and cells, as in a `CellBatch`."""
 
 
-class CellBatch(NamedTuple):
+class CellArguments(TypedDict, total=False):
+    """Arguments by name of `ActivationsFile.cells`, for its overloads."""
+
+    batch_size: int
+    seed: int
+    epoch: int
+    epochs: int | None
+    rank: int
+    world_size: int
+    window: int
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    drop_last: bool
+    shuffle_boards: bool
+
+
+class CellBatch(NamedTuple, Generic[Values]):
     """Cells of several boards.
 
     Attributes:
@@ -29,66 +62,178 @@ class CellBatch(NamedTuple):
         cells: the cell of that board, int64 (B,), on the host.
     """
 
-    values: Tensor | dict[str, Tensor]
+    values: Values
     rows: Tensor
     cells: Tensor
 
 
-class Cells(IterableDataset[CellBatch]):
+@dataclass(frozen=True)
+class CellOrder:
+    """The order of an epoch, and the share of it that a process takes.
+
+    Attributes:
+        cells: all cells.
+        nbytes: bytes per cell, of all keys.
+        window: bytes per window, at least one batch.
+        batch_size: cells per batch; the last may have fewer.
+        seed, epoch: seeds of the permutations.
+        rank, world_size: number of this process, and the processes that share the batches.
+        drop_last: leave out a short last batch, and batches that not every rank would have.
+        shuffle_boards: take the boards in a random order before windows are cut.
+    """
+
+    cells: int
+    nbytes: int
+    window: int
+    batch_size: int
+    seed: int
+    epoch: int
+    rank: int
+    world_size: int
+    drop_last: bool
+    shuffle_boards: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in {"seed": 0, "epoch": 0, "rank": 0, "batch_size": 1}.items():
+            if (number := getattr(self, name)) < least:
+                raise InvalidArgumentError(f"{option(name)} must be at least {least}; got {number}")
+        if self.rank >= self.world_size:
+            raise InvalidArgumentError(
+                f"{option('rank')} must be less than {option('world_size', self.world_size)}; got "
+                f"{self.rank}"
+            )
+        if self.window < self.batch_nbytes:
+            raise InvalidArgumentError(
+                f"{option('window')} must be at least the {self.batch_nbytes} bytes of a batch; "
+                f"got {self.window}; take a larger window or a smaller {option('batch_size')}"
+            )
+
+    @property
+    def batch_nbytes(self) -> int:
+        """Bytes of a whole batch."""
+        return self.batch_size * self.nbytes
+
+    @property
+    def window_batches(self) -> int:
+        """Whole batches per window."""
+        return self.window // self.batch_nbytes
+
+    def windows(self, batches: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Cut a process's batches where windows end; yield the windows' numbers with them."""
+        whole = self.cells // (self.window_batches * self.batch_size)
+        windows = [*self._permutation(whole, 0).tolist(), whole]
+        for place, inside in groupby(batches, lambda batch: batch // self.window_batches):
+            yield windows[place], list(inside)
+
+    def read(self, window: int, batches: Sequence[int]) -> NDArray[np.int64]:
+        """Return the cells of a window's batches in order, int64 (M,)."""
+        length = self.window_batches * self.batch_size
+        order = self._permutation(min(length, self.cells - window * length), 1 + window)
+        order += window * length
+        if self.shuffle_boards:
+            order = self._boards[order // CELLS] * CELLS + (order & CELLS - 1)
+        starts = [batch % self.window_batches * self.batch_size for batch in batches]
+        if len(batches) == batches[-1] - batches[0] + 1:
+            return order[starts[0] : starts[-1] + self.batch_size]
+        return np.concatenate([order[start : start + self.batch_size] for start in starts])
+
+    @cached_property
+    def _boards(self) -> NDArray[np.int64]:
+        return self._permutation(self.cells // CELLS, 0, 1)
+
+    def _permutation(self, n: int, *key: int) -> NDArray[np.int64]:
+        state = np.random.PCG64([self.seed, self.epoch, *key]).state["state"]
+        out = np.empty(n, np.int64)
+        _rust.permutation(state["state"], state["inc"], out)
+        return out
+
+
+class Cells(IterableDataset[CellBatch[Values]]):
     """Batches of cells, as `ActivationsFile.cells` returns them: one epoch per loop.
 
     Every `iter()` begins the next epoch, of exactly `len()` batches; leaving a loop early ends its
     epoch. After `load_state_dict` the first loop is the rest of that epoch. Workers of a
     `DataLoader`, which needs `batch_size=None`, share the batches in the same order.
+
+    Args:
+        order: the order of the first epoch.
+        source: a text that tells the source of the cells from others, for a state.
+        single: hand out the values of a single key, not a dict.
+        epochs: epochs per loop; None for loops without an end.
+        dtype: dtype of the values; None for the stored one.
     """
 
     def __init__(
         self,
-        files: DumpFiles,
-        values: Mapping[str, CellValues],
+        order: CellOrder,
+        source: str,
         *,
         single: bool,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        rank: int,
-        world_size: int,
-        window: int,
-        device: str | torch.device | None,
-        drop_last: bool,
+        epochs: int | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        for name, number in {"seed": seed, "epoch": epoch, "rank": rank}.items():
-            if number < 0:
-                raise InvalidArgumentError(f"{option(name)} must be at least 0; got {number}")
-        if batch_size < 1:
+        if epochs is not None and epochs < 1:
             raise InvalidArgumentError(
-                f"{option('batch_size')} must be at least 1; got {batch_size}"
+                f"{option('epochs')} must be at least 1 or None; got {epochs}"
             )
-        if rank >= world_size:
-            raise InvalidArgumentError(
-                f"{option('rank')} must be less than {option('world_size', world_size)}; got {rank}"
-            )
-        batch_nbytes = batch_size * sum(each.nbytes for each in values.values())
-        if window < batch_nbytes:
-            raise InvalidArgumentError(
-                f"{option('window')} must be at least the {batch_nbytes} bytes of a batch; got "
-                f"{window}; take a larger window or a smaller {option('batch_size')}"
-            )
-        self._cells = files.boards * CELLS
-        self._identity = f"{zlib.crc32(' '.join(map(_identity, files.files)).encode()):08x}"
-        self._feed = CellFeed(files, values, batch_size, _device(device))
+        if not isinstance(dtype, torch.dtype | None):
+            raise InvalidArgumentError(f"{option('dtype')} must be a torch.dtype; got {dtype!r}")
+        self._loop_epochs = epochs
+        self._dtype = dtype
+        self._order = order
+        self._source = f"{zlib.crc32(source.encode()):08x}"
         self._single = single
-        self._batch_size = batch_size
-        self._window_batches = window // batch_nbytes
-        self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
-        self._drop_last = drop_last
-        self._epochs = Epochs(epoch)
+        self._epochs = Epochs(order.epoch)
+
+    @abstractmethod
+    def _read(self, order: CellOrder, batches: Sequence[int]) -> Generator[KeyedCells, None, None]:
+        """Yield batches, by their numbers in the order."""
+
+    def _share(self, start: int, rank: int, step: int) -> Sequence[int]:
+        """Return the numbers of every `step`-th batch of an epoch, for one reader."""
+        order = self._order
+        stop = -(-order.cells // order.batch_size)
+        if order.drop_last:  # equally many whole batches for each rank
+            whole = order.cells // order.batch_size
+            stop = start + (whole - start) // order.world_size * order.world_size
+        return range(start + rank, stop, step)
 
     def __len__(self) -> int:
-        """Batches of an epoch on this rank."""
-        return len(self._batches(0, self._rank, self._world_size))
+        """Batches of a loop on this rank; TypeError if it has no end."""
+        if self._loop_epochs is None:
+            raise TypeError("epochs=None: a loop has no end, and no length")
+        return self._loop_epochs * len(self._share(0, self._order.rank, self._order.world_size))
+
+    def __iter__(self) -> Iterator[CellBatch[Values]]:
+        """Yield the batches of the next epoch, or the rest of a loaded one.
+
+        Raises:
+            OutputError: A row cannot be read, or a file was changed.
+        """
+        return self._loop(*self._epochs.begin())
+
+    def _loop(self, epoch: int, start: int) -> Iterator[CellBatch[Values]]:
+        yield from self._epoch(epoch, start)
+        for _ in repeat(None) if self._loop_epochs is None else range(self._loop_epochs - 1):
+            yield from self._epoch(*self._epochs.begin())
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[CellBatch[Values]]:
+        worker, order = get_worker_info(), replace(self._order, epoch=epoch)
+        workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        step = order.world_size * workers
+        batches = self._share(start, order.rank + order.world_size * number, step)
+        if not batches:
+            self._epochs.move(epoch + 1, 0)
+        feed = self._read(order, batches)
+        try:
+            for taken, (values, rows, cells) in enumerate(feed, start=1):
+                is_last = taken == len(batches)
+                self._epochs.move(*((epoch + 1, 0) if is_last else (epoch, start + taken * step)))
+                typed = {key: each.to(self._dtype or each.dtype) for key, each in values.items()}
+                [value] = typed.values() if self._single else [typed]
+                yield CellBatch(cast("Values", value), rows, cells)
+        finally:
+            feed.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the next batch in the process that iterates, and the order's data.
@@ -99,17 +244,19 @@ class Cells(IterableDataset[CellBatch]):
         Raises:
             InvalidArgumentError: Workers of a `DataLoader` iterate: each has a position of its own.
         """
-        return self._state(*self._epochs.position())
+        epoch, batch = self._epochs.position()
+        moving = {"seed": self._order.seed, "epoch": epoch, "batch": batch}
+        return {**moving, "window": self._order.window_batches, **self._fixed()}
 
-    def _state(self, epoch: int, batch: int) -> dict[str, Any]:
+    def _fixed(self) -> dict[str, Any]:
+        """Return the parts of a state that must be these."""
+        order = self._order
+        shuffled = {"shuffle_boards": order.shuffle_boards}
         return {
-            "seed": self._seed,
-            "epoch": epoch,
-            "batch": batch,
-            "batch_size": self._batch_size,
-            "window": self._window_batches,
-            "cells": self._cells,
-            "file": self._identity,
+            "batch_size": order.batch_size,
+            "cells": order.cells,
+            "file": self._source,
+            **shuffled,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -118,76 +265,20 @@ class Cells(IterableDataset[CellBatch]):
         Raises:
             InvalidArgumentError: It is not a state of cells, or of another file or batch size.
         """
-        ours = self._state(0, 0)
-        least = {**dict.fromkeys(ours, 0), "window": 1}
-        if state.keys() != ours.keys() or not all(
-            isinstance(value, int) and value >= least[name]
-            for name, value in state.items()
-            if name != "file"
+        least: dict[str, int] = {"seed": 0, "epoch": 0, "batch": 0, "window": 1}
+        fixed: dict[str, Any] = self._fixed()
+        if state.keys() != {**least, **fixed}.keys() or not all(
+            isinstance(state[name], int) and state[name] >= least[name] for name in least
         ):
             raise InvalidArgumentError(
-                f"{option('state')} must have {', '.join(ours)}, numbers from 0 on; got "
-                f"{dict(state)}"
+                f"{option('state')} must have {', '.join([*least, *fixed])}, numbers from 0 on; "
+                f"got {dict(state)}"
             )
-        for name in ("batch_size", "cells", "file"):
-            if state[name] != ours[name]:
+        for name, ours in fixed.items():
+            if state[name] != ours:
                 raise InvalidArgumentError(
-                    f"{option('state')} must be of the same {name}, {ours[name]}; got {state[name]}"
+                    f"{option('state')} must be of the same {name}, {ours}; got {state[name]}"
                 )
-        self._seed, self._window_batches = state["seed"], state["window"]
+        window = state["window"] * self._order.batch_nbytes
+        self._order = replace(self._order, seed=state["seed"], window=window)
         self._epochs.load(state["epoch"], state["batch"])
-
-    def __iter__(self) -> Iterator[CellBatch]:
-        """Yield the batches of the next epoch, or the rest of a loaded one.
-
-        Raises:
-            OutputError: A row cannot be read, or a file was changed.
-        """
-        epoch, start = self._epochs.begin()
-        return self._iterate(epoch, start)
-
-    def _iterate(self, epoch: int, start: int) -> Iterator[CellBatch]:
-        worker = get_worker_info()
-        workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        step = self._world_size * workers
-        batches = self._batches(start, self._rank + self._world_size * number, step)
-        if not batches:
-            self._epochs.move(epoch + 1, 0)
-        order = CellOrder(self._cells, self._batch_size, self._window_batches, self._seed, epoch)
-        feed = self._feed.read(order, batches)
-        try:
-            for taken, (values, rows, cells) in enumerate(feed, start=1):
-                is_last = taken == len(batches)
-                self._epochs.move(*((epoch + 1, 0) if is_last else (epoch, start + taken * step)))
-                [value] = values.values() if self._single else [values]
-                yield CellBatch(value, rows, cells)
-        finally:
-            feed.close()
-
-    def _batches(self, start: int, rank: int, step: int) -> range:
-        """Return the numbers of every `step`-th batch of an epoch, for one reader."""
-        stop = -(-self._cells // self._batch_size)
-        if self._drop_last:  # equally many whole batches for each rank
-            whole = self._cells // self._batch_size
-            stop = start + (whole - start) // self._world_size * self._world_size
-        return range(start + rank, stop, step)
-
-
-def _identity(file: Inspection) -> str:
-    """Return a text that tells a file from others, for a state."""
-    return file.contents.metadata.get("fingerprint") or repr(file.contents)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        found = torch.device(device or "cpu")
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise InvalidArgumentError(f"{option('device')} must be cpu or cuda; got {str(device)!r}")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"{option('device', str(device))}: this machine has {torch.cuda.device_count()} CUDA "
-            "devices"
-        )
-    return found
