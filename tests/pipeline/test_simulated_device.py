@@ -67,7 +67,7 @@ def slow_writers(monkeypatch):
     waited_for = threading.Event()
     write, join = writers._Submission.work_on, writers.Writers._join
 
-    class Ring(queue.Queue):
+    class Ring(queue.LifoQueue):
         def get(self):
             if self.empty():
                 waited_for.set()

@@ -31,8 +31,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 Buffers = dict[str, Tensor]
 """Key -> tensor (B, *shape)."""
 
-Ring = queue.SimpleQueue[Buffers]
-"""The slots that are free, the one that has been free longest first."""
+# The slot that was released last comes first: its memory is in the cache, and a consumer that keeps
+# up never touches the others.
+Ring = queue.LifoQueue[Buffers]
+"""The slots that are free."""
 
 Start = Callable[[Tensor, Buffers], Sequence[Chunk]]
 """Queues a batch: exponents (B, 16), buffers to fill -> the chunks of the batch."""
