@@ -31,7 +31,7 @@ from dump_activations.errors import (
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
 from dump_activations.paths import locate
-from dump_activations.pipeline.device import OutOfMemoryAdvice, current
+from dump_activations.pipeline.device import DeviceAdvice, cores_of, current
 from dump_activations.pipeline.feed import read_batch
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.pipeline.options import DumpOptions
@@ -86,6 +86,7 @@ def dump(
     random_init: bool = False,
     precision: Literal["fp32", "tf32", "bf16", "bf16-true"] = "fp32",
     compile: bool = False,  # noqa: A002 -- the command's flag
+    cuda_graph: bool = True,
     write: bool = True,
     stats: bool = False,
     shard_size: int | str | None = None,
@@ -123,6 +124,7 @@ def dump(
         random_init: give the checkpoint's architecture untrained weights, as a control.
         precision: arithmetic of the forward pass; tf32 on CUDA only.
         compile: run the model through torch.compile.
+        cuda_graph: replay full batches as CUDA graphs, where a CUDA device and the model allow it.
         write: False runs the model and keeps nothing.
         stats: store statistics of each activation, stats/KEY/mean and others.
         shard_size: largest size of a shard, such as "4GB" or a number of bytes; None writes one
@@ -187,7 +189,7 @@ def dump_to_file(
     started = time.perf_counter()
     with (
         shown_progress() if options.progress is True else nullcontext(),
-        OutOfMemoryAdvice(batch_size=options.batch_size),
+        DeviceAdvice(batch_size=options.batch_size),
     ):
         plan = _make_plan(init, dataset, path, options)
         with current(plan.device), HeldInterrupts() as interrupts:
@@ -546,5 +548,4 @@ def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
 
 def writer_threads(local_processes: int) -> int:
     """Return enough threads that some wait for the disk while others take checksums."""
-    cores = len(os.sched_getaffinity(0)) // local_processes
-    return min(8, max(2, cores // 2))
+    return min(8, max(2, cores_of(local_processes) // 2))

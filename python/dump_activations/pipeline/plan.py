@@ -34,7 +34,7 @@ from dump_activations.model.activations import (
 from dump_activations.model.checkpoint import preferred_files, prepare_model
 from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import (
-    OutOfMemoryAdvice,
+    DeviceAdvice,
     current,
     device_name,
     find_device,
@@ -159,7 +159,7 @@ def make_plan(
         phases.begin("opening the dataset")
         dataset = StepsDataset(dataset)
     phases.begin("loading the checkpoint")
-    with OutOfMemoryAdvice(model_on=device), current(device):
+    with DeviceAdvice(model_on=device), current(device):
         model = prepare_model(init, device, random_init=options.random_init, seed=options.seed)
     activations = find_activations(options.outputs, model.config)
     layers = find_layers(options.layers, model.config.num_hidden_layers)
