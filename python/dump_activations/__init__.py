@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dump_activations import demo
     from dump_activations.api.dump import dump
     from dump_activations.api.stream import Batch, stream
     from dump_activations.dataset.dataset import StepsDataset
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         IndicesError,
         IndicesNotFoundError,
         InvalidArgumentError,
+        MissingKeyError,
         OutputError,
         RowIndexError,
         StepIndexError,
@@ -38,11 +40,13 @@ if TYPE_CHECKING:
     from dump_activations.pipeline.run import Summary
     from dump_activations.report.render import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
+    from dump_activations.storage.reading.array import ActivationArray
     from dump_activations.storage.reading.cells import CellBatch
 
     __version__: str
 
 __all__ = [
+    "ActivationArray",
     "ActivationNotImplementedError",
     "ActivationUnavailableError",
     "ActivationsFile",
@@ -61,6 +65,7 @@ __all__ = [
     "IndicesError",
     "IndicesNotFoundError",
     "InvalidArgumentError",
+    "MissingKeyError",
     "OutputError",
     "RowIndexError",
     "Shard",
@@ -68,6 +73,7 @@ __all__ = [
     "StepsDataset",
     "Summary",
     "VocabularyError",
+    "demo",
     "dump",
     "load_encoder",
     "stream",
@@ -76,6 +82,7 @@ __all__ = [
 
 # torch and NumPy take seconds to import, so a name's module is imported when it is first used.
 _HOMES = {
+    "ActivationArray": "storage.reading.array",
     "ActivationsFile": "storage.reading.activations_file",
     "Batch": "api.stream",
     "CellBatch": "storage.reading.cells",
@@ -95,7 +102,9 @@ if not TYPE_CHECKING:
 
     def __getattr__(name):
         if name == "__version__":
-            return import_module("importlib.metadata").version("dump-activations")
+            return import_module(f"{__name__}._rust").__version__
+        if name == "demo":
+            return import_module(f"{__name__}.demo")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         home = _HOMES.get(name, "errors")
@@ -103,4 +112,4 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return ["__version__", *__all__]

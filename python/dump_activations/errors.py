@@ -87,6 +87,12 @@ class InvalidArgumentError(DumpActivationsError, ValueError):
     exit_code = 2
 
 
+class MissingKeyError(InvalidArgumentError, KeyError):
+    """A key or label that a file does not have."""
+
+    __str__ = Exception.__str__  # which, unlike KeyError's, has no quotes
+
+
 class ActivationNotImplementedError(DumpActivationsError, NotImplementedError):
     """An activation key that is reserved and has no implementation."""
 

@@ -36,6 +36,15 @@ def shape_text(shape: Sequence[int | str]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
+def ranges_text(numbers: Iterable[int]) -> str:
+    """Write a set of numbers as ranges: `0-3, 7`."""
+    known = set(numbers)
+    starts = sorted(n for n in known if n - 1 not in known)
+    ends = sorted(n for n in known if n + 1 not in known)
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+
+
 def slice_text(value: slice) -> str:
     """Write a slice as it is typed: `20000:30000`, `::2`."""
     parts = [value.start, value.stop, *([] if value.step is None else [value.step])]

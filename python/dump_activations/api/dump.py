@@ -30,11 +30,11 @@ from dump_activations.errors import (
 )
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
 from dump_activations.paths import locate
 from dump_activations.pipeline.device import OutOfMemoryAdvice, current
 from dump_activations.pipeline.feed import read_batch
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
+from dump_activations.pipeline.options import DumpOptions
 from dump_activations.pipeline.plan import (
     Plan,
     Preview,
@@ -67,7 +67,7 @@ _ALONE = Place()
 def dump(
     init: str | os.PathLike[str] | Encoder,
     dataset: str | os.PathLike[str] | StepsDataset,
-    output: str | os.PathLike[str] = DEFAULT_OUTPUT,
+    output: str | os.PathLike[str] = "activations.safetensors",
     *,
     outputs: str | Sequence[str] = ("final_hidden",),
     layers: Layers | None = None,
@@ -105,7 +105,8 @@ def dump(
         dataset: a dataset of steps, or its directory.
         output: the output's path; its suffix, `.safetensors`, `.pt` or `.npz`, selects the format.
         outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
-        layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
+        layers: layers to keep, as Python indexes them: -1, [0, 3] or "0,3,-1,4:8"; None keeps
+            all.
         split_layers: write one tensor per layer, KEY.LAYER, in place of a stacked one.
         n_samples: steps to sample, unless `indices` or `steps` are given.
         indices: global step indices to use instead of a sample, whole numbers of any shape; or a

@@ -15,8 +15,8 @@ from dump_activations.dataset.filters import RUN, STEPS
 from dump_activations.dataset.sampling import Steps, step_indices
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
-from dump_activations.options import Options
 from dump_activations.paths import check_ordinary, locate
+from dump_activations.pipeline.options import Options
 from dump_activations.progress import Count, Phase, begin, counted
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.dump_files import DumpFiles, find_shards, inspect_dump
@@ -61,8 +61,12 @@ def read_step_indices(path: Path, dataset: StepsDataset, progress: Count | None 
         DatasetError: the rows are looked for, and one cannot be read.
     """
     is_dump = path.suffix.lower() in FORMATS
-    if not path.exists() and not (is_dump and find_shards(path)):
-        raise IndicesNotFoundError(f"{path}: no such file of step indices")
+    try:
+        path.stat()
+    except OSError as error:
+        if not is_dump or find_shards(path) is None:
+            reason = "" if isinstance(error, FileNotFoundError) else f": {error.strerror}"
+            raise IndicesNotFoundError(f"{path}: no such file of step indices{reason}") from None
     if not is_dump:
         check_ordinary(path, IndicesError)
         return _steps_in(path, partial(_read_npy, path))

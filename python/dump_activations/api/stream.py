@@ -17,9 +17,9 @@ from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import StreamOptions
 from dump_activations.pipeline.device import OutOfMemoryAdvice, current
 from dump_activations.pipeline.interrupts import HeldInterrupts
+from dump_activations.pipeline.options import StreamOptions
 from dump_activations.pipeline.plan import Plan, make_plan
 from dump_activations.pipeline.run import Run
 from dump_activations.pipeline.transfer import ActivationBatch
@@ -123,7 +123,8 @@ def stream(
             or a loaded Encoder.
         dataset: a dataset of steps, or its directory.
         outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
-        layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
+        layers: layers to keep, as Python indexes them: -1, [0, 3] or "0,3,-1,4:8"; None keeps
+            all.
         split_layers: yield one tensor per layer, KEY.LAYER, in place of a stacked one.
         n_samples: steps to sample, unless `indices` or `steps` are given.
         indices: global step indices to use instead of a sample, whole numbers of any shape; or a

@@ -33,8 +33,14 @@ from dump_activations.commands.runs import show_keys, show_labels, show_preview,
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.model.activations import ACTIVATIONS
-from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
 from dump_activations.paths import locate
+from dump_activations.pipeline.options import (
+    DEFAULT_OUTPUT,
+    Described,
+    DumpOptions,
+    Group,
+    describe,
+)
 from dump_activations.progress import begin, shown_progress, silent_progress
 
 if TYPE_CHECKING:

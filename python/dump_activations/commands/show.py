@@ -22,6 +22,7 @@ from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.storage.reading.comparison import compare
 from dump_activations.storage.reading.damage import find_damage
 from dump_activations.storage.reading.dump_files import find_shards, inspect_dump
+from dump_activations.storage.reading.keys import Catalog
 from dump_activations.storage.reading.stored_statistics import (
     compute_statistics,
     stored_statistics,
@@ -206,11 +207,11 @@ class _Contents:
 
     @property
     def layers(self) -> list[int] | None:
-        """Numbers of the layers that are stacked in a tensor; None where the file has none."""
-        numbers = self.metadata.get("layers", "").split(",")
-        if not all(number.isdecimal() and len(number) < 10 for number in numbers):
-            return None
-        return [*map(int, numbers)]
+        """Numbers of the layers that are stored; None where the file has none."""
+        tensors = {tensor.name: tensor for tensor in self.tensors}
+        with suppress(OutputError):  # A file of another program may be no dump.
+            return Catalog(self.path, tensors, self.metadata).layers or None
+        return None
 
     @property
     def has_nonfinite(self) -> bool:

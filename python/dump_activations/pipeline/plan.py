@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dump_activations import _rust
 from dump_activations import progress as phases
 from dump_activations.dataset.columns import LabelReader
 from dump_activations.dataset.dataset import StepsDataset
@@ -33,13 +33,13 @@ from dump_activations.model.activations import (
 )
 from dump_activations.model.checkpoint import preferred_files, prepare_model
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import Options
 from dump_activations.pipeline.device import (
     OutOfMemoryAdvice,
     current,
     device_name,
     find_device,
 )
+from dump_activations.pipeline.options import Options
 from dump_activations.text import size_text
 
 # Flash attention puts boards on an axis of CUDA's grid that is no longer than this.
@@ -209,7 +209,7 @@ def metadata(plan: Plan) -> dict[str, str]:
         "where": options.where.text if isinstance(options.where, Expression) else None,
         "steps": plan.sampling.removeprefix("steps ") if options.steps is not None else None,
         "format_version": _FORMAT_VERSION,
-        "dump_activations_version": version("dump-activations"),
+        "dump_activations_version": _rust.__version__,
         "torch_version": torch.__version__,
     }
     return {name: text for name, text in entries.items() if text is not None}

@@ -43,7 +43,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 Buffers = dict[str, Tensor]
 """Key -> tensor (B, *shape)."""
 
-_Ring = queue.SimpleQueue[Buffers]
+# The slot that was released last comes first: its memory is in the cache, and a consumer that keeps
+# up never touches the others.
+_Ring = queue.LifoQueue[Buffers]
 
 Forward = Callable[[Tensor, Buffers], Sequence[Chunk]]
 """Queues a batch: tokens (B, 16) on the device, buffers to fill -> the chunks of the batch."""

@@ -48,19 +48,30 @@ class DumpFiles:
     Each read opens the files again.
 
     Attributes:
-        path: the file, or the name of the whole dump; of several dumps, of the first.
+        paths: of each dump, the file, or the name of the whole.
         files: the files, in the order of their boards.
         metadata: of the dump; of several, the first's.
     """
 
-    def __init__(self, path: Path, files: Sequence[Inspection], metadata: Mapping[str, str]):
-        self.path = path
+    def __init__(
+        self, paths: Sequence[Path], files: Sequence[Inspection], metadata: Mapping[str, str]
+    ) -> None:
+        self.paths = list(paths)
         self.files = list(files)
         self.metadata = dict(metadata)
         self._open: dict[tuple[str, int], _rust.StoredTensor] = {}
 
+    def __str__(self) -> str:
+        more = f" and {len(self.paths) - 1} more" * (len(self.paths) > 1)
+        return f"{self.path}{more}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}
+
+    @property
+    def path(self) -> Path:
+        """Name of the dump; of several, of the first."""
+        return self.paths[0]
 
     @property
     def format(self) -> Format:
@@ -227,7 +238,11 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
     dumps = [_inspect_one(Path(path).expanduser()) for path in paths]
     if len(dumps) == 1:
         return dumps[0]
-    joined = DumpFiles(dumps[0].path, [f for d in dumps for f in d.files], dumps[0].metadata)
+    joined = DumpFiles(
+        [dump.path for dump in dumps],
+        [file for dump in dumps for file in dump.files],
+        dumps[0].metadata,
+    )
     first = joined.files[0]
     for file in joined.files:
         apart = f"{file.path} cannot be read as one with {first.path}"
@@ -236,7 +251,7 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
                 f"{apart}: its keys differ in their names, layers, shapes or dtypes"
             )
         for name in _OF_THE_MODEL:
-            theirs = file.contents.metadata.get(name)
+            theirs = file.metadata.get(name)
             ours = joined.metadata.get(name, theirs)
             if theirs not in (ours, None):
                 raise InvalidArgumentError(f"{apart}: its {name} is {theirs}, not {ours}")
@@ -256,7 +271,7 @@ def _inspect_one(path: Path) -> DumpFiles:
             f"{path} is read; shards of the same name lie next to it, {shard.name}: remove the "
             "dump that is out of date"
         )
-    return DumpFiles(path, [found], found.contents.metadata)
+    return DumpFiles([path], [found], found.metadata)
 
 
 @dataclass(frozen=True)
@@ -280,7 +295,7 @@ class DumpShards:
         """Boards in the finished shards, and in the dump; None before a shard is finished."""
         found = [inspect(path) for path in self.finished.values()]
         done = sum(each.tensors["indices"].shape[0] for each in found)
-        return done, int(found[0].contents.metadata["n_samples"]) if found else None
+        return done, int(found[0].metadata["n_samples"]) if found else None
 
     @property
     def missing(self) -> list[Shard]:
@@ -314,9 +329,9 @@ def _inspect_shards(shards: DumpShards) -> DumpFiles:
         )
     files = [inspect(path) for path in shards.finished.values()]
     first, next_board = files[0], 0
-    ours = first.contents.metadata
+    ours = first.metadata
     for shard, file in zip(shards.finished, files, strict=True):
-        theirs = file.contents.metadata
+        theirs = file.metadata
         if theirs.get("fingerprint") != ours.get("fingerprint"):
             raise OutputError(
                 f"{file.path} and {first.path} are shards of different dumps: their fingerprints "
@@ -335,4 +350,4 @@ def _inspect_shards(shards: DumpShards) -> DumpFiles:
     if str(next_board) != (boards := ours.get("n_samples")):
         raise OutputError(f"{files[-1].path} is the last shard, at board {next_board} of {boards}")
     of_all = {key: text for key, text in ours.items() if key not in _OF_ONE_SHARD}
-    return DumpFiles(shards.whole, files, of_all)
+    return DumpFiles([shards.whole], files, of_all)

@@ -42,21 +42,26 @@ class Inspection:
     contents: Contents
     stamp: tuple[int, int]
 
-    @cached_property
+    @property
     def tensors(self) -> dict[str, StoredTensor]:
         """Tensors by name."""
-        return {tensor.name: tensor for tensor in self.contents.tensors}
+        return self.contents.tensors
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's own metadata."""
+        return self.contents.metadata
 
     @cached_property
     def catalog(self) -> Catalog:
         """Keys of the file; OutputError if its tensors share no first axis."""
-        return Catalog(self.path, self.contents)
+        return Catalog(self.path, self.tensors, self.metadata)
 
     @cached_property
     def digests(self) -> dict[str, Digest]:
         """Stored digests by tensor name, with `nbytes` 0; empty if there are none or damaged."""
         try:
-            return parse_integrity(self.contents.metadata.get(INTEGRITY_KEY, "{}"))
+            return parse_integrity(self.metadata.get(INTEGRITY_KEY, "{}"))
         except ValueError:
             return {}
 
