@@ -554,7 +554,7 @@ def test_why_cuda_cannot_be_used(reason, place, capsys, monkeypatch):
         raise RuntimeError(reason)
 
     monkeypatch.setattr(torch.cuda, "init", fail)
-    names = [reason.partition("\n")[0], "--device cpu --allow-cpu"]
+    names = [reason.partition("\n")[0].rstrip("."), "--device cpu --allow-cpu"]
     place.run(capsys, code=1, names=names, device="cuda", allow_cpu=None)
 
 
