@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dump_activations import demo
     from dump_activations.api.dump import dump
     from dump_activations.api.stream import Batch, stream
     from dump_activations.dataset.dataset import StepsDataset
@@ -72,6 +73,7 @@ __all__ = [
     "StepsDataset",
     "Summary",
     "VocabularyError",
+    "demo",
     "dump",
     "load_encoder",
     "stream",
@@ -100,7 +102,9 @@ if not TYPE_CHECKING:
 
     def __getattr__(name):
         if name == "__version__":
-            return import_module("importlib.metadata").version("dump-activations")
+            return import_module(f"{__name__}._rust").__version__
+        if name == "demo":
+            return import_module(f"{__name__}.demo")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         home = _HOMES.get(name, "errors")
@@ -108,4 +112,4 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return ["__version__", *__all__]

@@ -33,8 +33,14 @@ from dump_activations.commands.runs import show_keys, show_labels, show_preview,
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.model.activations import ACTIVATIONS
-from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
 from dump_activations.paths import locate
+from dump_activations.pipeline.options import (
+    DEFAULT_OUTPUT,
+    Described,
+    DumpOptions,
+    Group,
+    describe,
+)
 from dump_activations.progress import begin, shown_progress, silent_progress
 
 if TYPE_CHECKING:
@@ -283,14 +289,12 @@ def _run(
     keep_freed_memory()
     begin("loading torch")
     with uncollected_imports():
-        import torch
-
         from dump_activations.api.dump import dump_to_file, preview
         from dump_activations.dataset.dataset import StepsDataset
-        from dump_activations.pipeline.device import share_cores
+        from dump_activations.pipeline.device import lack_of_cuda, share_cores
         from dump_activations.storage.writing.shards import Place
-    if options.allow_cpu and any_device and not torch.cuda.is_available():
-        print_line("note", "no CUDA device: running on the CPU")
+    if options.allow_cpu and any_device and (reason := lack_of_cuda()):
+        print_line("note", f"no CUDA device ({reason}): running on the CPU")
         options = replace(options, device="cpu")
     elif options.device == "cuda" and launched.world_size > 1:
         options = replace(options, device=f"cuda:{launched.local_rank}")
