@@ -3,8 +3,9 @@
     python docs/run_page.py README.md docs/guide/*.md [--update] [--pictures docs/guide/pictures]
 
 A `text` block behind a block is its output: the page fails if the words or whole numbers differ, or
-decimals by more than rounding does. `--update` rewrites these blocks. Blocks in other languages
-(`sh`, `console`) and blocks behind `<!-- not run -->` are only shown.
+decimals by more than rounding does. `...` stands for anything. `--update` rewrites the blocks that
+differ. Blocks in other languages (`sh`, `console`) and blocks behind `<!-- not run -->` are only
+shown.
 
 The Python blocks of a page are one program, and each block of the README is one. Pictures of the
 code are copied to the directory of pictures, if one is given.
@@ -98,10 +99,13 @@ def _trimmed(output: str) -> str:
 
 def same(shown: str, printed: str) -> bool:
     """Compare outputs: words and whole numbers exactly, decimals to 10 %, or to 0.05."""
-    ours, theirs = (_NUMBER.split(" ".join(text.split())) for text in (shown, printed))
-    return len(ours) == len(theirs) and all(
-        math.isclose(float(a), float(b), rel_tol=0.1, abs_tol=0.05) if number % 2 else a == b
-        for number, (a, b) in enumerate(zip(ours, theirs, strict=True))
+    words = _NUMBER.split(" ".join(shown.split()))
+    words[::2] = [re.escape(text).replace(r"\.\.\.", ".*?") for text in words[::2]]
+    numbers, words[1::2] = words[1::2], [_NUMBER.pattern] * (len(words) // 2)
+    found = re.fullmatch("".join(words), " ".join(printed.split()))
+    return found is not None and all(
+        math.isclose(float(a), float(b), rel_tol=0.1, abs_tol=0.05)
+        for a, b in zip(numbers, found.groups(), strict=True)
     )
 
 
@@ -118,7 +122,7 @@ def update(page: Path, printed: list[str]) -> None:
     """Write into the page what its blocks printed."""
     text = page.read_text()
     for block, output in reversed(list(zip(blocks(page), printed, strict=True))):
-        if block.output is not None:
+        if block.output is not None and not same(block.output, output):
             start, stop = block.span
             text = text[:start] + output + text[stop:]
     page.write_text(text)

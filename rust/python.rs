@@ -23,9 +23,8 @@ mod _rust {
     use pyo3::prelude::*;
     use pyo3::types::{PyList, PyString};
 
-    use crate::dataset::boards::CELLS;
     use crate::dataset::headers::Shards;
-    use crate::dataset::layouts::{self, BoardField, Layout};
+    use crate::dataset::layouts::{self, BoardField, CELLS, Layout};
     use crate::dataset::{self, scan::Columns};
     use crate::error::{Error, Interrupt, Interrupted};
     use crate::output::checksum::{self, Element};
@@ -33,6 +32,11 @@ mod _rust {
     use crate::rows::files::RowFile;
     use crate::sampling::{self, random::Generator};
     use crate::statistics::{self, Vectors};
+
+    /// The version of the package, which needs no installed distribution to be asked.
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
 
     pyo3::import_exception!(dump_activations.errors, OutputError);
     pyo3::import_exception!(dump_activations.errors, DatasetError);
@@ -152,7 +156,7 @@ mod _rust {
 
         #[getter]
         fn path(&self) -> PathBuf {
-            self.dataset.path().to_owned()
+            self.dataset.path.clone()
         }
 
         #[getter]
@@ -163,14 +167,14 @@ mod _rust {
         /// The `descr` text of each shard's header, equal ones as one object.
         #[getter]
         fn descrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-            let descrs = self.dataset.descrs().iter();
+            let descrs = self.dataset.descrs.iter();
             let texts: Vec<_> = descrs.map(|text| PyString::new(py, text)).collect();
-            PyList::new(py, self.dataset.layout_of().iter().map(|&layout| &texts[layout]))
+            PyList::new(py, self.dataset.layout_of.iter().map(|&layout| &texts[layout]))
         }
 
         #[getter]
         fn shards(&self) -> Vec<(PathBuf, u64, u64)> {
-            let files = self.dataset.files();
+            let files = &self.dataset.files;
             let shard = |(shard, file): (usize, &RowFile)| {
                 (file.path.clone(), file.rows, files.first(shard))
             };
@@ -269,7 +273,7 @@ mod _rust {
             }
             let mut scratch = scratch.try_readwrite().map_err(not_usable("scratch"))?;
             let scratch = scratch.as_slice_mut().map_err(not_usable("scratch"))?;
-            if dataset.files().files().iter().any(|file| file.itemsize > scratch.len()) {
+            if dataset.files.files().iter().any(|file| file.itemsize > scratch.len()) {
                 return Err(argument("scratch must hold one row"));
             }
             let borrowed = arrays.into_iter().map(|array| array.try_readwrite());

@@ -7,7 +7,19 @@ before this starts.
 import json
 import os
 import sys
-from types import SimpleNamespace
+import warnings
+
+
+class _Told:
+    """A reporter that keeps the names of all phases."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "phase":
+            self._names.append(value.name)  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
 
 
 def main() -> None:
@@ -21,10 +33,10 @@ def main() -> None:
 
     for line in sys.stdin:
         request, phases = json.loads(line), []
-        told = SimpleNamespace(begin=lambda phase, phases=phases: phases.append(phase.name))
+        told = _Told(phases)
         constants.HF_HUB_ETAG_TIMEOUT = request["timeout"]
         try:
-            with progress.reported_to(told):
+            with progress.reported_to(told), warnings.catch_warnings(record=True) as caught:
                 model = load_encoder(request["init"])
             with torch.no_grad():
                 _, logits = model(torch.tensor(request["boards"]))
@@ -33,6 +45,7 @@ def main() -> None:
                 "commit": model.hub_commit,
                 "tokenizer": model.tokenizer,
                 "phases": phases,
+                "warnings": [str(each.message) for each in caught],
             }
         except Exception as error:
             kinds = [kind.__name__ for kind in type(error).__mro__]

@@ -134,6 +134,16 @@ def missing_rows(file: OutputFile) -> list[int]:
     return [(start + batch) * size for each in file.missing for batch in each]
 
 
+def finish(
+    file: OutputFile, dump: Dump, *, order: Sequence[int] | None = None, threads: int = 2
+) -> None:
+    """Write all that a file misses, with the batches in `order`, and commit it."""
+    write_whole_tensors(file, dump)
+    missing = missing_rows(file)
+    write_batches(file, dump, [row for row in order or missing if row in missing], threads=threads)
+    file.commit()
+
+
 def write_dump(
     path: Path,
     dump: Dump,
@@ -142,23 +152,33 @@ def write_dump(
     threads: int = 2,
     **options: Any,
 ) -> Path:
-    """Write a dump in one file. Submit missing batches in `order`."""
+    """Write a dump in one file, or the rest of it."""
     with open_file(path, dump, **options) as file:
-        write_whole_tensors(file, dump)
-        missing = missing_rows(file)
-        chosen = [row for row in order or dump.first_rows if row in missing]
-        write_batches(file, dump, chosen, threads=threads)
-        file.commit()
+        finish(file, dump, order=order, threads=threads)
     return path
 
 
-def write_shards(path: Path, dump: Dump, shards: int, **options: Any) -> None:
-    """Write all shards of a dump, as one process does."""
+def write_shards(path: Path, dump: Dump, shards: int | None, **options: Any) -> list[int]:
+    """Write the files of a dump as one process does, and return the numbers of its shards."""
+    numbers = []
     with open_output(path, dump, shards=shards, **options) as output:
         while (file := output.next()) is not None:
             write_whole_tensors(file, dump)
             write_batches(file, dump, missing_rows(file))
             output.commit(file)
+            numbers.append(0 if file.work.shard is None else file.work.shard.number)
+    return numbers
+
+
+def interrupt(target: Path, dump: Dump, first_rows: Iterable[int], *, threads: int = 2) -> None:
+    """Leave a dump of which only these batches are written."""
+    with open_file(target, dump) as file:
+        write_whole_tensors(file, dump)
+        write_batches(file, dump, first_rows, threads=threads)
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 @contextmanager

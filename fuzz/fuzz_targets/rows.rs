@@ -10,9 +10,8 @@ use std::path::Path;
 
 use dump_activations::Error;
 use dump_activations::dataset::Dataset;
-use dump_activations::dataset::boards::CELLS;
 use dump_activations::dataset::headers::Shards;
-use dump_activations::dataset::layouts::{BoardField, Layout};
+use dump_activations::dataset::layouts::{BoardField, CELLS, Layout};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
@@ -32,7 +31,7 @@ fn read(directory: &Path, bytes: &[u8]) {
     let Ok(shards) = Shards::read(directory, &names, &mut || Ok(())) else { return };
     let layout = layout_of(bytes);
     let Ok(dataset) = Dataset::new(shards, vec![layout]) else { return };
-    let shard = &dataset.files().files()[0];
+    let shard = &dataset.files.files()[0];
     let (itemsize, rows) = (shard.itemsize, dataset.rows() as i64);
     assert_eq!(rows as u64, 2 * shard.rows);
     let data = &bytes[shard.data_offset as usize..][..shard.rows as usize * itemsize];

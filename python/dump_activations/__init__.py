@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dump_activations import demo
     from dump_activations.api.dump import dump
     from dump_activations.api.stream import Batch, stream
     from dump_activations.api.stream_cells import stream_cells
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         IndicesError,
         IndicesNotFoundError,
         InvalidArgumentError,
+        MissingKeyError,
         OutputError,
         RowIndexError,
         StepIndexError,
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
     from dump_activations.pipeline.run import Summary
     from dump_activations.report.render import write_report
     from dump_activations.storage.reading.activations_file import ActivationsFile
+    from dump_activations.storage.reading.array import ActivationArray
     from dump_activations.storage.reading.cells import CellBatch
 
     __version__: str
 
 __all__ = [
+    "ActivationArray",
     "ActivationNotImplementedError",
     "ActivationUnavailableError",
     "ActivationsFile",
@@ -62,6 +66,7 @@ __all__ = [
     "IndicesError",
     "IndicesNotFoundError",
     "InvalidArgumentError",
+    "MissingKeyError",
     "OutputError",
     "RowIndexError",
     "Shard",
@@ -69,6 +74,7 @@ __all__ = [
     "StepsDataset",
     "Summary",
     "VocabularyError",
+    "demo",
     "dump",
     "load_encoder",
     "stream",
@@ -78,6 +84,7 @@ __all__ = [
 
 # torch and NumPy take seconds to import, so a name's module is imported when it is first used.
 _HOMES = {
+    "ActivationArray": "storage.reading.array",
     "ActivationsFile": "storage.reading.activations_file",
     "Batch": "api.stream",
     "CellBatch": "storage.reading.cells",
@@ -98,7 +105,9 @@ if not TYPE_CHECKING:
 
     def __getattr__(name):
         if name == "__version__":
-            return import_module("importlib.metadata").version("dump-activations")
+            return import_module(f"{__name__}._rust").__version__
+        if name == "demo":
+            return import_module(f"{__name__}.demo")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         home = _HOMES.get(name, "errors")
@@ -106,4 +115,4 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return ["__version__", *__all__]

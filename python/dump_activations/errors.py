@@ -87,6 +87,12 @@ class InvalidArgumentError(DumpActivationsError, ValueError):
     exit_code = 2
 
 
+class MissingKeyError(InvalidArgumentError, KeyError):
+    """A key or label that a file does not have."""
+
+    __str__ = Exception.__str__  # which, unlike KeyError's, has no quotes
+
+
 class ActivationNotImplementedError(DumpActivationsError, NotImplementedError):
     """An activation key that is reserved and has no implementation."""
 
@@ -135,8 +141,10 @@ class DeviceError(DumpActivationsError, RuntimeError):
     """A compute device, memory, threads or a compiler that this machine lacks."""
 
 
-class OutputError(DumpActivationsError, OSError):
-    """An output file that cannot be written, resumed or read back."""
+class _FileError(DumpActivationsError):
+    """A file that the system, or a server, refuses."""
+
+    errno: int | None
 
     @classmethod
     def of_system(cls, what: str, cause: OSError) -> Self:
@@ -156,6 +164,14 @@ class OutputError(DumpActivationsError, OSError):
             raise
         except OSError as error:
             raise cls.of_system(what, error) from error
+
+
+class OutputError(_FileError, OSError):
+    """An output file that cannot be written, resumed or read back."""
+
+
+class RemoteError(_FileError, RuntimeError):
+    """A file behind a URL that cannot be read, or its local copy."""
 
 
 class RowIndexError(DumpActivationsError, IndexError):

@@ -6,6 +6,7 @@ intervals. This module imports rich only for a bar.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -14,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -31,12 +31,21 @@ Count = Callable[[int, int], None]
 BYTES = "B"
 """The unit of a phase that counts bytes."""
 
+# The rate is a mean over the last seconds, so that it follows changes.
+_RATE_SECONDS = 30.0
+_NARROWEST_BAR = 5
+_REFRESHES_PER_SECOND = 5
+# A log gets a line for each phase that lasts this many seconds, and then one per so many.
+_FIRST_LINE = 10.0
+_LONGEST_PAUSE = 60.0
 
-@dataclass(frozen=True)
+
 class Phase:
-    """A phase of a run, which lasts until the next begins.
+    """A phase of a run, which lasts until the next begins: how much is done, and how fast.
 
-    Attributes:
+    Any thread may advance it. Times are in seconds of a monotonic clock.
+
+    Args:
         name: the work; empty where the unit names it.
         unit: what is counted, in the plural.
         start: units done before the phase.
@@ -44,29 +53,69 @@ class Phase:
         nbytes: bytes of all units; 0 where unknown.
     """
 
-    name: str
-    unit: str = ""
-    start: int = 0
-    of: int = 0
-    nbytes: int = 0
+    def __init__(
+        self, name: str, unit: str = "", *, start: int = 0, of: int = 0, nbytes: int = 0
+    ) -> None:
+        self.name, self.unit, self.began = name, unit, time.monotonic()
+        self._done, self._of, self._nbytes = start, of, nbytes
+        self._samples = deque([(self.began, start)])
+
+    def advance(self, done: int, of: int) -> None:
+        """Note how much is done."""
+        now = time.monotonic()
+        self._done, self._of = done, of
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[1][0] > _RATE_SECONDS:
+            self._samples.popleft()
+
+    @property
+    def fraction(self) -> float | None:
+        """How much of the phase is done, 0 to 1; None where that is unknown."""
+        return self._done / self._of if self._of else None
+
+    def text(self) -> str:
+        """Name the phase and how much of it is done."""
+        if not self.unit:
+            return self.name
+        of = f"/{self._amount(self._of)}" if self._of else ""
+        counted = f"{self._amount(self._done)}{of}{self._unit_text}"
+        return f"{self.name}: {counted}" if self.name else counted
+
+    def figures(self) -> list[str]:
+        """List the duration, the time left and the rates, the most useful first."""
+        now = time.monotonic()
+        figures = [duration_text(now - self.began)]
+        first, before = self._samples[0]
+        rate = (self._done - before) / (now - first) if now > first else 0.0
+        if not rate:
+            return figures
+        if self._of:
+            figures.append(f"{duration_text((self._of - self._done) / rate)} left")
+        figures.append(f"{self._amount(rate)}{self._unit_text}/s")
+        if self._nbytes and self._of:
+            throughput = size_text(int(rate * self._nbytes / self._of))
+            figures.append(f"{throughput}/s of {size_text(self._nbytes)}")
+        return figures
+
+    @property
+    def _unit_text(self) -> str:
+        return "" if self.unit == BYTES else f" {self.unit}"
+
+    def _amount(self, number: float) -> str:
+        return size_text(int(number)) if self.unit == BYTES else f"{number:,.0f}"
 
 
 class Reporter:
-    """Receives the progress of a run, and keeps the status of its phase. Any thread may call it."""
+    """Keeps the phase of a run that reports to it."""
 
     def __init__(self) -> None:
-        self._status = Status(Phase("starting"), time.monotonic())
-
-    def begin(self, phase: Phase) -> None:
-        """Begin a phase."""
-        self._status = Status(phase, time.monotonic())
-
-    def advance(self, done: int, of: int) -> None:
-        """Note how much of the phase is done."""
-        self._status.advance(done, of, time.monotonic())
+        self.phase = Phase("starting")
 
 
 _reporter: ContextVar[Reporter | None] = ContextVar("_reporter", default=None)
+
+# The console of the bar, if there is one. A line that bypassed it would break the bar.
+_live: Console | None = None
 
 
 def reporter() -> Reporter | None:
@@ -93,78 +142,14 @@ def counted(phase: Phase, also: Count | None = None) -> Count:
     """Begin a phase, and return the function to call as it advances, which calls `also` too."""
     listener = _reporter.get()
     if listener is not None:
-        listener.begin(phase)
+        listener.phase = phase
 
     def count(done: int, of: int) -> None:
-        if listener is not None:
-            listener.advance(done, of)
+        phase.advance(done, of)
         if also is not None:
             also(done, of)
 
     return count
-
-
-# The rate is a mean over the last seconds, so that it follows changes.
-_RATE_SECONDS = 30.0
-
-
-class Status:
-    """A phase, how much of it is done, and its rate. Times are in seconds of any clock."""
-
-    def __init__(self, phase: Phase, now: float) -> None:
-        self.began = now
-        self._phase = phase
-        self._unit = "" if phase.unit == BYTES else f" {phase.unit}"
-        self._done, self._of = phase.start, phase.of
-        self._samples = deque([(now, phase.start)])
-
-    def advance(self, done: int, of: int, now: float) -> None:
-        """Note how much is done."""
-        self._done, self._of = done, of
-        self._samples.append((now, done))
-        while len(self._samples) > 2 and now - self._samples[1][0] > _RATE_SECONDS:
-            self._samples.popleft()
-
-    @property
-    def fraction(self) -> float | None:
-        """How much of the phase is done, 0 to 1; None where that is unknown."""
-        return self._done / self._of if self._of else None
-
-    def text(self) -> str:
-        """Name the phase and how much of it is done."""
-        name = self._phase.name
-        if not self._phase.unit:
-            return name
-        of = f"/{self._amount(self._of)}" if self._of else ""
-        return f"{name}{': ' if name else ''}{self._amount(self._done)}{of}{self._unit}"
-
-    def figures(self, now: float) -> list[str]:
-        """List the duration, the time left and the rates, the most useful first."""
-        figures = [duration_text(now - self.began)]
-        first, before = self._samples[0]
-        rate = (self._done - before) / (now - first) if now > first else 0.0
-        if not rate:
-            return figures
-        if self._of:
-            figures.append(f"{duration_text((self._of - self._done) / rate)} left")
-        figures.append(f"{self._amount(rate)}{self._unit}/s")
-        if self._phase.nbytes and self._of:
-            throughput = size_text(int(rate * self._phase.nbytes / self._of))
-            figures.append(f"{throughput}/s of {size_text(self._phase.nbytes)}")
-        return figures
-
-    def _amount(self, number: float) -> str:
-        return size_text(int(number)) if self._phase.unit == BYTES else f"{number:,.0f}"
-
-
-_NARROWEST_BAR = 5
-_REFRESHES_PER_SECOND = 5
-# A log gets a line for each phase that lasts this many seconds, and then one per so many.
-_FIRST_LINE = 10.0
-_LONGEST_PAUSE = 60.0
-
-# The console of the bar, if there is one. A line that bypassed it would break the bar.
-_live: Console | None = None
 
 
 def live_console() -> Console | None:
@@ -172,8 +157,11 @@ def live_console() -> Console | None:
     return _live
 
 
-def shown_progress() -> AbstractContextManager[None]:
-    """Show the progress of this thread inside the context, unless it has a reporter already."""
+def shown_progress(*, as_json: bool = False) -> AbstractContextManager[None]:
+    """Show the progress of this thread inside the context, unless it has a reporter already.
+
+    With `as_json`, each line of a log is JSON.
+    """
     if reporter() is not None or sys.stderr is None:
         return nullcontext()
     ipython = sys.modules.get("IPython")
@@ -182,7 +170,7 @@ def shown_progress() -> AbstractContextManager[None]:
     is_notebook = type(shell).__name__ == "ZMQInteractiveShell" and find_spec("ipywidgets")
     if is_notebook or (is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"):
         return _bar()
-    return _lines()
+    return _lines(as_json=as_json)
 
 
 def silent_progress() -> AbstractContextManager[None]:
@@ -216,30 +204,26 @@ class _Stderr:
         return getattr(self._stream, name)
 
 
-class _Bar(Reporter):
-    """A line with the phase, a bar and figures."""
+def _bar_line(phase: Phase, width: int, stream: object = None) -> Text:
+    """Return a line of fewer columns than `width`: phase, as many figures as fit, and a bar."""
+    from rich.cells import cell_len
+    from rich.text import Text
 
-    def line(self, width: int, stream: object = None) -> Text:
-        """Return a line of fewer columns than `width`: as many figures as fit, then a bar."""
-        from rich.cells import cell_len
-        from rich.text import Text
-
-        status = self._status
-        words = printable(status.text(), stream)
-        room = width - 1 - cell_len(words)
-        figures: list[str] = []
-        for figure in status.figures(time.monotonic()):
-            if len(", ".join([*figures, figure])) + 2 > room:
-                break
-            figures.append(figure)
-        shown = ", ".join(figures)
-        room -= len(shown) + 2
-        if (fraction := status.fraction) is None or room < _NARROWEST_BAR:
-            return Text(", ".join([words, *figures]), overflow="crop", no_wrap=True)
-        done = round(min(fraction, 1.0) * room)
-        full, empty = "━─" if printable("━─", stream) == "━─" else "=-"
-        bar = (full * done, "green"), (empty * (room - done), "dim")
-        return Text.assemble(words, " ", *bar, " ", shown, overflow="crop", no_wrap=True)
+    words = printable(phase.text(), stream)
+    room = width - 1 - cell_len(words)
+    figures: list[str] = []
+    for figure in phase.figures():
+        if len(", ".join([*figures, figure])) + 2 > room:
+            break
+        figures.append(figure)
+    shown = ", ".join(figures)
+    room -= len(shown) + 2
+    if (fraction := phase.fraction) is None or room < _NARROWEST_BAR:
+        return Text(", ".join([words, *figures]), overflow="crop", no_wrap=True)
+    done = round(min(fraction, 1.0) * room)
+    full, empty = "━─" if printable("━─", stream) == "━─" else "=-"
+    bar = (full * done, "green"), (empty * (room - done), "dim")
+    return Text.assemble(words, " ", *bar, " ", shown, overflow="crop", no_wrap=True)
 
 
 @contextmanager
@@ -249,9 +233,9 @@ def _bar() -> Iterator[None]:
     from rich.live import Live
 
     console = Console(file=_Stderr())  # type: ignore[arg-type]
-    display = _Bar()
+    display = Reporter()
     live = Live(
-        get_renderable=lambda: display.line(console.width, console),
+        get_renderable=lambda: _bar_line(display.phase, console.width, console),
         console=console,
         refresh_per_second=_REFRESHES_PER_SECOND,
         transient=True,
@@ -266,44 +250,36 @@ def _bar() -> Iterator[None]:
             _live = None
 
 
-class _Lines(Reporter):
-    """Lines of a log, for new phases and at intervals."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._stream = _Stderr()
-        self.ended = threading.Event()
-        self._named: Status | None = None
-        self._last = self._status.began + _FIRST_LINE - _LONGEST_PAUSE
-
-    def run(self) -> None:
-        """Write lines until the end."""
-        while not self.ended.wait(min(1.0, _FIRST_LINE)):
-            if (line := self.due_line(time.monotonic())) is not None:
-                stamp = datetime.now().astimezone().isoformat(timespec="seconds")
-                self._stream.write(printable(f"{stamp} progress: {line}", self._stream) + "\n")
-                self._stream.flush()
-
-    def due_line(self, now: float) -> str | None:
-        """Return a line if one is due: for a new phase, or after a long pause."""
-        status = self._status
-        is_new = status is not self._named and now - status.began >= _FIRST_LINE
-        if not is_new and now - self._last < _LONGEST_PAUSE:
-            return None
-        self._named, self._last = status, now
-        fraction = status.fraction
-        share = [] if fraction is None else [f"{fraction:.0%}"]
-        return ", ".join([status.text(), *share, *status.figures(now)])
-
-
 @contextmanager
-def _lines() -> Iterator[None]:
-    display = _Lines()
-    writer = threading.Thread(target=display.run, name="progress", daemon=True)
+def _lines(*, as_json: bool) -> Iterator[None]:
+    """Write lines to a log: for each phase of some seconds, and then at intervals."""
+    display, stream, ended = Reporter(), _Stderr(), threading.Event()
+
+    def write() -> None:
+        for line in _due_lines(display, ended):
+            stamp = datetime.now().astimezone().isoformat(timespec="seconds")
+            fields = json.dumps({"time": stamp, "progress": line})
+            text = fields if as_json else printable(f"{stamp} progress: {line}", stream)
+            stream.write(f"{text}\n")
+            stream.flush()
+
+    writer = threading.Thread(target=write, name="progress", daemon=True)
     writer.start()
     try:
         with reported_to(display):
             yield
     finally:
-        display.ended.set()
+        ended.set()
         writer.join()
+
+
+def _due_lines(display: Reporter, ended: threading.Event) -> Iterator[str]:
+    """Yield a line whenever one is due: for a new phase, or after a long pause."""
+    named, last = None, display.phase.began + _FIRST_LINE - _LONGEST_PAUSE
+    while not ended.wait(min(1.0, _FIRST_LINE)):
+        phase, now = display.phase, time.monotonic()
+        is_new = phase is not named and now - phase.began >= _FIRST_LINE
+        if is_new or now - last >= _LONGEST_PAUSE:
+            named, last = phase, now
+            share = [] if phase.fraction is None else [f"{phase.fraction:.0%}"]
+            yield ", ".join([phase.text(), *share, *phase.figures()])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -33,6 +34,27 @@ def duration_text(seconds: float) -> str:
 def shape_text(shape: Sequence[int | str]) -> str:
     """Write a shape as Python does, without the comma of a single axis."""
     return f"({', '.join(map(str, shape))})"
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """Write a set of numbers as ranges: `0-3, 7`."""
+    known = set(numbers)
+    starts = sorted(n for n in known if n - 1 not in known)
+    ends = sorted(n for n in known if n + 1 not in known)
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+
+
+def slice_text(value: slice) -> str:
+    """Write a slice as it is typed: `20000:30000`, `::2`."""
+    parts = [value.start, value.stop, *([] if value.step is None else [value.step])]
+    return ":".join("" if part is None else str(part) for part in parts)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Hint at the known name that is nearest to a wrong one; empty where none is near."""
+    near = get_close_matches(name.lower(), list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def printable(text: str, stream: object = None) -> str:

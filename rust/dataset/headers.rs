@@ -282,6 +282,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::testing;
 
     fn file(version: u8, text: &[u8]) -> Vec<u8> {
         let length = (text.len() as u32).to_le_bytes();
@@ -376,13 +377,8 @@ mod tests {
             .expect("a corpus")
             .map(|entry| fs::read(entry.expect("a file").path()).expect("a file"))
             .collect();
-        let mut state = 0x9e37_79b9_7f4a_7c15u64;
-        let mut below = |count: usize| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state % count as u64) as usize
-        };
+        let mut random = testing::random();
+        let mut below = |count: usize| random(count as u64) as usize;
         let mut sound = 0;
         for round in 0..50_000 {
             let mut start = seeds[round % seeds.len()].clone();

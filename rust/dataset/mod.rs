@@ -1,6 +1,5 @@
 //! A dataset: the shards of a directory, read by global step index.
 
-pub mod boards;
 pub mod headers;
 pub mod layouts;
 pub mod scan;
@@ -18,13 +17,14 @@ use crate::rows::{self, Column, Limits, ReadError, WholeRows};
 /// The shards of a dataset in order. No file is kept open.
 #[derive(Debug)]
 pub struct Dataset {
-    path: PathBuf,
-    files: RowFiles,
+    pub path: PathBuf,
+    /// The shards.
+    pub files: RowFiles,
     /// The distinct layouts of rows and, in the same order, their dtypes as the headers have them.
     layouts: Vec<Layout>,
-    descrs: Vec<String>,
+    pub descrs: Vec<String>,
     /// The place of each shard's layout among the distinct ones.
-    layout_of: Vec<usize>,
+    pub layout_of: Vec<usize>,
     /// The board alone, for each layout.
     boards: Vec<Selection>,
     limits: Limits,
@@ -58,15 +58,6 @@ impl Dataset {
         Ok(Self { path, files, layouts, descrs, layout_of, boards, limits })
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The shards.
-    pub fn files(&self) -> &RowFiles {
-        &self.files
-    }
-
     /// Rows in all shards.
     pub fn rows(&self) -> u64 {
         self.files.rows()
@@ -75,16 +66,6 @@ impl Dataset {
     /// Bytes of a row of the first shard.
     pub fn itemsize(&self) -> usize {
         self.files.files()[0].itemsize
-    }
-
-    /// Each dtype of rows once, in the order in which shards first have it.
-    pub fn descrs(&self) -> &[String] {
-        &self.descrs
-    }
-
-    /// The place of each shard's dtype among the distinct ones.
-    pub fn layout_of(&self) -> &[usize] {
-        &self.layout_of
     }
 
     /// Writes the 16 exponents of board `indices[i]` to the i-th 16 bytes of `out`.

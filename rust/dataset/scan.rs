@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use super::boards::CELLS;
-use super::layouts::{Selected, Selection};
+use super::layouts::{CELLS, Selected, Selection};
 use crate::error::Interrupt;
 use crate::rows::files::{self, RowFiles};
 use crate::rows::{Column, ReadError};

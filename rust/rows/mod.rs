@@ -24,8 +24,8 @@ use self::reader::{Reader, Work};
 use crate::error::{Interrupt, Interrupted};
 use crate::memory::{self, OutOfMemory};
 
-/// Rows from which another thread pays off.
-const THREAD_ROWS: usize = 512;
+/// Rows that pay for another thread. On a busy machine a shorter read would wait for it.
+const THREAD_ROWS: usize = 1024;
 /// Time between questions to the caller whether to stop, once its thread has nothing left to read.
 const INTERRUPT_PAUSE: Duration = Duration::from_millis(20);
 
@@ -265,12 +265,8 @@ mod tests {
     }
 
     fn random_indices(count: usize, below: u64) -> Vec<i64> {
-        let mut state = 1u64;
-        let mut next = || {
-            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-            ((state >> 20) % below) as i64
-        };
-        (0..count).map(|_| next()).collect()
+        let mut random = testing::random();
+        (0..count).map(|_| random(below) as i64).collect()
     }
 
     fn read_rows(

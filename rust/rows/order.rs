@@ -84,6 +84,7 @@ impl Order {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
 
     fn sorted(indices: &[i64]) -> Vec<(u64, usize)> {
         let lowest = *indices.iter().min().expect("indices") as u64;
@@ -108,11 +109,8 @@ mod tests {
 
     #[test]
     fn buckets_are_in_the_order_of_the_steps() {
-        let mut state = 1u64;
-        let mut random = |below: u64| {
-            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-            ((state >> 1) % below) as i64
-        };
+        let mut numbers = testing::random();
+        let mut random = |below: u64| numbers(below) as i64;
         let spread: Vec<_> = (0..5000).map(|_| random(1 << 40)).collect();
         let duplicates: Vec<_> = (0..5000).map(|_| random(7)).collect();
         let crowded: Vec<_> =

@@ -1,6 +1,5 @@
 """Whole dumps against a naive forward with plain hooks, and against NumPy."""
 
-import inspect
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -142,15 +141,6 @@ def test_dump_equals_naive_forward(case, checkpoints, datasets, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("layout", ["packed_46", "aligned_48", "legacy", "selfplay_v1"])
-def test_sample_rows_decode_to_the_expected_boards(layout, layouts, demo_checkpoint, tmp_path):
-    path = tmp_path / "boards.npz"
-    everything = np.arange(300)
-    cpu_dump(demo_checkpoint, layouts / layout, path, outputs=["pooled"], indices=everything)
-    expected = np.load(layouts / layout / "boards.expected.npy", allow_pickle=False)
-    np.testing.assert_array_equal(read_dump(path).numpy("boards"), expected)
-
-
 def test_demo_model_plays_like_the_player_it_imitates(demo_checkpoint, demo_dataset, tmp_path):
     rows = read_dataset(demo_dataset)
     path = tmp_path / "policy.npz"
@@ -233,13 +223,6 @@ def test_indices_keep_their_order_and_duplicates(model, packed, tmp_path):
     assert not torch.allclose(pooled[0], pooled[1], rtol=1e-2)
 
 
-def test_as_many_samples_as_rows_is_a_permutation(model, packed, tmp_path):
-    path = tmp_path / "all.npz"
-    n = len(packed.rows)
-    cpu_dump(model, packed.path, path, outputs=["pooled"], n_samples=n, seed=2)
-    np.testing.assert_array_equal(read_dump(path).numpy("indices"), numpy_indices(n, n, 2))
-
-
 def test_model_and_dataset_objects_serve_as_well_as_paths(checkpoints, packed, tmp_path):
     checkpoint = checkpoints["gqa-4-2"]
     by_path, by_object = tmp_path / "path.safetensors", tmp_path / "object.safetensors"
@@ -293,10 +276,11 @@ def array_of(key, checkpoint, boards):
     return naive_dump(checkpoint.state_dict, checkpoint.config, boards, [key])[key]
 
 
-def test_stream_yields_what_dump_writes(model, packed, tmp_path):
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_stream_yields_what_dump_writes(dtype, model, packed, tmp_path):
     path = tmp_path / "streamed.safetensors"
     keys = list(PER_BOARD_KEYS)
-    options = {"outputs": keys, "n_samples": N, "batch_size": BATCH, "seed": SEED}
+    options = {"outputs": keys, "n_samples": N, "batch_size": BATCH, "seed": SEED, "dtype": dtype}
     cpu_dump(model, packed.path, path, **options)
     written = read_dump(path)
     seen, sizes = {key: [] for key in [*keys, "indices", "boards"]}, []
@@ -309,13 +293,6 @@ def test_stream_yields_what_dump_writes(model, packed, tmp_path):
     assert sizes == [16, 16, 5]
     for key, parts in seen.items():
         assert torch.equal(torch.cat(parts), written.tensors[key]), key
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_stream_gives_the_storage_dtype(dtype, model, packed):
-    batches = cpu_stream(model, packed.path, outputs=["pooled"], n_samples=3, dtype=dtype)
-    (batch,) = batches
-    assert torch.as_tensor(batch["pooled"]).dtype == TORCH_DTYPES[dtype]
 
 
 def test_stream_refuses_a_key_that_was_not_asked_for(model, packed):
@@ -411,15 +388,6 @@ def test_vocabulary_of_16_serves_boards_without_65536(datasets, tmp_path):
     boards = dataset.boards[numpy_indices(len(dataset.rows), N, 4)]
     expected = naive_dump(state_dict, config, boards, ["head_logits"])["head_logits"]
     assert_close(read_dump(path).numpy("head_logits"), expected)
-
-
-@pytest.mark.parametrize("function", [dump, stream])
-def test_keyword_defaults_are_those_of_the_flags(function):
-    parameters = inspect.signature(function).parameters
-    expected = {"batch_size": 1024, "seed": 0, "dtype": "fp32", "device": "cuda"}
-    assert {name: parameters[name].default for name in expected} == expected
-    assert parameters["allow_cpu"].default is False
-    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in expected)
 
 
 def test_metadata_says_of_a_loaded_model_what_it_is(checkpoints, packed, tmp_path):

@@ -309,10 +309,10 @@ def test_a_partial_file_removed_under_a_run_is_an_error(model, inputs, tmp_path)
 def test_a_second_interruption_does_not_cost_what_is_done(model, inputs, tmp_path, monkeypatch):
     suspend = OutputFile.suspend
 
-    def interrupted_suspend(file):
+    def interrupted_suspend(file, **options):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        return suspend(file)
+        return suspend(file, **options)
 
     monkeypatch.setattr(OutputFile, "suspend", interrupted_suspend)
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not ignored"))

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import DEMO_DATASET
 from dump_activations import dump, load_encoder, stream
-from dump_activations.storage.writing import output
+from dump_activations.storage.writing import journal
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 
 BATCHES = 5_000
@@ -61,8 +61,7 @@ def model(tmp_path_factory):
 
 
 def test_dump(model, tmp_path, monkeypatch):
-    # The journal is opened at the first flush, which is to come among the first batches.
-    monkeypatch.setattr(output, "SYNC_INTERVAL", 0.01)
+    monkeypatch.setattr(journal, "SYNC_INTERVAL", 0.01)
     gauge = Gauge()
     path = tmp_path / "a.safetensors"
     dump(model, DEMO_DATASET, path, progress=lambda done, _: gauge.measure(done), **OPTIONS)

@@ -133,7 +133,7 @@ def test_parameters_in_a_stream_are_the_consumers():
 
 
 def test_a_dataset_with_other_rows_is_not_resumed_from(tmp_path, monkeypatch):
-    monkeypatch.setattr("dump_activations.storage.writing.output.SYNC_INTERVAL", 0)
+    monkeypatch.setattr("dump_activations.storage.writing.journal.SYNC_INTERVAL", 0)
     make_dataset(tmp_path / "dataset", "packed_46", n=500, shards=1)
     model = load_encoder(DEMO_CHECKPOINT)
     options = {"outputs": ["pooled"], "n_samples": 400, "batch_size": 8} | CPU

@@ -166,6 +166,20 @@ def test_from_python(tmp_path):
     assert again.bytes_written == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
+def test_boards_of_other_processes_count_as_resumed(tmp_path):
+    options = {"n_samples": N, "batch_size": BATCH, "device": "cpu", "allow_cpu": True}
+    call = partial(dump, DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "a.pt", **options)
+    others = []
+
+    def progress(done, _of):
+        if done and not others:
+            others.append(call(shard_size=50_000, shards=range(4, 6)))
+
+    summary = call(shard_size=50_000, progress=progress)
+    assert others[0].boards + summary.boards == N
+    assert summary.resumed_boards == others[0].boards > 0
+
+
 # --- What is already there.
 
 

@@ -119,7 +119,7 @@ def _write(directory: Path) -> list[Path]:
 
 def _memmap(path: Path) -> np.memmap:
     """Map a file's cells, (C, D). While it lives the page cache cannot be emptied of them."""
-    [tensor] = inspect(path).contents.tensors
+    [tensor] = inspect(path).tensors.values()
     mapped_NSD = np.memmap(path, np.float16, "c", offset=tensor.offset, shape=tensor.shape)
     return mapped_NSD.reshape(-1, _WIDTH)
 

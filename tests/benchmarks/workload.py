@@ -19,9 +19,7 @@ from measure import timed
 from setting import Setting
 from torch import Tensor
 
-from dump_activations import Encoder, demo, dump, load_encoder
-from dump_activations.model.encoder import EncoderConfig
-from dump_activations.pipeline.run import Summary
+from dump_activations import Encoder, EncoderConfig, Summary, demo, dump, load_encoder
 
 KEYS_DEMO = "final_hidden,layer_outputs,head_logits,attn_norm,mlp_input"
 KEYS_50M = "final_hidden,layer_outputs,attn_norm,mlp_input"

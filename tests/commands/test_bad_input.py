@@ -18,7 +18,6 @@ from dump_activations import StepsDataset, dump, stream
 from dump_activations.commands.dump import main
 from reference.checkpoints import (
     BASE,
-    bundle,
     config_json,
     random_state_dict,
     save_checkpoint,
@@ -154,25 +153,48 @@ WRONG_CALLS = {
     "dtype": ({"dtype": "fp8"}, ["--dtype", "fp8", "fp16", "bf16"]),
     "cpu": ({"allow_cpu": None}, ["--device", "cpu", "--allow-cpu"]),
     "mps": ({"allow_cpu": None, "device": "mps"}, ["--device", "mps"]),
-    "no-such-device": ({"device": "banana"}, ["--device", "banana"]),
-    "no-init": ({"init": None}, ["--init"]),
-    "no-dataset": ({"dataset": None}, ["--dataset"]),
+    "no-such-device": ({"device": "banana"}, ["--device", "'banana' is neither cuda"]),
+    "device-of-other-tools": ({"device": "gpu"}, ["'gpu'", "did you mean 'cuda'?"]),
+    "device-without-a-colon": ({"device": "cuda0"}, ["'cuda0'", "did you mean 'cuda:0'?"]),
+    "dtype-of-torch": ({"dtype": "float16"}, ["'float16'", "did you mean 'fp16'?"]),
+    "dtype-in-capitals": ({"dtype": "BF16"}, ["'BF16'", "did you mean 'bf16'?"]),
+    "precision-of-torch": ({"precision": "bfloat16"}, ["'bfloat16'", "did you mean 'bf16'?"]),
+    "no-init": ({"init": None}, ["--init: required", "--demo", "--help"]),
+    "no-dataset": ({"dataset": None}, ["--dataset: required"]),
+    "neither": ({"init": None, "dataset": None}, ["--init and --dataset: required"]),
+    "demo-and-init": ({"demo": True, "dataset": None}, ["--init", "--demo brings its own"]),
+    "labels-of-no-dataset": ({"dataset": None, "list_labels": True}, ["--dataset: required"]),
+    "layer-and-its-key": (
+        {"outputs": "blocks.1.hook_resid_mid,resid_mid"},
+        ["blocks.1.hook_resid_mid", "resid_mid", "leave one of them out"],
+    ),
+    "layer-and-layers": (
+        {"outputs": "blocks.1.hook_resid_mid", "layers": "1"},
+        ["--layers", "--outputs", "leave out one of them"],
+    ),
     "no-indices-name": ({"indices": ""}, ["--indices", "empty"]),
     "no-output-name": ({"output": ""}, ["--output", "empty"]),
     "tf32-on-a-cpu": ({"precision": "tf32"}, ["--precision", "tf32", "CUDA"]),
     "where-no-expression": ({"where": "max_rank >="}, ["--where", "max_rank >="]),
     "where-call": ({"where": "print(1) > 0"}, ["--where", "print(1)"]),
-    "where-typo": ({"where": "max_rnk > 1"}, ["--where", "max_rnk", "max_rank", "merges"]),
+    "where-typo": ({"where": "max_rnk > 1"}, ["--where", "mean 'max_rank'", "merges"]),
+    "where-c": ({"where": "max_rank > 1 && merges"}, ["--where", "write 'and' for '&&'"]),
+    "where-one-equals": ({"where": "max_rank = 1"}, ["--where", "write '==' for '='"]),
     "where-and-indices": ({"where": "max_rank > 1", "indices": "a.npy"}, ["--indices", "--where"]),
     "steps-no-range": ({"steps": "many"}, ["--steps", "many", "START:STOP"]),
     "steps-backwards": ({"steps": "::-1"}, ["--steps", "backwards"]),
-    "steps-empty": ({"steps": "50:50"}, ["--steps", "50:50:1", "101 rows"]),
-    "steps-past-the-end": ({"steps": "101:"}, ["--steps", "101 rows"]),
+    "steps-empty": ({"steps": "50:50"}, ["--steps 50:50 takes no row", "101"]),
+    "steps-past-the-end": ({"steps": "2000:3000:5"}, ["--steps 2000:3000:5 takes no row"]),
     "steps-and-indices": ({"steps": ":", "indices": "a.npy"}, ["--indices", "--steps"]),
-    "label-typo": ({"labels": "move_dr"}, ["--labels", "move_dr", "move_dir", "merges"]),
+    "label-typo": ({"labels": "move_dr"}, ["--labels", "did you mean 'move_dir'?", "merges"]),
     "label-no-match": ({"labels": "mve*"}, ["--labels", "mve*", "move_dir"]),
     "label-without-database": ({"labels": "run_seed"}, ["--labels", "run_seed", "metadata.db"]),
     "no-such-flag": ({"no_such_flag": True}, ["--no-such-flag"]),
+    **{
+        f"processes-{text}": ({"nproc_per_node": text}, ["--nproc-per-node", repr(text)])
+        for text in ("0", "-1", "two", "")
+    },
+    "sinks-of-a-model-without": ({"outputs": "pooled,attn_sinks"}, ["attn_sinks"]),
 }
 
 
@@ -184,41 +206,44 @@ def test_wrong_call(case, place, capsys):
 
 def test_stray_argument(place, capsys):
     assert main(["stray", "--init", "x", "--dataset", "y"]) == 2
-    err = capsys.readouterr().err
-    assert "stray" in err
-    assert len(err.strip().splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "stray" in line
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        ({"RANK": "one"}, ["RANK", "'one'"]),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, ["WORLD_SIZE", "'-2'"]),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK", "WORLD_SIZE", "2"]),
+    ],
+)
+def test_a_launchers_wrong_variables(variables, names, place, capsys, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    place.run(capsys, code=2, names=names)
 
 
 # --- Files and machines: exit code 1.
 
 
-@pytest.mark.parametrize(
-    ("flag", "name"),
-    [("init", "none"), ("init", "none.pt"), ("dataset", "none"), ("indices", "none.npy")],
-)
-def test_nothing_at_a_path(flag, name, place, capsys):
-    place.run(capsys, code=1, names=[place.root / name], **{flag: place.root / name})
+def write_dataset(root, **shards):
+    """Write files of bytes, or rows as NumPy saves them, to a dataset; return its path."""
+    (root / "dataset").mkdir()
+    for name, rows in shards.items():
+        path = root / "dataset" / f"{name.replace('_', '-')}.npy"
+        if isinstance(rows, bytes):
+            path.write_bytes(rows)
+        else:
+            np.save(path, rows)
+    return root / "dataset"
 
 
-def test_a_dataset_that_is_a_file(place, capsys):
-    (place.root / "dataset").write_bytes(b"")
-    place.run(capsys, code=1, names=[place.root / "dataset"], dataset=place.root / "dataset")
-
-
-@pytest.mark.parametrize("others", [[], ["annotations-0.npy", "embeddings-0.npy", "steps.npz"]])
-def test_dataset_without_shards(others, place, capsys):
-    dataset = place.root / "dataset"
-    dataset.mkdir()
-    for name in others:
-        np.save(dataset / name.replace(".npz", ""), np.zeros(3))
-    place.run(capsys, code=1, names=[dataset, "steps"], dataset=dataset)
-
-
-def test_dataset_without_rows(place, capsys):
-    dataset = place.root / "dataset"
-    dataset.mkdir()
-    np.save(dataset / "steps.npy", np.zeros(0, ROW_DTYPES["packed_46"]))
-    place.run(capsys, code=1, names=[dataset], dataset=dataset)
+def write_config(root, *, name="bad", **changes):
+    """Write a checkpoint without weights; return its path."""
+    (root / name).mkdir()
+    (root / name / "config.json").write_text(json.dumps(config_json(BASE, **changes)))
+    return root / name
 
 
 def npy(header, data=b"", *, version=(1, 0), magic=b"\x93NUMPY"):
@@ -245,6 +270,7 @@ def header(descr="[('board', '<u8')]", *, fortran="False", shape="(4,)"):
 
 BOARD_DATA = bytes(4 * 8)
 
+# Fields and dtypes that are refused: tests/dataset/test_headers.py.
 BAD_SHARDS = {
     "empty": b"",
     "magic-only": b"\x93NUMPY",
@@ -274,65 +300,173 @@ BAD_SHARDS = {
     "two-dimensional": saved(good_rows().reshape(5, 6)),
     "plain-numbers": saved(np.arange(10)),
     "no-board": saved(np.zeros(4, [("run_id", "<u4"), ("boards", "<u8")])),
-    "board-float": saved(np.zeros(4, [("board", "<f8")])),
-    "board-signed": saved(np.zeros(4, [("board", "<i4")])),
-    "board-narrow": saved(np.zeros(4, [("board", "<u4")])),
-    "board-text": saved(np.zeros(4, [("board", "S8")])),
-    "board-array": saved(np.zeros(4, [("board", "<u8", (2,))])),
-    "board-nested": saved(np.zeros(4, [("board", [("a", "<u8")])])),
-    "mask-wide": saved(np.zeros(4, [("board", "<u8"), ("tile_65536_mask", "<f4")])),
-    "exps-short": saved(np.zeros(4, [("exps", "u1", (15,))])),
-    "exps-long": saved(np.zeros(4, [("exps", "u1", (17,))])),
-    "exps-scalar": saved(np.zeros(4, [("exps", "u1")])),
-    "exps-float": saved(np.zeros(4, [("exps", "<f4", (16,))])),
-    "exps-wide": saved(np.zeros(4, [("exps", "<u2", (16,))])),
-    "itemsize-huge": npy(header("[('board', '<u8'), ('x', '|V9223372036854775807')]"), BOARD_DATA),
-    "sub-array-huge": npy(
-        header("[('board', '<u8'), ('x', '<u8', (4294967296, 4294967296, 4))]"), BOARD_DATA
+}
+
+
+@pytest.mark.parametrize("case", BAD_SHARDS)
+def test_bad_shard(case, place, capsys):
+    name = "steps" if len(case) % 2 else "steps_00001"
+    first = {} if name == "steps" else {"steps_00000": good_rows()}
+    dataset = write_dataset(place.root, **first, **{name: BAD_SHARDS[case]})
+    line = place.run(capsys, code=1, names=[f"{name.replace('_', '-')}.npy"], dataset=dataset)
+    assert case != "no-board" or ("board" in line and "run_id" in line)
+    assert not (place.root / "canary").exists()
+
+
+def other_layout(first, second):
+    boards = random_boards(30, seed=3, largest=15)
+    rows = [encode_rows(boards, layout) for layout in (first, second)]
+    return lambda root: {"dataset": write_dataset(root, steps_00000=rows[0], steps_00001=rows[1])}
+
+
+def beyond(exponent, *, at=33, layout="packed_46", vocab=None, **changes):
+    """Put an exponent into one of 40 rows, all of which are read."""
+
+    def make(root):
+        boards = random_boards(40, seed=1, largest=15)
+        boards[at, 7] = exponent
+        np.save(root / "all.npy", np.arange(40))
+        dataset = write_dataset(root, steps=encode_rows(boards, layout))
+        made = {"dataset": dataset, "indices": root / "all.npy", **changes}
+        if vocab:
+            config = replace(BASE, vocab=vocab)
+            state = random_state_dict(config)
+            made["init"] = save_checkpoint(root / "small", state, config_json(config))
+        return made
+
+    return make
+
+
+def partly_labelled(**selection):
+    def make(root):
+        rows = good_rows()
+        bare = rows[["board", "tile_65536_mask"]]
+        return {"dataset": write_dataset(root, steps_0=rows, steps_1=bare), **selection}
+
+    return make
+
+
+def checkpoint(state, config):
+    return lambda root: {"init": save_checkpoint(root / "bad", state, config)}
+
+
+def made(root, name, *, content=None):
+    """Make a file, or a directory without content; return its path."""
+    path = root / name
+    path.mkdir(parents=True) if content is None else path.write_bytes(content)
+    return path
+
+
+def dangling(root):
+    dataset = write_dataset(root, steps_00000=good_rows())
+    (dataset / "steps-00001.npy").symlink_to(root / "gone.npy")
+    return {"dataset": dataset}
+
+
+def without_config(root):
+    init = save_checkpoint(root / "bad", random_state_dict(BASE), {})
+    (init / "config.json").unlink()
+    return {"init": init}
+
+
+# Checkpoints that are refused: tests/model/test_checkpoint.py.
+# Changes of the call, or a function that makes files for them in a directory; parts of the line.
+FAILURES = {
+    "no-init": ({"init": "none"}, ["none"]),
+    "no-bundle": ({"init": "none.pt"}, ["none.pt"]),
+    "no-dataset": ({"dataset": "none"}, ["none"]),
+    "no-indices": ({"indices": "none.npy"}, ["none.npy"]),
+    "dataset-a-file": (lambda root: {"dataset": made(root, "data", content=b"")}, ["data"]),
+    "dataset-empty": (lambda root: {"dataset": write_dataset(root)}, ["dataset", "steps"]),
+    "dataset-of-others": (
+        lambda root: {
+            "dataset": write_dataset(root, annotations_0=np.zeros(3), embeddings_0=np.zeros(3))
+        },
+        ["dataset", "steps"],
+    ),
+    "no-rows": (
+        lambda root: {"dataset": write_dataset(root, steps=np.zeros(0, ROW_DTYPES["packed_46"]))},
+        ["dataset"],
+    ),
+    "shard-a-directory": (
+        lambda root: {"dataset": made(root, "d/steps-00000.npy").parent},
+        ["steps-00000.npy"],
+    ),
+    "shard-dangling": (dangling, ["steps-00001.npy"]),
+    "other-layout": (other_layout("packed_46", "selfplay_v1"), ["steps-00001.npy"]),
+    "no-mask": (other_layout("packed_46", "legacy_move"), ["steps-00001.npy"]),
+    "a-mask": (other_layout("legacy_move", "aligned_48"), ["steps-00001.npy"]),
+    "no-row-passes": ({"where": "max_rank > 255"}, ["--where", "no row of"]),
+    "division-by-zero": (
+        {"where": "1 / (max_rank - max_rank) > 0"},
+        ["--where", "divides by zero", "step 0"],
+    ),
+    "label-of-some-shards": (partly_labelled(labels="move_dir"), ["steps-1.npy", "move_dir"]),
+    "labels-of-some-shards": (partly_labelled(labels="all"), ["steps-1.npy"]),
+    "filter-of-some-shards": (partly_labelled(where="move_dir == 0"), ["steps-1.npy", "move_dir"]),
+    "indices-a-directory": (lambda root: {"indices": made(root, "a.npy")}, ["a.npy"]),
+    "vocabulary": (beyond(16, vocab=16), ["33", "16"]),
+    "vocabulary-one-batch": (beyond(16, vocab=16, batch_size="1024"), ["33", "16"]),
+    **{
+        f"exponent-{e}": (beyond(e, at=12, layout="selfplay_v1"), ["12", str(e)])
+        for e in (17, 64, 128, 255)
+    },
+    **{
+        f"untrained-of-{bins}-bins": (
+            lambda root, bins=bins: {
+                "init": write_config(root, output_n_bins=bins),
+                "random_init": True,
+            },
+            ["output_n_bins"],
+        )
+        for bins in (None, 0, -3)
+    },
+    "config-without-a-size": (
+        checkpoint(random_state_dict(BASE), config_json(BASE, hidden_size=None)),
+        ["bad", "hidden_size"],
+    ),
+    "config-of-more-layers": (
+        checkpoint(random_state_dict(BASE), config_json(BASE, num_hidden_layers=3)),
+        ["bad", "blocks.2."],
+    ),
+    "bundle-of-garbage": (
+        lambda root: {"init": made(root, "bundle.pt", content=pickle.dumps({}))},
+        ["bundle.pt"],
+    ),
+    "unknown-head": (
+        lambda root: {"init": write_config(root, head_type="value"), "random_init": True},
+        ["head_type", "value"],
+    ),
+    "no-weights": (lambda root: {"init": write_config(root)}, ["bad", "--random-init"]),
+    "empty-checkpoint": (lambda root: {"init": made(root, "bare")}, ["bare"]),
+    "no-config": (without_config, ["bad", "config.json"]),
+    "output-below-a-file": (
+        lambda root: {"output": made(root, "file", content=b"here") / "a.pt"},
+        ["file"],
+    ),
+    "output-a-directory": (lambda root: {"output": made(root, "taken.pt")}, ["taken.pt"]),
+    "output-in-proc": ({"output": "/proc/a.npz"}, ["cannot write /proc"]),
+    "output-too-long": ({"output": f"out/{'a' * 300}.pt"}, ["aaa"]),
+    "output-of-a-run-that-cannot-begin": (
+        {"output": "nowhere/a.pt", "dataset": "no-dataset"},
+        ["no-dataset"],
     ),
 }
 
 
-@pytest.mark.parametrize("name", ["steps.npy", "steps-00001.npy"])
-@pytest.mark.parametrize("case", BAD_SHARDS)
-def test_bad_shard(case, name, place, capsys):
-    dataset = place.root / "dataset"
-    dataset.mkdir()
-    if name != "steps.npy":
-        np.save(dataset / "steps-00000.npy", good_rows())
-    (dataset / name).write_bytes(BAD_SHARDS[case])
-    line = place.run(capsys, code=1, names=[name], dataset=dataset)
-    if case == "no-board":
-        assert "board" in line
-        assert "run_id" in line
-    assert not (place.root / "canary").exists()
+@pytest.mark.parametrize("case", FAILURES)
+def test_failure(case, place, capsys):
+    changes, names = FAILURES[case]
+    changes = changes(place.root) if callable(changes) else changes
+    there = sorted(place.root.rglob("*"))
+    place.run(capsys, code=1, names=names, **changes)
+    assert sorted(place.root.rglob("*")) == there
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [("packed_46", "selfplay_v1"), ("packed_46", "legacy_move"), ("legacy_move", "aligned_48")],
-)
-def test_shards_that_differ(first, second, place, capsys):
-    dataset = place.root / "dataset"
-    dataset.mkdir()
-    boards = random_boards(30, seed=3, largest=15)
-    np.save(dataset / "steps-00000.npy", encode_rows(boards, first))
-    np.save(dataset / "steps-00001.npy", encode_rows(boards, second))
-    place.run(capsys, code=1, names=["steps-00001.npy"], dataset=dataset)
-
-
-def test_a_shard_that_is_a_directory(place, capsys):
-    dataset = place.root / "dataset"
-    (dataset / "steps-00000.npy").mkdir(parents=True)
-    place.run(capsys, code=1, names=["steps-00000.npy"], dataset=dataset)
-
-
-def test_a_shard_that_is_a_dangling_link(place, capsys):
-    dataset = place.root / "dataset"
-    dataset.mkdir()
-    np.save(dataset / "steps-00000.npy", good_rows())
-    (dataset / "steps-00001.npy").symlink_to(place.root / "gone.npy")
-    place.run(capsys, code=1, names=["steps-00001.npy"], dataset=dataset)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_output_directory(place, capsys):
+    (place.root / "locked").mkdir(mode=0o500)
+    place.run(capsys, code=1, names=["locked"], output=place.root / "locked" / "a.pt")
 
 
 BAD_INDICES = {
@@ -351,14 +485,6 @@ BAD_INDICES = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_INDICES)
-def test_bad_indices(case, place, capsys):
-    array, names = BAD_INDICES[case]
-    path = place.root / "indices.npy"
-    np.save(path, array)
-    place.run(capsys, code=1, names=["indices", *names], indices=path)
-
-
 BAD_INDEX_FILES = {
     "empty": b"",
     "text": b"1\n2\n3\n",
@@ -369,50 +495,15 @@ BAD_INDEX_FILES = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_INDEX_FILES)
-def test_bad_indices_file(case, place, capsys):
-    path = place.root / "indices.npy"
-    path.write_bytes(BAD_INDEX_FILES[case])
-    place.run(capsys, code=1, names=["indices.npy"], indices=path)
-
-
-@pytest.mark.parametrize(
-    ("variables", "names"),
-    [
-        ({"RANK": "one"}, ["RANK", "'one'"]),
-        ({"RANK": "0", "WORLD_SIZE": "-2"}, ["WORLD_SIZE", "'-2'"]),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK", "WORLD_SIZE", "2"]),
-    ],
-)
-def test_a_launchers_wrong_variables(variables, names, place, capsys, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    place.run(capsys, code=2, names=names)
-
-
-@pytest.mark.parametrize("processes", ["0", "-1", "two", ""])
-def test_processes_that_cannot_be_started(processes, place, capsys):
-    names = ["--nproc-per-node", repr(processes)]
-    place.run(capsys, code=2, names=names, nproc_per_node=processes)
-
-
-def test_a_filter_that_no_row_passes(place, capsys):
-    place.run(capsys, code=1, names=["--where", "no row of"], where="max_rank > 255")
-
-
-def test_a_filter_that_divides_by_zero(place, capsys):
-    where = "1 / (max_rank - max_rank) > 0"
-    place.run(capsys, code=1, names=["--where", "divides by zero", "step 0"], where=where)
-
-
-def test_labels_that_only_some_shards_have(place, capsys):
-    rows = good_rows()
-    (place.root / "dataset").mkdir()
-    np.save(place.root / "dataset" / "steps-0.npy", rows)
-    np.save(place.root / "dataset" / "steps-1.npy", rows[["board", "tile_65536_mask"]])
-    for selection in ({"labels": "move_dir"}, {"labels": "all"}, {"where": "move_dir == 0"}):
-        names = ["steps-1.npy", *(["move_dir"] if "all" not in selection.values() else [])]
-        place.run(capsys, code=1, names=names, dataset=place.root / "dataset", **selection)
+@pytest.mark.parametrize("case", [*BAD_INDICES, *BAD_INDEX_FILES])
+def test_bad_indices(case, place, capsys):
+    path, names = place.root / "indices.npy", []
+    if case in BAD_INDICES:
+        array, names = BAD_INDICES[case]
+        np.save(path, array)
+    else:
+        path.write_bytes(BAD_INDEX_FILES[case])
+    place.run(capsys, code=1, names=["indices", *names], indices=path)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
@@ -421,226 +512,13 @@ def test_dumps_without_indices(suffix, place, capsys):
     tensors = {"boards": torch.zeros(2, 16, dtype=torch.uint8), "other": torch.ones(3)}
     if suffix == ".npz":
         np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
-    elif suffix == ".pt":
-        torch.save(tensors, path)
     else:
-        save_file(tensors, path)
+        (torch.save if suffix == ".pt" else save_file)(tensors, path)
     place.run(capsys, code=1, names=[path, "'indices'", "boards", "other"], indices=path)
     path.write_bytes(path.read_bytes()[:40])
     place.run(capsys, code=1, names=[path], indices=path)
     path.unlink()
     place.run(capsys, code=1, names=[path, "no such file"], indices=path)
-
-
-def test_indices_that_are_a_directory(place, capsys):
-    (place.root / "indices.npy").mkdir()
-    place.run(capsys, code=1, names=["indices.npy"], indices=place.root / "indices.npy")
-
-
-BAD_CONFIGS = {
-    **{
-        f"without-{name}": ({name: None}, [name])
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "layer_norm_eps",
-        )
-    },
-    "heads-do-not-divide": ({"num_attention_heads": 5}, ["num_attention_heads"]),
-    "kv-heads-do-not-divide": ({"num_key_value_heads": 3}, ["num_key_value_heads"]),
-    "few-positions": ({"max_position_embeddings": 8}, ["max_position_embeddings"]),
-    "text-for-a-number": ({"hidden_size": "32"}, ["hidden_size"]),
-    "negative-layers": ({"num_hidden_layers": -1}, ["num_hidden_layers"]),
-    "more-layers": ({"num_hidden_layers": 3}, ["blocks.2."]),
-    "fewer-layers": ({"num_hidden_layers": 1}, ["blocks.1."]),
-    "other-width": ({"hidden_size": 64}, ["tok_emb.weight"]),
-    "other-mlp": ({"intermediate_size": 64}, ["mlp"]),
-    "sinks-missing": ({"use_attention_sinks": True}, ["sinks"]),
-    "norms-missing": ({"use_qk_norm": True}, ["q_norm"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_bad_config(case, place, capsys):
-    changes, names = BAD_CONFIGS[case]
-    init = place.root / "bad"
-    save_checkpoint(init, random_state_dict(BASE), config_json(BASE, **changes))
-    place.run(capsys, code=1, names=[init, *names], init=init)
-
-
-@pytest.mark.parametrize("part", ["sinks", "qk_norm"])
-def test_weights_that_the_config_does_not_mention(part, place, capsys):
-    config = replace(BASE, **{part: True})
-    init = place.root / "bad"
-    save_checkpoint(init, random_state_dict(config), config_json(BASE))
-    name = {"sinks": "attn.sinks", "qk_norm": "attn.q_norm.weight"}[part]
-    place.run(capsys, code=1, names=[init, f"blocks.0.{name}"], init=init)
-
-
-@pytest.mark.parametrize("bins", [None, 0, -3])
-def test_untrained_model_without_bins(bins, place, capsys):
-    init = place.root / "bad"
-    init.mkdir()
-    fields = config_json(BASE) | {"output_n_bins": bins}
-    (init / "config.json").write_text(json.dumps(fields))
-    place.run(capsys, code=1, names=["output_n_bins"], init=init, random_init=True)
-
-
-def test_unknown_head_type_without_weights(place, capsys):
-    init = place.root / "bad"
-    init.mkdir()
-    (init / "config.json").write_text(json.dumps(config_json(BASE, head_type="value")))
-    place.run(capsys, code=1, names=["head_type", "value"], init=init, random_init=True)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "hidden_size: 32"])
-def test_config_that_is_no_object(text, place, capsys):
-    init = place.root / "bad"
-    save_checkpoint(init, random_state_dict(BASE), {})
-    (init / "config.json").write_text(text)
-    place.run(capsys, code=1, names=["config.json"], init=init)
-
-
-def test_no_weights(place, capsys):
-    init = place.root / "bare"
-    init.mkdir()
-    (init / "config.json").write_text(json.dumps(config_json(BASE)))
-    place.run(capsys, code=1, names=[init, "--random-init"], init=init)
-
-
-def test_empty_checkpoint_directory(place, capsys):
-    init = place.root / "bare"
-    init.mkdir()
-    place.run(capsys, code=1, names=[init], init=init)
-
-
-def test_weights_without_a_config(place, capsys):
-    init = place.root / "bare"
-    save_checkpoint(init, random_state_dict(BASE), {})
-    (init / "config.json").unlink()
-    place.run(capsys, code=1, names=[init, "config.json"], init=init)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [1, 2],
-        {"model": {}},
-        {"weights": random_state_dict(BASE)},
-        {"model": random_state_dict(BASE)},
-        bundle(random_state_dict(BASE), config_json(BASE)) | {"model": 3},
-    ],
-    ids=["list", "empty-model", "no-model", "no-config", "model-a-number"],
-)
-def test_bad_bundle(content, place, capsys):
-    torch.save(content, place.root / "bundle.pt")
-    place.run(capsys, code=1, names=["bundle.pt"], init=place.root / "bundle.pt")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"nonsense", b"PK\x03\x04nonsense", *[pickle.dumps({}, protocol=p) for p in (0, 2, 5)]],
-)
-def test_bundle_of_garbage(content, place, capsys):
-    (place.root / "bundle.pt").write_bytes(content)
-    place.run(capsys, code=1, names=["bundle.pt"], init=place.root / "bundle.pt")
-
-
-def test_misfitting_weights(place, capsys):
-    state_dict = random_state_dict(BASE)
-    del state_dict["final_ln.weight"]
-    state_dict["final_ln.extra"] = torch.zeros(1)
-    state_dict["blocks.0.attn.wq.weight"] = torch.zeros(2, 2)
-    init = place.root / "bad"
-    save_checkpoint(init, state_dict, config_json(BASE))
-    names = [
-        init,
-        "final_ln.weight",
-        "final_ln.extra",
-        "blocks.0.attn.wq.weight",
-        "missing",
-        "unexpected",
-    ]
-    place.run(capsys, code=1, names=names, init=init)
-
-
-@pytest.mark.parametrize("batch_size", ["8", "1024"])
-def test_exponent_outside_the_vocabulary(batch_size, place, capsys):
-    small = replace(BASE, vocab=16)
-    init, dataset = place.root / "small", place.root / "dataset"
-    save_checkpoint(init, random_state_dict(small), config_json(small))
-    boards = random_boards(40, seed=1, largest=15)
-    boards[33, 7] = 16
-    dataset.mkdir()
-    np.save(dataset / "steps.npy", encode_rows(boards, "packed_46"))
-    np.save(place.root / "all.npy", np.arange(40))
-    place.run(
-        capsys,
-        code=1,
-        names=["33", "16"],
-        init=init,
-        dataset=dataset,
-        indices=place.root / "all.npy",
-        batch_size=batch_size,
-    )
-
-
-@pytest.mark.parametrize("exponent", [17, 64, 128, 255])
-def test_impossible_exponents_of_unpacked_rows(exponent, place, capsys):
-    boards = random_boards(40, seed=1)
-    boards[12, 0] = exponent
-    dataset = place.root / "dataset"
-    dataset.mkdir()
-    np.save(dataset / "steps.npy", encode_rows(boards, "selfplay_v1"))
-    np.save(place.root / "all.npy", np.arange(40))
-    place.run(
-        capsys,
-        code=1,
-        names=["12", str(exponent)],
-        dataset=dataset,
-        indices=place.root / "all.npy",
-    )
-
-
-def test_sinks_of_a_model_without_sinks(place, capsys):
-    place.run(capsys, code=2, names=["attn_sinks"], outputs="pooled,attn_sinks")
-
-
-def test_a_directory_is_not_made_for_a_run_that_cannot_begin(place, capsys):
-    output = place.root / "nowhere" / "a.pt"
-    place.run(
-        capsys, code=1, names=["no-dataset"], output=output, dataset=place.root / "no-dataset"
-    )
-    assert not (place.root / "nowhere").exists()
-
-
-def test_output_directory_that_is_a_file(place, capsys):
-    (place.root / "file").write_bytes(b"here")
-    place.run(capsys, code=1, names=[place.root / "file"], output=place.root / "file" / "a.pt")
-    assert (place.root / "file").read_bytes() == b"here"
-
-
-def test_output_that_is_a_directory(place, capsys):
-    (place.root / "taken.pt").mkdir()
-    place.run(capsys, code=1, names=[place.root / "taken.pt"], output=place.root / "taken.pt")
-    assert list((place.root / "taken.pt").iterdir()) == []
-    assert not list(place.root.glob("*.partial*"))
-
-
-def test_output_directory_where_nothing_can_be_made(place, capsys):
-    place.run(capsys, code=1, names=["/proc/a.npz"], output="/proc/a.npz")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_output_directory(place, capsys):
-    (place.root / "locked").mkdir(mode=0o500)
-    place.run(capsys, code=1, names=["locked"], output=place.root / "locked" / "a.pt")
-
-
-def test_output_name_too_long(place, capsys):
-    place.run(capsys, code=1, names=["aaa"], output=place.root / "out" / ("a" * 300 + ".pt"))
 
 
 @pytest.mark.parametrize("flag", ["init", "dataset", "indices", "output"])
@@ -696,23 +574,10 @@ def test_cuda_device_that_is_not_there(place, capsys):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
 def test_an_existing_target_survives_a_failure(suffix, place, capsys):
     """The failure comes with the last batch, when most of the file is written."""
-    boards = random_boards(40, seed=1)
-    boards[39, 0] = 99
-    dataset = place.root / "dataset"
-    dataset.mkdir()
-    np.save(dataset / "steps.npy", encode_rows(boards, "selfplay_v1"))
-    np.save(place.root / "all.npy", np.arange(40))
     target = place.root / f"kept{suffix}"
     target.write_bytes(b"precious")
-    place.run(
-        capsys,
-        code=1,
-        names=["39"],
-        dataset=dataset,
-        indices=place.root / "all.npy",
-        output=target,
-        overwrite=True,
-    )
+    changes = beyond(99, at=39, layout="selfplay_v1")(place.root)
+    place.run(capsys, code=1, names=["39"], output=target, overwrite=True, **changes)
     assert target.read_bytes() == b"precious"
     assert not list(place.root.glob(f"kept{suffix}?*"))
 

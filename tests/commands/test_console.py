@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import re
 import sys
@@ -28,12 +29,12 @@ def visible_before(text, shown):
 
 def test_a_warning_leaves_the_bar_whole(terminal):
     close, long = terminal(), "x" * 200
-    with console.shown_warnings(), shown_progress():
+    with console.fresh_mode(), shown_progress():
         progress = counted(Phase("", "boards", of=10))
         progress(5, 10)
         warnings.warn(DumpActivationsWarning(f"[bold] {option('dtype')} {long}"), stacklevel=1)
         progress(9, 10)
-    console.print_warning("after")
+    console.print_line("warning", "after")
     shown = close()
     assert "9/10 boards" in shown
     assert f"[bold] --dtype {long}\r\n" in shown
@@ -48,16 +49,16 @@ def test_no_colour(live, no_colour, terminal, monkeypatch):
     monkeypatch.setenv("NO_COLOR", no_colour)
     with shown_progress():
         if live:
-            console.print_error("red")
+            console.print_line("error", "red")
     if not live:
-        console.print_error("red")
+        console.print_line("error", "red")
     assert bool(re.search(r"\x1b\[[0-9;]*31m", close())) != bool(no_colour)
 
 
 def test_a_line_is_one_line_of_at_most_500_characters_without_control_characters(capsys):
     for length in (480, 500, 10_000):
         text = ("\x1b[2J\r\n" + "start " + "x" * length)[: length - 4] + " end"
-        console.print_error(text)
+        console.print_line("error", text)
         (line,) = capsys.readouterr().err.splitlines()
         assert len(line) <= 500
         assert line.isprintable()
@@ -71,8 +72,8 @@ def test_streams_of_any_encoding_get_what_they_can_show(encoding, monkeypatch):
     for name in ("stdout", "stderr"):
         streams[name] = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
         monkeypatch.setattr(sys, name, streams[name])
-    console.print_note("ä盤")
-    console.print_parts("ä盤", console.Table(("a", "b"), [("盤", "ä")]))
+    console.print_line("note", "ä盤")
+    console.show(None, ["ä盤", console.Table(("a", "b"), [("盤", "ä")])])
     monkeypatch.undo()
     shown = "".join(each.buffer.getvalue().decode(encoding) for each in streams.values())
     assert {c for c in shown if not c.isascii()} == {
@@ -89,11 +90,14 @@ def test_a_full_disk_at_stdout_is_one_line(arguments, monkeypatch, capsys):
         monkeypatch.undo()
         with suppress(OSError):
             full.close()
-    assert capsys.readouterr().err == f"error: cannot write to stdout: {FULL}\n"
+    text = f"cannot write to stdout: {FULL}"
+    as_json = json.dumps({"error": text})
+    line = as_json if "--json" in arguments else f"error: {text}"
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 def test_the_same_warning_twice_is_shown_twice(capsys):
-    with console.shown_warnings():
+    with console.fresh_mode():
         for _ in range(2):
             warnings.warn(DumpActivationsWarning("again"), stacklevel=1)
     assert capsys.readouterr().err == "warning: again\n" * 2
@@ -114,3 +118,22 @@ def test_a_quiet_command_prints_errors_and_json_only(tmp_path, capsys):
     assert err.startswith("error: ")
     assert inspect_main([target]) == 0
     assert "9 boards" in capsys.readouterr().out
+
+
+def test_every_line_is_json_with_json(tmp_path, capsys):
+    given = ["--demo", "--json", "--n-samples=9", f"--output={tmp_path}/a.pt"]
+    assert dump_main(given) == 0
+    assert dump_main([*given, "--outputs=pooled"]) == 1
+    assert dump_main([*given, "--dtype=fp8"]) == 2
+    assert dump_main(["--no-such-flag", "--json"]) == 2
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [key for line in lines for key in line if key != "note"] == ["error"] * 3
+    assert [line["error"][:9] for line in lines if "error" in line][1:] == [
+        "--dtype: ",
+        "No such o",
+    ]
+    assert any("note" in line for line in lines)
+    assert inspect_main([f"{tmp_path}/none.pt", "--json"]) == 1
+    assert inspect_main([f"{tmp_path}/none.pt"]) == 1  # The mode does not outlive its command.
+    first, second = capsys.readouterr().err.splitlines()
+    assert json.loads(first)["error"] == second.removeprefix("error: ")

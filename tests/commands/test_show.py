@@ -1,5 +1,6 @@
 """Tables of any terminal's width, one line per row in a pipe, and JSON that every reader takes."""
 
+import html
 import json
 import re
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from dump_activations import dump
-from dump_activations.commands.console import Table, print_parts
+from dump_activations.commands.console import Table, show
 from dump_activations.commands.dump import main as dump_main
 from dump_activations.commands.inspect import main
 from dump_activations.storage.reading.dump_files import inspect_dump
@@ -39,7 +40,7 @@ def escaped(cell):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 def test_a_pipe_gets_one_whole_line_per_row(capsys, table):
     capsys.readouterr()
-    print_parts(table)
+    show(None, [table])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if line] == [
         [*map(escaped, row)] for row in (table.headings, *table.rows)
@@ -49,7 +50,7 @@ def test_a_pipe_gets_one_whole_line_per_row(capsys, table):
 
 def test_columns_are_aligned(capsys):
     rows = [("a", "1", "x"), ("title",), ("盤面!", "1,000", "y")]
-    print_parts("line", Table(("name", "size", "text"), rows, ["size"]))
+    show(None, ["line", Table(("name", "size", "text"), rows, ["size"])])
     assert capsys.readouterr().out.splitlines() == [
         *("line", "", "name    size  text", "a          1  x", "", "title", "盤面!  1,000  y"),
     ]
@@ -58,7 +59,7 @@ def test_columns_are_aligned(capsys):
 def on_terminal(terminal, monkeypatch, width, *parts):
     monkeypatch.setenv("COLUMNS", str(width))
     close = terminal("stdout")
-    print_parts(*parts)
+    show(None, parts)
     return [line.rstrip() for line in STYLES.sub("", close()).split("\r\n")]
 
 
@@ -116,8 +117,7 @@ def test_a_pipe_gets_a_file_and_a_preview_in_whole_lines(
     assert main([str(target)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        f"{target}: 31.0 kB ({target.stat().st_size:,} bytes), 1,024 boards, layers 0-3 of 4, "
-        "all values finite"
+        f"{target}: 31.0 kB ({target.stat().st_size:,} bytes), 1,024 boards, all values finite"
     )
     found = [line.split() for line in lines]
     assert ["checkpoint", str(demo_checkpoint)] in found
@@ -128,13 +128,31 @@ def test_a_pipe_gets_a_file_and_a_preview_in_whole_lines(
     assert row in map(str.split, rows)
 
 
-def test_a_run_that_did_nothing_has_no_table(tmp_path, capsys):
+def test_a_run_ends_with_one_line_and_its_stages_if_asked_for(tmp_path, capsys):
     target = tmp_path / "a.pt"
     arguments = ["--demo", "--n-samples=9", f"--output={target}"]
+    nbytes = r"[\d.]+ kB in " + re.escape(str(target))
     assert dump_main(arguments) == 0
-    assert "forward" in capsys.readouterr().out
-    assert dump_main(arguments) == 0
-    assert capsys.readouterr().out == f"0 boards (and 9 resumed): {target}\n"
+    line = rf"9 boards of final_hidden: {nbytes}; \d+\.\d s, [\d,]+ boards/s in the loop\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+    assert dump_main([*arguments, "--verbose"]) == 0
+    first, _, *rows = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"0 boards of final_hidden \(and 9 resumed\): {nbytes}; \d+\.\d s", first)
+    stages = {row.split("  ")[0] for row in rows}
+    assert stages == {
+        *("stage", "setup", "boards", "forward", "copy", "write"),
+        *("waiting for boards", "whole loop", "commit"),
+    }
+
+
+def test_a_summary_reads_as_the_command_ends(demo_checkpoint, demo_dataset, tmp_path):
+    options = {"n_samples": 9, "outputs": "pooled", "device": "cpu", "allow_cpu": True}
+    summary = dump(demo_checkpoint, demo_dataset, tmp_path / "<a>.npz", **options)
+    assert str(summary).startswith("9 boards of pooled: ")
+    assert f"in {tmp_path / '<a>.npz'}; " in str(summary)
+    page = summary._repr_html_()
+    assert f"<p>{html.escape(str(summary))}</p><table>" in page
+    assert "<td>whole loop</td>" in page
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["stored", "computed"])

@@ -23,7 +23,7 @@ import dump_activations.api
 import dump_activations.commands.dump
 import dump_activations.commands.inspect
 from dump_activations.pipeline.interrupts import die_of
-from dump_activations.storage.writing import output, shards
+from dump_activations.storage.writing import journal, shards
 
 
 def torchrun(arguments: list[str]) -> int:
@@ -70,7 +70,7 @@ def run(request: dict[str, Any]) -> None:
     """Become the command that a request describes; does not return."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if request["sync_interval"] is not None:
-        output.SYNC_INTERVAL = request["sync_interval"]
+        journal.SYNC_INTERVAL = request["sync_interval"]
     if request["first_note"] is not None:
         shards._FIRST_NOTE_SECONDS = request["first_note"]
     if request["cores"] is not None:

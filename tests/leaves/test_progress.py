@@ -1,6 +1,7 @@
 """Progress: the figures of a phase, a bar on terminals, lines in logs, and nothing twice."""
 
 import io
+import json
 import re
 import sys
 import threading
@@ -12,12 +13,11 @@ import pytest
 
 from dump_activations import dump
 from dump_activations import progress as display
-from dump_activations.commands.console import print_error
+from dump_activations.commands.console import print_line
 from dump_activations.errors import InvalidArgumentError
 from dump_activations.progress import (
     BYTES,
     Phase,
-    Status,
     begin,
     counted,
     reporter,
@@ -29,38 +29,52 @@ CPU = {"device": "cpu", "allow_cpu": True}
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d progress: "
 
 
-def test_figures_of_boards():
-    status = Status(Phase("", "boards", of=4000, nbytes=8 * 10**9), now=100.0)
-    assert status.text() == "0/4,000 boards"
-    assert status.figures(103.0) == ["3 s"]
-    status.advance(1000, 4000, now=110.0)
-    assert status.fraction == 0.25
-    assert status.text() == "1,000/4,000 boards"
-    assert status.figures(110.0) == ["10 s", "30 s left", "100 boards/s", "200 MB/s of 8.00 GB"]
+@pytest.fixture
+def clock(monkeypatch):
+    """Return a list whose only element is the time of the monotonic clock."""
+    times = [100.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: times[0])
+    return times
 
 
-def test_resumed_boards_count_as_done_and_not_in_the_rate():
-    status = Status(Phase("", "boards", start=3000, of=4000), now=0.0)
-    status.advance(3100, 4000, now=10.0)
-    assert status.figures(10.0) == ["10 s", "1 min 30 s left", "10 boards/s"]
+def test_figures_of_boards(clock):
+    phase = Phase("", "boards", of=4000, nbytes=8 * 10**9)
+    clock[0] = 103.0
+    assert phase.text() == "0/4,000 boards"
+    assert phase.figures() == ["3 s"]
+    clock[0] = 110.0
+    phase.advance(1000, 4000)
+    assert phase.fraction == 0.25
+    assert phase.text() == "1,000/4,000 boards"
+    assert phase.figures() == ["10 s", "30 s left", "100 boards/s", "200 MB/s of 8.00 GB"]
 
 
-def test_the_rate_is_of_the_last_half_minute():
-    status, done = Status(Phase("", "boards", of=10_000), now=0.0), 0
+def test_resumed_boards_count_as_done_and_not_in_the_rate(clock):
+    phase = Phase("", "boards", start=3000, of=4000)
+    clock[0] = 110.0
+    phase.advance(3100, 4000)
+    assert phase.figures() == ["10 s", "1 min 30 s left", "10 boards/s"]
+
+
+def test_the_rate_is_of_the_last_half_minute(clock):
+    phase, done = Phase("", "boards", of=10_000), 0
     for second in range(1, 101):
+        clock[0] += 1
         done += 10 if second <= 60 else 1
-        status.advance(done, 10_000, second)
-    assert status.figures(100.0)[2] == "1 boards/s"
+        phase.advance(done, 10_000)
+    assert phase.figures()[2] == "1 boards/s"
 
 
-def test_figures_of_a_download():
-    status = Status(Phase("downloading hf://a/b", BYTES), now=0.0)
-    status.advance(1_500_000, 0, now=2.0)
-    assert status.fraction is None
-    assert status.text() == "downloading hf://a/b: 1.50 MB"
-    status.advance(3_000_000, 6_000_000, now=4.0)
-    assert status.text() == "downloading hf://a/b: 3.00 MB/6.00 MB"
-    assert status.figures(4.0) == ["4 s", "4 s left", "750 kB/s"]
+def test_figures_of_a_download(clock):
+    phase = Phase("downloading hf://a/b", BYTES)
+    clock[0] = 102.0
+    phase.advance(1_500_000, 0)
+    assert phase.fraction is None
+    assert phase.text() == "downloading hf://a/b: 1.50 MB"
+    clock[0] = 104.0
+    phase.advance(3_000_000, 6_000_000)
+    assert phase.text() == "downloading hf://a/b: 3.00 MB/6.00 MB"
+    assert phase.figures() == ["4 s", "4 s left", "750 kB/s"]
 
 
 class Log(io.StringIO):
@@ -107,18 +121,32 @@ def test_a_log_gets_a_line_with_the_time_for_each_phase(log, soon):
     assert threading.active_count() == 1
 
 
-def test_a_log_names_phases_of_ten_seconds_and_then_gets_a_line_a_minute(monkeypatch):
-    clock = [0.0]
+def test_each_line_of_a_log_is_json_if_asked_for(log, soon):
+    log = log()
+    with shown_progress(as_json=True):
+        begin("loading\x1b[2J")
+        while "loading" not in log.getvalue():
+            log.got_line.wait(0.01)
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert all(line.keys() == {"time", "progress"} for line in lines)
+    assert lines[-1]["progress"].startswith("loading\x1b[2J, ")
+
+
+def test_a_log_names_phases_of_ten_seconds_and_then_gets_a_line_a_minute(clock, monkeypatch):
     monkeypatch.setattr(display, "_FIRST_LINE", 10.0)
-    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
-    lines, shown = display._Lines(), {}
+    clock[0] = 0.0
+    reporter, shown = display.Reporter(), {}
     phases = {15: "short", 20: "long", 200: "short", 205: "short", 210: "short", 215: "last"}
-    for second in range(1, 241):
-        clock[0] = float(second)
-        if second in phases:
-            lines.begin(Phase(phases[second]))
-        if (line := lines.due_line(clock[0])) is not None:
-            shown[second] = line.partition(",")[0]
+
+    class Seconds:
+        def wait(self, _timeout):
+            clock[0] += 1
+            if name := phases.get(clock[0]):
+                reporter.phase = Phase(name)
+            return clock[0] > 240
+
+    for line in display._due_lines(reporter, Seconds()):
+        shown[clock[0]] = line.partition(",")[0]
     assert shown == {
         **{10: "starting", 30: "long", 90: "long", 150: "long"},
         **{210: "short", 225: "last"},
@@ -153,7 +181,7 @@ def test_no_stderr_ends_a_run(make, ends, log, soon):
     with shown_progress():
         begin("loading")
         counted(Phase("", "boards", of=4))(1, 4)
-        print_error("a line")
+        print_line("error", "a line")
         time.sleep(0.01)
     assert reporter() is None
     with suppress(AttributeError, OSError):
@@ -170,18 +198,19 @@ def test_a_terminal_shows_each_phase(
     terminal, demo_checkpoint, demo_dataset, tmp_path, monkeypatch
 ):
     close, begun = terminal(), []
-    begin_of = display._Bar.begin
 
-    def note_and_begin(bar, phase):
-        begun.append(phase.name or phase.unit)
-        begin_of(bar, phase)
+    class Noting(display.Reporter):
+        def __setattr__(self, name, phase):
+            begun.append(phase.name or phase.unit)
+            super().__setattr__(name, phase)
 
-    monkeypatch.setattr(display._Bar, "begin", note_and_begin)
+    monkeypatch.setattr(display, "Reporter", Noting)
     options = {"n_samples": 50, "where": "max_rank >= 5", **CPU}
     dump(demo_checkpoint, demo_dataset, tmp_path / "a.pt", **options, progress=True)
     with silent_progress():
         dump(demo_checkpoint, demo_dataset, tmp_path / "b.pt", **options, progress=True)
-    assert begun == [
+    assert begun[: begun.index("starting", 1)] == [
+        "starting",
         "opening the dataset",
         "loading the checkpoint",
         "choosing the steps",
@@ -218,10 +247,9 @@ class Latin:
 @pytest.mark.parametrize("stream", [None, Latin()], ids=["utf-8", "latin-1"])
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 120, 200])
 def test_a_bar_takes_one_line_of_any_width(width, stream, name):
-    bar = display._Bar()
-    bar.begin(Phase(name, "boards", of=4_000_000, nbytes=10**12))
-    bar.advance(1_000_000, 4_000_000)
-    line = bar.line(width, stream)
+    phase = Phase(name, "boards", of=4_000_000, nbytes=10**12)
+    phase.advance(1_000_000, 4_000_000)
+    line = display._bar_line(phase, width, stream)
     words = re.match(".*1,000,000/4,000,000 boards", line.plain)[0]
     assert line.no_wrap
     assert line.cell_len < width or line.plain.startswith(words)

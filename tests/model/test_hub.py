@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -131,37 +132,43 @@ def test_the_commit_and_the_tokenizer_are_kept(hub, session, tmp_path):
     assert session.ask("hf://lab/kept/sub@v2")["commit"] == later
 
 
-def test_sharded_repository(hub, session, tmp_path):
+def sharded_files(root):
     state_dict = random_state_dict(BASE)
     shards = {f"model-0000{i}-of-00002.safetensors": list(state_dict)[i - 1 :: 2] for i in (1, 2)}
-    save_checkpoint(tmp_path, {}, config_json(BASE), weights="model-stable.safetensors")
+    save_checkpoint(root, {}, config_json(BASE), weights="model-stable.safetensors")
     for file, names in shards.items():
-        save_weights(tmp_path / file, {name: state_dict[name] for name in names}, {})
+        save_weights(root / file, {name: state_dict[name] for name in names}, {})
     weight_map = {name: file for file, names in shards.items() for name in names}
-    index = json.dumps({"weight_map": weight_map}).encode()
-    hub.commit("lab/shards", files_under(tmp_path) | {"model.safetensors.index.json": index})
-    assert_close(session.logits("hf://lab/shards"), naive_forward(state_dict, BASE, BOARDS)[1])
-    assert sorted(hub.downloads) == ["config.json", *shards, "model.safetensors.index.json"]
+    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return ["config.json", *shards, "model.safetensors.index.json"]
 
 
-@pytest.mark.parametrize("weights", WEIGHT_FILES)
-def test_weight_file_precedence(weights, hub, session, tmp_path):
-    files, logits = checkpoint_files(tmp_path / "a", weights=weights)
+def bundle_alone(root):
+    save_weights(root / "model.pt", random_state_dict(BASE), config_json(BASE))
+    return ["model.pt"]
+
+
+def preferred(weights, root):
+    """Write files that are read later, and some that are not read."""
     later = WEIGHT_FILES[WEIGHT_FILES.index(weights) + 1 :]
-    repo = f"lab/first-{WEIGHT_FILES.index(weights)}"
-    others = ("README.md", "optimizer.pt", "sub/model-best.safetensors", "model-1-of-2.safetensors")
-    hub.commit(repo, files | dict.fromkeys([*later, *others], b"other"))
+    others = ("README.md", "optimizer.pt", "model-1-of-2.safetensors", "sub/model-best.safetensors")
+    save_checkpoint(root, random_state_dict(BASE), config_json(BASE), weights=weights)
+    (root / "sub").mkdir()
+    for name in (*later, *others):
+        (root / name).write_bytes(b"other")
+    return ["config.json", weights]
+
+
+@pytest.mark.parametrize(
+    "write", [sharded_files, bundle_alone, *(partial(preferred, name) for name in WEIGHT_FILES)]
+)
+def test_the_files_of_the_checkpoint_are_downloaded_alone(write, hub, session, tmp_path):
+    needed = write(tmp_path)
+    repo = f"lab/files-{len(hub.repos)}"
+    hub.commit(repo, files_under(tmp_path))
+    logits = naive_forward(random_state_dict(BASE), BASE, BOARDS)[1]
     assert_close(session.logits(f"hf://{repo}"), logits)
-    assert sorted(hub.downloads) == ["config.json", weights]
-
-
-def test_bundle_without_config(hub, session, tmp_path):
-    state_dict = random_state_dict(BASE)
-    save_weights(tmp_path / "a" / "model.pt", state_dict, config_json(BASE))
-    hub.commit("lab/bundle", files_under(tmp_path / "a") | {"notes.txt": b"hello"})
-    logits = naive_forward(state_dict, BASE, BOARDS)[1]
-    assert_close(session.logits("hf://lab/bundle"), logits)
-    assert hub.downloads == ["model.pt"]
+    assert sorted(hub.downloads) == needed
 
 
 @pytest.mark.parametrize(
@@ -194,34 +201,22 @@ def test_revisions_are_found_and_a_moved_branch_is_followed(hub, session, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("init", "words"),
+    ("path", "names", "words"),
     [
-        ("hf://lab/none", "no such repository"),
-        ("hf://lab/flat@v9", "no revision v9"),
-        ("hf://lab/flat/nowhere", "not a checkpoint"),
+        ("none", [], "no such repository"),
+        ("flat@v9", ["config.json", "model.pt"], "no revision v9"),
+        ("flat/nowhere", ["config.json", "model.pt"], "not a checkpoint"),
+        ("readme", ["README.md"], "not a checkpoint"),
+        ("config", ["config.json"], "no weights"),
+        ("step", ["config.json", "model-step-1.pt"], "it has model-step-1.pt"),
     ],
 )
-def test_a_missing_repository_revision_or_directory_is_named(init, words, hub, session, tmp_path):
-    files, _ = checkpoint_files(tmp_path / "a")
-    hub.commit("lab/flat", files)
-    answer = session.error(init)
+def test_a_missing_repository_revision_or_checkpoint_is_named(path, names, words, hub, session):
+    if names:
+        hub.commit(f"lab/{path.partition('@')[0].partition('/')[0]}", dict.fromkeys(names, b"{}"))
+    answer = session.error(f"hf://lab/{path}")
     assert words in answer["error"]
     assert "FileNotFoundError" in answer["kinds"]
-    assert hub.downloads == []
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (["README.md"], "not a checkpoint"),
-        (["config.json"], "no weights"),
-        (["config.json", "model-step-00001000.pt"], "it has model-step-00001000.pt"),
-    ],
-    ids=["readme", "config", "step"],
-)
-def test_a_repository_without_weights_is_not_downloaded(names, words, hub, session):
-    hub.commit("lab/weightless", dict.fromkeys(names, b"{}"))
-    assert words in session.error("hf://lab/weightless")["error"]
     assert hub.downloads == []
 
 
@@ -241,40 +236,59 @@ def test_cached_checkpoint_without_the_hub(hub, session, tmp_path):
     session.error("hf://lab/cached/sub")
 
 
-def test_a_hub_that_never_answers_gives_way_to_the_cache(hub, session, tmp_path):
-    files, logits = checkpoint_files(tmp_path / "a", seed=6)
-    hub.commit("lab/silent", files)
-    assert_close(session.logits("hf://lab/silent"), logits)
-    hub.answers.clear()
-    assert_close(session.logits("hf://lab/silent", timeout=1), logits)
-
-
 GATED = "Access to model lab/refused is restricted"
 EXPIRED = "Invalid credentials in Authorization header"
-
-
 REFUSALS = [
     ((401, "GatedRepo", GATED), ["gated", "ask for access", "hf auth login"]),
     ((403, "GatedRepo", GATED), ["gated", "ask for access", "hf auth login"]),
     ((401, "", EXPIRED), [EXPIRED, "hf auth login"]),
     ((403, "", "This token may not read"), ["This token may not read", "check that the token"]),
+    ((429, "", "We had to rate limit you"), ["We had to rate limit you", "wait"]),
+    ((503, "", "Out of order"), ["cannot be reached", "Out of order"]),
 ]
-# For a download the client waits a minute before it gives up.
-TOO_MANY = ((429, "", "We had to rate limit you"), ["We had to rate limit you", "wait"])
 
 
-@pytest.mark.parametrize(
-    ("refuses_all", "refusal", "words"),
-    [*((at, *each) for each in REFUSALS for at in (False, True)), (True, *TOO_MANY)],
-)
+@pytest.mark.parametrize("refuses_all", [False, True])
+@pytest.mark.parametrize(("refusal", "words"), REFUSALS)
 def test_a_refusal_gives_the_hubs_reason_and_a_way_out(refuses_all, refusal, words, hub, session):
     hub.commit("lab/refused", {"config.json": b"{}", "model.safetensors": b"x"})
     hub.refusal, hub.refuses_all = refusal, refuses_all
     answer = session.error("hf://lab/refused")
-    assert "CheckpointError" in answer["kinds"]
-    assert "cannot be reached" not in answer["error"]
-    for word in words:
+    assert ("CheckpointError" in answer["kinds"]) == (refusal[0] < 500)
+    for word in (*words, "no checkpoint is cached"):
         assert word in answer["error"]
+
+
+@pytest.fixture(scope="module")
+def outdated(hub, session, tmp_path_factory):
+    """Return the logits of a cached checkpoint whose branch has moved since."""
+    files, logits = checkpoint_files(tmp_path_factory.mktemp("old"), seed=6)
+    hub.commit("lab/outdated", files)
+    assert_close(session.logits("hf://lab/outdated"), logits)
+    later, _ = checkpoint_files(tmp_path_factory.mktemp("new"), seed=7)
+    hub.commit("lab/outdated", later)
+    return logits
+
+
+@pytest.mark.parametrize("refuses_all", [False, True])
+@pytest.mark.parametrize("case", [*REFUSALS, ((404, "RepoNotFound", ""), ["private"])])
+def test_a_refusal_gives_way_to_the_cache(refuses_all, case, outdated, hub, session):
+    """As in the hub's own tools: a token that expired does not take a checkpoint away."""
+    (hub.refusal, words), hub.refuses_all = case, refuses_all
+    answer = session.ask("hf://lab/outdated")
+    assert_close(np.array(answer["logits"]), outdated)
+    (warning,) = answer["warnings"]
+    for word in (*words, "using the cached checkpoint"):
+        assert word in warning
+
+
+@pytest.mark.parametrize("stalls", ["at once", "after the listing"])
+def test_a_hub_that_never_answers_gives_way_to_the_cache(stalls, outdated, hub, session):
+    if stalls == "at once":
+        hub.answers.clear()
+    else:
+        hub.after_listing = hub.answers.clear
+    assert_close(session.logits("hf://lab/outdated", timeout=1), outdated)
 
 
 def test_a_branch_that_moves_meanwhile_gives_one_commit(hub, session, tmp_path):

@@ -18,10 +18,23 @@ OPTIONS = {"n_samples": 40, "batch_size": 8, "device": "cpu", "allow_cpu": True,
 
 @pytest.fixture
 def compile_with(monkeypatch):
-    def use(backend):
+    """Return a function that makes torch compile by calling another with no arguments."""
+
+    def use(called=lambda: None):
+        def backend(graph, _inputs):
+            called()
+            return graph.forward
+
         monkeypatch.setattr(capture.torch, "compile", partial(torch.compile, backend=backend))
 
     return use
+
+
+def raising(error):
+    def fail():
+        raise error
+
+    return fail
 
 
 @pytest.fixture
@@ -41,42 +54,28 @@ def test_the_model_is_compiled_once_and_first(write, compile_with, dumped, tmp_p
     batches, found = [], []
     run_batch = capture.Capture.run
 
-    def backend(graph, _inputs):
-        found.append((len(batches), [*(tmp_path / "out").iterdir()]))
-        return graph.forward
-
     def run(self, tokens_BS, buffers):
         run_batch(self, tokens_BS, buffers)
         batches.append(len(tokens_BS))
 
     monkeypatch.setattr(capture.Capture, "run", run)
-    compile_with(backend)
+    compile_with(lambda: found.append((len(batches), [*(tmp_path / "out").iterdir()])))
     dumped(write=write)
     assert found == [(0, [])]
     assert batches == [8] * 6  # empty boards, then the run's
 
 
 def test_its_time_is_set_up(compile_with, monkeypatch, dumped):
-    clock, taken = time.perf_counter, [0.0]
-
-    def backend(graph, _inputs):
-        taken[0] = 1e6
-        return graph.forward
-
-    compile_with(backend)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock() + taken[0])
+    clock, taken = time.perf_counter, []
+    compile_with(lambda: taken.append(1e6))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + sum(taken))
     summary = dumped(write=False)
     assert summary.setup_seconds > 9e5 > summary.seconds + summary.stage_seconds["forward"]
 
 
 def test_a_stream_is_compiled_when_the_call_returns(compile_with, demo_checkpoint, demo_dataset):
     found = []
-
-    def backend(graph, _inputs):
-        found.append(graph)
-        return graph.forward
-
-    compile_with(backend)
+    compile_with(lambda: found.append(1))
     batches = stream(demo_checkpoint, demo_dataset, **(OPTIONS | {"n_samples": 20}))
     assert len(found) == 1
     assert len([*batches]) == 3
@@ -85,10 +84,7 @@ def test_a_stream_is_compiled_when_the_call_returns(compile_with, demo_checkpoin
 
 @pytest.mark.parametrize("write", [True, False])
 def test_a_failure_leaves_no_file(write, compile_with, dumped, tmp_path):
-    def backend(_graph, _inputs):
-        raise OSError("no compiler\nand more lines")
-
-    compile_with(backend)
+    compile_with(raising(OSError("no compiler\nand more lines")))
     text = r"^compile: torch.compile fails here \(OSError: no compiler\); leave it out$"
     with pytest.raises(DeviceError, match=text):
         dumped(write=write)
@@ -96,10 +92,7 @@ def test_a_failure_leaves_no_file(write, compile_with, dumped, tmp_path):
 
 
 def test_a_failure_leaves_the_callers_model_alone(compile_with, demo_checkpoint, demo_dataset):
-    def backend(_graph, _inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    compile_with(backend)
+    compile_with(raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")))
     model = load_encoder(demo_checkpoint).train()
     with pytest.raises(DeviceError, match="out of device memory"):
         stream(model, demo_dataset, **OPTIONS)
@@ -129,12 +122,7 @@ def caches(tmp_path, monkeypatch):
 
 def test_compiled_code_is_kept_where_nobody_else_can_write(caches, compile_with, dumped):
     seen = []
-
-    def backend(graph, _inputs):
-        seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-        return graph.forward
-
-    compile_with(backend)
+    compile_with(lambda: seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
     dumped(write=False)
     assert seen == [str(caches)]
     assert stat.S_IMODE(caches.stat().st_mode) == 0o700
@@ -157,7 +145,7 @@ def test_a_cache_that_others_may_have_filled_is_refused(planted, caches, dumped,
 
 def test_a_cache_of_the_users_choice_is_taken(caches, compile_with, monkeypatch, dumped):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-    compile_with(lambda graph, _inputs: graph.forward)
+    compile_with()
     dumped(write=False)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
     assert not caches.exists()

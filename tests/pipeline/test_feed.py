@@ -1,10 +1,10 @@
 """Boards that are read ahead, in windows."""
 
-from concurrent.futures import Executor, Future
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from simulated.checks import AtOnce
 
 from dump_activations import StepsDataset
 from dump_activations.errors import VocabularyError
@@ -50,21 +50,6 @@ def test_batches_are_whole_whatever_the_largest_window(first, batch_size, feed, 
         rows = np.arange(N)[batch.first_row : batch.first_row + batch_size]
         assert np.array_equal(batch.indices, rows)
         assert np.array_equal(batch.boards_BS, boards[rows])
-
-
-class AtOnce(Executor):
-    """Does what it is asked for at once, so that tests need not wait for a thread."""
-
-    def __init__(self, **_):
-        pass
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Host slots of a GPU's run: how many, how they are pinned, and that they are given back."""
 
 import mmap
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from simulated_device import simulated
 
 from dump_activations import DumpActivationsNote, dump, stream
 from dump_activations.errors import DeviceError, InvalidArgumentError
-from dump_activations.pipeline.transfer import CudaTransfer
+from dump_activations.pipeline import cuda
+from dump_activations.pipeline.cuda import CudaTransfer
 from reference.dumps import read_dump
 
 __all__ = ["one_thread"]
@@ -41,48 +43,36 @@ class Watched(PinnedMemory):
 
 
 @pytest.fixture
-def memory():
+def memory(monkeypatch, request):
+    """Return watched memory, of which a process may lock as much as a parameter says."""
+    if hasattr(request, "param"):
+        monkeypatch.setattr(cuda, "pinned_share", lambda _: request.param)
     return Watched()
-
-
-@pytest.fixture
-def share(monkeypatch):
-    def of(nbytes):
-        monkeypatch.setattr("dump_activations.pipeline.transfer.pinned_share", lambda _: nbytes)
-
-    return of
 
 
 @pytest.fixture
 def ways(demo_checkpoint, demo_dataset, tmp_path):
     """Return ways of a run to end, and how many slots each has."""
 
-    def streamed(**options):
-        return stream(demo_checkpoint, demo_dataset, **(OPTIONS | options))
+    streamed = partial(stream, demo_checkpoint, demo_dataset, **OPTIONS)
+    dumped = partial(dump, demo_checkpoint, demo_dataset, tmp_path / "a.pt", **OPTIONS)
 
-    def dumped(**options):
-        return dump(demo_checkpoint, demo_dataset, tmp_path / "a.pt", **(OPTIONS | options))
-
-    def fail(*_):
-        raise ZeroDivisionError
-
-    def failing_dump():
-        with pytest.raises(ZeroDivisionError):
-            dumped(progress=fail)
-
-    def failing_plan():
-        with pytest.raises(InvalidArgumentError):
-            streamed(labels="no_such_label")
+    def failing(error, run, **options):
+        with pytest.raises(error):
+            run(**options)
 
     return {
         "dump": (dumped, 3),
         "no write": (lambda: dumped(write=False), 0),
-        "only weights": (lambda: [*streamed(outputs="rmsnorm_gammas")], 0),
+        "only weights": (
+            lambda: [*stream(demo_checkpoint, demo_dataset, outputs="rmsnorm_gammas")],
+            0,
+        ),
         "copy": (lambda: [*streamed()], 2),
         "view": (lambda: [*streamed(tensors="view")], 2),
         "device": (lambda: [*streamed(tensors="device")], 0),
-        "failing": (failing_dump, 3),
-        "failing before the run": (failing_plan, 0),
+        "failing": (partial(failing, ZeroDivisionError, dumped, progress=lambda *_: 1 / 0), 3),
+        "failing before": (partial(failing, InvalidArgumentError, streamed, labels="none"), 0),
         "broken off": (lambda: next(streamed(tensors="view")), 2),
         "never begun": (streamed, 2),
     }
@@ -90,7 +80,7 @@ def ways(demo_checkpoint, demo_dataset, tmp_path):
 
 WAYS = [
     *("dump", "no write", "only weights", "copy", "view", "device"),
-    *("failing", "failing before the run", "broken off", "never begun"),
+    *("failing", "failing before", "broken off", "never begun"),
 ]
 
 
@@ -123,16 +113,16 @@ def test_memory_is_given_back_after_copies_in_streams_of_the_callers(
                 device.synchronize()
 
 
-def test_a_small_share_makes_for_fewer_slots(ways, memory, share, tmp_path):
-    share(3 * SLOT - 1)
+@pytest.mark.parametrize("memory", [3 * SLOT - 1], indirect=True)
+def test_a_small_share_makes_for_fewer_slots(ways, memory, tmp_path):
     with simulated(lazy, memory):
         ways["dump"][0]()
     assert memory.sizes == [2 * SLOT]
     assert len(read_dump(tmp_path / "a.pt").tensors["pooled"]) == 50
 
 
-def test_a_share_without_room_is_an_error_before_any_file(ways, memory, share, tmp_path):
-    share(2 * SLOT - 1)
+@pytest.mark.parametrize("memory", [2 * SLOT - 1], indirect=True)
+def test_a_share_without_room_is_an_error_before_any_file(ways, memory, tmp_path):
     text = r"host memory \(2 x .* must be page-locked, this process may .*batch_size=8; .*=4$"
     with simulated(lazy, memory):
         for way in ("dump", "copy", "never begun"):

@@ -26,28 +26,20 @@ def test_an_interruption_waits_for_a_check():
         held.check()  # once is enough
 
 
-def test_an_interruption_waits_for_the_end():
+@pytest.mark.parametrize("error", [None, ZeroDivisionError])
+def test_an_interruption_waits_for_the_end_and_an_error_stands_before_it(error):
     done = []
 
     def work():
         with HeldInterrupts():
             signal.raise_signal(signal.SIGINT)
             done.append(True)
+            if error:
+                raise error
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error or KeyboardInterrupt):
         work()
     assert done
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_an_error_stands_before_an_interruption():
-    def work():
-        with HeldInterrupts():
-            signal.raise_signal(signal.SIGINT)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        work()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -92,13 +84,10 @@ def test_contexts_may_be_nested(received):
     assert received == [signal.SIGTERM]
 
 
-def test_signals_without_a_handler_are_left_alone():
+def test_signals_without_a_handler_and_other_threads_are_left_alone():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with HeldInterrupts():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_other_threads_hold_nothing():
     handlers = []
 
     def work():

@@ -3,11 +3,11 @@
 import copy
 import threading
 from collections import Counter
-from concurrent.futures import Executor, Future
 from contextlib import nullcontext
 
 import pytest
 import torch
+from simulated.checks import AtOnce
 from simulated.policies import greedy
 from simulated_device import simulated
 from torch import nn
@@ -20,18 +20,6 @@ from reference.dumps import read_dump
 
 CPU = {"device": "cpu", "allow_cpu": True}
 OPTIONS = {"outputs": ["layer_outputs"], "n_samples": 12, "batch_size": 5} | CPU
-
-
-class InThisThread(Executor):
-    """Runs work when it is submitted, in the thread that submits it."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def submit(self, work, /, *arguments, **options) -> Future:
-        future = Future()
-        future.set_result(work(*arguments, **options))
-        return future
 
 
 @pytest.fixture
@@ -53,59 +41,34 @@ def test_a_callers_autocast_changes_nothing(precision, model, demo_dataset, tmp_
     assert torch.equal(read_dump(tmp_path / "a.pt").tensors["layer_outputs"], expected)
 
 
-SETTINGS = [("generic", "all"), *[(b, op) for b in ("cuda", "mkldnn") for op in ("all", "matmul")]]
-
-
-def matmul_precision():
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # It was set for one backend alone.
-        return "mixed"
+FP32 = [("generic", "all"), *[(b, op) for b in ("cuda", "mkldnn") for op in ("all", "matmul")]]
+CUDA = torch.backends.cuda
 
 
 def settings():
     """Return the settings of the process and the thread that a run might change."""
-    attention = torch.backends.cuda
+    try:
+        matmul = torch.get_float32_matmul_precision()
+    except RuntimeError:  # It was set for one backend alone.
+        matmul = "mixed"
+    enabled = (CUDA.flash_sdp_enabled, CUDA.mem_efficient_sdp_enabled, CUDA.math_sdp_enabled)
     return {
-        "fp32": [torch._C._get_fp32_precision_getter(*each) for each in SETTINGS],
-        "matmul": matmul_precision(),
-        "kernels": (
-            attention.flash_sdp_enabled(),
-            attention.mem_efficient_sdp_enabled(),
-            attention.math_sdp_enabled(),
-            attention.cudnn_sdp_enabled(),
-            torch._C._get_sdp_priority_order(),
-        ),
+        "fp32": [*[torch._C._get_fp32_precision_getter(*each) for each in FP32], matmul],
+        "kernels": [*[each() for each in enabled], CUDA.cudnn_sdp_enabled()],
+        "order": torch._C._get_sdp_priority_order(),
         "default": (torch.get_default_dtype(), torch.get_default_device()),
-        "thread": (
-            torch.get_num_threads(),
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-        ),
+        "thread": (torch.get_num_threads(), torch.is_grad_enabled()),
+        "inference": torch.is_inference_mode_enabled(),
     }
-
-
-def put_back():
-    torch.backends.fp32_precision = "none"
-    torch.set_float32_matmul_precision("highest")
-    for each in SETTINGS:
-        torch._C._set_fp32_precision_setter(*each, "none")
-    torch.backends.cuda.enable_flash_sdp(True)
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-
-
-def set_fp32_precision(of, value):
-    of.fp32_precision = value
 
 
 CALLERS = {
     "defaults": lambda: None,
     "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
-    "all backends": lambda: set_fp32_precision(torch.backends, "tf32"),
-    "one backend": lambda: set_fp32_precision(torch.backends.cuda.matmul, "tf32"),
-    "no flash attention": lambda: torch.backends.cuda.enable_flash_sdp(False),
+    "all backends": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "one backend": lambda: setattr(CUDA.matmul, "fp32_precision", "tf32"),
+    "no flash attention": lambda: CUDA.enable_flash_sdp(False),
     "default dtype": lambda: torch.set_default_dtype(torch.float64),
     "default device": lambda: torch.set_default_device("meta"),
 }
@@ -114,7 +77,13 @@ CALLERS = {
 @pytest.fixture
 def own_settings():
     yield
-    put_back()
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for each in FP32:
+        torch._C._set_fp32_precision_setter(*each, "none")
+    CUDA.enable_flash_sdp(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
 
 
 @pytest.mark.usefixtures("own_settings")
@@ -123,36 +92,31 @@ def own_settings():
 def test_a_callers_settings_are_not_taken_and_are_as_before(
     caller, precision, demo_checkpoint, demo_dataset
 ):
-    def run(seen):
+    def run():
         model = load_encoder(demo_checkpoint)
-        model.final_ln.register_forward_hook(lambda *_: seen.append(settings()))
-        tensors = []
-        for batch in stream(model, demo_dataset, precision=precision, **options):
-            tensors.append(batch["final_hidden"])
-            between.append(settings())
-        return torch.cat(tensors)
+        model.final_ln.register_forward_hook(lambda *_: inside.append(settings()))
+        batches = stream(model, demo_dataset, precision=precision, **options)
+        return torch.cat(
+            [(batch["final_hidden"], between.append(settings()))[0] for batch in batches]
+        )
 
-    between = []
-    options = {"n_samples": 12, "batch_size": 5}
     on_cpu = precision != "tf32"
-    if on_cpu:
-        options |= CPU
+    options = {"n_samples": 12, "batch_size": 5} | (CPU if on_cpu else {})
+    inside, between = [], []
     with nullcontext() if on_cpu else simulated(greedy):
-        expected = run([])
+        expected = run()
         CALLERS[caller]()
-        before, between = settings(), []
-        seen = []
-        found = run(seen)
+        before = settings()
+        assert torch.equal(run(), expected)
         assert settings() == before
-    assert torch.equal(found, expected)
-    assert between == [before] * 3
-    _, _, cuda, _, mkldnn = seen[-1]["fp32"]
-    assert (cuda, mkldnn) == (("ieee", "ieee") if on_cpu else ("tf32", "tf32"))
-    assert seen[-1]["kernels"] == (True, True, True, False, [1, 2, 0, 3, 4])
+    assert between[3:] == [before] * 3
+    assert inside[-1]["fp32"][2] == inside[-1]["fp32"][4] == ("ieee" if on_cpu else "tf32")
+    assert inside[-1]["kernels"] == [True, True, True, False]
+    assert inside[-1]["order"] == [1, 2, 0, 3, 4]
     # Settings that were inherited still are.
     torch.backends.fp32_precision = "ieee"
     inherited = caller in ("high", "medium", "one backend")
-    assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == inherited
+    assert (CUDA.matmul.fp32_precision == "tf32") == inherited
 
 
 def test_threads_with_other_settings_wait(model, demo_dataset):
@@ -235,7 +199,7 @@ def test_bf16_casts_each_weight_once_a_run_and_each_norm_once_a_batch(
     wide, demo_dataset, monkeypatch
 ):
     # Casts are counted in this thread, so the forward has to run in it.
-    monkeypatch.setattr("dump_activations.pipeline.run.ThreadPoolExecutor", InThisThread)
+    monkeypatch.setattr("dump_activations.pipeline.run.ThreadPoolExecutor", AtOnce)
     options = {"outputs": "layer_outputs", "n_samples": 12, "batch_size": 3} | CPU
     with Casts() as casts:
         batches = len([*stream(wide, demo_dataset, precision="bf16", **options)])

@@ -18,6 +18,7 @@ from reference.dumps import read_dump
 KEYS = "final_hidden,pooled,head_probs,layer_outputs,attn_norm,mlp_input"
 N, BATCH = 700, 300
 CPU = {"device": "cpu", "allow_cpu": True}
+RUN = {"outputs": KEYS, "n_samples": N, "batch_size": BATCH} | CPU
 
 
 @pytest.fixture(params=[2, 3, 5])
@@ -30,12 +31,10 @@ def cores(request):
 
 def test_chunks_land_in_their_places(cores, demo_checkpoint, demo_dataset, tmp_path):
     in_chunks, whole = tmp_path / "chunks.npz", tmp_path / "whole.npz"
-    dump(
-        demo_checkpoint, demo_dataset, in_chunks, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU
-    )
+    dump(demo_checkpoint, demo_dataset, in_chunks, **RUN)
     assert torch.get_num_threads() == cores
     torch.set_num_threads(1)
-    dump(demo_checkpoint, demo_dataset, whole, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
+    dump(demo_checkpoint, demo_dataset, whole, **RUN)
     found, expected = read_dump(in_chunks), read_dump(whole)
     for key in KEYS.split(","):
         scale = np.abs(expected.numpy(key)).max()
@@ -61,17 +60,14 @@ def threads_of_a_fresh_thread():
 
 
 def test_the_callers_thread_count_is_as_before(cores, demo_checkpoint, demo_dataset, tmp_path):
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    dump(demo_checkpoint, demo_dataset, tmp_path / "a.pt", n_samples=N, **CPU)
+    dump(demo_checkpoint, demo_dataset, tmp_path / "a.pt", **RUN)
     assert threads_of_a_fresh_thread() == torch.get_num_threads() == cores
-    batches = stream(demo_checkpoint, demo_dataset, n_samples=N, batch_size=BATCH, **CPU)
+    batches = stream(demo_checkpoint, demo_dataset, **RUN)
     next(batches)
     batches.close()
     assert threads_of_a_fresh_thread() == torch.get_num_threads() == cores
-    with pytest.raises(KeyboardInterrupt):
-        dump(demo_checkpoint, demo_dataset, write=False, n_samples=N, progress=fail, **CPU)
+    with pytest.raises(ZeroDivisionError):
+        dump(demo_checkpoint, demo_dataset, write=False, progress=lambda *_: 1 / 0, **RUN)
     assert threads_of_a_fresh_thread() == torch.get_num_threads() == cores
 
 
@@ -79,8 +75,7 @@ def test_several_threads_run_the_model(cores, demo_checkpoint, demo_dataset):
     model = load_encoder(demo_checkpoint)
     threads = set()
     model.final_ln.register_forward_hook(lambda *_: threads.add(threading.current_thread()))
-    for _ in stream(model, demo_dataset, n_samples=2000, **CPU):
-        pass
+    assert [*stream(model, demo_dataset, n_samples=2000, **CPU)]
     assert threading.main_thread() not in threads
     assert 1 < len(threads) <= cores
     assert not any(thread.is_alive() for thread in threads)
@@ -96,14 +91,13 @@ def test_an_error_in_one_chunk_ends_the_run(cores, demo_checkpoint, demo_dataset
             raise ZeroDivisionError("in a hook")
 
     model.blocks[1].register_forward_hook(fail)
-    target = tmp_path / "a.pt"
     with pytest.raises(ZeroDivisionError, match="in a hook"):
-        dump(model, demo_dataset, target, outputs=KEYS, n_samples=N, batch_size=BATCH, **CPU)
-    assert not target.exists()
+        dump(model, demo_dataset, tmp_path / "a.pt", **RUN)
+    assert not (tmp_path / "a.pt").exists()
     assert torch.get_num_threads() == cores
 
 
-def test_an_interruption_drops_the_chunks_that_have_not_begun(
+def test_an_error_drops_the_chunks_that_have_not_begun(
     cores, demo_checkpoint, demo_dataset, tmp_path
 ):
     model = load_encoder(demo_checkpoint)
@@ -113,48 +107,47 @@ def test_an_interruption_drops_the_chunks_that_have_not_begun(
         begun.append(1)
         time.sleep(0.05)
 
-    def interrupt(_done: int, _of: int) -> None:
-        raise KeyboardInterrupt
-
     model.blocks[0].register_forward_hook(slow)
     chunks_per_batch = 40
     rows = 128 * chunks_per_batch
-    with pytest.raises(KeyboardInterrupt):
-        dump(
-            model,
-            demo_dataset,
-            tmp_path / "a.pt",
-            n_samples=2 * rows,
-            batch_size=rows,
-            progress=interrupt,
-            **CPU,
-        )
+    options = {"n_samples": 2 * rows, "batch_size": rows, "progress": lambda *_: 1 / 0} | CPU
+    with pytest.raises(ZeroDivisionError):
+        dump(model, demo_dataset, tmp_path / "a.pt", **options)
     # The second batch is queued when the first has one chunk per core left.
     assert chunks_per_batch - cores <= len(begun) <= chunks_per_batch
 
 
+@pytest.mark.parametrize("after", [0, 1])
 @pytest.mark.parametrize(
     "reason",
     [
         "CUDA error: no kernel image is available for execution on the device",
-        "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.",
+        "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph",
     ],
 )
-def test_a_device_that_cannot_run_the_model_is_an_error_before_any_file(
-    reason, demo_checkpoint, demo_dataset, tmp_path
+def test_an_error_of_the_device_is_one_sentence_and_the_first_batchs_is_before_any_file(
+    reason, after, demo_checkpoint, demo_dataset, tmp_path
 ):
+    calls = []
+
     def fail(*_: object) -> None:
-        raise RuntimeError(f"{reason}\nand more lines")
+        calls.append(1)
+        if len(calls) > after:
+            raise RuntimeError(f"{reason}. And more.\nAnd more lines.")
 
     model = load_encoder(demo_checkpoint)
     model.blocks[0].register_forward_hook(fail)
     expected = rf"^cuda:0 cannot run the model \({re.escape(reason)}\); install a torch that"
+    if after:
+        expected = rf"^the device failed: {re.escape(reason)}$"
     with simulated(greedy):
-        for run in (dump, stream):
-            output = {"output": tmp_path / "a.pt"} if run is dump else {}
-            with pytest.raises(DeviceError, match=expected):
-                run(model, demo_dataset, n_samples=N, **output)
-    assert list(tmp_path.iterdir()) == []
+        with pytest.raises(DeviceError, match=expected):
+            dump(model, demo_dataset, tmp_path / "a.pt", n_samples=N)
+        calls.clear()
+        with pytest.raises(DeviceError, match=expected):
+            [*stream(model, demo_dataset, n_samples=N)]
+    if not after:
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_first_batch_on_a_device_is_a_full_one(demo_checkpoint, demo_dataset):

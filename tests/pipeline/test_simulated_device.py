@@ -12,14 +12,14 @@ from functools import partial
 
 import pytest
 import torch
-from simulated.checks import KEYS, in_other_words, one_thread, randoms, run_arguments, wrong
+from simulated.checks import KEYS, in_other_words, named, one_thread, randoms, run_arguments, wrong
 from simulated.memory import PinnedMemory
 from simulated.policies import first, greedy, lazy
 from simulated_device import simulated
 
 from dump_activations import dump, stream
-from dump_activations.pipeline import transfer
-from dump_activations.pipeline.transfer import CudaTransfer
+from dump_activations.pipeline import cuda, transfer
+from dump_activations.pipeline.cuda import CudaTransfer
 from dump_activations.storage.writing import writers
 from reference.dumps import read_dump
 
@@ -32,12 +32,7 @@ N = BATCHES * BATCH - 3
 
 COMPUTE, SIDE = 0, 1  # numbers of the streams
 compute_first, side_first = first(COMPUTE), first(SIDE)
-EXTREMES = [
-    pytest.param(lazy, id="lazy"),
-    pytest.param(greedy, id="greedy"),
-    pytest.param(compute_first, id="compute_first"),
-    pytest.param(side_first, id="side_first"),
-]
+EXTREMES = named(lazy=lazy, greedy=greedy, compute_first=compute_first, side_first=side_first)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +67,7 @@ def slow_writers(monkeypatch):
     waited_for = threading.Event()
     write, join = writers._Submission.work_on, writers.Writers._join
 
-    class Ring(queue.Queue):
+    class Ring(queue.LifoQueue):
         def get(self):
             if self.empty():
                 waited_for.set()
@@ -88,7 +83,7 @@ def slow_writers(monkeypatch):
         waited_for.set()
         join(pool)
 
-    monkeypatch.setattr(transfer, "_Ring", Ring)
+    monkeypatch.setattr(transfer, "Ring", Ring)
     monkeypatch.setattr(writers._Submission, "work_on", write_span)
     monkeypatch.setattr(writers.Writers, "_join", join_threads)
 
@@ -104,15 +99,11 @@ def forwards_before_copies(log):
     return [count - 1 for count in counts[len(KEYS) :: len(KEYS)]]
 
 
-@pytest.mark.usefixtures("slow_writers")
 @pytest.mark.parametrize("policy", [*EXTREMES, *randoms(20)])
-def test_slow_writers_get_the_bytes_of_the_cpu(policy, simulated_dump, on_cpu):
-    tensors, _ = simulated_dump(policy)
-    assert not wrong(tensors, on_cpu)
-
-
-@pytest.mark.parametrize("policy", [*EXTREMES, *randoms(4)])
-def test_quick_writers_get_the_bytes_of_the_cpu(policy, simulated_dump, on_cpu):
+@pytest.mark.parametrize("writers", ["slow_writers", "quick"])
+def test_writers_get_the_bytes_of_the_cpu(writers, policy, simulated_dump, on_cpu, request):
+    if writers == "slow_writers":
+        request.getfixturevalue(writers)
     tensors, _ = simulated_dump(policy)
     assert not wrong(tensors, on_cpu)
 
@@ -137,7 +128,7 @@ ORDERS = {
 
 
 @pytest.mark.usefixtures("slow_writers")
-@pytest.mark.parametrize("policy", [lazy, compute_first], ids=["lazy", "compute_first"])
+@pytest.mark.parametrize("policy", named(lazy=lazy, compute_first=compute_first))
 def test_the_program_waits_for_nothing_but_slots(policy, simulated_dump):
     _, log = simulated_dump(policy)
     assert forwards_before_copies(log) == ORDERS[policy]
@@ -160,23 +151,29 @@ def ordinary_memory(of):
 
 in_run = partial(in_other_words, CudaTransfer, "run")
 in_copy = partial(in_other_words, CudaTransfer, "_copy")
-in_bring = partial(in_other_words, transfer._DeviceSlot, "bring")
+in_bring = partial(in_other_words, cuda._DeviceSlot, "bring")
 
-BEFORE_COPYING = "host = _cut(target, rows)"
+WAIT_FOR_FORWARD = "self._side.wait_stream(self._compute)"
 CREATION = "arrived = torch.cuda.Event(blocking=True)"
-AFTER_COPYING = "whole = Chunk("
-RECORD_OF_DEVICE_SLOT = "source.copied.record(self._side)"
-RECORD_OF_HOST_SLOT = "arrived.record(self._side)"
-RECORD_OF_BOARDS = "self._boards_copied.record()"
+DEVICE_SLOT_COPIED = "source.copied.record(self._side)"
+HOST_SLOT_FILLED = "arrived.record(self._side)"
+BOARDS_COPIED = "self._boards_copied.record()"
+END = "whole = Chunk("
+
+
+def without(text):
+    return text, "pass"
+
+
+def with_first(text, first):
+    return text, f"{first}; {text}"
+
 
 WRONG_BYTES = {
-    "copies do not wait for the forward pass": (
-        side_first,
-        in_copy(("self._side.wait_stream(self._compute)", "pass")),
-    ),
+    "copies do not wait for the forward pass": (side_first, in_copy(without(WAIT_FOR_FORWARD))),
     "copies wait for the wrong stream": (
         side_first,
-        in_copy(("wait_stream(self._compute)", "wait_stream(self._side)")),
+        in_copy((WAIT_FOR_FORWARD, "self._side.wait_stream(self._side)")),
     ),
     "copies are in the wrong stream": (
         lazy,
@@ -184,63 +181,47 @@ WRONG_BYTES = {
     ),
     "device slot used again without a wait": (
         compute_first,
-        in_run(("self._compute.wait_event(slot.copied)", "pass")),
+        in_run(without("self._compute.wait_event(slot.copied)")),
     ),
     "event of the device slot recorded too early": (
         compute_first,
-        in_copy(
-            (RECORD_OF_DEVICE_SLOT, "pass"),
-            (BEFORE_COPYING, f"{BEFORE_COPYING}; {RECORD_OF_DEVICE_SLOT}"),
-        ),
+        in_copy(without(DEVICE_SLOT_COPIED), with_first(CREATION, DEVICE_SLOT_COPIED)),
     ),
     "event of the device slot recorded on the compute stream": (
         compute_first,
         in_copy(
-            (RECORD_OF_DEVICE_SLOT, "pass"),
-            (AFTER_COPYING, f"source.copied.record(self._compute); {AFTER_COPYING}"),
+            without(DEVICE_SLOT_COPIED), with_first(END, "source.copied.record(self._compute)")
         ),
     ),
     "event of the host slot recorded too early": (
         lazy,
-        in_copy(
-            (RECORD_OF_HOST_SLOT, "pass"),
-            (CREATION, f"{CREATION}; {RECORD_OF_HOST_SLOT}"),
-        ),
+        in_copy(without(HOST_SLOT_FILLED), (CREATION, f"{CREATION}; {HOST_SLOT_FILLED}")),
     ),
     "event of the host slot recorded on the compute stream": (
         lazy,
-        in_copy(
-            (RECORD_OF_HOST_SLOT, "pass"),
-            (AFTER_COPYING, f"arrived.record(self._compute); {AFTER_COPYING}"),
-        ),
+        in_copy(without(HOST_SLOT_FILLED), with_first(END, "arrived.record(self._compute)")),
     ),
     "host slot given back at once": (
         greedy,
         in_copy(
-            ("partial(self._free.put, target)", "int"),
-            (AFTER_COPYING, f"self._free.put(target); {AFTER_COPYING}"),
+            ("partial(self._free.put, target)", "int"), with_first(END, "self._free.put(target)")
         ),
     ),
     "writers do not wait": (lazy, in_copy((", partial(self._wait, arrived)", ""))),
     "pinned boards used again while they are copied": (
         lazy,
-        in_bring(("self._boards_copied.synchronize()", "pass")),
+        in_bring(without("self._boards_copied.synchronize()")),
     ),
     "event of the pinned boards recorded too early": (
         lazy,
-        in_bring(
-            (RECORD_OF_BOARDS, "pass"),
-            ("tokens_BS.copy_", f"{RECORD_OF_BOARDS}; tokens_BS.copy_"),
-        ),
+        in_bring(without(BOARDS_COPIED), with_first("tokens_BS.copy_", BOARDS_COPIED)),
     ),
     "device memory let go of while it is copied": (
         compute_first,
         in_copy(
-            ("in _cut(source.buffers, rows).items()", "in clones.items()"),
-            (
-                BEFORE_COPYING,
-                f"{BEFORE_COPYING}; "
-                "clones = {key: tensor[:rows].clone() for key, tensor in source.buffers.items()}",
+            ("in cut(source.buffers, rows).items()", "in clones.items()"),
+            with_first(
+                CREATION, "clones = {k: t[:rows].clone() for k, t in source.buffers.items()}"
             ),
         ),
     ),
@@ -249,11 +230,7 @@ WRONG_BYTES = {
 WRONG_ORDER = {
     "copies are in the compute stream": (
         compute_first,
-        in_other_words(
-            CudaTransfer,
-            "__init__",
-            ("torch.cuda.Stream(device)", "self._compute"),
-        ),
+        in_other_words(CudaTransfer, "__init__", ("torch.cuda.Stream(device)", "self._compute")),
     ),
     "copies are waited for": (
         compute_first,
@@ -261,7 +238,7 @@ WRONG_ORDER = {
     ),
     "one device slot": (
         compute_first,
-        lambda monkeypatch: monkeypatch.setattr(transfer, "_DEVICE_SLOTS", 1),
+        lambda monkeypatch: monkeypatch.setattr(cuda, "_DEVICE_SLOTS", 1),
     ),
     "host slots are not pinned": (compute_first, ordinary_memory("registered")),
     "boards are not pinned": (lazy, ordinary_memory("torch")),
@@ -290,12 +267,12 @@ def test_a_slip_shows_as_a_lost_overlap(slip, simulated_dump, on_cpu, monkeypatc
 
 @pytest.mark.parametrize("where", ["_lock", "_wait"], ids=["pinning", "writers"])
 def test_a_thread_that_does_not_name_the_device_is_found_out(where, simulated_dump, monkeypatch):
-    real = transfer.current
+    real = cuda.current
 
     def current(device):
         caller = sys._getframe(1).f_code.co_name
         return nullcontext() if caller == where else real(device)
 
-    monkeypatch.setattr(transfer, "current", current)
+    monkeypatch.setattr(cuda, "current", current)
     with pytest.raises(AssertionError, match="not named"):
         simulated_dump(lazy)

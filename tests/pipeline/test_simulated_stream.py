@@ -10,14 +10,14 @@ from functools import partial
 
 import pytest
 import torch
-from simulated.checks import KEYS, in_other_words, one_thread, randoms, run_arguments, wrong
+from simulated.checks import KEYS, in_other_words, named, one_thread, randoms, run_arguments, wrong
 from simulated.policies import first, greedy, lazy
 from simulated_device import simulated
 
 from dump_activations import stream
 from dump_activations.api.stream import _Caller
-from dump_activations.pipeline import transfer
-from dump_activations.pipeline.transfer import CudaTransfer
+from dump_activations.pipeline import cuda
+from dump_activations.pipeline.cuda import CudaTransfer
 
 __all__ = ["one_thread"]
 
@@ -29,11 +29,8 @@ CUDA = torch.device("cuda", 0)
 RUN, ONE, OTHER, SIDE = range(4)
 run_first, one_first, other_first, side_first = map(first, (RUN, ONE, OTHER, SIDE))
 POLICIES = [
-    pytest.param(lazy, id="lazy"),
-    pytest.param(greedy, id="greedy"),
-    pytest.param(run_first, id="run_first"),
-    pytest.param(one_first, id="one_first"),
-    pytest.param(side_first, id="side_first"),
+    *named(lazy=lazy, greedy=greedy),
+    *named(run_first=run_first, one_first=one_first, side_first=side_first),
     *randoms(6),
 ]
 
@@ -51,24 +48,11 @@ def on_cpu(run, one_thread):
     return {key: torch.cat([batch[key] for batch in batches]) for key in KEYS}
 
 
-def copied_on_device(tensor):
-    """Queue a use of a device tensor."""
-    return tensor.clone()
-
-
-def copied_to_device(tensor):
-    """Queue a use of a pinned tensor."""
-    return tensor.to(CUDA, non_blocking=True)
-
-
-def copied_on_host(tensor):
-    return tensor.clone()
-
-
+# How batches are asked for, and a use of their tensors. The device queues it.
 USES = {
-    "device": ("device", copied_on_device),
-    "view, to the device": ("view", copied_to_device),
-    "view, on the host": ("view", copied_on_host),
+    "device": ("device", torch.clone),
+    "view, to the device": ("view", lambda tensor: tensor.to(CUDA, non_blocking=True)),
+    "view, on the host": ("view", torch.clone),
     "copy": ("copy", lambda tensor: tensor),
 }
 
@@ -111,13 +95,10 @@ def test_a_caller_finds_the_bytes_of_the_cpu(policy, how, run, on_cpu):
 
 @pytest.mark.parametrize("how", ["device", "view, to the device"])
 @pytest.mark.parametrize("policy", POLICIES[:5])
-def test_views_hold_in_the_stream_that_asks_for_the_next_batch(policy, how, run, on_cpu):
+def test_views_hold_where_the_next_batch_is_asked_for_and_where_it_never_is(
+    policy, how, run, on_cpu
+):
     assert not wrong(used(policy, run, how, later=True), on_cpu)
-
-
-@pytest.mark.parametrize("how", ["device", "view, to the device"])
-@pytest.mark.parametrize("policy", POLICIES[:5])
-def test_views_hold_for_work_that_is_queued_when_a_caller_leaves(policy, how, run, on_cpu):
     first = {key: tensor[: 2 * BATCH] for key, tensor in on_cpu.items()}
     assert not wrong(used(policy, run, how, left_after=2), first)
 
@@ -137,45 +118,37 @@ def waits(*, for_viewing, for_asking):
     )
 
 
-def one_device_slot(monkeypatch):
-    monkeypatch.setattr(transfer, "_DEVICE_SLOTS", 1)
-
-
 SLIPS = {
     "a device slot is filled again while the caller uses it": (
-        ("device", run_first),
+        *("device", run_first),
         waits(for_viewing=False, for_asking=False),
     ),
     "the stream that asks is waited for, not the one that used": (
-        ("device", run_first),
+        *("device", run_first),
         waits(for_viewing=False, for_asking=True),
     ),
     "a host slot is filled again while the caller copies it": (
-        ("view, to the device", side_first),
+        *("view, to the device", side_first),
         waits(for_viewing=False, for_asking=False),
     ),
     "all host slots are in the same memory": (
-        ("view, on the host", greedy),
-        in_other_words(transfer, "_ring", ("slot = {}", "slot, start = {}, 0")),
+        *("view, on the host", greedy),
+        in_other_words(cuda, "ring", ("slot = {}", "slot, start = {}, 0")),
     ),
     "a batch is computed in the memory of a view": (
-        ("device", greedy),
-        one_device_slot,
+        *("device", greedy),
+        lambda monkeypatch: monkeypatch.setattr(cuda, "_DEVICE_SLOTS", 1),
     ),
     "the caller does not wait for the forward pass": (
-        ("device", one_first),
-        in_other_words(
-            CudaTransfer,
-            "_wait_on_device",
-            ("torch.cuda.current_stream(self._device).wait_event(event)", "pass"),
-        ),
+        *("device", one_first),
+        in_run((", partial(self._wait_on_device, slot.filled)", "")),
     ),
     "the forward pass is recorded too early": (
-        ("device", one_first),
-        in_run((RECORD, "pass"), ("forward(slot", f"{RECORD}; forward(slot")),
+        *("device", one_first),
+        in_run((RECORD, "pass"), ("with self.computing:", f"{RECORD}\n    with self.computing:")),
     ),
     "the run is in the stream that asks": (
-        ("copy", one_first),
+        *("copy", one_first),
         in_returned(("torch.cuda.stream(self._run_stream)", "nullcontext()")),
     ),
 }
@@ -183,7 +156,7 @@ SLIPS = {
 
 @pytest.mark.parametrize("slip", SLIPS)
 def test_a_slip_shows_as_wrong_bytes(slip, run, on_cpu, monkeypatch):
-    (how, policy), make = SLIPS[slip]
+    how, policy, make = SLIPS[slip]
     make(monkeypatch)
     assert wrong(used(policy, run, how), on_cpu)
 

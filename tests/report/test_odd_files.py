@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dump_activations import ActivationsFile, OutputError, demo, dump, write_report
-from dump_activations.progress import reported_to
+from dump_activations.progress import Reporter, reported_to
 from dump_activations.report import data, render
 
 N = 7
@@ -243,18 +243,11 @@ def test_each_entry_of_metadata_has_its_group(tmp_path):
 
 
 def test_progress_counts_keys_and_is_shown_if_asked_for(tmp_path, monkeypatch):
-    class Listener:
-        def begin(self, phase):
-            told.append(phase.name)
-
-        def advance(self, done, of):
-            told.append((done, of))
-
-    told, calls = [], []
-    monkeypatch.setattr(render, "shown_progress", lambda: reported_to(Listener()))
+    listener, calls = Reporter(), []
+    monkeypatch.setattr(render, "shown_progress", lambda: reported_to(listener))
     path, report = tmp_path / "a.safetensors", tmp_path / "report.html"
     save_file({**BOARDS, "pooled": POOLED, "final_hidden": np.ones((N, 16, 2))}, path)
     write_report(path, report, progress=lambda *call: calls.append(call))
-    assert (calls, told) == ([(1, 2), (2, 2)], [])
+    assert (calls, listener.phase.text()) == ([(1, 2), (2, 2)], "starting")
     write_report(path, report, progress=True)
-    assert told == ["writing the report", (1, 2), (2, 2)]
+    assert listener.phase.text() == "writing the report: 2/2 keys"

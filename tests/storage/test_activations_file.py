@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, random_split
 
 from dump_activations import ActivationsFile, InvalidArgumentError, OutputError, RowIndexError, dump
-from dump_activations.model.activations import ACTIVATIONS, BoardActivation
-from dump_activations.storage.reading import keys as reading_keys
+from dump_activations.commands.inspect import main
+from dump_activations.model.activations import ACTIVATIONS
 from dump_activations.storage.reading.dump_files import inspect_dump
 from reference.dumps import read_dump
 
@@ -36,7 +36,15 @@ def make(tmp_path_factory, demo_checkpoint, demo_dataset):
     made = {}
     directory = tmp_path_factory.mktemp("dumps")
 
-    def make(suffix=".safetensors", *, split=False, seed=0, dtype="fp16", outputs=tuple(OUTPUTS)):
+    def make(
+        suffix=".safetensors",
+        *,
+        split=False,
+        seed=0,
+        dtype="fp16",
+        outputs=tuple(OUTPUTS),
+        layers=LAYERS,
+    ):
         name = f"{split}-{seed}-{dtype}-{len(outputs)}{suffix}"
         if name not in made:
             made[name] = directory / name
@@ -45,7 +53,7 @@ def make(tmp_path_factory, demo_checkpoint, demo_dataset):
                 demo_dataset,
                 made[name],
                 outputs=outputs,
-                layers=LAYERS,
+                layers=layers,
                 split_layers=split,
                 labels=["move_dir", "legal_moves"],
                 n_samples=N,
@@ -92,7 +100,7 @@ def test_every_tensor_is_as_the_ordinary_reader_has_it(path):
 @given(
     st.sampled_from([STACKED, "attn_q", "final_hidden", "boards", "labels/legal_moves"]),
     st.tuples(st.sampled_from(FORMATS), st.booleans()),
-    st.lists(st.integers(0, N - 1), max_size=60),
+    st.lists(st.integers(-N, N - 1), max_size=60),
     st.sampled_from([None, *LAYERS]),
 )
 def test_rows_in_any_order(make, key, form, rows, layer):
@@ -121,12 +129,118 @@ def test_bfloat16(make, split):
         acts.read_numpy("final_hidden")
 
 
-def test_slices_and_masks(path):
-    acts, expected = ActivationsFile(path), read_dump(path).numpy("final_hidden")
-    mask = torch.arange(N) % 3 == 0
-    for rows in (slice(3, 9), slice(None, None, -7), slice(9, 3), mask, mask.numpy()):
-        found = acts.read("final_hidden", rows).double().numpy()
-        np.testing.assert_array_equal(found, expected[rows])
+NUMBERS = st.integers(-N, N - 1)
+SLICES = st.builds(slice, *[st.none() | NUMBERS] * 2, st.sampled_from([None, 1, 3, -2]))
+MASKS = st.lists(st.booleans(), min_size=N, max_size=N).map(np.array)
+OTHERS = st.integers(-2, 1) | st.builds(slice, *[st.none() | st.integers(-3, 3)] * 2)
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from([STACKED, "attn_q", "boards", "labels/legal_moves"]),
+    st.tuples(st.sampled_from(FORMATS), st.booleans()),
+    NUMBERS | SLICES | MASKS | MASKS.map(torch.from_numpy) | st.lists(NUMBERS, min_size=1),
+    st.lists(OTHERS, max_size=3) | OTHERS.map(lambda last: [..., last]),
+)
+def test_an_index_gives_what_it_gives_of_the_whole_tensor(make, key, form, rows, others):
+    suffix, split = form
+    expected = read_dump(make(suffix)).tensors[key].numpy()
+    array = ActivationsFile(make(suffix, split=split))[key]
+    assert (array.shape, len(array)) == (expected.shape, N)
+    others = others[: expected.ndim - 1]
+    expected = expected[rows][(*[slice(None)] * (not isinstance(rows, int)), *others)]
+    same(array[(rows, *others)], torch.from_numpy(np.array(expected)))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_layers_are_numbers_of_the_model_and_places_on_the_axis(make, split):
+    acts, expected = ActivationsFile(make(split=split)), read_dump(make()).tensors[STACKED]
+    assert acts[STACKED].layers == acts.layers(STACKED) == LAYERS
+    for layer in (3, -1):  # of four, of which 1 and 3 are kept
+        same(acts[STACKED].layer(layer)[[0, -1]], expected[[0, -1], 1])
+        same(acts.read(STACKED, layer=layer), expected[:, 1])
+    same(acts[STACKED].layer(-3)[5], expected[5, 0])
+    same(acts[STACKED][5, 1], expected[5, 1])
+    assert acts[STACKED].layer(1).layers == ()
+    for wrong in (2, -2, -5, 4):
+        with pytest.raises(InvalidArgumentError, match=f"layer={wrong}: .* has layers 1, 3"):
+            acts[STACKED].layer(wrong)
+
+
+def test_every_name_that_outputs_takes(tmp_path):
+    layered = {each.key: each.alias for each in ACTIVATIONS if each.alias}
+    values = {key: torch.rand(3, 2, 5) for key in layered} | {"indices": torch.arange(3)}
+    save_file(values, tmp_path / "a.safetensors", {"layers": "0,2"})
+    acts = ActivationsFile(tmp_path / "a.safetensors")
+    assert set(acts) == set(acts.keys()) == layered.keys()
+    for key, alias in layered.items():
+        assert alias in acts
+        same(acts[alias][:], values[key])
+        same(acts.read(f"blocks.2.{alias}", [1]), values[key][[1], 1])
+        assert f"blocks.1.{alias}" not in acts
+    same(acts["hook_embed"][:], values["resid_pre"][:, 0])
+    assert "indices" in acts
+    for missing in ("hook", "blocks.0.hook", "pooled", 3, None):
+        assert missing not in acts
+    with pytest.raises(KeyError, match=r"^.*a.safetensors: no 'pooled' in it, only "):
+        acts["pooled"]
+    with pytest.raises(InvalidArgumentError, match=r"layer=-1: .* does not say how many layers"):
+        acts["resid_pre"].layer(-1)
+
+
+def test_a_dump_of_one_layer_by_its_name(make, capsys):
+    path = make(outputs=("blocks.1.hook_resid_post",), layers=None)
+    acts, expected = ActivationsFile(path), read_dump(make()).tensors[STACKED][:, 0]
+    for name in (STACKED, "hook_resid_post"):
+        same(acts[name][3, 0], expected[3])
+    for name in ("blocks.1.hook_resid_post", f"{STACKED}.1"):
+        same(acts[name][[3]], expected[[3]])
+    assert main([str(path)]) == 0
+    assert "boards, 1 of 4 layers," in capsys.readouterr().out.splitlines()[0]
+
+
+def test_numpy_takes_an_array(make):
+    expected = read_dump(make()).tensors
+    acts = ActivationsFile(make())
+    found = np.asarray(acts["final_hidden"])
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, expected["final_hidden"])
+    np.testing.assert_array_equal(np.array(acts["boards"], float), expected["boards"].double())
+    assert acts["final_hidden"].dtype == torch.float16
+    assert acts["final_hidden"].nbytes == found.nbytes
+    with pytest.raises(InvalidArgumentError, match=r"NumPy has no bfloat16; .* call \.float"):
+        np.asarray(ActivationsFile(make(dtype="bf16"))["final_hidden"])
+
+
+def test_facts_of_the_run(make, demo_checkpoint, demo_dataset):
+    acts = ActivationsFile(make(seed=1))
+    assert (acts.n_samples, acts.seed, acts.num_layers, acts.hidden_size) == (N, 1, 4, 64)
+    assert (acts.checkpoint, acts.dataset) == (str(demo_checkpoint), str(demo_dataset))
+
+
+def test_representations_are_short_and_have_no_addresses(make, tmp_path):
+    acts = ActivationsFile(make(split=True))
+    values = {f"key{i}": torch.zeros(3, 2) for i in range(60)}
+    values |= {f"labels/l{i}": torch.zeros(3) for i in range(60)}
+    values["<b>"] = torch.zeros(3, dtype=torch.complex64)
+    save_file(values, tmp_path / "a.safetensors")
+    large = ActivationsFile(tmp_path / "a.safetensors")
+    assert large.seed is None
+    assert large.checkpoint is None
+    for text in map(repr, (acts, acts.labels, acts[STACKED], large, large.labels, large["key7"])):
+        assert len(text.splitlines()) <= 20
+        assert "0x" not in text
+    rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in repr(acts).splitlines()[1:]}
+    assert rows[STACKED] == "(40, 2, 16, 64) float16, 164 kB, layers 1, 3"
+    assert rows["labels"] == "legal_moves, move_dir"
+    assert repr(acts[STACKED]) == f"ActivationArray({STACKED}: {rows[STACKED]})"
+    assert repr(acts.labels) == "2 labels\n  legal_moves: (40, 4) uint8, 160 B\n" + (
+        "  move_dir: (40) uint8, 40 B"
+    )
+    assert repr(ActivationsFile(make(), make(seed=1))).startswith(
+        f"ActivationsFile({make().name}, {make(seed=1).name}): 80 boards, "
+    )
+    assert "<td>&lt;b&gt;</td><td>(3) C64, which cannot be read</td>" in large._repr_html_()
 
 
 def test_headers_are_read_without_torch(make):
@@ -250,6 +364,9 @@ def test_boards_without_labels(make):
         ),
         (lambda acts: acts.read("boards", [0], verify=True), "verify=True: .* leave out rows"),
         (lambda acts: acts.read(STACKED, layer=1, verify=True), "verify=True: .* leave out layer"),
+        (lambda acts: acts["boards"][:, [0]], r"numbers, or slices .*; got \[0\]; read the rows"),
+        (lambda acts: acts[STACKED][:, ::-1], "positive step; got slice"),
+        (lambda acts: acts.labels["x"], "no label 'x'; the labels are .*move_dir"),
         (lambda acts: acts.boards(STACKED, 0), "layer=0: layer_outputs has layers 1, 3"),
         (lambda acts: acts.boards(GAMMA), "has no axis of boards"),
         (
@@ -264,8 +381,11 @@ def test_wrong_calls(make, tmp_path, read, error):
         read(ActivationsFile(tmp_path / "a.safetensors"))
 
 
-@pytest.mark.parametrize("row", [-1, N, 2**62])
+@pytest.mark.parametrize("row", [-N - 1, N, 2**62])
 def test_rows_outside_the_file(make, row):
+    for index in (row, [row], (slice(None), 0, row)):
+        with pytest.raises(IndexError, match=rf"row {row} |index {row} is out of bounds"):
+            ActivationsFile(make())[STACKED][index]
     with pytest.raises(RowIndexError, match=rf"row {row} at position 1 is not in .*, which has 40"):
         ActivationsFile(make()).read(STACKED, [3, row])
 
@@ -442,9 +562,3 @@ def test_relative_names_after_a_change_of_directory(make, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert len(acts.read("boards")) == N
     assert acts.paths == (make(),)
-
-
-def test_keys_that_have_no_axis_of_layers_are_those_of_the_registry():
-    """Storage cannot import the registry, which has this fact of every key."""
-    keys = (key for key in ACTIVATIONS if isinstance(key, BoardActivation) and not key.per_layer)
-    assert {key.key for key in keys} | {"indices", "boards"} == reading_keys._WITHOUT_LAYERS

@@ -1,4 +1,7 @@
-"""Habits of network mounts: each dump is interrupted, resumed and finished as on any disk."""
+"""Habits of network mounts: each dump is interrupted, resumed and finished as on any disk.
+
+A mount that cannot hold a dump is named before any board is computed.
+"""
 
 import errno
 import os
@@ -9,41 +12,65 @@ from pathlib import Path
 
 import pytest
 
-from output_support import small_dump, write_dump
+from dump_activations.storage.writing.paths import check_output
+from output_support import make_dump, names_in
 
+# Large enough to be written past the page cache.
+DUMP = make_dump(
+    {"hidden": ("float32", (4, 200_000)), "boards": ("uint8", (4, 16))},
+    batched=["hidden", "boards"],
+    batch_rows=1,
+)
 SCRIPT = """
-import sys
+import os, sys
 from pathlib import Path
 from dump_activations.storage.writing.paths import check_output, check_space
 from output_support import *
+from storage.test_mounts import DUMP
 
-target, step = Path(sys.argv[1]), sys.argv[2]
-dump = small_dump()
+target, other = map(Path, sys.argv[1:])
 check_output(target, ["float32"])
 check_space([target], 10_000)
-if step == "begin":
-    with open_file(target, dump) as file:
-        write_batches(file, dump, [0, 4])
-else:
-    with open_file(target, dump) as file:
-        assert file.resumed_rows == 8, file.restarted_because
-        write_whole_tensors(file, dump)
-        write_batches(file, dump, missing_rows(file))
-        file.commit()
+interrupt(target, DUMP, [0, 1])
+if "MOUNT_FLOCK" in os.environ:  # A journal of this minute is not taken over without locks.
+    os.utime(f"{target}.partial.journal", (0, 0))
+with open_file(target, DUMP) as file:
+    assert file.resumed_rows == 2, file.restarted_because
+    finish(file, DUMP)
+assert target.read_bytes() == write_dump(other, DUMP).read_bytes()
+check_output(target, ["float32"])
+assert not open_output(target, DUMP).missing
+write_dump(target, small_dump(), overwrite=True)
+assert target.read_bytes() == write_dump(other, small_dump(), overwrite=True).read_bytes()
 """
 
-HABITS = {
-    "fixed owner": {"MOUNT_OWNER": "65534"},
-    "fixed mode": {"MOUNT_MODE": "0777"},
-    **{
-        f"chmod {errno.errorcode[number]}": {"MOUNT_CHMOD": str(number)}
-        for number in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
-    },
-    "inodes": {"MOUNT_INODES": "1"},
-    "no size": {"MOUNT_STATFS": "zero"},
-    "no statfs": {"MOUNT_STATFS": str(errno.ENOSYS)},
-    "no locks": {"MOUNT_FLOCK": "524"},
+NUMBERS = {
+    "MOUNT_CHMOD": (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP),
+    "MOUNT_FLOCK": (524, errno.EBADF, errno.EIO, errno.ENOSYS),
+    "MOUNT_STATFS": (errno.ENOSYS, errno.EIO),
+    "MOUNT_RESERVE": (errno.ENOSYS, errno.EINVAL, errno.EPERM),
+    "MOUNT_DIRECT": (errno.EINVAL, errno.EOPNOTSUPP, errno.EIO),
+    "MOUNT_DIRSYNC": (errno.EINVAL, errno.EBADF, errno.EIO, errno.ENOSYS),
 }
+HABITS = [
+    {"MOUNT_OWNER": "65534"},
+    {"MOUNT_MODE": "0777"},
+    {"MOUNT_MODE": "0444"},
+    {"MOUNT_INODES": "1"},
+    {"MOUNT_STATFS": "zero"},
+    *({name: str(number)} for name, numbers in NUMBERS.items() for number in numbers),
+]
+UNFIT = [
+    ({"MOUNT_PWRITE": "ignored"}, "write at an offset (it appends)"),
+    ({"MOUNT_PWRITE": str(errno.EOPNOTSUPP)}, "write at an offset (Operation not supported)"),
+    ({"MOUNT_FSYNC": str(errno.ENOSYS)}, "flush a file to disk (Function not implemented)"),
+    ({"MOUNT_FSYNC": str(errno.EINVAL)}, "flush a file to disk (Invalid argument)"),
+    ({"MOUNT_RENAME": str(errno.ENOSYS)}, "rename a file (Function not implemented)"),
+]
+
+
+def name_of(habit: object) -> str:
+    return " ".join(map("=".join, habit.items())) if isinstance(habit, dict) else ""
 
 
 @pytest.fixture(scope="module")
@@ -57,34 +84,65 @@ def library(tmp_path_factory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS)
-def test_a_dump_is_interrupted_and_finished(library, tmp_path, habit):
-    mount = tmp_path / "mount"
-    mount.mkdir()
-    target = mount / "x.safetensors"
+@pytest.fixture
+def run(library, tmp_path):
+    """Return what runs a script in a process that sees a habit in `tmp_path / "mount"`."""
+    (tmp_path / "mount").mkdir()
 
-    def run(step: str) -> None:
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(target), step],
+    def run(habit: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+        preload = {"LD_PRELOAD": str(library), "MOUNT": str(tmp_path / "mount")}
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
             cwd=Path(__file__).parents[1],
-            env=os.environ | habit | {"LD_PRELOAD": str(library), "MOUNT": str(mount)},
-            check=True,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            | habit
+            | preload,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
-    run("begin")
-    if "MOUNT_FLOCK" in habit:  # A journal of this minute is not taken over without locks.
-        os.utime(mount / "x.safetensors.partial.journal", (0, 0))
-    run("finish")
-    assert [path.name for path in mount.iterdir()] == [target.name]
-    other = write_dump(tmp_path / "other.safetensors", small_dump())
-    assert target.read_bytes() == other.read_bytes()
+    return run
 
 
-def test_new_files_get_the_mode_of_any_new_file(tmp_path):
-    for umask in (0o022, 0o077, 0o002):
-        before = os.umask(umask)
-        try:
-            write_dump(tmp_path / f"{umask}.npz", small_dump())
-        finally:
-            os.umask(before)
-        assert (tmp_path / f"{umask}.npz").stat().st_mode & 0o777 == 0o666 & ~umask
+@pytest.mark.parametrize("habit", HABITS, ids=name_of)
+def test_a_dump_is_interrupted_finished_and_replaced(run, tmp_path, habit):
+    target = tmp_path / "mount" / "x.safetensors"
+    result = run(habit, "-c", SCRIPT, target, tmp_path / "other.safetensors")
+    assert result.returncode == 0, result.stderr
+    assert names_in(target.parent) == [target.name]
+
+
+@pytest.mark.parametrize(("habit", "lack"), UNFIT, ids=name_of)
+def test_a_mount_that_cannot_hold_a_dump_is_named_before_any_board(run, tmp_path, habit, lack):
+    target = tmp_path / "mount" / "x.safetensors"
+    result = run(habit, "-c", SCRIPT, target, tmp_path / "other.safetensors")
+    line = (
+        f"{target.parent} cannot hold a dump, because its file system cannot {lack}; choose an "
+        "output on another disk, and copy the finished file"
+    )
+    assert result.stderr.splitlines()[-1].endswith(f"OutputError: {line}")
+    assert names_in(target.parent) == []
+
+
+def test_the_command_names_such_a_mount_and_computes_nothing(run, tmp_path):
+    target = tmp_path / "mount" / "x.npz"
+    command = ("-m", "dump_activations", "--demo", "--n-samples", 8, "--output", target)
+    result = run({"MOUNT_PWRITE": "ignored"}, *command)
+    *notes, line = result.stderr.splitlines()
+    assert result.returncode == 1
+    assert line.startswith(f"error: {target.parent} cannot hold a dump")
+    assert all(note.startswith("note: ") for note in notes)
+    assert names_in(target.parent) == []
+
+
+@pytest.mark.parametrize("limit", [0, OSError(errno.ENOSYS, "not here")], ids=["zero", "none"])
+def test_a_mount_without_a_limit_on_names(tmp_path, monkeypatch, limit):
+    def pathconf(*_):
+        if limit:
+            raise limit
+        return 0
+
+    monkeypatch.setattr(os, "pathconf", pathconf)
+    check_output(tmp_path / "x.pt", [])

@@ -12,8 +12,13 @@ import pytest
 
 from dump_activations import _rust
 from dump_activations.errors import OutputError
-from dump_activations.storage.writing import output as output_module
+from dump_activations.storage.writing import journal
+from dump_activations.storage.writing.paths import check_space
 from output_support import (
+    SUFFIXES,
+    finish,
+    interrupt,
+    names_in,
     no_new_descriptors,
     open_file,
     small_dump,
@@ -22,6 +27,7 @@ from output_support import (
     write_whole_tensors,
 )
 
+DUMP = small_dump(rows=400)
 LARGE = small_dump(rows=20_000, batch_rows=1000)  # 2.7 MB
 
 
@@ -56,43 +62,36 @@ def refuse(number: int):
     return call
 
 
-def test_a_full_disk_is_found_before_any_batch(small_disk):
-    target = small_disk / "x.safetensors"
-    target.write_text("old")
-    with no_new_descriptors(), pytest.raises(OutputError, match="No space left") as caught:
-        open_file(target, LARGE, overwrite=True)
-    assert caught.value.errno == errno.ENOSPC
-    assert [path.name for path in small_disk.iterdir()] == [target.name]
-    assert target.read_text() == "old"
-
-
 def make_sparse(fd: int, size: int) -> bool:
     """Stand for `_rust.reserve` on a file system that cannot reserve space."""
     os.ftruncate(fd, size)
     return False
 
 
-def test_a_full_disk_is_found_where_no_space_can_be_reserved(small_disk, monkeypatch):
-    monkeypatch.setattr(_rust, "reserve", make_sparse)
-    with no_new_descriptors(), pytest.raises(OutputError, match="No space left on device"):
-        open_file(small_disk / "x.npz", LARGE)
-    assert list(small_disk.iterdir()) == []
+def test_a_full_disk_is_found_before_any_batch(small_disk):
+    target = small_disk / "x.safetensors"
+    target.write_text("old")
+    with no_new_descriptors(), pytest.raises(OutputError, match="No space left") as caught:
+        open_file(target, LARGE, overwrite=True)
+    assert caught.value.errno == errno.ENOSPC
+    assert names_in(small_disk) == [target.name]
+    assert target.read_text() == "old"
 
 
-def test_a_resumed_file_needs_no_second_space_where_none_can_be_reserved(small_disk, monkeypatch):
+def test_the_space_of_a_partial_file_counts_where_none_can_be_reserved(small_disk, monkeypatch):
     monkeypatch.setattr(_rust, "reserve", make_sparse)
     dump = small_dump(rows=8000, batch_rows=1000)  # three quarters of the disk
     target = small_disk / "x.npz"
-    with open_file(target, dump) as file:
-        write_batches(file, dump, dump.first_rows[:7])
+    with pytest.raises(OutputError, match=r"cannot reserve 2,000,000 .*No space left on device"):
+        check_space([target], 2_000_000)
+    interrupt(target, dump, dump.first_rows[:7])
+    check_space([target], 793_600)
     with open_file(target, dump) as file:
         assert file.resumed_rows == 7000
-        write_whole_tensors(file, dump)
-        write_batches(file, dump, dump.first_rows[7:])
-        file.commit()
+        finish(file, dump)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_disk_that_fills_up_meanwhile(small_disk, monkeypatch, suffix):
     monkeypatch.setattr(_rust, "reserve", lambda fd, size: make_sparse(fd, size) or True)
     target = small_disk / f"x{suffix}"
@@ -143,58 +142,70 @@ except OSError as error:
     )
     assert limited.returncode == 1
     assert limited.stderr == f"cannot reserve 1,983,590 bytes for {target}: File too large\n"
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    assert names_in(tmp_path) == [target.name]
     assert target.read_text() == "old"
 
 
-def test_a_disk_that_cannot_flush_at_the_end(tmp_path, monkeypatch):
-    dump = small_dump()
+@pytest.mark.parametrize(("call", "interval"), [("fsync", 3600), ("fdatasync", 0)])
+def test_a_disk_that_cannot_flush(tmp_path, monkeypatch, call, interval):
+    """At the end, and on the way."""
     target = tmp_path / "x.pt"
     target.write_text("old")
-    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
-    monkeypatch.setattr(output_module, "SYNC_INTERVAL", 3600)
-    with (
-        no_new_descriptors(),
-        pytest.raises(OutputError, match=r"cannot write .*: Input/output error") as caught,
-    ):
-        write_dump(target, dump, overwrite=True)
-    assert caught.value.errno == errno.EIO
+    with no_new_descriptors(), open_file(target, DUMP, overwrite=True) as file:
+        monkeypatch.setattr(os, call, refuse(errno.EIO))
+        monkeypatch.setattr(journal, "SYNC_INTERVAL", interval)
+        with pytest.raises(OutputError, match=r"cannot write .*: Input/output error") as caught:
+            finish(file, DUMP)
+        assert caught.value.errno == errno.EIO
     assert target.read_text() == "old"
 
 
-def test_a_disk_that_cannot_flush_on_the_way(tmp_path, monkeypatch):
-    dump = small_dump(rows=4000)
-    target = tmp_path / "x.pt"
-    monkeypatch.setattr(output_module, "SYNC_INTERVAL", 0)
-    monkeypatch.setattr(os, "fdatasync", refuse(errno.EIO))
-    with no_new_descriptors(), pytest.raises(OutputError, match="Input/output error") as caught:
-        write_dump(target, dump)
-    assert caught.value.errno == errno.EIO
-    assert not target.exists()
+def test_a_flush_that_failed_in_the_background_is_never_taken_for_done(tmp_path):
+    """The next flush may succeed although pages are lost."""
+    with open_file(tmp_path / "x.pt", DUMP) as file:
+        write_whole_tensors(file, DUMP)
+        write_batches(file, DUMP, DUMP.first_rows)
+        file._journal._error = OSError(errno.EIO, os.strerror(errno.EIO))
+        with pytest.raises(OutputError, match="Input/output error"):
+            file.commit()
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from output_support import make_dump, write_dump
+dump = make_dump({"boards": ("uint8", (4 << 20, 1))}, batched=["boards"], batch_rows=4 << 20)
+write_dump(Path(sys.argv[1]), dump)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "nth"), [*(("pwrite", nth) for nth in range(1, 7)), ("allocate", 1), ("allocate", 2)]
+)
+def test_a_call_that_a_signal_interrupts_is_repeated(fault_library, tmp_path, call, nth):
+    fault = {"FAULT": f"{call}:{nth}:{errno.EINTR}:{tmp_path}/", "LD_PRELOAD": str(fault_library)}
+    subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "x.pt")],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | fault,
+        check=True,
+    )
+    assert names_in(tmp_path) == ["x.pt"]
 
 
 def test_a_failed_run_can_be_resumed(tmp_path, monkeypatch):
-    dump = small_dump(rows=400)
     target = tmp_path / "x.npz"
-    write_span = _rust.write_span
-
-    writes = 0
+    write_span, writes = _rust.write_span, iter(range(10**6))
 
     def failing_write(*arguments):
-        nonlocal writes
-        writes += 1
-        if writes > 50:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return write_span(*arguments)
+        return (refuse(errno.EIO) if next(writes) > 50 else write_span)(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(_rust, "write_span", failing_write)
         with pytest.raises(OutputError, match="Input/output error"):
-            write_dump(target, dump, threads=1)
+            write_dump(target, DUMP, threads=1)
     assert not target.exists()
-    with open_file(target, dump) as file:
-        assert 0 < file.resumed_rows < dump.rows
-        write_whole_tensors(file, dump)
-        write_batches(file, dump, range(file.resumed_rows, dump.rows, dump.batch_rows))
-        file.commit()
-    assert target.read_bytes() == write_dump(tmp_path / "other.npz", dump).read_bytes()
+    with open_file(target, DUMP) as file:
+        assert 0 < file.resumed_rows < DUMP.rows
+        finish(file, DUMP)
+    assert target.read_bytes() == write_dump(tmp_path / "other.npz", DUMP).read_bytes()

@@ -15,7 +15,7 @@ from dump_activations.storage.writing.paths import (
     partial_path,
     replacement_path,
 )
-from output_support import no_new_descriptors, open_file, small_dump, write_batches, write_dump
+from output_support import interrupt, no_new_descriptors, open_file, small_dump, write_dump
 
 DUMP = small_dump(rows=95)
 OTHER = 1234
@@ -64,11 +64,6 @@ def shared(request) -> Iterator[Path]:
         yield Path(name)
 
 
-def interrupt(target: Path) -> None:
-    with open_file(target, DUMP) as file:
-        write_batches(file, DUMP, DUMP.first_rows[:9])
-
-
 def link(path: Path) -> None:
     (path.parent / "victim").write_text("precious")
     path.unlink(missing_ok=True)
@@ -109,7 +104,7 @@ plants = pytest.mark.parametrize(
 @pytest.mark.parametrize("path_of", [partial_path, journal_path])
 def test_planted_files_are_refused_and_left_as_they_are(tmp_path, path_of, overwrite, plant):
     target = tmp_path / "x.pt"
-    interrupt(target)
+    interrupt(target, DUMP, DUMP.first_rows[:9])
     path = path_of(target)
     plant(path)
     before = path.lstat()
@@ -134,7 +129,7 @@ def test_a_directory_in_place_of_a_journal_is_named(tmp_path, path_of):
 def test_a_planted_replacement_of_the_journal_is_not_followed(tmp_path, plant):
     target = tmp_path / "x.pt"
     plant(replacement_path(target))
-    interrupt(target)
+    interrupt(target, DUMP, DUMP.first_rows[:9])
     with open_file(target, DUMP) as file:
         assert file.resumed_rows == 9 * DUMP.batch_rows
     if (tmp_path / "victim").exists():
@@ -144,7 +139,7 @@ def test_a_planted_replacement_of_the_journal_is_not_followed(tmp_path, plant):
 @needs_root
 def test_an_unfinished_dump_of_another_user_is_refused(shared):
     target = shared / "x.pt"
-    assert as_other(lambda: interrupt(target)) == ""
+    assert as_other(lambda: interrupt(target, DUMP, DUMP.first_rows[:9])) == ""
     before = partial_path(target).read_bytes()
     with pytest.raises(OutputError, match=r"x\.pt\.partial.* belongs to another user"):
         open_file(target, DUMP)

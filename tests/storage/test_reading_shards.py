@@ -98,7 +98,7 @@ def test_every_read_is_as_from_one_file(whole, single):
     assert acts.keys() == one.keys()
     assert acts.paths == tuple(shard_path(whole, number) for number in (1, 2, 3))
     assert acts.metadata == {k: v for k, v in one.metadata.items() if k != "integrity"}
-    assert repr(acts) == f"ActivationsFile({str(whole)!r})"
+    assert repr(acts).startswith(f"ActivationsFile({whole.name}): 41 boards, ")
     rows = [40, 0, 14, 13, 28, 27, 40]
     for name in one.tensor_names():
         if not name.startswith("stats/"):

@@ -30,11 +30,11 @@ from dump_activations.errors import (
 )
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
 from dump_activations.paths import locate
-from dump_activations.pipeline.device import OutOfMemoryAdvice, current
+from dump_activations.pipeline.device import DeviceAdvice, cores_of, current
 from dump_activations.pipeline.feed import read_batch
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
+from dump_activations.pipeline.options import DumpOptions
 from dump_activations.pipeline.plan import (
     Plan,
     Preview,
@@ -67,7 +67,7 @@ _ALONE = Place()
 def dump(
     init: str | os.PathLike[str] | Encoder,
     dataset: str | os.PathLike[str] | StepsDataset,
-    output: str | os.PathLike[str] = DEFAULT_OUTPUT,
+    output: str | os.PathLike[str] = "activations.safetensors",
     *,
     outputs: str | Sequence[str] = ("final_hidden",),
     layers: Layers | None = None,
@@ -86,6 +86,7 @@ def dump(
     random_init: bool = False,
     precision: Literal["fp32", "tf32", "bf16", "bf16-true"] = "fp32",
     compile: bool = False,  # noqa: A002 -- the command's flag
+    cuda_graph: bool = True,
     write: bool = True,
     stats: bool = False,
     shard_size: int | str | None = None,
@@ -105,7 +106,8 @@ def dump(
         dataset: a dataset of steps, or its directory.
         output: the output's path; its suffix, `.safetensors`, `.pt` or `.npz`, selects the format.
         outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
-        layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
+        layers: layers to keep, as Python indexes them: -1, [0, 3] or "0,3,-1,4:8"; None keeps
+            all.
         split_layers: write one tensor per layer, KEY.LAYER, in place of a stacked one.
         n_samples: steps to sample, unless `indices` or `steps` are given.
         indices: global step indices to use instead of a sample, whole numbers of any shape; or a
@@ -122,6 +124,7 @@ def dump(
         random_init: give the checkpoint's architecture untrained weights, as a control.
         precision: arithmetic of the forward pass; tf32 on CUDA only.
         compile: run the model through torch.compile.
+        cuda_graph: replay full batches as CUDA graphs, where a CUDA device and the model allow it.
         write: False runs the model and keeps nothing.
         stats: store statistics of each activation, stats/KEY/mean and others.
         shard_size: largest size of a shard, such as "4GB" or a number of bytes; None writes one
@@ -186,7 +189,7 @@ def dump_to_file(
     started = time.perf_counter()
     with (
         shown_progress() if options.progress is True else nullcontext(),
-        OutOfMemoryAdvice(batch_size=options.batch_size),
+        DeviceAdvice(batch_size=options.batch_size),
     ):
         plan = _make_plan(init, dataset, path, options)
         with current(plan.device), HeldInterrupts() as interrupts:
@@ -216,27 +219,27 @@ class _Call:
         else:
             output.tidy()
             note(f"{_files_are(output)} already complete")
-            summary = Summary(setup_seconds=time.perf_counter() - self.started)
+            keys = tuple(each.key for each in self.plan.activations)
+            summary = Summary(keys=keys, setup_seconds=time.perf_counter() - self.started)
         return replace(
             summary,
             output=self.path,
-            resumed_boards=output.found + summary.resumed_boards,
-            bytes_written=sum(each.size for each in output.finished),
+            resumed_boards=sum(file.rows for file in output.files) - summary.boards,
+            bytes_written=sum(each.size for each in output.finished.values()),
             nonfinite=_nonfinite(output, warn_of_them=is_run),
             shards_written=output.written if shards else 0,
             shards_found=len(shards) - output.written if shards else 0,
         )
 
     def _run(self, output: Output) -> Summary:
-        """Write all files that are missing, and count what was resumed and computed."""
+        """Write all files that are missing."""
         warn_of_large_tensors(output.files[0].work.specs)
         run = Run(self.plan, host_slots=HOST_SLOTS, local_processes=self.local_processes)
         with output, run, self._kept_or_discarded(output):
             self._prepare(output)
-            resumed, write_seconds = self._fill(run, output)
+            write_seconds = self._fill(run, output)
             self.interrupts.check()
-        summary = run.summary(self.started, write_seconds=write_seconds)
-        return replace(summary, resumed_boards=resumed)
+        return run.summary(self.started, write_seconds=write_seconds)
 
     def discard(self) -> Summary:
         """Run this process's share of the batches, and keep nothing."""
@@ -266,12 +269,8 @@ class _Call:
         for text in _already_there(output):
             note(text)
 
-    def _fill(self, run: Run, output: Output) -> tuple[int, float]:
-        """Write file after file until all are finished.
-
-        Returns:
-            The boards that were resumed, and the seconds in which writers were busy.
-        """
+    def _fill(self, run: Run, output: Output) -> float:
+        """Write file after file until all are finished; return the seconds of busy writers."""
         resumed = done = 0
         write_seconds = 0.0
         n = sum(file.rows for file in output.files)
@@ -302,11 +301,11 @@ class _Call:
                     self._submit(writers, output, batch)
                     self.interrupts.check()
                 begin("completing the output")
-            write_seconds += writers.busy_seconds
+            write_seconds += writers.busy.seconds
         # Shards are committed while others are computed, a whole file after the last batch.
         if output.files[0].shard is None:
             run.commit_seconds = output.commit_seconds
-        return resumed, write_seconds
+        return write_seconds
 
     def _begin_file(self, file: OutputFile) -> None:
         """Write the tensors that do not come in batches, and say what is resumed."""
@@ -405,7 +404,7 @@ def _look(
     work = _work(plan, path, stats=options.stats)
     share = place.size > 1 or options.shards is not None
     assert not isinstance(options.shard_size, str)
-    shards = choose_shards(work, options.shard_size, share=share, overwrite=options.overwrite)
+    shards = choose_shards(work, options.shard_size, share=share)
     files = work.files(shards)
     largest_nbytes = max(files[0].tensor_nbytes, files[-1].tensor_nbytes)
     if options.shard_size is not None and largest_nbytes > options.shard_size:
@@ -418,8 +417,8 @@ def _look(
             )
         files = files[options.shards.start - 1 : options.shards.stop - 1]
     output = Output(files, place=place, overwrite=options.overwrite, check=check)
-    for each in output.replaced:
-        check_output(each.path, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
+    for replaced in output.replaced:
+        check_output(replaced, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
     return output
 
 
@@ -454,10 +453,10 @@ def _already_there(output: Output) -> Iterator[str]:
     if not output.missing:
         yield f"{_files_are(output)} already complete"
         return
-    for existing in output.replaced:
+    for existing in output.replaced.values():
         boards = "" if "shard" in existing.metadata else existing.metadata.get("n_samples", "")
         holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
-        size = size_text(existing.found.st_size)
+        size = size_text(existing.size)
         yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
     finished = len(output.files) - len(output.missing)
     if finished:
@@ -517,7 +516,7 @@ def _preview(plan: Plan, path: Path, output: Output) -> Preview:
 def _note_mixture(output: Output) -> None:
     """Note where different devices or numbers of threads computed the output."""
     makers: set[str] = set()
-    for text in {each.computed_by for each in output.finished}:
+    for text in {each.computed_by for each in output.finished.values()}:
         with suppress(ValueError, TypeError):  # A file may carry any text.
             makers.update(map(json.dumps, json.loads(text)))
     if len(makers) > 1:
@@ -527,7 +526,7 @@ def _note_mixture(output: Output) -> None:
 def _nonfinite(output: Output, *, warn_of_them: bool = False) -> dict[str, dict[str, int]]:
     """Count the values that are not finite in each tensor of all finished files that has any."""
     counts: dict[str, dict[str, int]] = {}
-    for finished in output.finished:
+    for finished in output.finished.values():
         for name, digest in finished.digests.items():
             # Labels are as the dataset has them.
             if (digest.nan or digest.inf) and not name.startswith(LABEL_PREFIX):
@@ -549,5 +548,4 @@ def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
 
 def writer_threads(local_processes: int) -> int:
     """Return enough threads that some wait for the disk while others take checksums."""
-    cores = len(os.sched_getaffinity(0)) // local_processes
-    return min(8, max(2, cores // 2))
+    return min(8, max(2, cores_of(local_processes) // 2))

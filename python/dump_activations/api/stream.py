@@ -17,9 +17,9 @@ from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import StreamOptions
-from dump_activations.pipeline.device import OutOfMemoryAdvice, current
+from dump_activations.pipeline.device import DeviceAdvice, current
 from dump_activations.pipeline.interrupts import HeldInterrupts
+from dump_activations.pipeline.options import StreamOptions
 from dump_activations.pipeline.plan import Plan, make_plan
 from dump_activations.pipeline.run import Run
 from dump_activations.pipeline.transfer import ActivationBatch
@@ -110,6 +110,7 @@ def stream(
     random_init: bool = False,
     precision: Literal["fp32", "tf32", "bf16", "bf16-true"] = "fp32",
     compile: bool = False,  # noqa: A002 -- the command's flag
+    cuda_graph: bool = True,
     tensors: Literal["copy", "view", "device"] = "copy",
 ) -> Iterator[Batch]:
     """Run boards through a model and yield the activations, a batch at a time.
@@ -123,7 +124,8 @@ def stream(
             or a loaded Encoder.
         dataset: a dataset of steps, or its directory.
         outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
-        layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
+        layers: layers to keep, as Python indexes them: -1, [0, 3] or "0,3,-1,4:8"; None keeps
+            all.
         split_layers: yield one tensor per layer, KEY.LAYER, in place of a stacked one.
         n_samples: steps to sample, unless `indices` or `steps` are given.
         indices: global step indices to use instead of a sample, whole numbers of any shape; or a
@@ -140,6 +142,7 @@ def stream(
         random_init: give the checkpoint's architecture untrained weights, as a control.
         precision: arithmetic of the forward pass; tf32 on CUDA only.
         compile: run the model through torch.compile.
+        cuda_graph: replay full batches as CUDA graphs, where a CUDA device and the model allow it.
         tensors: copy: yours to keep. view: host buffers, valid until the next batch. device: the
             same on the compute device.
 
@@ -147,7 +150,7 @@ def stream(
         DumpActivationsError: one line that names what is wrong and the way out.
     """
     options = StreamOptions.of(locals())
-    with OutOfMemoryAdvice(batch_size=options.batch_size):
+    with DeviceAdvice(batch_size=options.batch_size):
         dataset, options = with_step_indices(dataset, options)
         plan = make_plan(init, dataset, options)
     return batches_of(plan, tensors=tensors)
@@ -230,14 +233,14 @@ def _interruptible(
     try:
         with (
             HeldInterrupts(),
-            OutOfMemoryAdvice(batch_size=batch_size),
+            DeviceAdvice(batch_size=batch_size),
             current(device),
             caller.returned(),
         ):
             next(run)
         yield None
         while True:
-            with HeldInterrupts(), OutOfMemoryAdvice(batch_size=batch_size), current(device):
+            with HeldInterrupts(), DeviceAdvice(batch_size=batch_size), current(device):
                 batch = caller.take(run)
             if batch is None:
                 return

@@ -11,100 +11,123 @@ import sys
 import textwrap
 import warnings
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from dump_activations.commands import STARTED
 from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
 from dump_activations.progress import is_terminal, live_console, silent_progress
 from dump_activations.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from rich.console import Console
 
+CONTEXT_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "show_default": True,
+    "max_content_width": 100,
+}
+
+_COLOURS = {"error": "red", "warning": "yellow", "note": "blue"}
 _LONGEST_LINE = 500
 _LONGEST_END = 150
 
 # A last column of text may wrap to so few characters. A table that needs more room is stacked.
 _NARROWEST_TEXT = 20
 
-_is_quiet = ContextVar("_is_quiet", default=False)
-_speaker = ""
-
 
 class UnreadError(OutputError):
     """The reader of stdout has closed it, as `head` does."""
 
 
+@dataclass
+class Mode:
+    """How the command prints, which its options decide.
+
+    Attributes:
+        as_json: print JSON, on stderr too.
+        quiet: print neither notes nor tables.
+        speaker: name of this process in each of its lines, where several share a terminal.
+        started: when the command began, by the monotonic clock.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+    speaker: str = ""
+    started: float = STARTED
+
+
+mode = Mode()
+
+
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Print neither notes nor tables nor progress inside the context."""
-    token = _is_quiet.set(True)
-    try:
-        with silent_progress():
-            yield
-    finally:
-        _is_quiet.reset(token)
+def fresh_mode() -> Iterator[None]:
+    """Print in the default mode inside the context until an option changes it.
+
+    Warnings and notes of this package are lines on stderr. Other packages' are hidden.
+    """
+
+    def print_warning(message: Warning | str, *_more: Any, **_others: Any) -> None:
+        if isinstance(message, DumpActivationsWarning):
+            is_note = isinstance(message, DumpActivationsNote)
+            print_line("note" if is_note else "warning", message.flags_text)
+
+    vars(mode).update(vars(Mode()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DumpActivationsWarning)
+        warnings.showwarning = print_warning
+        yield
 
 
-def speak_as(name: str) -> None:
-    """Name this process in each of its lines on stderr: several processes may share a terminal."""
-    global _speaker  # noqa: PLW0603 -- there is one process
-    _speaker = f"{name}: "
-
-
-def print_error(text: str) -> None:
-    """Print one red line on stderr."""
-    _print_line("error", "red", text)
-
-
-def print_warning(text: str) -> None:
-    """Print one yellow line on stderr."""
-    _print_line("warning", "yellow", text)
-
-
-def print_note(text: str) -> None:
-    """Print one blue line on stderr, unless the command is quiet."""
-    if not _is_quiet.get():
-        _print_line("note", "blue", text)
-
-
-def _print_line(label: str, colour: str, text: str) -> None:
-    """Print a line of at most 500 characters. A longer text loses its middle."""
-    label += ": "
-    text = printable(_speaker + " ".join(text.splitlines()), sys.stderr)
+def print_line(kind: Literal["error", "warning", "note"], text: str) -> None:
+    """Print a line of at most 500 characters on stderr. A longer text loses its middle."""
+    if kind == "note" and mode.quiet:
+        return
+    text = " ".join(text.splitlines())
+    text = f"{mode.speaker}: {text}" if mode.speaker else text
+    label, text = f"{kind}: ", printable(text, sys.stderr)
     if len(label) + len(text) > _LONGEST_LINE:
         start = _LONGEST_LINE - _LONGEST_END - len(f"{label} ... ")
         text = f"{text[:start]} ... {text[-_LONGEST_END:]}"
+    if mode.as_json:
+        label, text = "", json.dumps({kind: text})
     if (live := live_console()) is not None:
         from rich.text import Text
 
-        live.print(Text.assemble((label, f"bold {colour}"), text), soft_wrap=True)
+        live.print(Text.assemble((label, f"bold {_COLOURS[kind]}"), text), soft_wrap=True)
         return
-    if not os.environ.get("NO_COLOR"):
-        label = click.style(label, fg=colour, bold=True)
+    if label and not os.environ.get("NO_COLOR"):
+        label = click.style(label, fg=_COLOURS[kind], bold=True)
     with suppress(AttributeError, OSError, ValueError):  # No stderr ends a run.
         click.echo(label + text, err=True)
 
 
-@contextmanager
-def shown_warnings() -> Iterator[None]:
-    """Print each warning and note of this package in a line. Other packages' are hidden."""
+def common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command --json, --quiet and --version."""
 
-    def show(message: Warning | str, *_more: Any, **_others: Any) -> None:
-        if isinstance(message, DumpActivationsNote):
-            print_note(message.flags_text)
-        elif isinstance(message, DumpActivationsWarning):
-            print_warning(message.flags_text)
+    def be_json(_context: click.Context, _option: click.Parameter, value: Any) -> None:
+        mode.as_json = value
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", DumpActivationsWarning)
-        warnings.showwarning = show
-        yield
+    def be_quiet(context: click.Context, _option: click.Parameter, value: Any) -> None:
+        if value:
+            mode.quiet = True
+            context.with_resource(silent_progress())
+
+    flag = partial(click.option, is_flag=True, expose_value=False)
+    as_json = flag("--json", callback=be_json, help="Print JSON instead of tables.")
+    quiet = flag(
+        "-q",
+        "--quiet",
+        callback=be_quiet,
+        help="Print errors and warnings only, and JSON if asked for.",
+    )
+    version = click.version_option(None, "-V", "--version", package_name="dump-activations")
+    return as_json(quiet(version(command)))
 
 
 @contextmanager
@@ -124,20 +147,6 @@ def written_stdout() -> Iterator[None]:
             raise UnreadError.of_system("cannot write to stdout", error) from error
 
 
-def print_json(value: object) -> None:
-    """Print JSON on one line of stdout. Numbers that are not finite become null."""
-    with written_stdout():
-        click.echo(json.dumps(_finite(value), allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @dataclass(frozen=True)
 class Table:
     """A table.
@@ -153,13 +162,35 @@ class Table:
     numbers: Collection[str] = ()
 
 
-def print_parts(*parts: str | Table) -> None:
-    """Print lines and tables on stdout, unless the command is quiet.
+def show(value: object, parts: Iterable[str | Table]) -> None:
+    """Print a value as one line of JSON, or else its lines and tables, unless the mode is quiet.
 
-    A pipe gets each line and each row of a table on one line, whole and without styles.
+    In JSON, numbers that are not finite are null. A pipe gets each line and each row of a table on
+    one line, whole and without styles.
+
+    Raises:
+        OutputError: stdout cannot be written.
     """
-    if sys.stdout is None or _is_quiet.get():
+    if mode.as_json:
+        text = json.dumps(_finite(value), allow_nan=False)
+    elif sys.stdout is None or mode.quiet:
         return
+    else:
+        text = _rendered(parts)
+    with written_stdout():
+        click.echo(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rendered(parts: Iterable[str | Table]) -> str:
+    """Render lines and tables for stdout."""
     from rich.console import Console
     from rich.text import Text
 
@@ -179,13 +210,14 @@ def print_parts(*parts: str | Table) -> None:
             _print_table(console, part)
         else:
             # A word longer than the terminal stays whole: a path is for copying.
-            text = printable(part, sys.stdout)
             text = textwrap.fill(
-                text, console.width, break_long_words=False, break_on_hyphens=False
+                printable(part, sys.stdout),
+                console.width,
+                break_long_words=False,
+                break_on_hyphens=False,
             )
             console.print(Text(text), overflow="ignore", crop=False)
-    with written_stdout():
-        click.echo("\n".join(line.rstrip() for line in shown.getvalue().splitlines()))
+    return "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
 
 
 def _print_table(console: Console, table: Table) -> None:
@@ -201,8 +233,8 @@ def _print_table(console: Console, table: Table) -> None:
     rows = [[printable(cell, sys.stdout) for cell in row] for row in table.rows]
     whole = [table.headings, *(row for row in rows if len(row) > 1)]
     needed = [max(map(cell_len, column)) for column in zip(*whole, strict=True)]
-    has_text = table.headings[-1] not in table.numbers
-    if has_text:
+    wrapped = "" if table.headings[-1] in table.numbers else table.headings[-1]
+    if wrapped:
         needed[-1] = min(needed[-1], _NARROWEST_TEXT)
     console.print()
     if sum(needed) + 2 * len(needed) - 2 > console.width:
@@ -215,10 +247,9 @@ def _print_table(console: Console, table: Table) -> None:
         return
     grid = Grid(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for heading in table.headings:
-        is_number = heading in table.numbers
-        wraps = has_text and heading == table.headings[-1]
-        justify: Literal["right", "left"] = "right" if is_number else "left"
-        grid.add_column(Text(heading), justify=justify, no_wrap=not wraps, overflow="fold")
+        justify: Literal["right", "left"] = "right" if heading in table.numbers else "left"
+        is_whole = heading != wrapped
+        grid.add_column(Text(heading), justify=justify, no_wrap=is_whole, overflow="fold")
     for row in rows:
         is_title = len(row) == 1
         if is_title:

@@ -1,20 +1,39 @@
-"""The process of a command: its exit code, its signals, its memory and its last output."""
+"""The process of a command: its exit code, signals, memory and last output, and its siblings."""
 
 from __future__ import annotations
 
 import atexit
 import gc
 import os
+import subprocess
 import sys
+import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import click
+
+from dump_activations.commands.console import (
+    UnreadError,
+    fresh_mode,
+    mode,
+    print_line,
+    written_stdout,
+)
+from dump_activations.errors import (
+    DeviceError,
+    DumpActivationsError,
+    InvalidArgumentError,
+    option,
+)
 from dump_activations.pipeline.interrupts import (
     UNREAD,
     HeldInterrupts,
     die_of,
+    handled_by,
     ignore_interrupts,
     signal_of,
+    terminate_with_parent,
     terminated_like_interrupted,
 )
 
@@ -22,14 +41,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import NoReturn
 
-    import click
-
 _FAILED, _WRONG_CALL = 1, 2
 
 # From glibc's malloc.h. 32 MiB is the highest threshold that it accepts.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
 _NEVER = (1 << 31) - 1
+
+# As a module, but without the working directory among the places that modules come from.
+_COMMAND = (sys.executable, "-P", "-m", "dump_activations")
+_LAUNCHER = "DUMP_ACTIVATIONS_LAUNCHER"
+_POLL_SECONDS = 0.05
 
 
 def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
@@ -42,34 +64,39 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
         command: the command.
         arguments: the arguments after its name; None takes the process's own.
     """
-    import click
+    name = command.name or ""
+    variable = f"_{name.replace('-', '_').upper()}_COMPLETE"
+    if arguments is None and (instruction := os.environ.get(variable)):
+        from click.shell_completion import shell_complete
 
-    from dump_activations.commands.console import UnreadError, shown_warnings, written_stdout
-    from dump_activations.errors import DumpActivationsError
-
-    arguments = sys.argv[1:] if arguments is None else arguments
+        return shell_complete(command, {}, name, variable, instruction)
     code = 0
-    try:
-        # `click.main` would lose the notes of an interruption.
-        with shown_warnings(), terminated_like_interrupted():
-            with written_stdout():  # --help and --version print while arguments are parsed.
-                context = command.make_context(command.name, [*arguments], obj=[*arguments])
-            with context:
-                command.invoke(context)
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    except click.ClickException as error:
-        return _failed(_WRONG_CALL, error.format_message())
-    except UnreadError:
-        code = UNREAD
-    except DumpActivationsError as error:
-        return _failed(error.exit_code, error.flags_text, error)
-    except KeyboardInterrupt as error:
-        return interrupted(error)
-    except Exception as error:
-        if sys.flags.dev_mode:  # Developers want the traceback (python -X dev).
-            raise
-        return _failed(_FAILED, f"{type(error).__name__}: {error}", error)
+    with fresh_mode():
+        if arguments is not None:
+            mode.started = time.monotonic()
+        arguments = sys.argv[1:] if arguments is None else arguments
+        try:
+            # `click.main` would lose the notes of an interruption.
+            with terminated_like_interrupted():
+                with written_stdout():  # --help and --version print while arguments are parsed.
+                    context = command.make_context(name, [*arguments], obj=[*arguments])
+                with context:
+                    command.invoke(context)
+        except click.exceptions.Exit as error:
+            code = error.exit_code
+        except UnreadError:
+            code = UNREAD
+        except click.ClickException as error:
+            mode.as_json |= "--json" in arguments  # Perhaps it was not reached.
+            code = _failed(_WRONG_CALL, error.format_message())
+        except DumpActivationsError as error:
+            code = _failed(error.exit_code, error.flags_text, error)
+        except KeyboardInterrupt as error:
+            code = interrupted(error)
+        except Exception as error:
+            if sys.flags.dev_mode:  # Developers want the traceback (python -X dev).
+                raise
+            code = _failed(_FAILED, f"{type(error).__name__}: {error}", error)
     return code
 
 
@@ -79,12 +106,9 @@ def interrupted(interrupt: KeyboardInterrupt) -> int:
 
 
 def _failed(code: int, text: str, error: BaseException | None = None) -> int:
-    """Print why a command failed, and return its exit code."""
-    from dump_activations.commands.console import print_error
-
+    """Print why a command failed, with the notes of the error, and return its exit code."""
     notes = getattr(error, "__notes__", [])
-    line = "; ".join([text, *(getattr(note, "flags_text", note) for note in notes)])
-    print_error(line)
+    print_line("error", "; ".join([text, *(getattr(note, "flags_text", note) for note in notes)]))
     return code
 
 
@@ -141,3 +165,100 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+class Launched(NamedTuple):
+    """The place of this process among those that a launcher started: torchrun, Slurm, `launch`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def join_launcher() -> Launched:
+    """Find this process's place in the launcher's variables; it is alone without them.
+
+    A process of `launch` is terminated when its launcher ends, even by SIGKILL.
+
+    Raises:
+        InvalidArgumentError: a variable is no number, or the rank is too high.
+    """
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, _LAUNCHER: 0}
+    found = []
+    for name, default in defaults.items():
+        text = os.environ.get(name) or str(default)
+        if not text.isdecimal():
+            raise InvalidArgumentError(f"{name} must be a whole number; got {text!r}")
+        found.append(int(text))
+    *places, launcher = found
+    place = Launched(*places)
+    if place.rank >= place.world_size:
+        raise InvalidArgumentError(
+            f"RANK must be below WORLD_SIZE, {place.world_size}; got {place.rank}"
+        )
+    if launcher:
+        terminate_with_parent(launcher)
+    return place
+
+
+def launch(arguments: Sequence[str], processes: str) -> int:
+    """Run the command in several processes of this machine, and return the first error's code.
+
+    Each gets RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE. Signals are passed on. After the
+    first error the others are terminated: they keep what is on disk.
+
+    Args:
+        arguments: the command's own.
+        processes: a number, or "gpu" for one per CUDA device.
+
+    Raises:
+        InvalidArgumentError: `processes` is something else.
+        DeviceError: there is no CUDA device to count.
+    """
+    count = _count(processes)
+    started: list[subprocess.Popen[bytes]] = []
+    is_interrupted = False
+
+    def send(number: int, _frame: object) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
+        for process in started:
+            process.send_signal(number)
+
+    with handled_by(send):
+        try:
+            with HeldInterrupts():  # So that each process gets a signal that comes meanwhile.
+                for rank in range(count):
+                    place = {"RANK": rank, "LOCAL_RANK": rank, _LAUNCHER: os.getpid()}
+                    place |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+                    environment = os.environ | {name: str(each) for name, each in place.items()}
+                    started.append(subprocess.Popen([*_COMMAND, *arguments], env=environment))
+            while None in (codes := [process.poll() for process in started]) and not any(codes):
+                time.sleep(_POLL_SECONDS)
+            code = next(filter(None, codes), 0)
+            if code < 0 and code != UNREAD and not is_interrupted:  # Such a process wrote no line.
+                text = f"process {codes.index(code)} was ended by signal {-code}"
+                print_line("error", text)
+            return code
+        finally:
+            for process in started:
+                process.terminate()
+            for process in started:
+                process.wait()
+
+
+def _count(processes: str) -> int:
+    if processes.isdecimal() and int(processes) > 0:
+        return int(processes)
+    if processes != "gpu":
+        raise InvalidArgumentError(
+            f"{option('nproc_per_node')}: must be a number of processes, or gpu; got {processes!r}"
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"{option('nproc_per_node', 'gpu')}: no CUDA device here; give the number of processes"
+        )
+    return torch.cuda.device_count()

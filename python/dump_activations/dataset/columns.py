@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +20,11 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.dataset import game
 from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
-from dump_activations.dataset.shards import row_dtype
+from dump_activations.dataset.shards import fetch_rows, row_dtype
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import DatasetError, InvalidArgumentError, option
 from dump_activations.progress import Count
+from dump_activations.text import did_you_mean
 
 _T = TypeVar("_T")
 
@@ -42,6 +42,34 @@ BOARD_LABELS: dict[str, tuple[tuple[int, ...], Callable[[NDArray[Any]], NDArray[
     "merges": ((MOVES,), game.merges),
 }
 """Label -> shape of one row's value, and cells uint8 (16, N) -> uint8 (N, *shape)."""
+
+LABEL_TEXTS = {
+    "run_id": "number of the self-play run",
+    "step_index": "moves made in the run before the board",
+    "step_idx": "moves made in the run before the board",
+    "board": "the board, 4 bits per cell",
+    "board_eval": "the player's evaluation of the board",
+    "tile_65536_mask": "cells with a tile of 65536 or more, one bit each",
+    "move_dir": "played move: 0 up, 1 down, 2 left, 3 right",
+    "move": "played move: 0 up, 1 down, 2 left, 3 right",
+    "valuation_type": "unit of branch_evs, by its place in valuation_types.json",
+    "ev_legal": "legal moves: bits 0 to 3 are up, down, left, right",
+    "max_rank": "largest exponent, as recorded",
+    "seed": "seed that the row records",
+    "branch_evs": "recorded value of up, down, left and right",
+    "ev_values": "recorded value of up, down, left and right",
+    "exps": "exponents of the 16 cells",
+    "empty_cells": "number of empty cells",
+    "max_exponent": "largest exponent: 11 for the tile 2048",
+    "max_in_corner": "1 if a largest tile is in a corner",
+    "legal_moves": "1 where up, down, left and right change the board",
+    "merges": "pairs that up, down, left and right merge",
+    "run_seed": "seed of the run, from metadata.db",
+    "run_steps": "moves of the run, from metadata.db",
+    "run_max_score": "highest score of the run, from metadata.db",
+    "run_highest_tile": "largest tile of the run, from metadata.db",
+}
+"""Column -> its content in a few words, for the fields that datasets usually have."""
 
 _INT64_MAX = np.iinfo(np.int64).max
 # Bytes of rows read at once by a scan: no row is larger, and a core's level 2 cache holds them.
@@ -139,8 +167,7 @@ class Columns:
         return dtype
 
     def _missing(self, name: str, *, of: str) -> InvalidArgumentError:
-        near = get_close_matches(name, self.names, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(name, self.names)
         return InvalidArgumentError(
             f"{option(of)}: {self.dataset.path} has no {name!r}{hint}; it has "
             f"{', '.join(self.names)}"
@@ -175,7 +202,7 @@ class ColumnReader:
     """Reads columns of rows in one pass over the shards."""
 
     def __init__(self, columns: Columns, read: Mapping[str, Column]) -> None:
-        self._path = columns.dataset.path
+        self._dataset = columns.dataset
         self._columns = read
         self._needs_boards = any(column.source is None for column in read.values())
         layouts: list[Mapping[str, Any]] = [row.fields or {} for _, row in columns.layouts]
@@ -207,6 +234,7 @@ class ColumnReader:
                 scratch = buffers[0][0]
                 boards_NS, *fields = (out[: len(chunk)] for out in buffers[1:])
                 boards = boards_NS if self._needs_boards else None
+                fetch_rows(self._dataset, chunk)
                 rows = (chunk.start, chunk.stop)
                 self._selection.scan(rows, scratch, boards, fields, cancel)
                 return look(chunk, self._compute(boards_NS, fields))
@@ -268,6 +296,7 @@ class LabelReader(ColumnReader):
         """
         ends = np.cumsum([CELLS, *(each.itemsize for each in self._fields.values())])
         rows = np.empty((len(indices), ends[-1]), np.uint8)
+        fetch_rows(self._dataset, indices)
         self._selection.read(indices, rows, cancel)
         boards_NS[:], *fields = np.split(rows, ends[:-1], axis=1)
         read = self._compute(boards_NS, [np.ascontiguousarray(field) for field in fields])
@@ -277,7 +306,7 @@ class LabelReader(ColumnReader):
                 if too_large.any():
                     row = int(np.argmax(too_large))
                     raise DatasetError(
-                        f"{self._path}: {name!r} of step {indices[row]} must fit into "
+                        f"{self._dataset.path}: {name!r} of step {indices[row]} must fit into "
                         f"int64; it is {values[row]}"
                     )
         return {

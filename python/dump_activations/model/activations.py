@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.model.encoder import Encoder
 
-Layers = str | Iterable[int | slice]
-"""Text such as `0,3,-1,4:8`, or numbers and slices."""
+Layers = str | int | slice | Iterable[int | slice]
+"""Text such as `0,3,-1,4:8`, a number or a slice, or several of them."""
 
 
 def _first(_module: object, value: Tensor, *_: object) -> Tensor:
@@ -208,7 +208,6 @@ ACTIVATIONS: tuple[Activation, ...] = (
 )
 _NOT_IMPLEMENTED = {"attn_weights": "attn_pattern"}
 _LAYER_ALIAS = re.compile(r"blocks\.(\d{1,4})\.(.+)")
-_EMBEDDING_ALIAS = "hook_embed"
 
 
 def find_activations(
@@ -217,14 +216,9 @@ def find_activations(
     """Return the requested activations, each once, in the registry's order.
 
     Args:
-        outputs: keys, TransformerLens names with or without their layer, or globs.
-        config: the model's. A glob leaves out keys that the model does not have.
-
-    Raises:
-        InvalidArgumentError: no keys, an unknown name, a glob without a match, or a key that is
-            requested both whole and for one layer.
-        ActivationNotImplementedError: a key that is reserved but not implemented.
-        ActivationUnavailableError: a key requested by name that the model does not have.
+        outputs: keys, TransformerLens names with or without their layer, or globs. A glob leaves
+            out keys that the model does not have. A key that is named must be one of the model's.
+        config: the model's; None where it is not known yet.
     """
     if not outputs:
         raise InvalidArgumentError(f"{option('outputs')}: no keys; choose from {_all_keys()}")
@@ -258,10 +252,9 @@ def find_activations(
 def split_layer_alias(name: str) -> tuple[str, int] | None:
     """Split a TransformerLens name with a layer, `blocks.2.hook_resid_post`, into alias and layer.
 
-    Returns:
-        The alias and the number of the layer; None where the name is something else.
+    Other names give None.
     """
-    if name == _EMBEDDING_ALIAS:
+    if name == "hook_embed":
         return "hook_resid_pre", 0
     match = _LAYER_ALIAS.fullmatch(name)
     if match is None or all(each.alias != match[2] for each in ACTIVATIONS):
@@ -303,19 +296,13 @@ def _all_keys() -> str:
 
 
 def parse_layers(name: str, layers: Layers | None) -> tuple[int | slice, ...] | None:
-    """Parse a choice of layers; None stands for all of them.
-
-    Args:
-        name: the option to name in errors.
-        layers: the option's value.
-
-    Raises:
-        InvalidArgumentError: something else than numbers and slices, or nothing.
-    """
+    """Parse the value of an option that chooses layers; None stands for all of them."""
     if layers is None:
         return None
     try:
         items = layers.split(",") if isinstance(layers, str) else layers
+        if isinstance(items, SupportsIndex | slice):
+            items = (items,)
         parsed = tuple(map(_parse_item, items))
         if not parsed:
             raise ValueError("no layers")
@@ -338,22 +325,14 @@ def _parse_item(item: Any) -> int | slice:
 
 
 def find_layers(layers: Layers | None, count: int) -> tuple[int, ...]:
-    """Return the numbers of the chosen layers among `count`, each once and ascending.
-
-    Raises:
-        InvalidArgumentError: a layer that the model does not have, or slices that select none.
-    """
-    numbers = range(count)
-    found: set[int] = set()
+    """Return the numbers of the chosen layers among `count`, each once and ascending."""
+    numbers, found = range(count), set[int]()
     for item in parse_layers("layers", layers) or [slice(None)]:
-        if isinstance(item, slice):
-            found.update(numbers[item])
-        elif -count <= item < count:
-            found.add(numbers[item])
-        else:
+        if isinstance(item, int) and not -count <= item < count:
             raise InvalidArgumentError(
                 f"{option('layers')}: no layer {item}: the model has {count}, 0 to {count - 1}"
             )
+        found.update(numbers[item] if isinstance(item, slice) else [numbers[item]])
     if not found:
         raise InvalidArgumentError(
             f"{option('layers')}: the slices select none of the {count} layers"
@@ -384,14 +363,7 @@ class BoardTensor:
 def board_tensors(
     activation: BoardActivation, config: EncoderConfig, *, layers: Sequence[int], split: bool
 ) -> list[BoardTensor]:
-    """Return the tensors of one activation.
-
-    Args:
-        activation: the activation to capture.
-        config: the model's.
-        layers: numbers of the chosen layers.
-        split: True for one tensor per layer, `KEY.LAYER`; False for one with all layers stacked.
-    """
+    """Return the tensors of one activation: of the chosen layers stacked, or one for each."""
     key, shape = activation.key, activation.shape_in(config)
     if not activation.per_layer:
         return [BoardTensor(key, activation, shape, (activation.module,), stacked=False)]

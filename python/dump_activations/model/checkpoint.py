@@ -8,7 +8,6 @@ import json
 import os
 import re
 import zipfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -96,7 +95,7 @@ def load_encoder(
     if "://" in source:
         from dump_activations.model.hub import download_checkpoint
 
-        choose = partial(files_to_download, where=source, weights_required=not random_init)
+        choose = partial(_choose_downloads, where=source, weights_required=not random_init)
         path, commit = download_checkpoint(source, choose)
         begin("loading the checkpoint")
     else:
@@ -155,7 +154,7 @@ def _paths_in(path: Path, *, weights_required: bool) -> list[Path]:
     """List the files to read: the config's first, the weights' last."""
     if path.is_dir():
         names = [file.name for file in path.iterdir()]
-        needed = _files_needed(names, str(path), weights_required=weights_required)
+        needed = _choose_files(names, str(path), weights_required=weights_required)
         return [path / name for name in needed]
     if not path.exists():
         raise CheckpointNotFoundError(
@@ -225,19 +224,20 @@ def unwrap_model(model: object) -> Encoder:
     return inner
 
 
-def _files_needed(names: Sequence[str], where: str, *, weights_required: bool) -> list[str]:
-    """Choose the file of the config, if it has its own, and the file of the weights."""
+def _choose_files(names: Sequence[str], where: str, *, weights_required: bool) -> list[str]:
+    """Choose the files of a checkpoint's directory: of the config, and of the weights."""
     weights = [name for name in WEIGHT_NAMES if name in names]
-    bundles = [name for name in weights if name.endswith(".pt")]
-    config = [_CONFIG_NAME] if _CONFIG_NAME in names else bundles[:1]
+    bundles = [name for name in WEIGHT_NAMES if name.endswith(".pt")]
+    config = [name for name in (_CONFIG_NAME, *bundles) if name in names][:1]
     others = sorted(name for name in names if name.endswith((".pt", ".safetensors")))
-    it_has = f"; it has {first_few(others, most=5)}" if others else ""
+    it_has = ""
     if others:
-        it_has += f" (to read another .pt, name it in {option('init')})"
+        hint = f"(to read another .pt, name it in {option('init')})"
+        it_has = f"; it has {first_few(others, most=5)} {hint}"
     if not config:
         raise CheckpointNotFoundError(
             f"{where}: not a checkpoint: neither {_CONFIG_NAME} nor a bundle with one of the names "
-            f"{', '.join(name for name in WEIGHT_NAMES if name.endswith('.pt'))}{it_has}"
+            f"{', '.join(bundles)}{it_has}"
         )
     if weights_required and not weights:
         raise CheckpointNotFoundError(
@@ -247,9 +247,9 @@ def _files_needed(names: Sequence[str], where: str, *, weights_required: bool) -
     return list(dict.fromkeys([*config, *weights[:1]]))
 
 
-def files_to_download(names: Sequence[str], where: str, *, weights_required: bool) -> list[str]:
-    """Choose the files of a repository's directory to download; raise without a checkpoint."""
-    needed = _files_needed(names, where, weights_required=weights_required)
+def _choose_downloads(names: Sequence[str], where: str, *, weights_required: bool) -> list[str]:
+    """Choose the files of a repository's directory to download."""
+    needed = _choose_files(names, where, weights_required=weights_required)
     if _INDEX_NAME in needed:
         needed += filter(_SHARD_NAME.fullmatch, names)
     return [*needed, _TOKENIZER_NAME] if _TOKENIZER_NAME in names else needed
@@ -308,24 +308,19 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], list[Path]]:
     weight_map = _read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map, which names the file of each tensor")
-    names_of: dict[str, list[str]] = defaultdict(list)
-    for name, file in weight_map.items():
-        # A path in the place of a name could lead out of the directory.
-        if not (isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file)):
-            raise CheckpointError(f"{index}: {one_line(str(file))} is not the name of a file there")
-        names_of[file].append(name)
-    weights: dict[str, Any] = {}
-    for file, names in sorted(names_of.items()):
+    held: dict[str, dict[str, Any]] = {}
+    for file in sorted(set(map(str, weight_map.values()))):
         path = index.parent / file
-        if not path.exists():
-            raise CheckpointError(f"{index}: no {one_line(file)}, which it names")
+        # A path in the place of a name could lead out of the directory.
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", file) or not path.exists():
+            raise CheckpointError(f"{index}: {one_line(file)} is not the name of a file there")
         _check_file(path)
-        held = _read_safetensors(path)
-        missing = [name for name in names if name not in held]
-        if missing:
-            raise CheckpointError(f"{path}: lacks {first_few(missing)}, which {index.name} names")
-        weights |= {name: held[name] for name in names}
-    return weights, [index.parent / file for file in sorted(names_of)]
+        held[file] = _read_safetensors(path)
+    missing = [name for name, file in weight_map.items() if name not in held[file]]
+    if missing:
+        raise CheckpointError(f"{index}: {first_few(missing)} missing from the file it names")
+    weights = {name: held[file][name] for name, file in weight_map.items()}
+    return weights, [index.parent / file for file in held]
 
 
 def _read_bundle(path: Path, *, config_required: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -404,19 +399,14 @@ def _config_of_weights(config: Mapping[str, Any], weights: Mapping[str, Any]) ->
         return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0
 
     found: dict[str, Any] = {}
-    vocabulary = config.get("input_vocab_size", EncoderConfig.input_vocab_size)
-    embedded = rows("tok_emb.weight")
-    if vocabulary is None or (isinstance(vocabulary, int) and 0 < vocabulary < embedded):
+    vocabulary, embedded = config.get("input_vocab_size"), rows("tok_emb.weight")
+    if embedded and (vocabulary is None or vocabulary in range(1, embedded)):
         found["input_vocab_size"] = embedded
-    asked = config.get("head_type") or EncoderConfig.head_type
-    if not isinstance(asked, str):
-        return found
     modules = set(map(_module_of, weights))
     heads = [head for head, module in HEAD_MODULES.items() if module in modules]
-    if asked not in heads:
+    if (config.get("head_type") or EncoderConfig.head_type) not in heads:
         found["head_type"] = heads[0] if heads else "none"
-    bins = rows("ev_heads.0.weight")
-    if bins and "binned_ev" in heads:
+    if bins := rows("ev_heads.0.weight"):
         found["output_n_bins"] = bins
     return found
 
@@ -433,7 +423,7 @@ def _encoder_with(
             raise CheckpointError(
                 f"{origin}: {one_line(name)} must be a dense floating-point tensor"
             )
-    # Shapes are compared on the meta device, before anything is allocated. One block more than the
+    # Compare shapes on the meta device, before anything is allocated. One block more than the
     # weights can fill is enough to name the missing ones.
     layers = min(config.num_hidden_layers, len(weights) // _FEWEST_TENSORS_PER_BLOCK + 1)
     model = empty_encoder(replace(config, num_hidden_layers=layers))
@@ -446,7 +436,14 @@ def _encoder_with(
     model.load_state_dict({name: it.to(torch.float32) for name, it in weights.items()}, assign=True)
     if others:
         warn(f"{origin}: {first_few(others, most=8)}: left out, as the model has no such module")
-    _warn_of_nonfinite(model.state_dict(), origin)
+    nonfinite = [
+        f"{name} ({int(tensor.isnan().sum()):,} NaN, {int(tensor.isinf().sum()):,} infinite)"
+        for name, tensor in model.state_dict().items()
+        # A sum is a tenth of the work. A sum that overflows proves nothing.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all()
+    ]
+    if nonfinite:
+        warn(f"{origin}: weights that are not finite: {first_few(nonfinite)}")
     return model
 
 
@@ -462,17 +459,6 @@ def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> st
         "unexpected": sorted(name for name in weights if name not in expected),
     }
     return "; ".join(f"{kind} {first_few(names)}" for kind, names in found.items() if names)
-
-
-def _warn_of_nonfinite(weights: Mapping[str, Tensor], origin: str) -> None:
-    found = [
-        f"{name} ({int(tensor.isnan().sum()):,} NaN, {int(tensor.isinf().sum()):,} infinite)"
-        for name, tensor in weights.items()
-        # A sum is a tenth of the work. A sum that overflows proves nothing.
-        if not tensor.sum().isfinite() and not tensor.isfinite().all()
-    ]
-    if found:
-        warn(f"{origin}: weights that are not finite: {first_few(found)}")
 
 
 def _module_of(name: str) -> str:

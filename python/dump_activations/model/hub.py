@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import huggingface_hub as client
 from huggingface_hub import constants, errors
@@ -42,21 +42,21 @@ class _Location(NamedTuple):
     subdir: str
     revision: str
 
-    @classmethod
-    def parse(cls, uri: str) -> Self:
-        path, at, revision = uri.removeprefix(_SCHEME).partition("@")
-        org, _, rest = path.rstrip("/").partition("/")
-        repo, _, subdir = rest.partition("/")
-        if not uri.startswith(_SCHEME) or not (org and repo) or org in _OTHER_KINDS:
-            raise InvalidArgumentError(f"{uri}: a model repository's address must be {_FORM}")
-        view, _, rest = subdir.partition("/")
-        if view in ("blob", "resolve", "tree") and rest and not at:
-            branch, slash, below = rest.partition("/")
-            address = f"{_SCHEME}{org}/{repo}{slash}{below}@{branch}"
-            raise InvalidArgumentError(f"{uri}: the address of a web page; give {address}")
-        if (subdir and not _stays_inside(subdir)) or (at and not _stays_inside(revision)):
-            raise InvalidArgumentError(f"{uri}: subdir and revision must be plain relative names")
-        return cls(f"{org}/{repo}", subdir, revision or constants.DEFAULT_REVISION)
+
+def _parse(uri: str) -> _Location:
+    path, at, revision = uri.removeprefix(_SCHEME).partition("@")
+    org, _, rest = path.rstrip("/").partition("/")
+    repo, _, subdir = rest.partition("/")
+    if not uri.startswith(_SCHEME) or not (org and repo) or org in _OTHER_KINDS:
+        raise InvalidArgumentError(f"{uri}: a model repository's address must be {_FORM}")
+    view, _, rest = subdir.partition("/")
+    if view in ("blob", "resolve", "tree") and rest and not at:
+        branch, slash, below = rest.partition("/")
+        address = f"{_SCHEME}{org}/{repo}{slash}{below}@{branch}"
+        raise InvalidArgumentError(f"{uri}: the address of a web page; give {address}")
+    if (subdir and not _stays_inside(subdir)) or (at and not _stays_inside(revision)):
+        raise InvalidArgumentError(f"{uri}: subdir and revision must be plain relative names")
+    return _Location(f"{org}/{repo}", subdir, revision or constants.DEFAULT_REVISION)
 
 
 def _stays_inside(path: str) -> bool:
@@ -76,13 +76,8 @@ def download_checkpoint(uri: str, choose_files: _Choice) -> tuple[Path, str]:
 
     Returns:
         The directory that holds them, and their commit.
-
-    Raises:
-        InvalidArgumentError: the form of `uri`.
-        CheckpointError: a failed download, or one that the hub refuses.
-        CheckpointNotFoundError: no such repository, revision or checkpoint.
     """
-    location = _Location.parse(uri)
+    location = _parse(uri)
     begin(f"downloading {uri}")
     try:
         with _quiet_client():

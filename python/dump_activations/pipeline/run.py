@@ -4,7 +4,6 @@ Shape letters: B boards in a batch, S cells (16).
 """
 
 import os
-import re
 import stat
 import tempfile
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,18 +21,20 @@ import torch
 from torch import Tensor
 
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import DeviceError, DumpActivationsError, option
+from dump_activations.errors import DeviceError, DumpActivationsError, note, option
 from dump_activations.model.capture import Capture
-from dump_activations.pipeline.device import arithmetic, in_precision, out_of
+from dump_activations.pipeline.cuda import CudaTransfer, has_callers_code
+from dump_activations.pipeline.device import (
+    arithmetic,
+    first_sentence,
+    in_precision,
+    is_of_cuda,
+    out_of,
+)
 from dump_activations.pipeline.feed import BoardBatch, feed_boards
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pipeline.transfer import (
-    ActivationBatch,
-    Buffers,
-    CudaStopwatch,
-    CudaTransfer,
-    HostTransfer,
-)
+from dump_activations.pipeline.transfer import ActivationBatch, Buffers, HostTransfer
+from dump_activations.text import size_text
 from dump_activations.timing import Chunk, Stopwatch
 
 # Boards in a chunk on the CPU: its temporaries stay in a core's cache and in the heap, while those
@@ -48,8 +50,9 @@ class Summary:
 
     Attributes:
         output: the file, or the name of its shards; None if nothing was written.
+        keys: activation keys that were captured.
         boards: boards that went through the model.
-        resumed_boards: boards that were already on disk from earlier runs.
+        resumed_boards: the other boards of the output, which earlier runs or other processes wrote.
         bytes_written: size of the finished files of the output.
         shards_written: shards that this process wrote; 0 for one file.
         shards_found: shards that were complete or that others wrote meanwhile; 0 for one file.
@@ -63,6 +66,7 @@ class Summary:
     """
 
     output: Path | None = None
+    keys: tuple[str, ...] = ()
     boards: int = 0
     resumed_boards: int = 0
     bytes_written: int = 0
@@ -85,12 +89,53 @@ class Summary:
         """The stage that was busy longest, which bounds the run's speed."""
         return max(self.stage_seconds, key=self.stage_seconds.__getitem__)
 
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of the whole call."""
+        return self.setup_seconds + self.seconds + self.commit_seconds
+
+    def __str__(self) -> str:
+        """Return work, place, size and speed in one line, as the command shows them."""
+        resumed = f" (and {self.resumed_boards:,} resumed)" if self.resumed_boards else ""
+        shards = f", {self.shards_written:,} shards of it" if self.shards_written else ""
+        where = (
+            f"{size_text(self.bytes_written)} in {self.output}{shards}"
+            if self.output
+            else "nothing written"
+        )
+        speed = f", {self.boards_per_second:,.0f} boards/s in the loop" if self.boards else ""
+        of = f" of {', '.join(self.keys)}" if self.keys else ""
+        return f"{self.boards:,} boards{of}{resumed}: {where}; {self.total_seconds:.1f} s{speed}"
+
+    def _repr_html_(self) -> str:
+        """Return the same line and a table of the stages, as a notebook shows them."""
+        headings, rows = self.stage_table()
+        cells = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+        return (
+            f"<p>{escape(str(self))}</p><table><thead><tr><th>{'</th><th>'.join(headings)}</th>"
+            f"</tr></thead><tbody>{cells}</tbody></table>"
+        )
+
+    def stage_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return the headings and the rows of a table of the stages."""
+        stages = {"setup": self.setup_seconds, **self.stage_seconds}
+        stages |= {"waiting for boards": self.waiting_seconds, "whole loop": self.seconds}
+        rows: list[tuple[str, ...]] = []
+        for stage, seconds in {**stages, "commit": self.commit_seconds}.items():
+            slowest = " (slowest)" if self.boards and stage == self.slowest_stage else ""
+            share = f"{seconds / self.total_seconds:.0%}" if self.total_seconds else "-"
+            # A time that rounds to zero gives no rate.
+            rate = f"{self.boards / seconds:,.0f}" if seconds >= 0.0005 else "-"
+            rows.append((f"{stage}{slowest}", f"{seconds:.3f}", share, rate))
+        return ("stage", "seconds", "share", "boards/s"), rows
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields and the figures derived from them, ready for JSON."""
         return {
             **asdict(self),
             "output": None if self.output is None else str(self.output),
             "boards_per_second": self.boards_per_second,
+            "total_seconds": self.total_seconds,
             "slowest_stage": self.slowest_stage,
         }
 
@@ -126,13 +171,10 @@ class Run:
         self._host_slots, self._local_processes = host_slots, local_processes
         self.commit_seconds = 0.0
         self._reading, self._waiting = Stopwatch(), Stopwatch()
+        self._transfer: HostTransfer | CudaTransfer
         self._boards = 0
         self._ended: float | None = None
-        on_cuda, compiled = plan.device.type == "cuda", plan.options.compile
-        self._computing: Stopwatch | CudaStopwatch = (
-            CudaStopwatch(torch.cuda.current_stream(plan.device)) if on_cuda else Stopwatch()
-        )
-        self._is_chunked = not (on_cuda or compiled)
+        self._is_chunked = not (plan.device.type == "cuda" or plan.options.compile)
         # On the CPU even a single worker runs chunks, which fit its cache, while this thread reads
         # boards and takes shards.
         self._workers = torch.get_num_threads() if self._is_chunked else 1
@@ -144,6 +186,10 @@ class Run:
         with ExitStack() as exits:
             if compiled:
                 _use_own_cache()
+            is_graphed = plan.device.type == "cuda" and plan.options.cuda_graph
+            if is_graphed and has_callers_code(plan.model):
+                is_graphed = False
+                note("forward passes run without CUDA graphs: the model has code of the caller's")
             model = in_precision(plan.model, plan.options.precision, plan.device)
             self._capture = exits.enter_context(
                 Capture(model, plan.board_tensors, compiled_rows=rows if compiled else None)
@@ -159,42 +205,42 @@ class Run:
                     initargs=(1,),
                 )
                 exits.callback(self._executor.shutdown, wait=True, cancel_futures=True)
-            self._transfer = self._make_transfer(rows, exits)
+            if plan.device.type == "cuda":
+                slots, processes = self._host_slots, self._local_processes
+                cuda = CudaTransfer(plan, rows, host_slots=slots, local_processes=processes)
+                exits.callback(cuda.close)
+                self._transfer = cuda
+            else:
+                self._transfer = HostTransfer(plan, rows)
             self._set_up = (0.0, 0.0)
             if not self._is_chunked:
-                self._warm_up(rows)
-                self._set_up = (self._computing.seconds, self._transfer.copying.seconds)
+                self._warm_up(rows, is_graphed=is_graphed)
+                self._set_up = (self._transfer.computing.seconds, self._transfer.copying.seconds)
             self._exits = exits.pop_all()
         self._started = time.perf_counter()
         return self
 
-    def _make_transfer(self, rows: int, exits: ExitStack) -> HostTransfer | CudaTransfer:
-        if self._plan.device.type != "cuda":
-            return HostTransfer(self._plan, rows)
-        slots, processes = self._host_slots, self._local_processes
-        transfer = CudaTransfer(self._plan, rows, host_slots=slots, local_processes=processes)
-        exits.callback(transfer.close)
-        return transfer
-
-    def _warm_up(self, rows: int) -> None:
+    def _warm_up(self, rows: int, *, is_graphed: bool) -> None:
         indices = np.zeros(rows, np.int64)
         boards_BS = torch.zeros((rows, CELLS), dtype=torch.uint8, device="cpu")
         try:
-            batch = self._transfer.run(BoardBatch(0, indices, boards_BS, {}), self._start)
+            batch = self._capture_batch(BoardBatch(0, indices, boards_BS, {}))
             for chunk in batch.chunks:
                 chunk.wait()
             batch.release()
-            if self._plan.device.type == "cuda":
+            if isinstance(self._transfer, CudaTransfer):
                 torch.cuda.synchronize(self._plan.device)  # The times are complete after it.
+                if is_graphed:
+                    self._transfer.record(self._forward)
         except Exception as error:
             if isinstance(error, DumpActivationsError) or out_of(error):
                 raise
             reason = getattr(error, "inner_exception", error)
-            line = str(reason).strip().partition("\n")[0]
+            line = first_sentence(reason)
             if self._plan.options.compile:
                 text = f"torch.compile fails here ({type(reason).__name__}: {line}); leave it out"
                 raise DeviceError(f"{option('compile')}: {text}") from error
-            if isinstance(error, RuntimeError) and re.search("CUDA|CUBLAS|cuDNN|CUDNN", line):
+            if is_of_cuda(error):
                 text = f"cannot run the model ({line}); install a torch that supports this GPU"
                 raise DeviceError(f"{self._plan.device} {text}") from error
             raise
@@ -225,7 +271,7 @@ class Run:
         self._exits.enter_context(closing(feed))
         try:
             for boards in feed:
-                yield self._transfer.run(boards, self._start)
+                yield self._capture_batch(boards)
                 # As many as keep the workers busy while the next batch is queued.
                 self._finish(leave=self._workers)
                 self._boards += len(boards.indices)
@@ -235,13 +281,13 @@ class Run:
             while self._futures:  # Waiting for one that has not begun raises CancelledError.
                 self._futures.popleft().cancel()
 
-    def _start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Chunk]:
-        """Queue a batch: exponents (B, 16) of any integer dtype, and buffers (B, *shape) to fill.
+    def _capture_batch(self, boards: BoardBatch) -> ActivationBatch:
+        if isinstance(self._transfer, CudaTransfer):
+            return self._transfer.run(boards, self._forward)
+        return self._transfer.run(boards, self._start)
 
-        Returns:
-            The chunks of the batch, in order. On CUDA there is nothing to wait for: the next work
-            in the stream finds the buffers full.
-        """
+    def _start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Chunk]:
+        """Queue a batch on the CPU, and return its chunks in order."""
         rows = len(tokens_BS)
         if not self._is_chunked:
             self._run_chunk(tokens_BS, buffers)
@@ -256,8 +302,12 @@ class Run:
         return chunks
 
     def _run_chunk(self, tokens_BS: Tensor, buffers: Buffers) -> None:
+        with self._transfer.computing:
+            self._forward(tokens_BS, buffers)
+
+    def _forward(self, tokens_BS: Tensor, buffers: Buffers) -> None:
         own = arithmetic(self._plan.options.precision, self._plan.device)
-        with self._computing, torch.inference_mode(), own:
+        with torch.inference_mode(), own:
             self._capture.run(tokens_BS, buffers)
 
     def _finish(self, *, leave: int = 0) -> None:
@@ -275,13 +325,14 @@ class Run:
         ended = self._ended or time.perf_counter()
         forward, copying = self._set_up
         return Summary(
+            keys=tuple(each.key for each in self._plan.activations),
             boards=self._boards,
             seconds=ended - self._started - self.commit_seconds,
             setup_seconds=self._started - started,
             commit_seconds=self.commit_seconds,
             stage_seconds={
                 "boards": self._reading.seconds,
-                "forward": (self._computing.seconds - forward) / self._workers,
+                "forward": (self._transfer.computing.seconds - forward) / self._workers,
                 "copy": self._transfer.copying.seconds - copying,
                 "write": write_seconds,
             },

@@ -4,11 +4,10 @@ Shape letters: S cells of queries (16), T cells of keys (16).
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,14 +25,6 @@ _MOST_CHARACTERS = 300
 _SMALLEST, _LARGEST = 1e-300, 1e300
 
 
-class Series(NamedTuple):
-    """A line: its name, a value per label, and the number of its colour."""
-
-    name: str
-    values: Array
-    colour: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     """A bar or a point of each line per label, on an axis from 0.
@@ -42,7 +33,7 @@ class Chart:
         shares: heights of bars, which are shown in percent; None for a chart of lines.
         details: ends of the bars' tooltips.
         pale: whether each bar counts for less.
-        lines: the lines.
+        lines: the lines by name.
         band: two lines with a band between them.
     """
 
@@ -54,19 +45,19 @@ class Chart:
     shares: Array | None = None
     details: Sequence[str] = ()
     pale: Sequence[bool] = ()
-    lines: Sequence[Series] = ()
-    band: Sequence[Series] = ()
+    lines: Mapping[str, Array] = field(default_factory=dict)
+    band: Mapping[str, Array] = field(default_factory=dict)
 
     @property
-    def named(self) -> list[Series]:
+    def named(self) -> dict[str, Array]:
         """Return all lines."""
-        return [*self.lines, *self.band]
+        return {**self.lines, **self.band}
 
     @cached_property
     def ticks(self) -> list[float]:
         """Return round numbers from 0 to the first that is not below any value."""
         bars = () if self.shares is None else (100 * self.shares,)
-        values = np.array([*bars, *(each.values for each in self.named)])
+        values = np.array([*bars, *self.named.values()])
         top = float(values.max(initial=0.0, where=np.isfinite(values))) or 1.0
         top = min(max(top, _SMALLEST), _LARGEST)
         scale = 10.0 ** math.floor(math.log10(top / _MOST_TICKS))
@@ -81,7 +72,7 @@ class Chart:
     @property
     def band_points(self) -> list[tuple[int, float, float]]:
         """Return (number of the label, low height, high height) where both are finite."""
-        edges = enumerate(zip(*(self.heights(each.values) for each in self.band), strict=True))
+        edges = enumerate(zip(*map(self.heights, self.band.values()), strict=True))
         return [(i, *edge) for i, edge in edges if None not in edge]
 
 
@@ -108,6 +99,14 @@ def heat_paths(pattern_ST: Array) -> list[tuple[int, str]]:
 def heat_level(depth: float) -> int:
     """Return the level of a colour: 0 is clear, for NaN too, and 9 the deepest."""
     return min(int(depth * _LEVELS), _LEVELS - 1) if depth > 0 else 0
+
+
+def spread(values: Array) -> Array:
+    """Spread values over the depths, so that small differences do not look like large ones."""
+    low = min(float(values.min()), 0.95 * float(values.mean()))
+    high = max(float(values.max()), 1.05 * float(values.mean()))
+    depths: Array = (values - low) / ((high - low) or 1.0)
+    return depths
 
 
 def cut(text: str) -> str:

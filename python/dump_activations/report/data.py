@@ -38,6 +38,7 @@ MOST_KEYS, MOST_LAYERS, MOST_HEADS = 64, 128, 128
 MOST_VALUES = 1 << 21
 """Elements of one board's value, all layers together."""
 
+MOST_EXAMPLES = 12
 QUANTILES = (0.05, 0.5, 0.95)
 OUTLIER = 6.0
 NO_MOVE, UNKNOWN = -1, -2
@@ -123,8 +124,7 @@ class Source:
         shape = self.file.shape(key)
         allowed = [(len(self.file), *value) for value in _SHAPES.get(key, ())]
         if allowed and not any(_fits(shape, each) for each in allowed):
-            texts = [shape_text([n or "any" for n in each]) for each in allowed]
-            wanted = " or ".join(texts)
+            wanted = " or ".join(shape_text([n or "any" for n in each]) for each in allowed)
             raise self._refusal(f"{key} must have shape {wanted}; got {shape_text(shape)}")
 
     def _refusal(self, reason: str) -> OutputError:
@@ -136,7 +136,7 @@ class Source:
         return self._label("The steps of the games", ("step_index", "step_idx"), 1 << 53)
 
     @cached_property
-    def moves(self) -> Label:
+    def played(self) -> Label:
         """Played moves, numbers of up, down, left, right."""
         return self._label("The moves that were played", ("move_dir", "move"), MOVES)
 
@@ -161,6 +161,16 @@ class Source:
             return Label(values, Absence(reason))
         return Label(values)
 
+    @cached_property
+    def examples(self) -> Ints:
+        """Some boards from the smallest sum of tiles to the largest, as places in `rows`."""
+        tiles = np.exp2(np.arange(256))
+        tiles[0] = 0  # An empty cell, not the tile 1.
+        order = np.argsort(tiles[self.boards].sum(axis=1), kind="stable")
+        count = min(MOST_EXAMPLES, len(order))
+        chosen: Ints = order[np.linspace(0, len(order) - 1, count).round().astype(np.int64)]
+        return chosen
+
     def absence(self, what: str, key: str) -> Absence:
         """Say why a section lacks its key."""
         if key in self.left_out:
@@ -169,10 +179,8 @@ class Source:
 
     def places_within(self, key: str, nbytes: int | None = None) -> Ints:
         """Return evenly spaced places in `rows`, so many that a key's fp32 values fit."""
-        return spaced(
-            len(self.rows),
-            max((nbytes or MOST_NBYTES) // (4 * math.prod(self.file.shape(key)[1:])), 1),
-        )
+        value_nbytes = 4 * math.prod(self.file.shape(key)[1:])
+        return spaced(len(self.rows), max((nbytes or MOST_NBYTES) // value_nbytes, 1))
 
     def read(self, key: str, places: Ints, layer: int | None = None) -> Floats:
         """Read a key of boards at places in `rows`, float32; of all layers or one."""
@@ -206,16 +214,6 @@ def _fits(shape: tuple[int, ...], allowed: tuple[int | None, ...]) -> bool:
     )
 
 
-def choose_examples(source: Source, count: int) -> Ints:
-    """Choose boards from the smallest sum of tiles to the largest, as places in `rows`."""
-    tiles = np.exp2(np.arange(256))
-    tiles[0] = 0  # An empty cell, not the tile 1.
-    order = np.argsort(tiles[source.boards].sum(axis=1), kind="stable")
-    places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(np.int64)
-    examples: Ints = order[places]
-    return examples
-
-
 @dataclass(frozen=True)
 class Choices:
     """The heads' output on boards at `places`, and the model's moves.
@@ -232,6 +230,11 @@ class Choices:
     scores: Array
     moves: Ints
 
+    @property
+    def is_binned(self) -> bool:
+        """True for binned heads."""
+        return self.probs.ndim == 3
+
 
 def read_choices(source: Source, places: Ints | None = None) -> Choices | None:
     """Read the heads' output on boards, by default on as many as fit; None without heads."""
@@ -245,9 +248,8 @@ def read_choices(source: Source, places: Ints | None = None) -> Choices | None:
         # One move's NaN must not spread to the others of a policy.
         total = np.nansum if probs.ndim == 2 else np.sum
         probs = exponentials / total(exponentials, axis=-1, keepdims=True)
-    is_binned = probs.ndim == 3
     bins = np.arange(probs.shape[-1], dtype=np.float64)
-    scores = np.matmul(probs, bins) if is_binned else probs.astype(np.float64)
+    scores = np.matmul(probs, bins) if probs.ndim == 3 else probs.astype(np.float64)
     return Choices(places, probs, scores, model_moves(scores, source.boards[places]))
 
 
@@ -289,6 +291,17 @@ class KeyFigures:
     outliers: Array
     largest: Array
     cell_norms: Array | None
+
+    @property
+    def numbers(self) -> Array:
+        """Figures of each layer in the order of the table, without outliers, (L, 5)."""
+        return np.stack([self.norm_mean, *self.norm_quantiles, self.std], axis=1)
+
+    def top_features(self, layer: int) -> Ints:
+        """Return the three features with the largest entries, NaN first, at a place in `layers`."""
+        largest = np.nan_to_num(self.largest[layer], nan=np.inf)
+        top: Ints = np.argsort(-largest, kind="stable")[:3]
+        return top
 
 
 def key_figures(source: Source, key: str) -> KeyFigures:

@@ -14,15 +14,12 @@ from markupsafe import Markup
 
 from dump_activations.errors import OutputError, option
 from dump_activations.progress import Count, Phase, counted, shown_progress
-from dump_activations.report import charts, sections
-from dump_activations.report.data import Source, choose_examples
+from dump_activations.report import charts, data, sections
 from dump_activations.storage.reading.activations_file import ActivationsFile
-from dump_activations.text import printable
+from dump_activations.text import printable, size_text
 
 # A page of this package begins with the first and has the second among its first bytes.
 _DOCTYPE, _GENERATOR, _HEAD_NBYTES = "<!doctype html>", "dump-activations report", 1024
-
-_EXAMPLES = 12
 
 
 def write_report(
@@ -84,22 +81,27 @@ def render(path: Path, *, progress: Count | None = None) -> str:
         InvalidArgumentError: the suffix names no format.
         OutputError: the file cannot be read, or cannot be shown.
     """
-    source = Source(ActivationsFile(path))
+    source = data.Source(ActivationsFile(path))
     checkpoint = source.file.metadata.get("checkpoint", path.name)
     # The last two names of a path, or of an address of the hub.
     name = "/".join(Path(checkpoint).parts[-2:])
     with np.errstate(all="ignore"):  # The page shows NaN and infinite values as such.
-        examples = choose_examples(source, _EXAMPLES)
-        values = {
-            "facts": sections.facts(source.file.files),
-            "boards": sections.boards(source),
-            "examples": sections.examples(source, examples),
-            "moves": sections.moves(source),
-            "attention": sections.attention(source, examples),
-            "activations": sections.activations(source, progress),
-        }
-    title = f"{charts.cut(name)} on {len(source.file):,} boards"
-    return _environment().get_template("page.html.j2").render(title=title, **values)
+        return (
+            _environment()
+            .get_template("page.html.j2")
+            .render(
+                name=name,
+                all_boards=len(source.file),
+                source=source,
+                file=source.file.files,
+                facts=sections.facts(source.file.files),
+                boards=sections.boards(source),
+                examples=sections.examples(source),
+                moves=sections.moves(source),
+                attention=sections.attention(source),
+                activations=list(sections.activations(source, progress)),
+            )
+        )
 
 
 def _environment() -> Environment:
@@ -119,9 +121,18 @@ def _environment() -> Environment:
         number=charts.number_text,
         percent=charts.percent_text,
         short=charts.short_text,
+        size=size_text,
+        spread=charts.spread,
         tile=charts.tile_text,
     )
-    environment.globals.update(generator=_GENERATOR, top_exponent=charts.TOP_EXPONENT)
+    environment.globals.update(
+        generator=_GENERATOR,
+        top_exponent=charts.TOP_EXPONENT,
+        Chart=charts.Chart,
+        outlier=f"±{data.OUTLIER:.0f}",
+        move_names=sections.MOVE_NAMES,
+        no_move=data.NO_MOVE,
+    )
     for name, asset in (("style", "page.css"), ("script", "page.js")):
         text = Path(__file__).with_name("templates").joinpath(asset).read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

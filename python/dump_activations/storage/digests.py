@@ -77,33 +77,27 @@ def parse_integrity(text: str) -> dict[str, Digest]:
         ValueError: any other text.
     """
     try:
-        return {
-            name: _parse_digest(fields)
-            for name, fields in json.loads(text).items()
-            if name != METADATA_NAME
-        }
-    except (AttributeError, RecursionError):
+        table = dict(json.loads(text))
+    except (TypeError, RecursionError):
         raise ValueError("it is not a table of digests") from None
-
-
-def _parse_digest(fields: object) -> Digest:
-    match fields:
-        case {"crc32": str(crc32), "nan": int(nan), "inf": int(inf)} if _CRC32.fullmatch(crc32):
-            return Digest(0, int(crc32, 16), nan, inf)
-    raise ValueError("it holds more than digests")
+    table.pop(METADATA_NAME, None)
+    digests = {}
+    for name, fields in table.items():
+        match fields:
+            case {"crc32": str(crc32), "nan": int(nan), "inf": int(inf)} if _CRC32.fullmatch(crc32):
+                digests[name] = Digest(0, int(crc32, 16), nan, inf)
+            case _:
+                raise ValueError("it holds more than digests")
+    return digests
 
 
 def _table(
     specs: Sequence[TensorSpec], metadata: Mapping[str, str], digests: Mapping[str, Digest]
 ) -> str:
     table: dict[str, dict[str, object]] = {
-        METADATA_NAME: {"crc32": _hex(zlib.crc32(json.dumps(dict(metadata)).encode()))}
+        METADATA_NAME: {"crc32": f"{zlib.crc32(json.dumps(dict(metadata)).encode()):08x}"}
     }
     for spec in storage_order(specs):
         digest = digests[spec.name]
-        table[spec.name] = {"crc32": _hex(digest.crc32), "nan": digest.nan, "inf": digest.inf}
+        table[spec.name] = {"crc32": f"{digest.crc32:08x}", "nan": digest.nan, "inf": digest.inf}
     return json.dumps(table)
-
-
-def _hex(crc32: int) -> str:
-    return f"{crc32:08x}"

@@ -5,7 +5,8 @@ docs/file-format.md has the names and the rules of the cut.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,23 +52,32 @@ def parse_shard(path: Path) -> Shard | None:
     return Shard(whole, int(match["number"]), int(match["count"]))
 
 
-def list_shards(whole: Path, ending: str = "") -> Mapping[Shard, Path]:
-    """List the shards of a dump in its directory, in order, by one fresh listing.
+def list_names(directory: Path) -> set[str]:
+    """List a directory, which may be missing.
+
+    Raises:
+        OutputError: it cannot be listed.
+    """
+    with OutputError.when(f"cannot list {directory}"), suppress(FileNotFoundError):
+        return set(os.listdir(directory))  # noqa: PTH208 -- names, not paths
+    return set()
+
+
+def list_shards(
+    whole: Path, ending: str = "", names: Iterable[str] | None = None
+) -> Mapping[Shard, Path]:
+    """Find the shards of a dump in its directory, in order.
 
     Args:
         whole: the name of the whole dump.
         ending: what follows the name of a finished shard: `.partial` lists unfinished ones.
+        names: the names in the directory; None lists it.
 
     Raises:
         OutputError: the directory cannot be listed.
     """
     found = {}
-    with OutputError.when(f"cannot list {whole.parent}"):
-        try:
-            names = os.listdir(whole.parent)  # noqa: PTH208 -- names, not paths
-        except FileNotFoundError:
-            return {}
-    for name in names:
+    for name in list_names(whole.parent) if names is None else names:
         if name.endswith(ending):
             shard = parse_shard(whole.with_name(name.removesuffix(ending)))
             if shard is not None and shard.whole == whole:

@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+from concurrent.futures import Executor, Future
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from simulated.policies import at_random
 KEYS = ["layer_outputs", "pooled"]
 
 
+def named(**policies):
+    return [pytest.param(policy, id=name) for name, policy in policies.items()]
+
+
 def randoms(seeds):
-    return [pytest.param(at_random(seed), id=f"random-{seed}") for seed in range(seeds)]
+    return named(**{f"random-{seed}": at_random(seed) for seed in range(seeds)})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,6 +39,21 @@ def run_arguments(directory, **options):
         "outputs": KEYS,
         **options,
     }
+
+
+class AtOnce(Executor):
+    """Does what it is asked for at once, so that tests need not wait for a thread."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def wrong(found, expected):

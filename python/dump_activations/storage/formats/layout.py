@@ -62,9 +62,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """All tensors, in the order in which the format lists them, and the metadata."""
+    """All tensors by name, in the order in which the format lists them, and the metadata."""
 
-    tensors: list[StoredTensor]
+    tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 

@@ -11,7 +11,6 @@ from typing import BinaryIO
 
 from dump_activations.dtypes import DTYPES, READABLE_DTYPES, TensorSpec
 from dump_activations.storage.formats.layout import (
-    ALIGNMENT,
     MAX_JSON_CHARACTERS,
     Contents,
     Format,
@@ -45,24 +44,12 @@ def layout(
     """Lay out an .npz file."""
     text = json.dumps(dict(metadata))
     head = _npy_header(f"<U{len(text)}", ()) + text.encode("utf-32-le")
-    members = [Member(_member_name("metadata"), head)]
+    members = [Member("metadata.npy", head)]
     members += [
-        Member(
-            _member_name(spec.name),
-            _npy_header(DTYPES[spec.dtype].npy, spec.shape),
-            spec.nbytes,
-            crc32s[spec.name] if crc32s else 0,
-            ALIGNMENT,
-        )
+        Member(f"{spec.name}.npy", _npy_header(DTYPES[spec.dtype].npy, spec.shape), spec)
         for spec in storage_order(specs)
     ]
-    archive = zip_layout(members)
-    offsets = {spec.name: archive.offsets[_member_name(spec.name)] for spec in specs}
-    return Layout(archive.size, offsets, archive.skeleton)
-
-
-def _member_name(name: str) -> str:
-    return f"{name}.npy"
+    return zip_layout(members, crc32s)
 
 
 def _npy_header(descriptor: str | None, shape: tuple[int, ...]) -> bytes:
@@ -77,14 +64,16 @@ def _npy_header(descriptor: str | None, shape: tuple[int, ...]) -> bytes:
 
 def read(file: BinaryIO, size: int) -> Contents:
     """Read the .npy headers in an .npz file, and its metadata."""
-    tensors = []
+    tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for member in read_members(file, size).values():
         array = _stored_array(read_head(file, member, MAX_HEADER_NBYTES), member)
         if array.name == "metadata" and array.dtype.startswith("<U") and not array.shape:
             metadata = _metadata(file, member, array.nbytes)
+        elif array.name in tensors:
+            raise ValueError(f"it has two arrays {array.name}")
         else:
-            tensors.append(array)
+            tensors[array.name] = array
     return Contents(tensors, metadata)
 
 

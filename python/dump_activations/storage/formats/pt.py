@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 
 from dump_activations.dtypes import DTYPES, READABLE_DTYPES, TensorSpec
 from dump_activations.storage.formats.layout import (
-    ALIGNMENT,
     Contents,
     Format,
     Layout,
@@ -48,18 +47,13 @@ def layout(
     """Lay out a .pt file."""
     ordered = storage_order(specs)
     keys = {spec.name: str(index) for index, spec in enumerate(ordered)}
-    names = {name: f"{ROOT}/data/{key}" for name, key in keys.items()}
     members = [
         Member(f"{ROOT}/data.pkl", dump_pickle(specs, metadata, keys)),
         Member(f"{ROOT}/byteorder", b"little"),
         Member(f"{ROOT}/version", b"3\n"),
     ]
-    for spec in ordered:
-        crc32 = crc32s[spec.name] if crc32s else 0
-        members.append(Member(names[spec.name], b"", spec.nbytes, crc32, ALIGNMENT))
-    archive = zip_layout(members)
-    offsets = {spec.name: archive.offsets[names[spec.name]] for spec in specs}
-    return Layout(archive.size, offsets, archive.skeleton)
+    members += [Member(f"{ROOT}/data/{keys[spec.name]}", b"", spec) for spec in ordered]
+    return zip_layout(members, crc32s)
 
 
 def dump_pickle(
@@ -135,12 +129,13 @@ def read(file: BinaryIO, size: int) -> Contents:
         raise ValueError("its data.pkl is compressed, or larger than a dump's")
     found, metadata = load_pickle(read_exactly(file, data.start, data.nbytes))
     root = PurePosixPath(data.name).parent
-    tensors = []
+    tensors = {}
     for name, tensor in found.items():
         member = members.get(f"{root}/data/{tensor.key}")
         if member is None or not fits(tensor.dtype, tensor.shape, member.nbytes):
             raise ValueError(f"its tensor {name!r} has no storage of its size")
-        tensors.append(StoredTensor(name, tensor.dtype, tensor.shape, member.nbytes, member.offset))
+        nbytes, offset = member.nbytes, member.offset
+        tensors[name] = StoredTensor(name, tensor.dtype, tensor.shape, nbytes, offset)
     return Contents(tensors, metadata)
 
 

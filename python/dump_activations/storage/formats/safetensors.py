@@ -68,8 +68,8 @@ def read(file: BinaryIO, size: int) -> Contents:
     if not isinstance(header, dict):
         raise ValueError("its header is not a table")
     metadata = text_metadata(header.pop("__metadata__", {}))
-    tensors = [_stored_tensor(name, entry, data_start, size) for name, entry in header.items()]
-    if not are_disjoint(data_ranges(tensors)):
+    tensors = {n: _stored_tensor(n, entry, data_start, size) for n, entry in header.items()}
+    if not are_disjoint(data_ranges(tensors.values())):
         raise ValueError("its tensors overlap")
     return Contents(tensors, metadata)
 

@@ -8,12 +8,18 @@ Format: PKWARE's APPNOTE 6.3, sections 4.3.7 (local header), 4.3.12 (central dir
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from dump_activations import _rust
-from dump_activations.storage.formats.layout import Layout, are_disjoint, read_exactly
+from dump_activations.dtypes import TensorSpec
+from dump_activations.storage.formats.layout import (
+    ALIGNMENT,
+    Layout,
+    are_disjoint,
+    read_exactly,
+)
 
 MAX_DIRECTORY_NBYTES = 1 << 20
 """Largest directory that is read: some 10,000 members. A dump has some hundred."""
@@ -38,27 +44,16 @@ _EXTRA_HEADER = struct.Struct("<2H")
 _NO_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, OverflowError)
 
 
-@dataclass(frozen=True)
-class Member:
-    """A member to be written: `head`, then `tail_nbytes` bytes of tensor data.
-
-    The data, or the head where there is none, starts on a multiple of `alignment`.
-    """
+class Member(NamedTuple):
+    """A member to be written: `head`, then the data of a tensor, which is aligned."""
 
     name: str
     head: bytes
-    tail_nbytes: int = 0
-    tail_crc32: int = 0
-    alignment: int = 1
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole member."""
-        return len(self.head) + self.tail_nbytes
+    tensor: TensorSpec | None = None
 
 
-def zip_layout(members: Sequence[Member]) -> Layout:
-    """Lay out an archive; `offsets` maps each member's name to the start of its tail.
+def zip_layout(members: Sequence[Member], crc32s: Mapping[str, int] | None) -> Layout:
+    """Lay out an archive.
 
     Every size and offset is in zip64 form, so that the layout does not depend on sizes.
     """
@@ -66,58 +61,51 @@ def zip_layout(members: Sequence[Member]) -> Layout:
     position = 0
     offsets: dict[str, int] = {}
     skeleton: list[tuple[int, bytes]] = []
-    directory = bytearray()
-    for member in members:
-        header = _local_header(member, position)
-        directory += _central_header(member, position)
-        skeleton.append((position, header + member.head))
-        offsets[member.name] = position + len(header) + len(member.head)
-        position = offsets[member.name] + member.tail_nbytes
-    end = bytes(directory) + _end_records(len(members), position, len(directory))
+    directory = b""
+    for name, head, tensor in members:
+        crc32, nbytes, alignment = zlib.crc32(head), len(head), 1
+        if tensor is not None:
+            of_data = crc32s[tensor.name] if crc32s else 0
+            crc32 = _rust.combine_crc32(crc32, of_data, tensor.nbytes)
+            nbytes, alignment = nbytes + tensor.nbytes, ALIGNMENT
+        place = position + len(head)
+        local, central = _headers(name, crc32, nbytes, position, data=place, alignment=alignment)
+        skeleton.append((position, local + head))
+        directory += central
+        if tensor is not None:
+            offsets[tensor.name] = position + len(local) + len(head)
+        position += len(local) + nbytes
+    end = directory + _end_records(len(members), position, len(directory))
     skeleton.append((position, end))
     return Layout(size=position + len(end), offsets=offsets, skeleton=tuple(skeleton))
 
 
-def _local_header(member: Member, position: int) -> bytes:
-    name = member.name.encode()
-    zip64 = _EXTRA_HEADER.pack(_ZIP64_ID, 16) + struct.pack("<2Q", member.nbytes, member.nbytes)
-    unpadded = position + _LOCAL_HEADER.size + len(name) + len(zip64) + _EXTRA_HEADER.size + 2
-    padding = -(unpadded + len(member.head)) % member.alignment
-    extra = (
-        zip64
-        + _EXTRA_HEADER.pack(_ALIGNMENT_ID, 2 + padding)
-        + member.alignment.to_bytes(2, "little")
-        + bytes(padding)
+def _headers(
+    name: str, crc32: int, nbytes: int, position: int, *, data: int, alignment: int
+) -> tuple[bytes, bytes]:
+    """Return the local and the central header of a member at `position`.
+
+    The local header moves what would be at `data` without it to a multiple of `alignment`.
+    """
+    encoded, sizes = name.encode(), struct.pack("<2Q", nbytes, nbytes)
+    extra = _EXTRA_HEADER.pack(_ZIP64_ID, len(sizes)) + sizes
+    unpadded = _LOCAL_HEADER.size + len(encoded) + len(extra) + _EXTRA_HEADER.size + 2
+    padding = -(data + unpadded) % alignment
+    extra += _EXTRA_HEADER.pack(_ALIGNMENT_ID, 2 + padding)
+    extra += alignment.to_bytes(2, "little") + bytes(padding)
+    central_extra = _EXTRA_HEADER.pack(_ZIP64_ID, 24) + sizes + position.to_bytes(8, "little")
+    shared = (
+        *(_VERSION, _UTF8_NAMES, _STORED),
+        *(0, _DATE_1980_01_01),  # time of day, date
+        *(crc32, _IN_ZIP64, _IN_ZIP64),  # and both sizes
+        len(encoded),
     )
-    fields = _LOCAL_HEADER.pack(b"PK\x03\x04", *_shared_fields(member, name, extra))
-    return fields + name + extra
-
-
-def _central_header(member: Member, position: int) -> bytes:
-    name = member.name.encode()
-    zip64 = struct.pack("<3Q", member.nbytes, member.nbytes, position)
-    extra = _EXTRA_HEADER.pack(_ZIP64_ID, len(zip64)) + zip64
-    shared = _shared_fields(member, name, extra)
+    local = _LOCAL_HEADER.pack(b"PK\x03\x04", *shared, len(extra))
     # Zeros: comment, disk, internal and external attributes. The offset is in the extra field.
-    fields = _CENTRAL_HEADER.pack(b"PK\x01\x02", _VERSION, *shared, 0, 0, 0, 0, _IN_ZIP64)
-    return fields + name + extra
-
-
-def _shared_fields(member: Member, name: bytes, extra: bytes) -> tuple[int, ...]:
-    """Return the fields that a member's local and central headers share."""
-    head_crc32 = zlib.crc32(member.head)
-    return (
-        _VERSION,  # needed
-        _UTF8_NAMES,
-        _STORED,
-        0,  # time of day
-        _DATE_1980_01_01,
-        _rust.combine_crc32(head_crc32, member.tail_crc32, member.tail_nbytes),
-        _IN_ZIP64,  # compressed size
-        _IN_ZIP64,  # size
-        len(name),
-        len(extra),
+    central = _CENTRAL_HEADER.pack(
+        *(b"PK\x01\x02", _VERSION, *shared, len(central_extra), 0, 0, 0, 0, _IN_ZIP64)
     )
+    return local + encoded + extra, central + encoded + central_extra
 
 
 def _end_records(count: int, directory_offset: int, directory_nbytes: int) -> bytes:

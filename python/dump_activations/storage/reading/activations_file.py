@@ -5,20 +5,23 @@ Shape letters: N boards in all files, R rows asked for, L layers kept.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.dtypes import CELLS, LABEL_PREFIX, READABLE_DTYPES
-from dump_activations.errors import InvalidArgumentError, option, switch, warn
+from dump_activations.dtypes import CELLS, LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PREFIX
+from dump_activations.errors import InvalidArgumentError, MissingKeyError, option, switch, warn
+from dump_activations.storage.reading.array import ActivationArray, Rows
 from dump_activations.storage.reading.dump_files import inspect_dump
-from dump_activations.storage.reading.keys import Key, Rows, row_numbers
+from dump_activations.storage.reading.keys import Key
+from dump_activations.text import size_text
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from dump_activations.storage.reading.cells import CellArguments, Cells
     from dump_activations.storage.statistics import TensorStatistics
 
+# Rows of a representation, and names in one of them.
+_MOST_KEYS, _MOST_NAMES = 15, 8
 # Boards whose order tells if all are a random sample.
 _ENOUGH_ORDER = 64
 
@@ -42,10 +47,12 @@ class ActivationsFile:
     read too, if all their tensors have a first axis of boards.
 
         acts = ActivationsFile("activations.safetensors")
-        hidden = acts.read("layer_outputs", range(1000), layer=3)  # (1000, 16, H)
+        list(acts)  # its activation keys
+        acts["layer_outputs"].layer(-1)[:1000]  # (1000, 16, H)
+        acts["blocks.2.hook_resid_post"][mask]  # TransformerLens names too
 
     Every method that takes a key, layer or label raises InvalidArgumentError if the file does not
-    have it.
+    have it. Layers are numbers in the model, and negative ones count from its last.
 
     Args:
         paths: One dump, by the name of its file, of the whole of its shards, or of one shard; or
@@ -61,10 +68,8 @@ class ActivationsFile:
     def __init__(self, *paths: str | os.PathLike[str]) -> None:
         if not paths:
             raise InvalidArgumentError("paths: name a file")
-        # Absolute, so that the program may change its directory before it reads.
-        self._names = [Path(os.path.abspath(Path(path).expanduser())) for path in paths]  # noqa: PTH100
-        self.files = inspect_dump(*self._names)
-        assert self.files.boards >= 0  # OutputError where a file has no axis of boards
+        self.files = inspect_dump(*paths)
+        len(self)  # which raises where a file has no axis of boards
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -76,15 +81,97 @@ class ActivationsFile:
         """The dump's metadata; of several dumps, the first's."""
         return self.files.metadata
 
+    @property
+    def n_samples(self) -> int | None:
+        """Boards of the whole run, also in a shard; None in files of other programs."""
+        return self._number("n_samples")
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the sample; None in files of other programs."""
+        return self._number("seed")
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers of the model, kept or not; None in files of other programs."""
+        return self._number("num_layers")
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Hidden size of the model; None in files of other programs."""
+        return self._number("hidden_size")
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint as the caller named it; None in files of other programs."""
+        return self.metadata.get("checkpoint")
+
+    @property
+    def dataset(self) -> str | None:
+        """Path of the dataset; None in files of other programs."""
+        return self.metadata.get("dataset")
+
+    def _number(self, name: str) -> int | None:
+        text = self.metadata.get(name, "")
+        return int(text) if re.fullmatch("-?[0-9]{1,19}", text) else None
+
     def __len__(self) -> int:
         """Boards in all files."""
         return self.files.boards
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether `acts[key]` takes a name."""
+        try:
+            return isinstance(key, str) and self.files.catalog.find(key) is not None
+        except InvalidArgumentError:
+            return False
+
+    def __getitem__(self, key: str) -> ActivationArray:
+        """Return the values of a key, which are read where they are indexed.
+
+        Args:
+            key: An activation key, as `outputs` takes it: `layer_outputs`, `hook_resid_post`,
+                `blocks.2.hook_resid_post`; or a tensor by its own name: `boards`.
+        """
+        return ActivationArray(self.files, self._find(key))
+
     def __repr__(self) -> str:
-        return f"ActivationsFile({', '.join(repr(os.fspath(path)) for path in self._names)})"
+        rows = [[*row] for row in self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        cells = [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
+        return "\n".join([self._title(), *(f"  {'  '.join(row)}".rstrip() for row in cells)])
+
+    def _repr_html_(self) -> str:
+        rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._rows()]
+        table = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<p>{escape(self._title())}</p><table>{table}</table>"
+
+    def _title(self) -> str:
+        names = _brief(path.name for path in self.files.paths)
+        return f"ActivationsFile({names}): {len(self):,} boards, {size_text(self.files.size)}"
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        """Yield a row per key or tensor; of many, those after the first keys are counted."""
+        keys, tensors = self.files.catalog.keys, self.files.catalog.tensors
+        for name in list(keys)[:_MOST_KEYS]:
+            yield name, ActivationArray(self.files, keys[name]).text
+        if len(keys) > _MOST_KEYS:
+            yield f"and {len(keys) - _MOST_KEYS:,} more keys", ""
+        if self.labels:
+            yield "labels", _brief(self.labels)
+        of_keys = {part.tensor for key in keys.values() for part in key.parts}
+        counted = (LABEL_PREFIX, STATISTICS_PREFIX)
+        others = [n for n in tensors if n not in of_keys and not n.startswith(counted)]
+        if others:
+            yield "others", _brief(name.partition("/")[0] for name in others)
+        if described := [n.split("/")[1] for n in tensors if n.startswith(STATISTICS_PREFIX)]:
+            yield "statistics", _brief(described)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_names": self._names, "files": self.files}
+        return {"files": self.files}
 
     def keys(self) -> list[str]:
         """Names of the activation keys with a value per board; a split key is one key."""
@@ -96,7 +183,7 @@ class ActivationsFile:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a key: `(N, L, *value)` with layers, stacked or split, or else `(N, *value)`."""
-        return self._find(key).shape(len(self))
+        return self[key].shape
 
     def dtype(self, key: str) -> str:
         """Name the dtype of a key as NumPy and torch do: `float16`, `bfloat16`."""
@@ -104,7 +191,7 @@ class ActivationsFile:
 
     def layers(self, key: str) -> tuple[int, ...]:
         """Numbers of the model's layers stored for a key; empty without an axis of layers."""
-        return self._find(key).layers or ()
+        return self[key].layers
 
     @cached_property
     def indices(self) -> NDArray[np.int64]:
@@ -133,6 +220,7 @@ class ActivationsFile:
             key: An activation key, or a tensor by its own name: `boards`, `labels/move_dir`. A
                 tensor without a first axis of boards is read whole.
             rows: Row numbers in any order, with repeats; a slice; a mask, bool (N,); None for all.
+                Negative numbers count from the end.
             layer: One layer by its number in the model, stacked or split.
             out: Receives the values and is returned: a contiguous tensor on the host, pinned or
                 not, of their shape and dtype.
@@ -141,45 +229,21 @@ class ActivationsFile:
 
         Raises:
             InvalidArgumentError: `rows` are not rows, or `out` does not fit.
-            RowIndexError: A row is negative or past the end.
+            RowIndexError: A row is out of range.
             OutputError: A row cannot be read, a file was changed, or a digest differs.
         """
-        import torch
-
-        found = self._find(key)
-        if verify and (rows is not None or found.parts(layer)[0].of > 1):
-            raise InvalidArgumentError(
-                f"{switch('verify')}: digests cover whole tensors; leave out "
-                f"{option('layer' if rows is None else 'rows')}"
-            )
-        numbers = self._numbers(found, rows)
-        shape, dtype = found.shape(len(numbers), layer), getattr(torch, found.dtype)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device="cpu")
-        elif (out.shape, out.dtype, out.device.type) != (shape, dtype, "cpu") or not (
-            out.is_contiguous()
-        ):
-            raise InvalidArgumentError(
-                f"{option('out')} must be a contiguous tensor of {dtype} {shape} on the host; got "
-                f"{out.dtype} {tuple(out.shape)} on {out.device}"
-            )
-        data = out.detach().view(-1).view(torch.uint8).numpy()
-        self._fill(found, numbers, layer, data, verify=verify)
-        return out
+        return self._array(key, layer).read(rows, out=out, verify=verify)
 
     def read_numpy(self, key: str, rows: Rows = None, *, layer: int | None = None) -> NDArray[Any]:
         """Read as `read` does, without torch; NumPy has no bfloat16.
 
         Raises as `read` does.
         """
-        found = self._find(key)
-        npy = READABLE_DTYPES[found.dtype].npy
-        if npy is None:
-            raise InvalidArgumentError(f"{key}: NumPy has no {found.dtype}; `read` has")
-        numbers = self._numbers(found, rows)
-        out: NDArray[Any] = np.empty(found.shape(len(numbers), layer), npy)
-        self._fill(found, numbers, layer, out.reshape(-1).view(np.uint8))
-        return out
+        return self._array(key, layer).numpy(rows)
+
+    def _array(self, key: str, layer: int | None) -> ActivationArray:
+        array = self[key]
+        return array if layer is None else array.layer(layer)
 
     def boards(
         self, key: str, layer: int | None = None, labels: str | Sequence[str] = ()
@@ -197,9 +261,8 @@ class ActivationsFile:
         """
         from dump_activations.storage.reading.boards import BoardValues
 
-        found = self._find(key)
-        found.parts(layer)
-        if not found.of_boards:
+        array = self._array(key, layer)
+        if not self._find(key).of_boards:
             raise InvalidArgumentError(f"{key} has no axis of boards")
         names = (labels,) if isinstance(labels, str) else labels
         if others := [name for name in names if name not in self.labels]:
@@ -209,8 +272,8 @@ class ActivationsFile:
             )
         return BoardValues(
             len(self),
-            partial(self.read, key, layer=layer),
-            {name: partial(self.read_numpy, LABEL_PREFIX + name) for name in names},
+            array.read,
+            {name: self[LABEL_PREFIX + name].numpy for name in names},
         )
 
     @overload
@@ -330,7 +393,8 @@ class ActivationsFile:
         """
         from dump_activations.storage.reading.stored_statistics import key_statistics
 
-        return key_statistics(self._find(key), layer, self._statistics)
+        found = self._find(key)
+        return key_statistics(found if layer is None else found.layer(layer), self._statistics)
 
     @cached_property
     def _statistics(self) -> Mapping[str, TensorStatistics]:
@@ -344,35 +408,6 @@ class ActivationsFile:
         if found.dtype not in READABLE_DTYPES:
             raise InvalidArgumentError(f"{name} is of {found.dtype}, which cannot be read")
         return found
-
-    def _numbers(self, key: Key, rows: Rows) -> NDArray[np.int64]:
-        if key.of_boards:
-            return row_numbers(rows, len(self), self)
-        if rows is not None:
-            raise InvalidArgumentError(
-                f"{option('rows')} must be left out: {key.name} has no axis of boards"
-            )
-        return np.zeros(1, np.int64)
-
-    def _fill(
-        self,
-        key: Key,
-        numbers: NDArray[np.int64],
-        layer: int | None,
-        out: NDArray[np.uint8],
-        *,
-        verify: bool = False,
-    ) -> None:
-        parts = key.parts(layer)
-        nbytes = math.prod(key.shape(1, layer)) * READABLE_DTYPES[key.dtype].nbytes
-        rows = out.reshape(len(numbers), len(parts), nbytes // len(parts))
-        for at, part in enumerate(parts):
-            into = rows[:, 0] if len(parts) == 1 else np.empty(rows[:, at].shape, np.uint8)
-            self.files.read(part, numbers, into)
-            if verify:
-                self.files.check_digest(part.tensor, into.reshape(-1))
-            if len(parts) > 1:
-                rows[:, at] = into
 
 
 class _Labels(Mapping[str, NDArray[Any]]):
@@ -388,6 +423,9 @@ class _Labels(Mapping[str, NDArray[Any]]):
         }
 
     def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._read:
+            has = ", ".join(self) or "none"
+            raise MissingKeyError(f"no label {name!r}; the labels are {has}")
         values = self._read[name]
         if values is None:
             values = self._read[name] = self._acts.read_numpy(LABEL_PREFIX + name)
@@ -398,3 +436,16 @@ class _Labels(Mapping[str, NDArray[Any]]):
 
     def __len__(self) -> int:
         return len(self._read)
+
+    def __repr__(self) -> str:
+        names = list(self)[:_MOST_KEYS]
+        rows = [f"  {name}: {self._acts[LABEL_PREFIX + name].text}" for name in names]
+        more = [f"  and {len(self) - len(names):,} more"] * (len(self) > len(names))
+        return "\n".join([f"{len(self):,} labels", *rows, *more])
+
+
+def _brief(names: Iterable[str]) -> str:
+    """List each name once; of many, the first and how many more there are."""
+    each = [*dict.fromkeys(names)]
+    more = [f"and {len(each) - _MOST_NAMES:,} more"] * (len(each) > _MOST_NAMES)
+    return ", ".join(each[:_MOST_NAMES] + more)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dump_activations.storage.reading.keys import Rows, row_numbers
+from dump_activations.storage.reading.array import Rows, row_numbers
 
 Item = tuple[Tensor, dict[str, Any]]
 """The values of one board or of several, and their labels."""

@@ -1,13 +1,14 @@
 """Damage: every byte of a finished dump against what its digests and its layout say."""
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from dump_activations import _rust
 from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.errors import OutputError
+from dump_activations.remote.mirror import fetch_span
 from dump_activations.storage.digests import INTEGRITY_KEY, METADATA_NAME, Digest, integrity_text
 from dump_activations.storage.formats.layout import are_disjoint, data_ranges, read_exactly
 from dump_activations.storage.parallel import sum_in_parallel
@@ -46,6 +47,7 @@ def find_damage(
         assert stored.offset is not None
         with open_again(files[path][0]) as file:
             offset = stored.offset + start
+            fetch_span(path, offset, nbytes)
             return Digest(nbytes, *_rust.digest_span(file.fileno(), offset, nbytes, stored.dtype))
 
     found = sum_in_parallel(digest, lengths, threads, progress)
@@ -62,12 +64,12 @@ def find_damage(
 
 def _written_specs(file: Inspection) -> list[TensorSpec] | None:
     """Return the specs of digested tensors; None if the tensors or the digests are others."""
-    if INTEGRITY_KEY not in file.contents.metadata:
+    if INTEGRITY_KEY not in file.metadata:
         raise OutputError(f"{file.path} carries no digests to verify it by")
-    tensors = file.contents.tensors
+    tensors = file.tensors.values()
     ranges = data_ranges(tensors)
     if (
-        sorted(tensor.name for tensor in tensors) != sorted(file.digests)
+        file.tensors.keys() != file.digests.keys()
         or not all(each.dtype in DTYPES and each.shape and each.nbytes for each in tensors)
         or len(ranges) < len(tensors)  # one is compressed
         or not are_disjoint(ranges)
@@ -78,7 +80,7 @@ def _written_specs(file: Inspection) -> list[TensorSpec] | None:
 
 def _other_damage(file: Inspection, specs: list[TensorSpec]) -> list[str]:
     """Name damage in metadata, and in bytes around the tensors: all must be as laid out."""
-    metadata: Mapping[str, str] = file.contents.metadata
+    metadata = file.metadata
     others = {key: text for key, text in metadata.items() if key != INTEGRITY_KEY}
     text = integrity_text(specs, others, file.digests)
     damage = [] if text == metadata[INTEGRITY_KEY] else [METADATA_NAME]
@@ -88,7 +90,7 @@ def _other_damage(file: Inspection, specs: list[TensorSpec]) -> list[str]:
         with open_again(file) as opened:
             is_whole = (layout.size, layout.offsets) == (
                 file.size,
-                {tensor.name: tensor.offset for tensor in file.contents.tensors},
+                {tensor.name: tensor.offset for tensor in file.tensors.values()},
             ) and all(read_exactly(opened, at, len(data)) == data for at, data in layout.skeleton)
     except (ValueError, struct.error):  # names or texts that cannot be laid out, or it was cut
         is_whole = False

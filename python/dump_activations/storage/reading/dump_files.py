@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError, warn
+from dump_activations.remote import input_path
+from dump_activations.remote.mirror import Ranges, fetch, is_mirror
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest
 from dump_activations.storage.formats.layout import Format, StoredTensor
 from dump_activations.storage.formats.registry import format_of
@@ -48,19 +50,30 @@ class DumpFiles:
     Each read opens the files again.
 
     Attributes:
-        path: the file, or the name of the whole dump; of several dumps, of the first.
+        paths: of each dump, the file, or the name of the whole.
         files: the files, in the order of their boards.
         metadata: of the dump; of several, the first's.
     """
 
-    def __init__(self, path: Path, files: Sequence[Inspection], metadata: Mapping[str, str]):
-        self.path = path
+    def __init__(
+        self, paths: Sequence[Path], files: Sequence[Inspection], metadata: Mapping[str, str]
+    ) -> None:
+        self.paths = list(paths)
         self.files = list(files)
         self.metadata = dict(metadata)
         self._open: dict[tuple[str, int], _rust.StoredTensor] = {}
 
+    def __str__(self) -> str:
+        more = f" and {len(self.paths) - 1} more" * (len(self.paths) > 1)
+        return f"{self.path}{more}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}
+
+    @property
+    def path(self) -> Path:
+        """Name of the dump; of several, of the first."""
+        return self.paths[0]
 
     @property
     def format(self) -> Format:
@@ -165,8 +178,29 @@ class DumpFiles:
             stored = self._open.get((part.tensor, parts))
             if stored is None:
                 stored = self._open[part.tensor, parts] = self._stored(part.tensor, parts)
+            if self._is_remote:
+                self._fetch(part.tensor, parts, numbers)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
             self._check_unchanged(touched)
+
+    @cached_property
+    def _is_remote(self) -> bool:
+        return any(is_mirror(file.path) for file in self.files)
+
+    def _fetch(self, name: str, parts: int, numbers: NDArray[np.int64]) -> None:
+        """Make parts of rows local, which may be holes in the files' local copies."""
+        spans: dict[Path, Ranges] = {}
+        numbers, first = np.unique(numbers), 0
+        for file in self.files_of(name):
+            tensor = file.tensors[name]
+            of_boards = self.catalog.find(name).of_boards
+            end = first + (tensor.shape[0] if of_boards else 1) * parts
+            nbytes = tensor.nbytes // (end - first)
+            inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)]
+            begins = offset_in(file, name) + (inside - first) * nbytes
+            spans[file.path] = (begins, begins + nbytes)
+            first = end
+        fetch(spans)
 
     def _check_unchanged(self, files: Iterable[int]) -> None:
         for i in files:
@@ -224,10 +258,15 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
         OutputError: a file cannot be read or is not of its format, a shard is missing, or the
             shards do not belong together.
     """
-    dumps = [_inspect_one(Path(path).expanduser()) for path in paths]
+    # Absolute, so that the program may change its directory before it reads.
+    dumps = [_inspect_one(input_path(path)) for path in paths]
     if len(dumps) == 1:
         return dumps[0]
-    joined = DumpFiles(dumps[0].path, [f for d in dumps for f in d.files], dumps[0].metadata)
+    joined = DumpFiles(
+        [dump.path for dump in dumps],
+        [file for dump in dumps for file in dump.files],
+        dumps[0].metadata,
+    )
     first = joined.files[0]
     for file in joined.files:
         apart = f"{file.path} cannot be read as one with {first.path}"
@@ -236,7 +275,7 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
                 f"{apart}: its keys differ in their names, layers, shapes or dtypes"
             )
         for name in _OF_THE_MODEL:
-            theirs = file.contents.metadata.get(name)
+            theirs = file.metadata.get(name)
             ours = joined.metadata.get(name, theirs)
             if theirs not in (ours, None):
                 raise InvalidArgumentError(f"{apart}: its {name} is {theirs}, not {ours}")
@@ -256,7 +295,7 @@ def _inspect_one(path: Path) -> DumpFiles:
             f"{path} is read; shards of the same name lie next to it, {shard.name}: remove the "
             "dump that is out of date"
         )
-    return DumpFiles(path, [found], found.contents.metadata)
+    return DumpFiles([path], [found], found.metadata)
 
 
 @dataclass(frozen=True)
@@ -280,7 +319,7 @@ class DumpShards:
         """Boards in the finished shards, and in the dump; None before a shard is finished."""
         found = [inspect(path) for path in self.finished.values()]
         done = sum(each.tensors["indices"].shape[0] for each in found)
-        return done, int(found[0].contents.metadata["n_samples"]) if found else None
+        return done, int(found[0].metadata["n_samples"]) if found else None
 
     @property
     def missing(self) -> list[Shard]:
@@ -314,9 +353,9 @@ def _inspect_shards(shards: DumpShards) -> DumpFiles:
         )
     files = [inspect(path) for path in shards.finished.values()]
     first, next_board = files[0], 0
-    ours = first.contents.metadata
+    ours = first.metadata
     for shard, file in zip(shards.finished, files, strict=True):
-        theirs = file.contents.metadata
+        theirs = file.metadata
         if theirs.get("fingerprint") != ours.get("fingerprint"):
             raise OutputError(
                 f"{file.path} and {first.path} are shards of different dumps: their fingerprints "
@@ -335,4 +374,4 @@ def _inspect_shards(shards: DumpShards) -> DumpFiles:
     if str(next_board) != (boards := ours.get("n_samples")):
         raise OutputError(f"{files[-1].path} is the last shard, at board {next_board} of {boards}")
     of_all = {key: text for key, text in ours.items() if key not in _OF_ONE_SHARD}
-    return DumpFiles(shards.whole, files, of_all)
+    return DumpFiles([shards.whole], files, of_all)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dump_activations.errors import OutputError
 from dump_activations.paths import check_ordinary
+from dump_activations.remote.mirror import is_mirror, open_binary
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest, parse_integrity
 from dump_activations.storage.formats.layout import Contents, Format, StoredTensor
 from dump_activations.storage.formats.registry import format_of
@@ -42,21 +43,26 @@ class Inspection:
     contents: Contents
     stamp: tuple[int, int]
 
-    @cached_property
+    @property
     def tensors(self) -> dict[str, StoredTensor]:
         """Tensors by name."""
-        return {tensor.name: tensor for tensor in self.contents.tensors}
+        return self.contents.tensors
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's own metadata."""
+        return self.contents.metadata
 
     @cached_property
     def catalog(self) -> Catalog:
         """Keys of the file; OutputError if its tensors share no first axis."""
-        return Catalog(self.path, self.contents)
+        return Catalog(self.path, self.tensors, self.metadata)
 
     @cached_property
     def digests(self) -> dict[str, Digest]:
         """Stored digests by tensor name, with `nbytes` 0; empty if there are none or damaged."""
         try:
-            return parse_integrity(self.contents.metadata.get(INTEGRITY_KEY, "{}"))
+            return parse_integrity(self.metadata.get(INTEGRITY_KEY, "{}"))
         except ValueError:
             return {}
 
@@ -123,7 +129,8 @@ def _same_again(file: Inspection, status: os.stat_result) -> Inspection:
     byte changed in place, under the same header and size, is not noticed. Digests in an equal
     header vouch for the content of a file that has both anew.
     """
-    if _stamp(status) == file.stamp:
+    # A mirror's time is that of its last block. Each request checks the remote file's version.
+    if _stamp(status) == file.stamp or is_mirror(file.path):
         return file
     try:
         found = inspect(file.path)
@@ -147,5 +154,5 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     check_ordinary(path, OutputError)
-    with OutputError.when(f"cannot read {path}"), path.open("rb") as file:
+    with OutputError.when(f"cannot read {path}"), open_binary(path) as file:
         yield file

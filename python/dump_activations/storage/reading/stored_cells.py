@@ -49,7 +49,8 @@ def find_cells(key: Key, layer: int | None) -> CellValues:
             f"{key.name} has layers {', '.join(map(str, key.layers))}; choose one by "
             f"{option('layer')}"
         )
-    [part] = key.parts(layer)
+    key = key if layer is None else key.layer(layer)
+    [part] = key.parts
     has_cells = key.of_boards and key.value[:1] == (CELLS,) and 0 not in key.value
     if not has_cells or key.name.partition(".")[0] in _OF_PAIRS:
         raise InvalidArgumentError(f"{key.name} has no axis of cells")

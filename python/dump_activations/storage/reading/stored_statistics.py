@@ -44,7 +44,7 @@ def stored_statistics(dump: DumpFiles) -> dict[str, TensorStatistics]:
 
 
 def _stored_in(file: Inspection) -> dict[str, TensorStatistics]:
-    tensors = file.contents.tensors
+    tensors = file.tensors.values()
     there = {(each.name, each.dtype, each.shape) for each in tensors if each.offset is not None}
     found: dict[str, TensorStatistics] = {}
     for mean in tensors:
@@ -76,11 +76,11 @@ def compute_statistics(
     """
     vectors, lengths = {}, {}
     for key in dump.catalog.keys.values():
-        for name, *_ in key.parts(None):
+        layers = None if key.layers is None or key.is_split else len(key.layers)
+        for name, *_ in key.parts:
             stored = dump.tensors[name]
             if stored.dtype in _DTYPES and key.value and stored.nbytes:
-                # The metadata names the layers.
-                of = vectors[name] = Vectors(stored.dtype, key.stacked, stored.shape)
+                of = vectors[name] = Vectors(stored.dtype, layers, stored.shape)
                 rows = max(_CHUNK_NBYTES // of.row_nbytes, 1)
                 lengths[name] = stored.nbytes, rows * of.row_nbytes
 
@@ -93,18 +93,16 @@ def compute_statistics(
     return {name: vectors[name].statistics(moments) for name, moments in found.items()}
 
 
-def key_statistics(
-    key: Key, layer: int | None, stored: Mapping[str, TensorStatistics]
-) -> TensorStatistics:
+def key_statistics(key: Key, stored: Mapping[str, TensorStatistics]) -> TensorStatistics:
     """Return the stored statistics of a key, of all its layers or of one.
 
     Raises:
-        InvalidArgumentError: the key has no statistics, or no such layer.
+        InvalidArgumentError: the key has no statistics.
     """
-    parts = key.parts(layer)
-    shape = (*(() if key.stacked is None else (key.stacked,)), *key.value[-1:])
-    found = [stored[part.tensor] for part in parts if part.tensor in stored]
-    if len(found) < len(parts) or any(each["mean"].shape != shape for each in found):
+    found = [stored[part.tensor] for part in key.parts if part.tensor in stored]
+    of_layers = (len(key.layers or ()) or key.parts[0].of, *key.value[-1:])
+    shapes = {each["mean"].shape for each in found}
+    if len(found) < len(key.parts) or not shapes <= {of_layers, key.value[-1:]}:
         raise InvalidArgumentError(
             f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "
             "inspect-activations --stats compute them"
@@ -112,13 +110,13 @@ def key_statistics(
 
     def of_part(part: Part, each: Statistic) -> Array:
         values = stored[part.tensor][each.name]
-        if key.stacked is None:
-            return values if each.per_feature else values[0]
-        return values if layer is None else values[part.at]
+        if shapes == {of_layers}:  # stacked
+            return values if key.layers is not None else values[part.at]
+        return values if each.per_feature else values[0]
 
     return {
-        each.name: np.stack([of_part(part, each) for part in parts])
-        if key.is_split and layer is None
-        else of_part(parts[0], each)
+        each.name: np.stack([of_part(part, each) for part in key.parts])
+        if key.is_split
+        else of_part(key.parts[0], each)
         for each in STATISTICS
     }

@@ -1,6 +1,6 @@
 """Files at an output and next to it before a run: finished files, partial files, shards.
 
-Every decision about them is made here. `choose_shards` decides how the run is cut.
+`choose_shards` decides how the run is cut, and `Output` in shards.py what becomes of each file.
 docs/file-format.md, "Already there", has the rules.
 """
 
@@ -14,27 +14,12 @@ from dump_activations.dtypes import TensorSpec
 from dump_activations.errors import OutputError, option, switch
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.reading.inspection import inspect
-from dump_activations.storage.shards import list_shards
-from dump_activations.storage.writing.journal import Header, JournalError, read_header, read_journal
+from dump_activations.storage.shards import list_names, list_shards
+from dump_activations.storage.writing.journal import Header, JournalError, Recorded, read_journal
 from dump_activations.storage.writing.output import OtherWorkError
-from dump_activations.storage.writing.partial import is_locked
+from dump_activations.storage.writing.partial import content, is_locked
 from dump_activations.storage.writing.paths import PARTIAL, partial_path, target_of
 from dump_activations.storage.writing.work import COMPUTED_BY_KEY, FINGERPRINT_KEY, FileWork, Work
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A file under its final name.
-
-    Attributes:
-        size: its bytes.
-        digests: of each tensor.
-        computed_by: text of the devices and threads that computed it.
-    """
-
-    size: int
-    digests: Mapping[str, Digest]
-    computed_by: str
 
 
 @dataclass(frozen=True)
@@ -43,31 +28,25 @@ class Existing:
 
     Attributes:
         path: where it is.
-        found: its size, its times and its inode.
+        content: its size and the time of its last change.
         metadata: empty where it is not a whole dump.
         digests: of each tensor, as it stores them.
     """
 
     path: Path
-    found: os.stat_result
+    content: tuple[int, int]
     metadata: Mapping[str, str]
     digests: Mapping[str, Digest]
 
     @property
-    def finished(self) -> Finished:
-        """The facts of the file as one of a dump's finished files."""
-        computed_by = self.metadata.get(COMPUTED_BY_KEY, "")
-        return Finished(self.found.st_size, self.digests, computed_by.rstrip())
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.content[0]
 
     @property
-    def content(self) -> tuple[int, int]:
-        """Size and time of the last change, which identify the content. Inodes may be renewed."""
-        return self.found.st_size, self.found.st_mtime_ns
-
-    def is_of(self, work: FileWork) -> bool:
-        """Return True where it is this file of this work, complete."""
-        ours = (work.work.fingerprint, work.header.shard)
-        return (self.metadata.get(FINGERPRINT_KEY), self.metadata.get("shard", "")) == ours
+    def computed_by(self) -> str:
+        """JSON list of the devices and threads that computed it."""
+        return self.metadata.get(COMPUTED_BY_KEY, "").rstrip()
 
     def refusal(self, work: Work) -> OutputError:
         """Make the error that says what the file is, and how it differs from this work."""
@@ -83,7 +62,7 @@ class Existing:
 def find_existing(target: Path) -> Existing | None:
     """Read the header of the file at a target; None where nothing is there."""
     try:
-        found = target.stat()
+        found = content(target.stat())
     except FileNotFoundError:
         return None
     try:
@@ -93,28 +72,24 @@ def find_existing(target: Path) -> Existing | None:
     return Existing(target, found, inspection.contents.metadata, inspection.digests)
 
 
-def choose_shards(
-    work: Work, size: int | None, *, share: bool, overwrite: bool = False
-) -> int | None:
+def choose_shards(work: Work, size: int | None, *, share: bool) -> int | None:
     """Return the number of shards that a work is written in; None for one file.
 
     Args:
         work: the work.
         size: largest bytes of a shard, where the caller gave a size.
         share: True where several processes share the work, or it is limited to some shards.
-        overwrite: True where the shards that are there may be of other work.
 
     Raises:
         OutputError: files that are there contradict it; nothing is changed.
     """
-    there = _counts_there(work.whole)
-    whole = [path for path in (work.whole, partial_path(work.whole)) if os.path.lexists(path)]
+    names = list_names(work.whole.parent)
+    there = {shard.count for end in ("", PARTIAL) for shard in list_shards(work.whole, end, names)}
+    whole = [each for each in (work.whole, partial_path(work.whole)) if os.path.lexists(each)]
     if size is not None:
         shards = work.count_shards(size)
     elif there and not whole:
         shards = min(there)
-        if not overwrite:
-            _check_same_work(work, shards)
     elif share and not whole:
         shards = work.default_shards()
     elif share and work.whole not in whole:
@@ -136,24 +111,6 @@ def choose_shards(
     return shards
 
 
-def _counts_there(whole: Path) -> set[int]:
-    return {shard.count for ending in ("", PARTIAL) for shard in list_shards(whole, ending)}
-
-
-def _check_same_work(work: Work, shards: int) -> None:
-    """Raise where the shards that are there are of other work, and say how it differs."""
-    for file in work.files(shards):
-        existing = find_existing(file.target)
-        if existing is not None and not existing.is_of(file):
-            raise existing.refusal(work)
-        if (
-            header := header_of(file.target)
-        ) is not None and header.fingerprint != work.fingerprint:
-            raise OtherWorkError(partial_path(file.target), work.differences(header.work))
-        if existing is not None or header is not None:
-            return
-
-
 def mixed_error(whole: Path, work: Work, counts: Iterable[int]) -> OutputError:
     """Make the error for a whole dump next to shards of its name."""
     return OutputError(
@@ -169,35 +126,35 @@ def _pattern(work: Work, count: int) -> str:
 def header_of(target: Path) -> Header | None:
     """Read the header of a target's journal; None where there is none that is whole."""
     try:
-        return read_header(target)
+        return read_journal(target, header_only=True).header
     except JournalError:
         return None
 
 
+def check_partial(file: FileWork, *, overwrite: bool) -> None:
+    """Raise OtherWorkError where a partial file is of other work.
+
+    With `overwrite` it may be, unless a process has it locked.
+    """
+    path = partial_path(file.target)
+    header = header_of(file.target) if os.path.lexists(path) else None
+    if header is not None and header != file.header and (not overwrite or is_locked(path)):
+        raise OtherWorkError(path, file.work.differences(header.work))
+
+
 @dataclass(frozen=True)
-class Unfinished:
+class Unfinished(Recorded):
     """A partial file as its journal describes it. None of its data is read.
 
     Attributes:
         path: where it is.
         size: its bytes, as many as the finished file has.
-        header: the work that it belongs to.
-        batches: numbers of the batches that are on disk.
         is_being_written: True while a process has it locked.
-        written_at: time of the last record, in seconds since the epoch.
     """
 
     path: Path
     size: int
-    header: Header
-    batches: frozenset[int]
     is_being_written: bool
-    written_at: float
-
-    @property
-    def rows(self) -> int:
-        """Boards that are on disk."""
-        return self.header.count_rows(self.batches)
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -233,6 +190,4 @@ def find_unfinished(path: str | os.PathLike[str]) -> Unfinished | None:
             recorded = read_journal(target)
         except JournalError as error:
             raise OutputError(f"{partial}: {error}") from None
-    return Unfinished(
-        partial, size, recorded.header, frozenset(recorded.batches), locked, recorded.modified
-    )
+    return Unfinished(**vars(recorded), path=partial, size=size, is_being_written=locked)

@@ -7,8 +7,10 @@ tensor in the order of the header's `tensors`. A damaged line ends the journal.
 
 import json
 import os
+import threading
+import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
@@ -16,17 +18,24 @@ from typing import Any, BinaryIO
 
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest
-from dump_activations.storage.writing.partial import create, is_at, open_own
+from dump_activations.storage.writing.partial import Descriptor, Partial, is_at, open_own
 from dump_activations.storage.writing.paths import (
+    create,
     journal_path,
     replacement_path,
     sync_directory,
 )
 
+SYNC_INTERVAL = 0.5
+"""Seconds between two flushes: the work that a crash may cost, against the cost of a flush."""
+
 _MAX_HEADER_NBYTES = 1 << 20
 # A batch's number and CRC; per tensor, four numbers of up to 20 digits.
 _MAX_BATCH_NBYTES = 64
 _MAX_DIGEST_NBYTES = 96
+
+# A line that is not a record raises one of these while it is taken apart.
+_DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 BatchDigests = Mapping[str, Digest]
 """Digest of each batched tensor, by name."""
@@ -62,15 +71,14 @@ class Header:
         """Number of batches."""
         return -(-self.rows // self.batch_rows)
 
+    def rows_of(self, batch: int) -> range:
+        """Return the boards of a batch, as the file numbers them."""
+        start = batch * self.batch_rows
+        return range(start, min(start + self.batch_rows, self.rows))
+
     def count_rows(self, batches: Iterable[int]) -> int:
         """Count the boards of some batches."""
-        starts = [batch * self.batch_rows for batch in batches]
-        return sum(min(self.batch_rows, self.rows - start) for start in starts)
-
-    @property
-    def max_record_nbytes(self) -> int:
-        """Bytes of a batch's longest record."""
-        return _MAX_BATCH_NBYTES + len(self.tensors) * _MAX_DIGEST_NBYTES
+        return sum(len(self.rows_of(batch)) for batch in batches)
 
 
 @dataclass(frozen=True)
@@ -87,197 +95,200 @@ class Recorded:
     batches: Mapping[int, BatchDigests]
     modified: float
 
+    @property
+    def rows(self) -> int:
+        """Boards that are on disk."""
+        return self.header.count_rows(self.batches)
 
-class JournalError(ValueError):
+
+class JournalError(Exception):
     """A journal from which nothing can be resumed. Its text is the reason."""
 
 
 class Journal:
-    """Records batches. `append` returns once the records are on disk.
+    """Flushes a partial file while it is being written, and records the batches that are on disk.
+
+    Without the flushes on its thread, all of the data would be flushed at the end. A failure on the
+    thread is raised by the next call.
 
     Attributes:
         batches: numbers of the recorded batches.
     """
 
-    def __init__(self, target: Path, header: Header, batches: Mapping[int, BatchDigests]) -> None:
-        """Replace the journal of a target, in one step, by one with these batches.
+    def __init__(
+        self, partial: Partial, header: Header, batches: Mapping[int, BatchDigests]
+    ) -> None:
+        """Replace the journal of a partial file, in one step, by one with these batches.
 
         Raises:
             OutputError: the system refused.
         """
-        self.path = journal_path(target)
-        self.batches = set(batches)
+        self.batches: set[int] = set()
+        self._partial = partial
         self._header = header
-        self._new_path = replacement_path(target)
-        self._has_durable_name = False
+        self._path, self._new_path = journal_path(partial.target), replacement_path(partial.target)
+        self._written: dict[int, BatchDigests] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._error: Exception | None = None
         with OutputError.when(f"cannot write {self._new_path}"):
             self._new_path.unlink(missing_ok=True)
-            self._fd = create(self._new_path, os.O_WRONLY | os.O_APPEND)
+            self._file = Descriptor(create(self._new_path, os.O_WRONLY | os.O_APPEND))
         try:
-            with OutputError.when(f"cannot write {self.path}"):
-                lines = [_line(asdict(header))]
-                self._write([*lines, *(_batch_line(header, *each) for each in batches.items())])
-                if batches:
-                    os.fsync(self._fd)
-                self._new_path.replace(self.path)
-                if batches:
-                    self._sync_name()
+            with OutputError.when(f"cannot write {self._path}"):
+                self._append(batches, _line(asdict(header)))
+                self._new_path.replace(self._path)
+                sync_directory(self._path.parent, partial.mount)
+            self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+            self._thread.start()
         except BaseException:
             self.remove()
             raise
 
-    def append(self, batches: Mapping[int, BatchDigests]) -> None:
-        """Record batches whose data is on disk already."""
-        self._write(_batch_line(self._header, *each) for each in batches.items())
-        os.fsync(self._fd)
-        self._sync_name()
-        self.batches |= batches.keys()
+    def add(self, batch: int, digests: BatchDigests, *, is_last: bool = False) -> None:
+        """Note that all data of a batch has been written; the thread flushes and records it.
+
+        The last batch waits for `stop`: completing the file flushes its data anyway.
+        """
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            self._written[batch] = digests
+            if not is_last:
+                self._changed.notify()
+
+    def stop(self, *, keep: bool) -> None:
+        """End the thread; `keep` records all that was written before."""
+        with self._changed:
+            self._closing = True
+            if not keep:
+                self._written.clear()
+            self._changed.notify()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Close the journal and leave it where it is."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     def remove(self) -> None:
         """Remove the journal where its name leads to it, and close it."""
-        for path in (self._new_path, self.path):
-            if self._fd >= 0 and is_at(self._fd, path):
+        for path in (self._new_path, self._path):
+            if is_at(self._file.number, path):
                 path.unlink()
         self.close()
 
-    def _write(self, lines: Iterable[bytes]) -> None:
-        data = b"".join(lines)
+    def _run(self) -> None:
+        try:
+            while batches := self._next_batches():
+                self._partial.sync()
+                self._append(batches)
+        except Exception as error:
+            with self._changed:
+                self._error = error
+
+    def _next_batches(self) -> dict[int, BatchDigests]:
+        """Wait for batches to record. None are left only when the journal is being stopped."""
+        with self._changed:
+            deadline = time.monotonic() + SYNC_INTERVAL
+            while not self._closing and (
+                not self._written or (remaining := deadline - time.monotonic()) > 0
+            ):
+                self._changed.wait(remaining if self._written else None)
+            batches, self._written = self._written, {}
+            return batches
+
+    def _append(self, batches: Mapping[int, BatchDigests], header: bytes = b"") -> None:
+        """Return once records of batches, whose data is on disk, are on disk too."""
+        tensors = self._header.tensors
+        records = [
+            _line([batch, *(astuple(digests[name]) for name in tensors)])
+            for batch, digests in batches.items()
+        ]
+        data = header + b"".join(records)
         while data:
-            data = data[os.write(self._fd, data) :]
-
-    def _sync_name(self) -> None:
-        """Bring the journal's name to disk, once: before the first batch, nothing can be lost."""
-        if not self._has_durable_name:
-            sync_directory(self.path.parent)
-            self._has_durable_name = True
+            data = data[os.write(self._file.number, data) :]
+        os.fsync(self._file.number)
+        self.batches |= batches.keys()
 
 
-def read_journal(target: Path) -> Recorded:
+def read_journal(target: Path, *, header_only: bool = False) -> Recorded:
     """Read the journal of an unfinished target.
 
     Raises:
         JournalError: there is none, or it is damaged.
         OutputError: it is not this user's own file.
     """
-    with _opened(target) as file:
-        header = _read_header(file)
-        batches = dict(_records(file, header))
-        return Recorded(header, batches, os.fstat(file.fileno()).st_mtime)
-
-
-def read_header(target: Path) -> Header:
-    """Read the header of a target's journal; raises as `read_journal` does."""
-    with _opened(target) as file:
-        return _read_header(file)
-
-
-def remove_journal(target: Path) -> None:
-    """Remove what is left of a target's journal.
-
-    Raises:
-        OutputError: the system refused.
-    """
-    for path in (journal_path(target), replacement_path(target)):
-        with OutputError.when(f"cannot remove {path}"):
-            path.unlink(missing_ok=True)
-
-
-def _opened(target: Path) -> BinaryIO:
     try:
-        return os.fdopen(open_own(journal_path(target), os.O_RDONLY), "rb")
+        with os.fdopen(open_own(journal_path(target), os.O_RDONLY), "rb") as file:
+            header = _parse_header(file.readline(_MAX_HEADER_NBYTES))
+            batches = {} if header_only else dict(_records(file, header))
+            return Recorded(header, batches, os.fstat(file.fileno()).st_mtime)
     except OutputError:
         raise
     except FileNotFoundError:
         raise JournalError("it has no journal") from None
     except OSError as error:
         raise JournalError(f"its journal cannot be read: {error.strerror}") from None
-
-
-def _read_header(file: BinaryIO) -> Header:
-    try:
-        return _parse_header(_read_line(file, _MAX_HEADER_NBYTES))
-    except ValueError:
+    except _DAMAGED:
         raise JournalError("its journal is damaged") from None
 
 
+def remove_journal(target: Path) -> None:
+    """Remove what is left of a target's journal.
+
+    Raises:
+        OSError: the system refused.
+    """
+    for path in (journal_path(target), replacement_path(target)):
+        path.unlink(missing_ok=True)
+
+
 def _records(file: BinaryIO, header: Header) -> Iterator[tuple[int, BatchDigests]]:
-    longest = header.max_record_nbytes
-    nbytes = os.fstat(file.fileno()).st_size - file.tell()
-    if nbytes > (header.batches + 1) * longest:
-        raise JournalError("its journal is damaged")
-    with suppress(ValueError):  # The rest of the journal is not whole.
-        while line := _read_line(file, longest):
-            yield _parse_batch(header, line)
-
-
-def _read_line(file: BinaryIO, longest: int) -> bytes:
-    try:
-        return file.readline(longest)
-    except OSError as error:
-        raise JournalError(f"its journal cannot be read: {error.strerror}") from None
-
-
-def _batch_line(header: Header, batch: int, digests: BatchDigests) -> bytes:
-    return _line([batch, *(astuple(digests[name]) for name in header.tensors)])
+    longest = _MAX_BATCH_NBYTES + len(header.tensors) * _MAX_DIGEST_NBYTES
+    if os.fstat(file.fileno()).st_size - file.tell() > (header.batches + 1) * longest:
+        raise ValueError("more records than batches")
+    with suppress(*_DAMAGED):  # The rest of the journal is not whole.
+        while line := file.readline(longest):
+            batch, *digests = _parse(line)
+            if not _are_numbers([batch]) or batch >= header.batches:
+                raise ValueError("no such batch")
+            yield batch, dict(zip(header.tensors, map(_digest, digests), strict=True))
 
 
 def _parse_header(line: bytes) -> Header:
-    try:
-        fields = json.loads(_text(line))
-        fields |= {name: tuple(fields[name]) for name in ("tensors", "computed_by")}
-        header = Header(**fields)
-        texts = [*header.work, *header.work.values(), *header.tensors]
-        texts += [header.fingerprint, header.shard, header.host]
-        texts += [text for each in header.computed_by for text in (*each, *each.values())]
-        numbers = (header.rows, header.batch_rows, header.pid)
-    except (TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError("not a header") from None
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("not a header")
-    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
-        raise ValueError("not a header")
-    if header.batch_rows == 0:
+    fields = _parse(line)
+    header = Header(**fields | {name: tuple(fields[name]) for name in ("tensors", "computed_by")})
+    texts = [header.fingerprint, header.shard, header.host, *header.tensors]
+    texts += [
+        text for each in (header.work, *header.computed_by) for text in (*each, *each.values())
+    ]
+    numbers = [header.rows, header.batch_rows - 1, header.pid]
+    if not all(isinstance(text, str) for text in texts) or not _are_numbers(numbers):
         raise ValueError("not a header")
     return header
 
 
-def _parse_batch(header: Header, line: bytes) -> tuple[int, BatchDigests]:
-    try:
-        match json.loads(_text(line)):
-            case [int(batch), *digests] if 0 <= batch < header.batches:
-                named = zip(header.tensors, map(_parse_digest, digests), strict=True)
-                return batch, dict(named)
-    except (TypeError, RecursionError):
-        pass
-    raise ValueError("not a batch")
-
-
-def _parse_digest(fields: Sequence[Any]) -> Digest:
+def _digest(fields: Any) -> Digest:
     nbytes, crc32, nan, inf = fields
-    numbers = (nbytes, crc32, nan, inf)
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or crc32 >= 1 << 32:
+    if not _are_numbers(fields) or crc32 >= 1 << 32:
         raise ValueError("not a digest")
     return Digest(nbytes, crc32, nan, inf)
 
 
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
 def _line(record: Any) -> bytes:
     text = json.dumps(record, separators=(",", ":")).encode()
-    return text + b" " + _crc32(text) + b"\n"
+    return b"%s %08x\n" % (text, zlib.crc32(text))
 
 
-def _text(line: bytes) -> bytes:
-    """Return the JSON of a line; ValueError where it is cut short or damaged."""
+def _parse(line: bytes) -> Any:
+    """Return the record of a line; ValueError where it is cut short or damaged."""
     text, _, crc32 = line.removesuffix(b"\n").rpartition(b" ")
-    if crc32 != _crc32(text):
+    if crc32 != b"%08x" % zlib.crc32(text):
         raise ValueError("damaged")
-    return text
-
-
-def _crc32(text: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(text)
+    return json.loads(text)

@@ -5,32 +5,34 @@ files under their final names are all that counts, so a process may come and go 
 docs/architecture.md has the rules of the lock.
 """
 
-import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from dump_activations.errors import OutputError, note, option
-from dump_activations.storage.shards import list_shards
+from dump_activations.storage.shards import list_names, list_shards
 from dump_activations.storage.writing.existing import (
     Existing,
-    Finished,
+    check_partial,
     find_existing,
     header_of,
     mixed_error,
 )
 from dump_activations.storage.writing.journal import JournalError, read_journal, remove_journal
-from dump_activations.storage.writing.output import OtherWorkError, OutputFile
-from dump_activations.storage.writing.partial import BusyError, Partial, is_locked
+from dump_activations.storage.writing.output import OutputFile
+from dump_activations.storage.writing.partial import BusyError, Partial
 from dump_activations.storage.writing.paths import (
     JOURNAL,
     PARTIAL,
+    Mount,
     journal_path,
     partial_path,
+    probe,
 )
-from dump_activations.storage.writing.work import FileWork
+from dump_activations.storage.writing.work import COMPUTED_BY_KEY, FileWork
 
 POLL_SECONDS = 0.2
 _FIRST_NOTE_SECONDS = 10.0
@@ -52,7 +54,8 @@ class Output:
 
     Attributes:
         files: the files that this process may write.
-        found: boards of files that were finished when the process came.
+        finished: the finished files by their paths, whichever process wrote them.
+        replaced: files of other work that this call replaces, by their paths.
         written: number of files that this process finished.
         commit_seconds: time that it took to complete and rename them.
     """
@@ -78,26 +81,24 @@ class Output:
         """
         self.files = list(files)
         self.open_files: list[OutputFile] = []
+        self.replaced: dict[Path, Existing] = {}
         self.written = 0
-        self._own_boards = 0
         self.commit_seconds = 0.0
+        self._own_boards = 0
         self._place = place
         self._overwrite = overwrite
         self._check = check
-        self._finished: dict[Path, Finished] = {}
-        self._replaceable: dict[Path, Existing] = {}
-        start = place.rank * len(self.files) // place.size
-        self._order = [*self.files[start:], *self.files[:start]]
+        self.finished: dict[Path, Existing] = {}
+        self._start = place.rank * len(self.files) // place.size
         for file in self.files:
-            self._look(file)
-        self.found = self._count_boards()
+            if not self._is_finished(file, at_start=True):
+                check_partial(file, overwrite=overwrite)
 
     def __enter__(self) -> "Output":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self.open_files:
-            file.suspend()
+        self.suspend()
 
     @property
     def boards_of_others(self) -> int:
@@ -105,19 +106,9 @@ class Output:
         return self._count_boards() - self._own_boards
 
     @property
-    def finished(self) -> Collection[Finished]:
-        """The finished files, whichever process wrote them."""
-        return self._finished.values()
-
-    @property
-    def replaced(self) -> list[Existing]:
-        """Files of other work that this call replaces."""
-        return list(self._replaceable.values())
-
-    @property
     def missing(self) -> list[FileWork]:
         """Files that were not finished when this process looked last."""
-        return [file for file in self.files if file.target not in self._finished]
+        return [file for file in self.files if file.target not in self.finished]
 
     def take(self) -> OutputFile | None:
         """Lock and open the next file that is free; None where no file is free now.
@@ -125,14 +116,17 @@ class Output:
         Raises:
             OutputError: the file cannot be made, or another process writes other work there.
         """
+        if not self._mount.has_locks and self._place.size > 1:
+            # This process has no other files from now on, so it returns after its share.
+            self.files = self.files[self._place.rank :: self._place.size]
+            self._place, self._start = Place(), 0
         under_way = {each.work for each in self.open_files}
-        for file in list(self._order):
-            if file in under_way or file not in self._order or self._is_finished(file):
+        for file in [*self.files[self._start :], *self.files[: self._start]]:
+            if file in under_way or file.target in self.finished or self._is_finished(file):
                 continue
-            if (taken := self._take(file)) is not None:
+            if (taken := self._open(file)) is not None:
                 # The next search starts behind it, where no other process is likely to be.
-                start = self._order.index(file) + 1
-                self._order = [*self._order[start:], *self._order[:start]]
+                self._start = self.files.index(file) + 1
                 self.open_files.append(taken)
                 return taken
         return None
@@ -142,8 +136,7 @@ class Output:
 
         A file whose process died becomes free, because the system releases its lock.
         """
-        started = time.monotonic()
-        next_note = started + _FIRST_NOTE_SECONDS
+        next_note = time.monotonic() + _FIRST_NOTE_SECONDS
         while True:
             if (taken := self.take()) is not None:
                 return taken
@@ -159,48 +152,71 @@ class Output:
     def commit(self, file: OutputFile) -> None:
         """Give a file that is written whole its final name."""
         started = time.perf_counter()
-        self._finished[file.work.target] = Finished(file.size, file.commit(), file.computed_by)
+        file.commit()
         self.commit_seconds += time.perf_counter() - started
         self.written += 1
-        self._own_boards += file.work.rows
         self.open_files.remove(file)
+        if self._is_finished(file.work):
+            self._own_boards += file.work.rows
 
     def suspend(self, *, discard: bool = False) -> int:
         """Leave the open files for a later run, or discard them; return the boards that are kept.
 
         Boards in finished files count.
         """
-        kept = self._count_boards()
-        for file in self.open_files:
-            if discard:
-                file.discard()
-            else:
-                kept += file.suspend()
+        kept = [file.suspend(discard=discard) for file in self.open_files]
         self.open_files = []
-        return kept
+        return self._count_boards() + sum(kept)
 
-    def _take(self, file: FileWork) -> OutputFile | None:
+    def tidy(self) -> None:
+        """Remove journals next to finished files, which a kill after the rename leaves there."""
+        names = list_names(self._directory)
+        for file in self.files:
+            if journal_path(file.target).name in names and file.target in self.finished:
+                what = f"{file.target} is complete, but its journal cannot be removed"
+                with suppress(BusyError), OutputError.when(what):
+                    partial = Partial.open(file.target, self._mount)
+                    if partial.is_new:
+                        remove_journal(file.target)
+                        partial.remove()
+                    else:
+                        partial.close()
+
+    @cached_property
+    def _mount(self) -> Mount:
+        return probe(self.files[0].target)
+
+    @property
+    def _directory(self) -> Path:
+        return self.files[0].target.parent
+
+    def _open(self, file: FileWork) -> OutputFile | None:
+        """Lock and open one file; None where another process has it, or finished it."""
+        if not self._mount.has_locks:
+            self._check_not_recent(file)
         try:
-            partial = Partial.open(
-                file.target, is_finished=lambda: self._is_finished(file, by_listing=True)
-            )
+            partial = Partial.open(file.target, self._mount)
         except BusyError:
             if file.shard is None:
                 raise
             return None
-        if partial is None:
-            return None
-        if not partial.has_lock and not self._may_write_without_lock(file):
-            partial.remove() if partial.is_new else partial.close()
-            return None
-        replaced = self._replaceable.get(file.target)
-        taken = OutputFile.begin(
-            file,
-            partial,
-            start_over=self._overwrite and self._is_of_other_work(file),
-            replaced=replaced.found if replaced else None,
-            check=self._check,
-        )
+        try:
+            # A network file system may answer a look at one name from its cache, and rereads a
+            # directory that is opened.
+            if file.target.name in list_names(self._directory) and self._is_finished(file):
+                partial.remove()
+                return None
+            existing = self.replaced.get(file.target)
+            taken = OutputFile(
+                file,
+                partial,
+                overwrite=self._overwrite,
+                replaced=existing.content if existing else None,
+                check=self._check,
+            )
+        except BaseException:
+            partial.close()
+            raise
         try:
             self._look_again(file)
         except OutputError:
@@ -208,117 +224,77 @@ class Output:
             raise
         return taken
 
-    def _may_write_without_lock(self, file: FileWork) -> bool:
-        """Split the files by rank where locks do not work, or refuse what another may write."""
-        if self._place.size > 1:
-            # From now on this process has no other files, so it returns after its share.
-            self.files = self.files[self._place.rank :: self._place.size]
-            self._order = [each for each in self._order if each in self.files]
-            self._place = Place()
-            return file in self.files
+    def _check_not_recent(self, file: FileWork) -> None:
+        """Refuse a partial file that another process may be writing, where locks do not work."""
         with suppress(JournalError):
-            if time.time() - read_journal(file.target).modified < _RECENT_SECONDS:
+            modified = read_journal(file.target, header_only=True).modified
+            if time.time() + self._mount.clock_ahead - modified < _RECENT_SECONDS:
                 raise OutputError(
                     f"{partial_path(file.target)} was written less than a minute ago, and this "
                     "file system has no locks that tell whether its process is still at work; wait "
                     f"a minute, or give each process its own {option('shards')}"
                 )
-        return True
 
     def _count_boards(self) -> int:
-        return sum(file.rows for file in self.files if file.target in self._finished)
+        return sum(file.rows for file in self.files if file.target in self.finished)
 
-    def _look(self, file: FileWork) -> None:
-        """Look at one file before the run: is it finished, replaceable, or in the way?"""
-        existing = find_existing(file.target)
-        if existing is not None and existing.is_of(file):
-            self._finished[file.target] = existing.finished
-            return
-        if existing is not None:
-            if not self._overwrite:
-                raise existing.refusal(file.work)
-            self._replaceable[file.target] = existing
-        self._check_partial(file)
+    def _is_finished(self, file: FileWork, *, at_start: bool = False) -> bool:
+        """Return True where the finished file is there.
 
-    def _check_partial(self, file: FileWork) -> None:
-        """Raise where a partial file is of other work, unless `overwrite` may start it over."""
-        if self._is_of_other_work(file):
-            path, header = partial_path(file.target), header_of(file.target)
-            if not self._overwrite or is_locked(path):
-                raise OtherWorkError(path, file.work.differences(header.work) if header else "")
-
-    def _is_of_other_work(self, file: FileWork) -> bool:
-        header = header_of(file.target) if os.path.lexists(partial_path(file.target)) else None
-        return header is not None and header != file.header
-
-    def _is_finished(self, file: FileWork, *, by_listing: bool = False) -> bool:
-        """Return True where the finished file is there; raise where it is of other work.
-
-        Args:
-            file: the file.
-            by_listing: list the directory. A network file system may answer a look at one name from
-                its cache, and rereads a directory that is opened.
+        Raises:
+            OutputError: the file there is of other work, and `overwrite` does not replace it: it
+                replaces only what was there at the start.
         """
-        if file.target in self._finished and not by_listing:
-            return True
-        if by_listing and file.target.name not in os.listdir(file.target.parent):  # noqa: PTH208
-            return False
         existing = find_existing(file.target)
-        if existing is None or self._may_replace(existing):
+        if existing is None:
             return False
-        if not existing.is_of(file):
+        if file.is_described_by(existing.metadata):
+            kept = {COMPUTED_BY_KEY: existing.computed_by}  # Many shards have much metadata.
+            self.finished[file.target] = replace(existing, metadata=kept)
+            return True
+        if at_start and self._overwrite:
+            self.replaced[file.target] = existing
+        before = self.replaced.get(file.target)
+        if before is None or before.content != existing.content:
             raise existing.refusal(file.work)
-        self._finished[file.target] = existing.finished
-        return True
-
-    def _may_replace(self, existing: Existing) -> bool:
-        """Return True for a file of other work that was there at the start, with `overwrite`."""
-        before = self._replaceable.get(existing.path)
-        return before is not None and before.content == existing.content
+        return False
 
     def _look_again(self, file: FileWork) -> None:
         """Refuse where a process of other work, or of another cut, came at the same moment.
 
         Each of two such processes makes its journal before it looks, so that one sees the other.
         """
-        whole = file.work.whole
+        work, names = file.work, list_names(self._directory)
+        shards = {
+            path: shard
+            for ending in ("", PARTIAL, JOURNAL)
+            for shard, path in list_shards(work.whole, ending, names).items()
+        }
         if file.shard is None:
-            shards = [*list_shards(whole), *list_shards(whole, PARTIAL)]
             if shards:
-                raise mixed_error(whole, file.work, {shard.count for shard in shards})
+                raise mixed_error(work.whole, work, {shard.count for shard in shards.values()})
             return
-        for path in (whole, partial_path(whole)):
-            if os.path.lexists(path):
-                raise mixed_error(path, file.work, {file.shard.count})
-        ours = {each.target: each for each in file.work.files(file.shard.count)}
-        for ending in ("", PARTIAL, JOURNAL):
-            for shard, path in list_shards(whole, ending).items():
-                other = ours.get(shard.path)
-                if other is None:
-                    raise OutputError(
-                        f"{path} is of another cut of {whole}; one dump has one "
-                        f"{option('shard_size')}: remove one of the cuts, or choose another output"
-                    )
-                if ending == JOURNAL and shard != file.shard:
-                    self._check_partial(other)
-                if not ending:
-                    self._is_finished(other)
+        for path in (work.whole, partial_path(work.whole)):
+            if path.name in names:
+                raise mixed_error(path, work, {file.shard.count})
+        for path, shard in shards.items():
+            if shard.count != file.shard.count:
+                raise OutputError(
+                    f"{path} is of another cut of {work.whole}; one dump has one "
+                    f"{option('shard_size')}: remove one of the cuts, or choose another output"
+                )
+            if path == shard.path and path not in self.finished:
+                self._is_finished(work.shard(shard))
+            elif path.name.endswith(JOURNAL) and shard != file.shard:
+                check_partial(work.shard(shard), overwrite=self._overwrite)
 
     def _is_whole(self) -> bool:
         """Return True where one fresh listing shows every file finished."""
-        with OutputError.when(f"cannot list {self.files[0].target.parent}"):
-            names = set(os.listdir(self.files[0].target.parent))  # noqa: PTH208
+        names = list_names(self._directory)
         for file in self.files:
             if file.target.name not in names:
-                self._finished.pop(file.target, None)  # Somebody deleted it since.
-        return all(self._is_finished(file) for file in self.files)
-
-    def tidy(self) -> None:
-        """Remove journals next to finished files, which a kill after the rename leaves there."""
-        for file in self.files:
-            if os.path.lexists(journal_path(file.target)) and file.target in self._finished:
-                with suppress(BusyError):
-                    tidy(file.target)
+                self.finished.pop(file.target, None)  # Somebody deleted it since.
+        return all(file.target in self.finished or self._is_finished(file) for file in self.files)
 
     def _waiting_text(self) -> str:
         texts = []
@@ -328,13 +304,3 @@ class Output:
             texts.append(f"{file.target.name}{holder}")
         more = f" and {len(self.missing) - 3:,} more" if len(self.missing) > 3 else ""
         return f"waiting for {', '.join(texts)}{more}"
-
-
-def tidy(target: Path) -> None:
-    """Remove what a killed process left next to a finished file, under the lock of its name."""
-    partial = Partial.open(target)
-    if partial is not None and partial.is_new:
-        remove_journal(target)
-        partial.remove()
-    elif partial is not None:
-        partial.close()

@@ -5,7 +5,7 @@ Row arithmetic lives here: the cut of a run into shards, and the place of each b
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from dump_activations.storage.digests import INTEGRITY_KEY, Digest, integrity_te
 from dump_activations.storage.formats.layout import RESERVED_NAMES, Layout
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.shards import MAX_SHARDS, Shard
-from dump_activations.storage.writing.journal import BatchDigests, Header
+from dump_activations.storage.writing.journal import Header
 
 FINGERPRINT_KEY = "fingerprint"
 """Metadata key: SHA-256 of everything that determines the dump's values, as 64 hex digits."""
@@ -31,11 +31,9 @@ DEFAULT_SHARDS = 128
 _COMPUTED_BY_NBYTES = 1024
 
 # Entries of the fingerprint that an option sets. Messages name the option.
-_OPTIONS = frozenset(
-    {
-        *("batch_size", "compile", "dtype", "labels", "layers", "n_samples", "outputs"),
-        *("precision", "random_init", "seed", "stats", "steps", "where"),
-    }
+_OPTIONS = (
+    *("batch_size", "compile", "dtype", "labels", "layers", "n_samples", "outputs"),
+    *("precision", "random_init", "seed", "stats", "steps", "where"),
 )
 # Entries whose values are digests: messages name what was digested.
 _DIGESTED = {
@@ -46,7 +44,7 @@ _DIGESTED = {
     "weights_sha256": "the weights",
 }
 # Entries that differ because another one does. Messages name them only where no other differs.
-_DERIVED = frozenset({"indices", "tensors"})
+_DERIVED = ("indices", "tensors")
 # Metadata that explains why the indices differ.
 _SAMPLING = ("seed", "sampling", "where", "steps")
 _MAX_SHOWN = 200
@@ -79,12 +77,15 @@ class Work:
         assert len(names) == len(self.specs), "two tensors of one name"
         assert not RESERVED_NAMES & names, "a tensor with the name of the metadata"
         format_of(self.whole, [spec.dtype for spec in self.specs])
-        metadata = {key: _plain_text(value) for key, value in self.metadata.items()}
-        tensors = json.dumps([(spec.name, spec.dtype, spec.shape) for spec in self.specs])
+        # No format can hold bytes of a file name that are not text.
+        metadata = {
+            key: value.encode("utf-8", "backslashreplace").decode()
+            for key, value in self.metadata.items()
+        }
         entries = {
             "batch_size": str(self.batch_rows),
             "format": format_of(self.whole).name,
-            "tensors": tensors,
+            "tensors": json.dumps([(spec.name, spec.dtype, spec.shape) for spec in self.specs]),
         }
         object.__setattr__(self, "metadata", metadata)
         object.__setattr__(self, "identity", {**self.identity, **entries})
@@ -145,13 +146,12 @@ class Work:
         """Cut the run into so many shards; None makes one file."""
         if shards is None:
             return [FileWork(self, None, range(self.batches))]
-        starts = [number * self.batches // shards for number in range(shards + 1)]
-        return [
-            FileWork(
-                self, Shard(self.whole, number, shards), range(*starts[number - 1 : number + 1])
-            )
-            for number in range(1, shards + 1)
-        ]
+        return [self.shard(Shard(self.whole, number, shards)) for number in range(1, shards + 1)]
+
+    def shard(self, shard: Shard) -> "FileWork":
+        """Return one file of a cut."""
+        start, stop = (n * self.batches // shard.count for n in (shard.number - 1, shard.number))
+        return FileWork(self, shard, range(start, stop))
 
     def differences(self, theirs: Mapping[str, str]) -> str:
         """Name the entries in which other work differs, with both values where they are readable.
@@ -164,11 +164,7 @@ class Work:
         if "indices" in theirs and "indices" not in names:
             names = [name for name in names if name not in _SAMPLING]
         named = [name for name in names if name not in _DERIVED] or names
-        return ", ".join(
-            _DIGESTED.get(name)
-            or f"{_label(name)} ({_shown(theirs[name])} there, {_shown(ours[name])} here)"
-            for name in named
-        )
+        return ", ".join(_difference(name, theirs[name], ours[name]) for name in named)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,36 +192,24 @@ class FileWork:
         return len(self.run_batches)
 
     @property
-    def run_rows(self) -> range:
-        """Boards of the file, as the run numbers them."""
-        start, stop = (
-            batch * self.work.batch_rows
-            for batch in (self.run_batches.start, self.run_batches.stop)
-        )
-        return range(start, min(stop, self.work.rows))
-
-    @property
     def rows(self) -> int:
         """Boards of the file."""
         return len(self.run_rows)
 
-    def rows_of(self, batches: range) -> range:
-        """Return the boards of consecutive batches, both as the file numbers them."""
-        size = self.work.batch_rows
-        return range(batches.start * size, min(batches.stop * size, self.rows))
+    @cached_property
+    def run_rows(self) -> range:
+        """Boards of the file, as the run numbers them."""
+        return self.run_rows_of(range(self.batches))
 
     def run_rows_of(self, batches: range) -> range:
         """Return the boards of consecutive batches of the file, as the run numbers boards."""
-        rows = self.rows_of(batches)
-        return self.run_rows[rows.start : rows.stop]
+        first, size = self.run_batches.start, self.work.batch_rows
+        stop = min((first + batches.stop) * size, self.work.rows)
+        return range((first + batches.start) * size, stop)
 
     def batch_at(self, run_row: int) -> int:
         """Return the number of the batch that a board of the run is in."""
         return run_row // self.work.batch_rows - self.run_batches.start
-
-    def count_rows(self, batches: Collection[int]) -> int:
-        """Count the boards of some batches of the file."""
-        return self.header.count_rows(batches)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -249,6 +233,11 @@ class FileWork:
             tuple(self.work.batched),
         )
 
+    def is_described_by(self, metadata: Mapping[str, str]) -> bool:
+        """Return True for the metadata of this file of this work, and of no other."""
+        theirs = metadata.get(FINGERPRINT_KEY), metadata.get("shard", "")
+        return theirs == (self.work.fingerprint, self.header.shard)
+
     @cached_property
     def metadata(self) -> dict[str, str]:
         """Metadata of the finished file, without its digests and what computed it."""
@@ -266,12 +255,7 @@ class FileWork:
     def layout(
         self, computed_by: Sequence[Mapping[str, str]], digests: Mapping[str, Digest] | None
     ) -> Layout:
-        """Lay the file out.
-
-        Args:
-            computed_by: distinct devices and threads that computed its batches.
-            digests: of each tensor; None while they are unknown.
-        """
+        """Lay the file out, with the digest of each tensor, or None while they are unknown."""
         specs = list(self.specs.values())
         metadata = {**self.metadata, COMPUTED_BY_KEY: computed_by_text(computed_by)}
         crc32s = None if digests is None else {name: each.crc32 for name, each in digests.items()}
@@ -287,17 +271,9 @@ class FileWork:
 
     def span_of(self, batch: int, name: str) -> tuple[int, int]:
         """Return (start, stop) of the bytes of a batch of a tensor in the file."""
-        rows, row_nbytes = self.rows_of(range(batch, batch + 1)), self.specs[name].row_nbytes
+        rows, row_nbytes = self.header.rows_of(batch), self.specs[name].row_nbytes
         offset = self.empty_layout.offsets[name]
         return offset + rows.start * row_nbytes, offset + rows.stop * row_nbytes
-
-    def fits(self, batch: int, digests: BatchDigests) -> bool:
-        """Return True where digests are of as many bytes as a batch has."""
-        return 0 <= batch < self.batches and all(
-            digest.nbytes == stop - start
-            for name, digest in digests.items()
-            for start, stop in [self.span_of(batch, name)]
-        )
 
 
 def computed_by_text(computed_by: Sequence[Mapping[str, str]]) -> str:
@@ -308,14 +284,12 @@ def computed_by_text(computed_by: Sequence[Mapping[str, str]]) -> str:
     return text.ljust(_COMPUTED_BY_NBYTES)
 
 
-def _label(name: str) -> str:
-    return option(name) if name in _OPTIONS else name.replace("_", " ")
-
-
-def _shown(value: str) -> str:
-    return value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN] + "..."
-
-
-def _plain_text(value: str) -> str:
-    """Escape bytes of a file name that are not text, which no format can hold."""
-    return value.encode("utf-8", "backslashreplace").decode()
+def _difference(name: str, theirs: str, ours: str) -> str:
+    if name in _DIGESTED:
+        return _DIGESTED[name]
+    label = option(name) if name in _OPTIONS else name.replace("_", " ")
+    theirs, ours = (
+        value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN] + "..."
+        for value in (theirs, ours)
+    )
+    return f"{label} ({theirs} there, {ours} here)"

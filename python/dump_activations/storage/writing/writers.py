@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,23 @@ MIN_CHUNK_NBYTES = 256 << 10
 BATCHES_AHEAD = 8
 
 
+class _Span(NamedTuple):
+    """Bytes of one tensor of a batch, `start` to `stop`, and the chunks to wait for."""
+
+    name: str
+    start: int
+    stop: int
+    chunks: Sequence[Chunk]
+
+
 class Writers:
     """Writes batches with several threads; use as a context manager, inside the files'.
 
     After the first error nothing more is written. The next `submit` raises it, and so does leaving
     the context.
+
+    Attributes:
+        busy: the time in which any thread was digesting or writing, or waiting for the disk.
     """
 
     def __init__(self, commit: Callable[[OutputFile], object], *, threads: int) -> None:
@@ -39,10 +51,10 @@ class Writers:
             threads: how many write at once.
         """
         self._commit = commit
-        self._spans: queue.SimpleQueue[_Span | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[_Submission, _Span | str] | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(BATCHES_AHEAD)
         self._error: BaseException | None = None
-        self._writing = SharedStopwatch()
+        self.busy = SharedStopwatch()
         self._threads: list[threading.Thread] = []
         try:
             for number in range(threads):
@@ -58,13 +70,8 @@ class Writers:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._join()
-        if kind is None:
-            self._raise_error()
-
-    @property
-    def busy_seconds(self) -> float:
-        """Seconds in which any thread was digesting or writing, or waiting for the disk."""
-        return self._writing.seconds
+        if kind is None and self._error is not None:
+            raise self._error
 
     def submit(
         self,
@@ -94,156 +101,115 @@ class Writers:
             self._room.release()
             done()
 
-        submission = _Submission(file, batch, tensors, leave, self._commit)
-        spans = submission.split(chunks)
-        queued = 0
         try:
             self._room.acquire()
-            self._raise_error()
-            for span in spans:
-                self._spans.put(span)
-                queued += 1
-        finally:
-            submission.drop(len(spans) - queued)
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+            if self._error is not None:
+                raise self._error
+        except BaseException:
+            leave()
+            raise
+        tasks: list[_Span | str] = [*_spans(tensors, chunks), *file.statistics.names]
+        submission = _Submission(file, batch, tensors, chunks, len(tasks), leave, self._commit)
+        for task in tasks:
+            self._tasks.put((submission, task))
 
     def _join(self) -> None:
         for _ in self._threads:
-            self._spans.put(None)
+            self._tasks.put(None)
         try:
-            self._wait_for_threads()
+            for thread in self._threads:
+                thread.join()
         except BaseException as error:
             # A second Ctrl-C drops the queued spans, but no write may outlive the file.
             self._error = self._error or error
-            self._wait_for_threads()
+            for thread in self._threads:
+                thread.join()
             raise
-        self._threads = []
-
-    def _wait_for_threads(self) -> None:
-        for thread in self._threads:
-            thread.join()
 
     def _work(self) -> None:
-        while (span := self._spans.get()) is not None:
+        while (item := self._tasks.get()) is not None:
+            submission, task = item
             try:
                 if self._error is None:
-                    span.submission.work_on(span, self._writing)
+                    submission.work_on(task, self.busy)
                 else:
-                    span.submission.drop(1)
+                    submission.leave(complete=False)
             except BaseException as error:
                 # Where two threads fail at once, either error will do.
                 self._error = self._error or error
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Bytes of one tensor of a batch, to be written; without `data`, a tensor to be measured.
-
-    `start` counts from the first byte of the batch.
-    """
-
-    submission: "_Submission"
-    name: str
-    start: int
-    data: npt.NDArray[np.uint8] | None
-    chunks: Sequence[Chunk]
-
-
+@dataclass(eq=False)
 class _Submission:
-    """A batch on its way into its file, in spans that different threads write."""
+    """A batch on its way into its file, in `left` tasks that different threads do."""
 
-    def __init__(
-        self,
-        file: OutputFile,
-        batch: int,
-        tensors: Mapping[str, npt.NDArray[np.uint8]],
-        done: Callable[[], object],
-        commit: Callable[[OutputFile], object],
-    ) -> None:
-        self._file = file
-        self._batch = batch
-        self._tensors = tensors
-        self._done = done
-        self._commit = commit
+    file: OutputFile
+    batch: int
+    tensors: Mapping[str, npt.NDArray[np.uint8]]
+    chunks: Sequence[Chunk]
+    left: int
+    done: Callable[[], object]
+    commit: Callable[[OutputFile], object]
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._left = 0
         self._complete = True
-        self._digests = {name: RunningDigest() for name in tensors}
+        self._digests = {name: RunningDigest() for name in self.tensors}
         self._moments: dict[str, Moments] = {}
 
-    def split(self, chunks: Sequence[Chunk]) -> list[_Span]:
-        """Cut the batch into spans. Each goes to `work_on`, or is counted in `drop`."""
-        nbytes = {name: data.nbytes for name, data in self._tensors.items()}
-        spans = [
-            _Span(self, name, at, self._tensors[name][at : min(at + SPAN_NBYTES, stop)], awaited)
-            for name, start, stop, awaited in _ordered(nbytes, chunks)
-            for at in range(start, stop, SPAN_NBYTES)
-        ]
-        spans += [_Span(self, name, 0, None, chunks) for name in self._file.measured]
-        self._left = len(spans)
-        return spans
-
-    def work_on(self, span: _Span, writing: SharedStopwatch) -> None:
-        """Write or measure a span, and count the time without the wait for the data."""
+    def work_on(self, task: _Span | str, writing: SharedStopwatch) -> None:
+        """Write a span, or measure the tensor of a name; the wait for the data is not counted."""
         complete = False
         try:
-            for chunk in span.chunks:
+            for chunk in task.chunks if isinstance(task, _Span) else self.chunks:
                 chunk.wait()
             with writing:
-                if span.data is None:
-                    measured = self._file.measure(span.name, self._tensors[span.name])
-                    self._moments[span.name] = measured
-                else:
-                    data, start = span.data, span.start
-                    digest = self._file.write_span(self._batch, span.name, start, data)
+                if isinstance(task, _Span):
+                    data = self.tensors[task.name][task.start : task.stop]
+                    digest = self.file.write_span(self.batch, task.name, task.start, data)
                     with self._lock:
-                        self._digests[span.name].add(start, digest)
+                        self._digests[task.name].add(task.start, digest)
+                else:
+                    self._moments[task] = self.file.statistics.measure(task, self.tensors[task])
             complete = True
         finally:
-            self._leave(1, complete=complete)
+            self.leave(complete=complete)
 
-    def drop(self, spans: int) -> None:
-        """Give up spans that will not be written."""
-        if spans:
-            self._leave(spans, complete=False)
-
-    def _leave(self, spans: int, *, complete: bool) -> None:
+    def leave(self, *, complete: bool) -> None:
+        """Count one task as done, or given up. The last one finishes the batch."""
         with self._lock:
-            self._left -= spans
+            self.left -= 1
             self._complete &= complete
-            if self._left:
+            if self.left:
                 return
         is_last = False
         try:
             if self._complete:
                 digests = {name: running.whole for name, running in self._digests.items()}
-                is_last = self._file.finish_batch(self._batch, digests, self._moments)
+                is_last = self.file.finish_batch(self.batch, digests, self._moments)
         finally:
-            self._done()
+            self.done()
         if is_last:  # After the buffers are free, so that the next batch need not wait.
-            self._commit(self._file)
+            self.commit(self.file)
 
 
-def _ordered(
-    nbytes: Mapping[str, int], chunks: Sequence[Chunk]
-) -> Iterator[tuple[str, int, int, Sequence[Chunk]]]:
-    """Order the bytes of a batch's tensors, as (name, start, stop, chunks to wait for).
+def _spans(
+    tensors: Mapping[str, npt.NDArray[np.uint8]], chunks: Sequence[Chunk]
+) -> Iterator[_Span]:
+    """Cut a batch's tensors into spans, in the order in which they are written.
 
     A chunk is written as soon as it is there, while the cache of the core that computed it may
     still hold it.
     """
     rows = chunks[-1].stop if chunks else 0
-    split = {
-        name: of_all // rows
-        for name, of_all in nbytes.items()
-        if rows and of_all // rows * chunks[0].stop >= MIN_CHUNK_NBYTES
-    }
-    for chunk in chunks:
-        for name, row_nbytes in split.items():
-            yield name, chunk.start * row_nbytes, chunk.stop * row_nbytes, [chunk]
-    for name, of_all in nbytes.items():
-        if name not in split:
-            yield name, 0, of_all, chunks
+    row_nbytes = {name: data.nbytes // rows for name, data in tensors.items() if rows}
+    split = [name for name in row_nbytes if row_nbytes[name] * chunks[0].stop >= MIN_CHUNK_NBYTES]
+    ranges = [
+        (name, chunk.start * row_nbytes[name], chunk.stop * row_nbytes[name], [chunk])
+        for chunk in chunks
+        for name in split
+    ]
+    whole = [(name, 0, data.nbytes, chunks) for name, data in tensors.items() if name not in split]
+    for name, start, stop, awaited in [*ranges, *whole]:
+        for at in range(start, stop, SPAN_NBYTES):
+            yield _Span(name, at, min(at + SPAN_NBYTES, stop), awaited)

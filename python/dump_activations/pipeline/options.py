@@ -24,6 +24,7 @@ from dump_activations.model.activations import (
     split_layer_alias,
 )
 from dump_activations.progress import Count
+from dump_activations.text import did_you_mean
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -36,6 +37,16 @@ TENSORS = ("copy", "view", "device")
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-true")
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+# Names that other tools use.
+_OTHER_NAMES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "gpu": "cuda",
+}
 
 _Check = Callable[[str, Any], Any]
 
@@ -103,10 +114,16 @@ def _one_of(choices: Collection[str]) -> _Check:
         if not isinstance(value, str) or value not in choices:
             raise InvalidArgumentError(
                 f"{option(name)}: {value!r} is not one of {', '.join(choices)}"
+                f"{_hint(value, choices)}"
             )
         return value
 
     return check
+
+
+def _hint(value: object, choices: Collection[str]) -> str:
+    other_name = _OTHER_NAMES.get(str(value).lower(), str(value))
+    return did_you_mean(other_name, choices)
 
 
 def _keys(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
@@ -117,6 +134,7 @@ def _keys(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
         raise InvalidArgumentError(
             f"{option(name)}: {value!r} is not a list of activation keys"
         ) from None
+    keys = tuple("*" if key == "all" else key for key in keys)
     find_activations(keys)
     return keys
 
@@ -172,7 +190,10 @@ def _shards(name: str, value: int | str | range | None) -> range | None:
 def _device(name: str, value: object) -> str:
     text = str(value)
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
-        raise InvalidArgumentError(f"{option(name)}: {text!r} is neither cuda, cuda:N nor cpu")
+        hint = _hint(text, ("cuda", "cpu", "cuda:0"))
+        raise InvalidArgumentError(
+            f"{option(name)}: {text!r} is neither cuda, cuda:N nor cpu{hint}"
+        )
     return text
 
 
@@ -194,7 +215,7 @@ class Options:
     """
 
     outputs: str | Sequence[str] = _option(
-        "activation keys, separated by commas; globs ('attn_*') and TransformerLens names work",
+        "activation keys, separated by commas, or all; globs and TransformerLens names work",
         Group.KEEP,
         default=("final_hidden",),
         check=_keys,
@@ -276,6 +297,11 @@ class Options:
         choices=PRECISIONS,
     )
     compile: bool = _option("compile the model with torch.compile", Group.COMPUTE, default=False)
+    cuda_graph: bool = _option(
+        "replay full batches as CUDA graphs; False launches each kernel",
+        Group.COMPUTE,
+        default=True,
+    )
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
