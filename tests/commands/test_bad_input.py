@@ -602,7 +602,6 @@ def test_an_existing_target_survives_a_failure(suffix, place, capsys):
         ({"outputs": ["attn_sinks"]}, ValueError),
         ({"layers": [2]}, ValueError),
         ({"layers": [0.5]}, ValueError),
-        ({"layers": 1}, ValueError),
         ({"layers": []}, ValueError),
         ({"layers": [slice(0, 2, 0)]}, ValueError),
         ({"outputs": ["attn_weights"]}, NotImplementedError),
