@@ -23,7 +23,9 @@ from dump_activations.storage.statistics import STATISTICS
 from test_architecture import ARROWS, LEAVES, PACKAGE
 
 ROOT = Path(__file__).parents[1]
-CALL = re.compile(r"(?:^|\s)(dump-activations|-m dump_activations|inspect-activations)\s+(.*)")
+CALL = re.compile(
+    r"(?:^|\s)(dump-activations|-m dump_activations|inspect-activations)\s+(.*?)(?: \| .*)?$"
+)
 API, COMMAND, KEYS, ARCHITECTURE, FORMAT = (
     (ROOT / "docs" / name).read_text()
     for name in ("api.md", "command.md", "keys.md", "architecture.md", "file-format.md")
