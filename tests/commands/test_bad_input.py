@@ -18,7 +18,6 @@ from dump_activations import StepsDataset, dump, stream
 from dump_activations.commands.dump import main
 from reference.checkpoints import (
     BASE,
-    bundle,
     config_json,
     random_state_dict,
     save_checkpoint,
@@ -271,6 +270,7 @@ def header(descr="[('board', '<u8')]", *, fortran="False", shape="(4,)"):
 
 BOARD_DATA = bytes(4 * 8)
 
+# Fields and dtypes that are refused: tests/dataset/test_headers.py.
 BAD_SHARDS = {
     "empty": b"",
     "magic-only": b"\x93NUMPY",
@@ -300,28 +300,12 @@ BAD_SHARDS = {
     "two-dimensional": saved(good_rows().reshape(5, 6)),
     "plain-numbers": saved(np.arange(10)),
     "no-board": saved(np.zeros(4, [("run_id", "<u4"), ("boards", "<u8")])),
-    "board-float": saved(np.zeros(4, [("board", "<f8")])),
-    "board-signed": saved(np.zeros(4, [("board", "<i4")])),
-    "board-narrow": saved(np.zeros(4, [("board", "<u4")])),
-    "board-text": saved(np.zeros(4, [("board", "S8")])),
-    "board-array": saved(np.zeros(4, [("board", "<u8", (2,))])),
-    "board-nested": saved(np.zeros(4, [("board", [("a", "<u8")])])),
-    "mask-wide": saved(np.zeros(4, [("board", "<u8"), ("tile_65536_mask", "<f4")])),
-    "exps-short": saved(np.zeros(4, [("exps", "u1", (15,))])),
-    "exps-long": saved(np.zeros(4, [("exps", "u1", (17,))])),
-    "exps-scalar": saved(np.zeros(4, [("exps", "u1")])),
-    "exps-float": saved(np.zeros(4, [("exps", "<f4", (16,))])),
-    "exps-wide": saved(np.zeros(4, [("exps", "<u2", (16,))])),
-    "itemsize-huge": npy(header("[('board', '<u8'), ('x', '|V9223372036854775807')]"), BOARD_DATA),
-    "sub-array-huge": npy(
-        header("[('board', '<u8'), ('x', '<u8', (4294967296, 4294967296, 4))]"), BOARD_DATA
-    ),
 }
 
 
-@pytest.mark.parametrize("name", ["steps", "steps_00001"])
 @pytest.mark.parametrize("case", BAD_SHARDS)
-def test_bad_shard(case, name, place, capsys):
+def test_bad_shard(case, place, capsys):
+    name = "steps" if len(case) % 2 else "steps_00001"
     first = {} if name == "steps" else {"steps_00000": good_rows()}
     dataset = write_dataset(place.root, **first, **{name: BAD_SHARDS[case]})
     line = place.run(capsys, code=1, names=[f"{name.replace('_', '-')}.npy"], dataset=dataset)
@@ -366,14 +350,6 @@ def checkpoint(state, config):
     return lambda root: {"init": save_checkpoint(root / "bad", state, config)}
 
 
-def unfitting_weights(root):
-    state = random_state_dict(BASE)
-    del state["final_ln.weight"]
-    state["final_ln.extra"] = torch.zeros(1)
-    state["blocks.0.attn.wq.weight"] = torch.zeros(2, 2)
-    return checkpoint(state, config_json(BASE))(root)
-
-
 def made(root, name, *, content=None):
     """Make a file, or a directory without content; return its path."""
     path = root / name
@@ -393,8 +369,7 @@ def without_config(root):
     return {"init": init}
 
 
-with_sinks, with_norms = replace(BASE, sinks=True), replace(BASE, qk_norm=True)
-
+# Checkpoints that are refused: tests/model/test_checkpoint.py.
 # Changes of the call, or a function that makes files for them in a directory; parts of the line.
 FAILURES = {
     "no-init": ({"init": "none"}, ["none"]),
@@ -436,14 +411,6 @@ FAILURES = {
         f"exponent-{e}": (beyond(e, at=12, layout="selfplay_v1"), ["12", str(e)])
         for e in (17, 64, 128, 255)
     },
-    "sinks-unmentioned": (
-        checkpoint(random_state_dict(with_sinks), config_json(BASE)),
-        ["bad", "blocks.0.attn.sinks"],
-    ),
-    "norms-unmentioned": (
-        checkpoint(random_state_dict(with_norms), config_json(BASE)),
-        ["bad", "blocks.0.attn.q_norm.weight"],
-    ),
     **{
         f"untrained-of-{bins}-bins": (
             lambda root, bins=bins: {
@@ -454,6 +421,18 @@ FAILURES = {
         )
         for bins in (None, 0, -3)
     },
+    "config-without-a-size": (
+        checkpoint(random_state_dict(BASE), config_json(BASE, hidden_size=None)),
+        ["bad", "hidden_size"],
+    ),
+    "config-of-more-layers": (
+        checkpoint(random_state_dict(BASE), config_json(BASE, num_hidden_layers=3)),
+        ["bad", "blocks.2."],
+    ),
+    "bundle-of-garbage": (
+        lambda root: {"init": made(root, "bundle.pt", content=pickle.dumps({}))},
+        ["bundle.pt"],
+    ),
     "unknown-head": (
         lambda root: {"init": write_config(root, head_type="value"), "random_init": True},
         ["head_type", "value"],
@@ -461,19 +440,12 @@ FAILURES = {
     "no-weights": (lambda root: {"init": write_config(root)}, ["bad", "--random-init"]),
     "empty-checkpoint": (lambda root: {"init": made(root, "bare")}, ["bare"]),
     "no-config": (without_config, ["bad", "config.json"]),
-    "unfitting-weights": (
-        unfitting_weights,
-        [
-            *("bad", "final_ln.weight", "final_ln.extra", "blocks.0.attn.wq.weight"),
-            *("missing", "unexpected"),
-        ],
-    ),
     "output-below-a-file": (
         lambda root: {"output": made(root, "file", content=b"here") / "a.pt"},
         ["file"],
     ),
     "output-a-directory": (lambda root: {"output": made(root, "taken.pt")}, ["taken.pt"]),
-    "output-in-proc": ({"output": "/proc/a.npz"}, ["/proc/a.npz"]),
+    "output-in-proc": ({"output": "/proc/a.npz"}, ["cannot write /proc"]),
     "output-too-long": ({"output": f"out/{'a' * 300}.pt"}, ["aaa"]),
     "output-of-a-run-that-cannot-begin": (
         {"output": "nowhere/a.pt", "dataset": "no-dataset"},
@@ -549,66 +521,6 @@ def test_dumps_without_indices(suffix, place, capsys):
     place.run(capsys, code=1, names=[path, "no such file"], indices=path)
 
 
-BAD_CONFIGS = {
-    **{
-        f"without-{name}": ({name: None}, [name])
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "layer_norm_eps",
-        )
-    },
-    "heads-do-not-divide": ({"num_attention_heads": 5}, ["num_attention_heads"]),
-    "kv-heads-do-not-divide": ({"num_key_value_heads": 3}, ["num_key_value_heads"]),
-    "few-positions": ({"max_position_embeddings": 8}, ["max_position_embeddings"]),
-    "text-for-a-number": ({"hidden_size": "32"}, ["hidden_size"]),
-    "negative-layers": ({"num_hidden_layers": -1}, ["num_hidden_layers"]),
-    "more-layers": ({"num_hidden_layers": 3}, ["blocks.2."]),
-    "fewer-layers": ({"num_hidden_layers": 1}, ["blocks.1."]),
-    "other-width": ({"hidden_size": 64}, ["tok_emb.weight"]),
-    "other-mlp": ({"intermediate_size": 64}, ["mlp"]),
-    "sinks-missing": ({"use_attention_sinks": True}, ["sinks"]),
-    "norms-missing": ({"use_qk_norm": True}, ["q_norm"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_bad_config(case, place, capsys):
-    changes, names = BAD_CONFIGS[case]
-    init = place.root / "bad"
-    save_checkpoint(init, random_state_dict(BASE), config_json(BASE, **changes))
-    place.run(capsys, code=1, names=[init, *names], init=init)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "hidden_size: 32"])
-def test_config_that_is_no_object(text, place, capsys):
-    init = save_checkpoint(place.root / "bad", random_state_dict(BASE), {})
-    (init / "config.json").write_text(text)
-    place.run(capsys, code=1, names=["config.json"], init=init)
-
-
-BUNDLES = {
-    "list": [1, 2],
-    "empty-model": {"model": {}},
-    "no-model": {"weights": random_state_dict(BASE)},
-    "no-config": {"model": random_state_dict(BASE)},
-    "model-a-number": bundle(random_state_dict(BASE), config_json(BASE)) | {"model": 3},
-    "empty": b"",
-    "nonsense": b"nonsense",
-    "cut": b"PK\x03\x04nonsense",
-    **{f"pickle-{p}": pickle.dumps({}, protocol=p) for p in (0, 2, 5)},
-}
-
-
-@pytest.mark.parametrize("case", BUNDLES)
-def test_bad_bundle(case, place, capsys):
-    path, content = place.root / "bundle.pt", BUNDLES[case]
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    place.run(capsys, code=1, names=["bundle.pt"], init=path)
-
-
 @pytest.mark.parametrize("flag", ["init", "dataset", "indices", "output"])
 @pytest.mark.parametrize(
     ("path", "reason"),
@@ -642,7 +554,7 @@ def test_why_cuda_cannot_be_used(reason, place, capsys, monkeypatch):
         raise RuntimeError(reason)
 
     monkeypatch.setattr(torch.cuda, "init", fail)
-    names = [reason.partition("\n")[0], "--device cpu --allow-cpu"]
+    names = [reason.partition("\n")[0].rstrip("."), "--device cpu --allow-cpu"]
     place.run(capsys, code=1, names=names, device="cuda", allow_cpu=None)
 
 
@@ -690,7 +602,6 @@ def test_an_existing_target_survives_a_failure(suffix, place, capsys):
         ({"outputs": ["attn_sinks"]}, ValueError),
         ({"layers": [2]}, ValueError),
         ({"layers": [0.5]}, ValueError),
-        ({"layers": 1}, ValueError),
         ({"layers": []}, ValueError),
         ({"layers": [slice(0, 2, 0)]}, ValueError),
         ({"outputs": ["attn_weights"]}, NotImplementedError),

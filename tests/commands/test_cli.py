@@ -10,21 +10,27 @@ import sys
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from dump_activations.__main__ import run_dump
+from dump_activations.commands.console import mode
 from dump_activations.commands.dump import dump_activations, main
 from dump_activations.commands.inspect import main as inspect_main
-from dump_activations.options import PRECISIONS, DumpOptions, Group
+from dump_activations.dataset.columns import BOARD_LABELS, LABEL_TEXTS
+from dump_activations.dataset.runs import RUN_LABELS
+from dump_activations.model.activations import ACTIVATIONS
+from dump_activations.pipeline.options import PRECISIONS, DumpOptions, Group
 from reference.checkpoints import BASE, config_json, load_demo
 from reference.datasets import make_dataset, naive_boards, numpy_indices, read_dataset
 from reference.dumps import read_dump
 from reference.model import assert_close, naive_dump
 from terminals import open_terminal
 
+KEYS = [each.key for each in ACTIVATIONS]
 CPU = ["--allow-cpu", "--device", "cpu"]
 SEED_COMMAND = shlex.split("""
   --init inits/hf/2048former-50m-v0.1
@@ -167,7 +173,7 @@ def test_each_option_is_in_the_group_of_its_field(capsys):
             found = [
                 t for t, text in shown.items() if re.search(rf"^  {flags[each.name]} ", text, re.M)
             ]
-            assert found == [each.metadata["group"]], each.name
+            assert found == [each.metadata["shown"]["group"]], each.name
     assert "--dtype [fp32|fp16|bf16]" in shown[Group.KEEP]
     assert f"--precision [{'|'.join(PRECISIONS)}]" in shown[Group.COMPUTE]
 
@@ -285,6 +291,78 @@ def test_progress_on_a_terminal(tmp_path):
     assert "\x1b[" in shown
     assert "boards/s" in shown
     assert "1,024/1,024" in shown
+
+
+COMPLETED = {
+    "--outputs pooled,attn_s": {"pooled,attn_scores", "pooled,attn_sinks"},
+    "--outputs a": {"all"} | {key for key in KEYS if key.startswith("a")},
+    "--dtype f": {"fp32", "fp16"},
+    "--precision bf16-": {"bf16-true"},
+    "--device c": {"cuda", "cpu"},
+    "--list-": {"--list-outputs", "--list-labels"},
+}
+
+
+@pytest.mark.parametrize("words", COMPLETED)
+def test_a_shell_completes(words, capsys, monkeypatch):
+    monkeypatch.setenv("_DUMP_ACTIVATIONS_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"dump-activations {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.removeprefix("plain,") for line in lines} == COMPLETED[words]
+
+
+@pytest.mark.parametrize("name", ["dump-activations", "inspect-activations"])
+def test_bash_takes_the_script_that_completes(name, capsys, monkeypatch):
+    command = {"dump-activations": main, "inspect-activations": inspect_main}[name]
+    monkeypatch.setenv(f"_{name.upper().replace('-', '_')}_COMPLETE", "bash_source")
+    assert command() == 0
+    script = f"{capsys.readouterr().out}\ncomplete -p {name}"
+    shown = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
+    assert name in shown.stdout
+
+
+def test_the_list_of_labels_is_what_a_dump_stores(demo_dataset, tmp_path, capsys):
+    assert main(["--demo", "--list-labels", "--json"]) == 0
+    listed = {each["label"]: each for each in json.loads(capsys.readouterr().out)}
+    assert {"move_dir", "branch_evs", "legal_moves", "run_steps"} < listed.keys()
+    path = tmp_path / "a.npz"
+    labels = f"--labels={','.join(listed)}"
+    assert main(["--demo", "--outputs=pooled", "--n-samples=3", labels, "-o", str(path)]) == 0
+    dump = read_dump(path)
+    for name, each in listed.items():
+        stored = dump.tensors[f"labels/{name}"]
+        dtype = str(stored.dtype).removeprefix("torch.")
+        assert (each["dtype"], each["shape"]) == (dtype, [*stored.shape[1:]])
+        assert each["text"]
+    capsys.readouterr()
+    assert main(["--dataset", str(demo_dataset), "--list-labels"]) == 0
+    assert "played move: 0 up, 1 down, 2 left, 3 right" in capsys.readouterr().out
+
+
+def test_all_labels_have_a_description():
+    assert {*BOARD_LABELS, *RUN_LABELS} < LABEL_TEXTS.keys()
+
+
+def test_all_outputs_are_the_models_own(capsys):
+    keys = []
+    for outputs in ("all", "*", "all,pooled"):
+        given = ["--demo", "--dry-run", "--no-write", "--json", "--outputs", outputs]
+        assert main(given) == 0
+        keys.append(json.loads(capsys.readouterr().out)["keys"])
+    assert keys[0] == keys[1] == keys[2] == [key for key in KEYS if key != "attn_sinks"]
+
+
+def test_the_time_of_a_run_counts_from_the_commands_start(capsys, monkeypatch):
+    later = SimpleNamespace(monotonic=lambda: mode.started + 1000)
+    monkeypatch.setattr("dump_activations.commands.dump.time", later)
+    assert main(["--demo", "--no-write", "--n-samples=9", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    parts = [summary[f"{part}seconds"] for part in ("setup_", "", "commit_")]
+    assert summary["total_seconds"] == pytest.approx(sum(parts))
+    assert 1000 < summary["total_seconds"] < 2000
+    assert summary["keys"] == ["final_hidden"]
 
 
 PROBE = """

@@ -118,3 +118,22 @@ def test_a_quiet_command_prints_errors_and_json_only(tmp_path, capsys):
     assert err.startswith("error: ")
     assert inspect_main([target]) == 0
     assert "9 boards" in capsys.readouterr().out
+
+
+def test_every_line_is_json_with_json(tmp_path, capsys):
+    given = ["--demo", "--json", "--n-samples=9", f"--output={tmp_path}/a.pt"]
+    assert dump_main(given) == 0
+    assert dump_main([*given, "--outputs=pooled"]) == 1
+    assert dump_main([*given, "--dtype=fp8"]) == 2
+    assert dump_main(["--no-such-flag", "--json"]) == 2
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [key for line in lines for key in line if key != "note"] == ["error"] * 3
+    assert [line["error"][:9] for line in lines if "error" in line][1:] == [
+        "--dtype: ",
+        "No such o",
+    ]
+    assert any("note" in line for line in lines)
+    assert inspect_main([f"{tmp_path}/none.pt", "--json"]) == 1
+    assert inspect_main([f"{tmp_path}/none.pt"]) == 1  # The mode does not outlive its command.
+    first, second = capsys.readouterr().err.splitlines()
+    assert json.loads(first)["error"] == second.removeprefix("error: ")

@@ -1,5 +1,6 @@
 """Tables of any terminal's width, one line per row in a pipe, and JSON that every reader takes."""
 
+import html
 import json
 import re
 
@@ -132,16 +133,26 @@ def test_a_run_ends_with_one_line_and_its_stages_if_asked_for(tmp_path, capsys):
     arguments = ["--demo", "--n-samples=9", f"--output={target}"]
     nbytes = r"[\d.]+ kB in " + re.escape(str(target))
     assert dump_main(arguments) == 0
-    line = rf"9 boards: {nbytes}; \d+\.\d s, [\d,]+ boards/s in the loop\n"
+    line = rf"9 boards of final_hidden: {nbytes}; \d+\.\d s, [\d,]+ boards/s in the loop\n"
     assert re.fullmatch(line, capsys.readouterr().out)
     assert dump_main([*arguments, "--verbose"]) == 0
     first, _, *rows = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"0 boards \(and 9 resumed\): {nbytes}; \d+\.\d s", first)
+    assert re.fullmatch(rf"0 boards of final_hidden \(and 9 resumed\): {nbytes}; \d+\.\d s", first)
     stages = {row.split("  ")[0] for row in rows}
     assert stages == {
         *("stage", "setup", "boards", "forward", "copy", "write"),
         *("waiting for boards", "whole loop", "commit"),
     }
+
+
+def test_a_summary_reads_as_the_command_ends(demo_checkpoint, demo_dataset, tmp_path):
+    options = {"n_samples": 9, "outputs": "pooled", "device": "cpu", "allow_cpu": True}
+    summary = dump(demo_checkpoint, demo_dataset, tmp_path / "<a>.npz", **options)
+    assert str(summary).startswith("9 boards of pooled: ")
+    assert f"in {tmp_path / '<a>.npz'}; " in str(summary)
+    page = summary._repr_html_()
+    assert f"<p>{html.escape(str(summary))}</p><table>" in page
+    assert "<td>whole loop</td>" in page
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["stored", "computed"])

@@ -1,5 +1,6 @@
 /* A library to preload: gives the directory MOUNT the habits of common network mounts.
  *
+ * All files there have names, and there is no fallocate.
  * MOUNT_OWNER=<uid>   all files show this owner (NFS all_squash, CIFS, WSL drives)
  * MOUNT_MODE=<octal>  all files show this mode
  * MOUNT_CHMOD=<errno> chmod fails (gcsfuse and others)
@@ -10,13 +11,14 @@
  * MOUNT_PWRITE=ignored|<errno>  what is written goes to the end, or writing elsewhere fails
  * MOUNT_FSYNC=<errno>, MOUNT_DIRSYNC=<errno>, MOUNT_RENAME=<errno>  flushing a file or a directory,
  *                     or renaming, fails
- * There is never an fallocate: MOUNT_RESERVE=<errno> is its error, by default EOPNOTSUPP.
+ * MOUNT_RESERVE=<errno> is the error of fallocate, by default EOPNOTSUPP
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -147,4 +149,23 @@ int fdatasync(int fd) {
 }
 int rename(const char *from, const char *to) {
     return refuse("MOUNT_RENAME", is_under(to)) ? -1 : REAL(rename)(from, to);
+}
+
+int open64(const char *path, int flags, ...) {
+    va_list more;
+    va_start(more, flags);
+    mode_t mode = va_arg(more, mode_t);
+    va_end(more);
+    if ((flags & O_TMPFILE) == O_TMPFILE && is_under(path)) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    return REAL(open64)(path, flags, mode);
+}
+int open(const char *path, int flags, ...) {
+    va_list more;
+    va_start(more, flags);
+    mode_t mode = va_arg(more, mode_t);
+    va_end(more);
+    return open64(path, flags, mode);
 }

@@ -1,6 +1,7 @@
 """Progress: the figures of a phase, a bar on terminals, lines in logs, and nothing twice."""
 
 import io
+import json
 import re
 import sys
 import threading
@@ -118,6 +119,17 @@ def test_a_log_gets_a_line_with_the_time_for_each_phase(log, soon):
     assert re.fullmatch(STAMP + r"(starting|loading\\x1b\[2J), 0 s", lines[0])
     assert re.match(STAMP + r"(0|1,000)/4,000 boards, (0|25)%", lines[-1])
     assert threading.active_count() == 1
+
+
+def test_each_line_of_a_log_is_json_if_asked_for(log, soon):
+    log = log()
+    with shown_progress(as_json=True):
+        begin("loading\x1b[2J")
+        while "loading" not in log.getvalue():
+            log.got_line.wait(0.01)
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert all(line.keys() == {"time", "progress"} for line in lines)
+    assert lines[-1]["progress"].startswith("loading\x1b[2J, ")
 
 
 def test_a_log_names_phases_of_ten_seconds_and_then_gets_a_line_a_minute(clock, monkeypatch):

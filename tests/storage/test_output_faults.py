@@ -22,7 +22,9 @@ from output_support import (
     no_new_descriptors,
     open_file,
     small_dump,
+    write_batches,
     write_dump,
+    write_whole_tensors,
 )
 
 DUMP = small_dump(rows=400)
@@ -156,6 +158,39 @@ def test_a_disk_that_cannot_flush(tmp_path, monkeypatch, call, interval):
             finish(file, DUMP)
         assert caught.value.errno == errno.EIO
     assert target.read_text() == "old"
+
+
+def test_a_flush_that_failed_in_the_background_is_never_taken_for_done(tmp_path):
+    """The next flush may succeed although pages are lost."""
+    with open_file(tmp_path / "x.pt", DUMP) as file:
+        write_whole_tensors(file, DUMP)
+        write_batches(file, DUMP, DUMP.first_rows)
+        file._journal._error = OSError(errno.EIO, os.strerror(errno.EIO))
+        with pytest.raises(OutputError, match="Input/output error"):
+            file.commit()
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from output_support import make_dump, write_dump
+dump = make_dump({"boards": ("uint8", (4 << 20, 1))}, batched=["boards"], batch_rows=4 << 20)
+write_dump(Path(sys.argv[1]), dump)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "nth"), [*(("pwrite", nth) for nth in range(1, 7)), ("allocate", 1), ("allocate", 2)]
+)
+def test_a_call_that_a_signal_interrupts_is_repeated(fault_library, tmp_path, call, nth):
+    fault = {"FAULT": f"{call}:{nth}:{errno.EINTR}:{tmp_path}/", "LD_PRELOAD": str(fault_library)}
+    subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "x.pt")],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | fault,
+        check=True,
+    )
+    assert names_in(tmp_path) == ["x.pt"]
 
 
 def test_a_failed_run_can_be_resumed(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError
 from dump_activations.storage.reading.inspection import inspect
+from dump_activations.storage.writing.partial import is_at
 from dump_activations.storage.writing.paths import check_output
 from output_support import (
     SUFFIXES,
@@ -255,6 +257,44 @@ def test_an_error_is_one_line_with_the_systems_reason(target, monkeypatch):
     assert caught.value.errno == errno.ENOSPC
     assert isinstance(caught.value, OSError)
     assert names_in(target.parent) == []
+
+
+def test_the_name_of_the_lock_goes_last(target, monkeypatch):
+    """Otherwise another process makes its own files, and this one removes its journal."""
+    removed, unlink = [], Path.unlink
+
+    def noted(path: Path, **options: bool) -> None:
+        removed.append(path.name)
+        unlink(path, **options)
+
+    with open_file(target, DUMP) as file:
+        monkeypatch.setattr(Path, "unlink", noted)
+        file.suspend(discard=True)
+    assert removed[-1] == "x.pt.partial"
+    assert names_in(target.parent) == []
+
+
+SAME = {"st_dev": 1, "st_ino": 1, "st_nlink": 1, "st_size": 9, "st_mtime_ns": 5, "st_ctime_ns": 6}
+
+
+@pytest.mark.parametrize(
+    ("opened", "is_same"),
+    [
+        ({}, True),
+        ({"st_size": 10}, True),
+        ({"st_ino": 2}, True),
+        *(
+            ({"st_ino": 2, name: 0}, False)
+            for name in ("st_nlink", "st_size", "st_mtime_ns", "st_ctime_ns")
+        ),
+    ],
+    ids=str,
+)
+def test_a_file_is_the_same_by_its_inode_or_by_all_else(monkeypatch, opened, is_same):
+    """Some network mounts renew the inode numbers of open files."""
+    monkeypatch.setattr(os, "fstat", lambda _fd: SimpleNamespace(**SAME | opened))
+    monkeypatch.setattr(Path, "lstat", lambda _path: SimpleNamespace(**SAME))
+    assert is_at(0, Path("x")) is is_same
 
 
 def test_a_file_that_is_whole_is_kept_where_its_name_is_taken(target):

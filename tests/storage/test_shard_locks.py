@@ -168,12 +168,13 @@ def test_a_locked_shard_is_passed_over(target):
         output.suspend()
 
 
-def test_processes_start_at_their_own_shard(target):
-    taken = [
-        open_output(target, DUMP, shards=6, place=Place(rank, 3)).take().work.shard.number
-        for rank in range(3)
-    ]
-    assert taken == [1, 3, 5]
+def test_processes_start_at_their_own_shard_and_go_on_from_there(target):
+    outputs = [open_output(target, DUMP, shards=6, place=Place(rank, 3)) for rank in range(3)]
+    assert [output.take().work.shard.number for output in outputs] == [1, 3, 5]
+    outputs[0].suspend()
+    assert [outputs[1].take().work.shard.number for _ in range(3)] == [4, 6, 1]
+    for output in outputs[1:]:
+        output.suspend()
 
 
 # Rule 2: the completion mark is written last. A partial file that has it is only renamed.
@@ -395,15 +396,33 @@ def test_without_locks_a_journal_of_this_minute_is_not_taken_over(target, monkey
         assert output.take().resumed_rows == 4
 
 
+def test_the_age_of_a_journal_goes_by_the_clock_of_its_file_system(target, monkeypatch):
+    with open_output(target, DUMP, shards=2) as output:
+        file = output.take()
+        write_batches(file, DUMP, [0])
+    monkeypatch.setattr(fcntl, "flock", granted_to_all)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600)  # That of the files is an hour ahead.
+    with pytest.raises(OutputError, match="written less than a minute ago"):
+        open_output(target, DUMP, shards=2).take()
+    os.utime(journal_path(file.work.target), (now - 100, now - 100))
+    with open_output(target, DUMP, shards=2) as output:
+        assert output.take().resumed_rows == 4
+
+
 # Rule 9: journals next to finished shards go.
 
 
 def test_a_journal_next_to_a_finished_shard_is_removed(target):
     write_shards(target, DUMP, 2)
     output = open_output(target, DUMP, shards=2)
-    journal_path(output.files[0].target).write_text("left by a kill after the rename")
+    first, second = (file.target for file in output.files)
+    journal_path(first).write_text("left by a kill after the rename")
+    for path_of in (partial_path, journal_path):
+        path_of(second).write_text("of a process that may be at work")
     assert output.next() is None
-    assert names_in(target.parent) == [file.target.name for file in output.files]
+    left = [first, second, partial_path(second), journal_path(second)]
+    assert names_in(target.parent) == [path.name for path in left]
 
 
 # The choice of the cut

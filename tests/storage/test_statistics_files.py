@@ -1,5 +1,6 @@
 """Files with statistics: the same bytes for any order of batches, threads and interruptions."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dump_activations.dtypes import STATISTICS_PREFIX
+from dump_activations.errors import OutputError
 from dump_activations.storage.formats.layout import storage_order
 from dump_activations.storage.reading.damage import find_damage
 from dump_activations.storage.reading.dump_files import inspect_dump
@@ -19,11 +21,11 @@ from dump_activations.storage.writing.paths import partial_path
 from output_support import (
     SUFFIXES,
     Dump,
+    interrupt,
     open_file,
     small_dump,
     write_batches,
     write_dump,
-    write_whole_tensors,
 )
 from reference.dumps import read_dump
 from reference.statistics import as_float64, numpy_statistics
@@ -81,18 +83,14 @@ def test_a_file_has_what_numpy_makes_of_its_tensors(tmp_path, suffix):
 def test_order_threads_and_interruptions_leave_no_trace(order, threads, kept):
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory) / "x.safetensors"
-        with open_file(target, DUMP) as file:
-            write_whole_tensors(file, DUMP)
-            write_batches(file, DUMP, order[:kept], threads=threads)
+        interrupt(target, DUMP, order[:kept], threads=threads)
         write_dump(target, DUMP, order=order, threads=threads)
         assert target.read_bytes() == unbroken_bytes()
 
 
 def test_a_batch_that_is_damaged_does_not_count(tmp_path):
     target = tmp_path / "x.safetensors"
-    with open_file(target, DUMP) as file:
-        write_whole_tensors(file, DUMP)
-        write_batches(file, DUMP, DUMP.first_rows[:6])
+    interrupt(target, DUMP, DUMP.first_rows[:6])
     partial = partial_path(target)
     hidden = DUMP.batch(300)["hidden"].tobytes()
     damage(partial, partial.read_bytes().index(hidden) + 1000)
@@ -100,6 +98,24 @@ def test_a_batch_that_is_damaged_does_not_count(tmp_path):
         assert file.missing[0] == range(3, 4)
     write_dump(target, DUMP)
     assert target.read_bytes() == unbroken_bytes()
+
+
+def test_resumed_batches_are_read_back_when_their_turn_comes(tmp_path):
+    """Otherwise the statistics of all batches after a gap stay in memory until the end."""
+    target = tmp_path / "x.safetensors"
+    interrupt(target, DUMP, DUMP.first_rows[1:6])
+    with open_file(target, DUMP) as file:
+        write_batches(file, DUMP, DUMP.first_rows[:1])
+        assert file.statistics.next_batch == 6
+
+
+def test_a_file_cut_short_before_it_is_read_back_is_an_error(tmp_path):
+    target = tmp_path / "x.safetensors"
+    interrupt(target, DUMP, DUMP.first_rows[1:6])
+    with open_file(target, DUMP) as file:
+        os.truncate(file.partial, file.work.span_of(3, "hidden")[0] + 60)
+        with pytest.raises(OutputError, match="was cut short while it was being written"):
+            file._moments_on_disk(3)
 
 
 def places(specs: Sequence) -> list[tuple[str, int]]:

@@ -146,6 +146,15 @@ def test_an_error_stops_the_next_submit(tmp_path, monkeypatch):
     assert slots.given_back == {0: 1, 1: 1}
 
 
+def test_buffers_are_given_back_before_the_file_is_committed(tmp_path):
+    dump, slots, seen = small_dump(), Slots(), []
+    with open_file(tmp_path / "x.pt", dump) as file:
+        with Writers(lambda _: seen.append(set(slots.given_back.values())), threads=1) as writers:
+            for batch in range(6):
+                slots.submit(writers, file, dump, batch)
+        assert seen == [{1}]
+
+
 def test_an_error_of_the_caller_is_not_covered_up(tmp_path):
     slots = Slots()
 

@@ -68,10 +68,7 @@ class ActivationsFile:
     def __init__(self, *paths: str | os.PathLike[str]) -> None:
         if not paths:
             raise InvalidArgumentError("paths: name a file")
-        # Absolute, so that the program may change its directory before it reads.
-        self.files = inspect_dump(
-            *(Path(os.path.abspath(Path(path).expanduser())) for path in paths)  # noqa: PTH100
-        )
+        self.files = inspect_dump(*paths)
         len(self)  # which raises where a file has no axis of boards
 
     @property

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError, warn
+from dump_activations.remote import input_path
+from dump_activations.remote.mirror import Ranges, fetch, is_mirror
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest
 from dump_activations.storage.formats.layout import Format, StoredTensor
 from dump_activations.storage.formats.registry import format_of
@@ -167,8 +169,29 @@ class DumpFiles:
             stored = self._open.get((part.tensor, parts))
             if stored is None:
                 stored = self._open[part.tensor, parts] = self._stored(part.tensor, parts)
+            if self._is_remote:
+                self._fetch(part.tensor, parts, numbers)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
             self._check_unchanged(touched)
+
+    @cached_property
+    def _is_remote(self) -> bool:
+        return any(is_mirror(file.path) for file in self.files)
+
+    def _fetch(self, name: str, parts: int, numbers: NDArray[np.int64]) -> None:
+        """Make parts of rows local, which may be holes in the files' local copies."""
+        spans: dict[Path, Ranges] = {}
+        numbers, first = np.unique(numbers), 0
+        for file in self.files_of(name):
+            tensor = file.tensors[name]
+            of_boards = self.catalog.find(name).of_boards
+            end = first + (tensor.shape[0] if of_boards else 1) * parts
+            nbytes = tensor.nbytes // (end - first)
+            inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)]
+            begins = offset_in(file, name) + (inside - first) * nbytes
+            spans[file.path] = (begins, begins + nbytes)
+            first = end
+        fetch(spans)
 
     def _check_unchanged(self, files: Iterable[int]) -> None:
         for i in files:
@@ -218,7 +241,8 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
         OutputError: a file cannot be read or is not of its format, a shard is missing, or the
             shards do not belong together.
     """
-    dumps = [_inspect_one(Path(path).expanduser()) for path in paths]
+    # Absolute, so that the program may change its directory before it reads.
+    dumps = [_inspect_one(input_path(path)) for path in paths]
     if len(dumps) == 1:
         return dumps[0]
     joined = DumpFiles(

@@ -142,16 +142,18 @@ class Mount:
     clock_ahead: float = 0.0
 
 
-def probe(directory: Path) -> Mount:
+def probe(target: Path) -> Mount:
     """Do with a file just made what a dump does with its files.
 
     Raises:
         OutputError: the file system lacks what every dump needs, or no file can be made there.
     """
-    with OutputError.when(f"cannot write {directory}"), _new_file(directory) as (fd, path):
+    directory = target.parent
+    with OutputError.when(f"cannot write {target}"), _new_file(directory) as (fd, path):
         ahead = os.fstat(fd).st_mtime - time.time()
-        with _needed(directory, "rename a file"):
-            path.replace(path.with_suffix(".renamed"))
+        if path is not None:
+            with _needed(directory, "rename a file"):
+                path.replace(path.with_suffix(".renamed"))
         with _needed(directory, "write at an offset"):
             _check_offsets(fd)
         with _needed(directory, "flush a file to disk"):
@@ -173,14 +175,19 @@ def owner_of_new_files(directory: Path) -> int:
 
 
 @contextmanager
-def _new_file(directory: Path) -> Iterator[tuple[int, Path]]:
-    path = directory / f".{secrets.token_hex(8)}.probe"
-    fd = create(path, os.O_RDWR)
+def _new_file(directory: Path) -> Iterator[tuple[int, Path | None]]:
+    """Make a file without a name, or with a name that is removed where all files have names."""
+    path = None
+    try:
+        fd = os.open(directory, os.O_RDWR | os.O_TMPFILE, 0o666)
+    except OSError:
+        path = directory / f".{secrets.token_hex(8)}.probe"
+        fd = create(path, os.O_RDWR)
     try:
         yield fd, path
     finally:
         os.close(fd)
-        for name in (path, path.with_suffix(".renamed")):
+        for name in () if path is None else (path, path.with_suffix(".renamed")):
             with suppress(OSError):
                 name.unlink(missing_ok=True)
 
@@ -202,9 +209,9 @@ def _needed(directory: Path, what: str) -> Iterator[None]:
 
 def _check_offsets(fd: int) -> None:
     end = 2 * mmap.PAGESIZE
-    os.pwrite(fd, b"end", end)
-    os.pwrite(fd, b"begin", 0)
-    if (os.pread(fd, 5, 0), os.pread(fd, 9, end)) != (b"begin", b"end"):
+    os.pwrite(fd, b"2", end)
+    os.pwrite(fd, b"1", 0)
+    if os.pread(fd, end + 2, 0) != b"1".ljust(end, b"\0") + b"2":
         raise OSError(errno.ESPIPE, "it appends")
     os.ftruncate(fd, mmap.PAGESIZE)
 
@@ -268,11 +275,10 @@ def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_r
         raise OutputError(f"{target} is a directory; name a file in it")
     if not stat.S_ISREG(found.st_mode):
         raise OutputError(f"{target} is not an ordinary file; choose another output")
-    # Root may write any file, but a file without write permission is meant to stay.
-    if not found.st_mode & 0o222 or not os.access(target, os.W_OK):
+    if not _is_writable(target, found):
         with _new_file(target.parent) as (fd, _):
-            is_any = os.fstat(fd).st_mode == found.st_mode  # as on a mount with one mode for all
-        if not is_any:
+            is_writable = _is_writable(f"/proc/self/fd/{fd}", os.fstat(fd))
+        if is_writable:  # Otherwise the mount shows one mode for all files.
             raise OutputError(
                 f"{target} is write-protected; permit writing, or choose another output"
             )
@@ -287,3 +293,8 @@ def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_r
             f"{target} belongs to another user, in a directory where only its owner may replace "
             "it; choose another output"
         )
+
+
+def _is_writable(path: str | Path, found: os.stat_result) -> bool:
+    # Root may write any file, but a file without write permission is meant to stay.
+    return bool(found.st_mode & 0o222) and os.access(path, os.W_OK)
