@@ -7,17 +7,19 @@ from numpy.typing import ArrayLike
 from sphinx.util.typing import stringify_annotation
 
 from dump_activations.model.activations import Layers
-from dump_activations.storage.reading.keys import Rows
+from dump_activations.storage.reading.array import Rows
 
 project = "dump-activations"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 html_theme = "furo"
 html_title = "dump-activations"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_show_copyright = False
 html_copy_source = False
 html_show_sourcelink = False
 myst_heading_anchors = 3
-smartquotes = False
+smartquotes_action = "De"  # dashes and ellipses, no quotes
 default_role = "code"  # Docstrings mark code as Markdown does.
 exclude_patterns = ["run_page.py"]
 add_module_names = False

@@ -33,6 +33,11 @@ mod _rust {
     use crate::sampling::{self, random::Generator};
     use crate::statistics::{self, Vectors};
 
+    /// The version of the package, which needs no installed distribution to be asked.
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+
     pyo3::import_exception!(dump_activations.errors, OutputError);
     pyo3::import_exception!(dump_activations.errors, DatasetError);
     pyo3::import_exception!(dump_activations.errors, InvalidArgumentError);

@@ -8,7 +8,18 @@ import json
 import os
 import sys
 import warnings
-from types import SimpleNamespace
+
+
+class _Told:
+    """A reporter that keeps the names of all phases."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "phase":
+            self._names.append(value.name)  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
 
 
 def main() -> None:
@@ -22,7 +33,7 @@ def main() -> None:
 
     for line in sys.stdin:
         request, phases = json.loads(line), []
-        told = SimpleNamespace(begin=lambda phase, phases=phases: phases.append(phase.name))
+        told = _Told(phases)
         constants.HF_HUB_ETAG_TIMEOUT = request["timeout"]
         try:
             with progress.reported_to(told), warnings.catch_warnings(record=True) as caught:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "dump_activations"
 
 OUTSIDE = [
     path
-    for directory in ("tests/benchmarks", "fuzz/python")
+    for directory in ("tests/benchmarks", "fuzz/python", "docs")
     for path in sorted((PACKAGE.parents[1] / directory).glob("*.py"))
 ]
 
@@ -26,34 +26,24 @@ ARROWS = {
     "__main__": ("commands",),
     "commands": (
         *LEAVES,
-        *(
-            "api",
-            "demo",
-            "model",
-            "options",
-            "pipeline",
-            "dataset",
-            "progress",
-            "report",
-            "storage",
-        ),
+        *("api", "demo", "model", "pipeline", "dataset", "remote", "report", "storage"),
     ),
-    "__init__": (*LEAVES, "api", "model", "pipeline", "dataset", "report", "storage.reading"),
-    "api": (*LEAVES, "model", "options", "pipeline", "dataset", "storage"),
-    "pipeline": (*LEAVES, "_rust", "model", "options", "dataset", "storage.statistics"),
-    "options": (
-        *LEAVES,
-        *("model.activations", "dataset.expressions"),
+    "__init__": (
+        *(*LEAVES, "_rust", "api", "demo", "model", "pipeline", "dataset", "report"),
+        "storage.reading",
     ),
+    "api": (*LEAVES, "model", "pipeline", "dataset", "remote", "storage"),
+    "pipeline": (*LEAVES, "_rust", "model", "dataset", "remote", "storage.statistics"),
     "model": LEAVES,
-    "dataset": (*LEAVES, "_rust"),
+    "dataset": (*LEAVES, "_rust", "remote"),
+    "remote": LEAVES,
     "storage.writing": (
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
         *("storage.reading", "storage.shards", "storage.statistics"),
     ),
     "storage.reading": (
         *(*LEAVES, "_rust", "model.activations", "storage.digests", "storage.formats"),
-        *("storage.parallel", "storage.shards", "storage.statistics"),
+        *("remote", "storage.parallel", "storage.shards", "storage.statistics"),
     ),
     "storage.statistics": (*LEAVES, "_rust"),
     "storage.parallel": (),
@@ -63,7 +53,7 @@ ARROWS = {
     "report": (
         *(*LEAVES, "dataset.game", "storage.digests", "storage.reading", "storage.statistics"),
     ),
-    "demo": (),
+    "demo": ("api", "model", "pipeline"),
     **dict.fromkeys(LEAVES, LEAVES),
 }
 

@@ -1,5 +1,6 @@
 """The README is also the package's page on an index, which has no file of the repository."""
 
+import json
 import re
 from pathlib import Path
 
@@ -49,3 +50,19 @@ def test_the_listed_pages_exist():
     assert len(pages) > 10
     assert [page for page in pages if not (ROOT / "docs" / page).exists()] == []
     assert {f"guide/{path.name}" for path in (ROOT / "docs" / "guide").glob("*.md")} <= pages
+
+
+def test_the_table_of_speeds_shows_the_results():
+    results = json.loads((ROOT / "tests" / "benchmarks" / "results" / "cpu.json").read_text())
+    columns = ["boards alone", "plain forward loop", "--no-write", "write alone", "dump"]
+    columns += ["baseline"]
+    for section, model in (("stages_demo", "demo"), ("stages_50m", "50M")):
+        speeds = {each["name"]: each["median"] for each in results[section]["figures"]}
+        (shown,) = re.findall(rf"^\| {model}.*?\| (.*) \|$", README, re.MULTILINE)
+        assert shown.split(" | ") == [three_digits(speeds[name]) for name in columns]
+        assert results[section]["machine"]["date"] in README
+
+
+def three_digits(speed: float) -> str:
+    rounded = float(f"{speed:.3g}")
+    return f"{rounded / 1e6:g} million" if rounded >= 1e6 else f"{rounded:,.0f}"

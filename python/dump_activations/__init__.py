@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dump_activations import demo
     from dump_activations.api.dump import dump
     from dump_activations.api.stream import Batch, stream
+    from dump_activations.api.stream_cells import stream_cells
     from dump_activations.dataset.dataset import StepsDataset
     from dump_activations.dataset.shards import Shard
     from dump_activations.errors import (
@@ -72,9 +74,11 @@ __all__ = [
     "StepsDataset",
     "Summary",
     "VocabularyError",
+    "demo",
     "dump",
     "load_encoder",
     "stream",
+    "stream_cells",
     "write_report",
 ]
 
@@ -92,6 +96,7 @@ _HOMES = {
     "dump": "api.dump",
     "load_encoder": "model.checkpoint",
     "stream": "api.stream",
+    "stream_cells": "api.stream_cells",
     "write_report": "report.render",
 }
 
@@ -100,7 +105,9 @@ if not TYPE_CHECKING:
 
     def __getattr__(name):
         if name == "__version__":
-            return import_module("importlib.metadata").version("dump-activations")
+            return import_module(f"{__name__}._rust").__version__
+        if name == "demo":
+            return import_module(f"{__name__}.demo")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         home = _HOMES.get(name, "errors")
@@ -108,4 +115,4 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return ["__version__", *__all__]

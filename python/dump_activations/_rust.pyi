@@ -8,6 +8,9 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+__version__: str
+"""The version of the package."""
+
 @final
 class Dataset:
     """A dataset directory whose shards' headers were read; no file is kept open."""

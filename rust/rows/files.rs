@@ -152,7 +152,11 @@ pub fn read_cached(file: &File, buffer: &mut [u8], offset: u64) -> Cached {
 }
 
 /// Fills `buffer`, or returns the bytes that were read before the error or the end of the file.
-pub fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> Result<(), (usize, io::Error)> {
+pub fn read_full(
+    file: &impl FileExt,
+    buffer: &mut [u8],
+    offset: u64,
+) -> Result<(), (usize, io::Error)> {
     let mut done = 0;
     while done < buffer.len() {
         match file.read_at(&mut buffer[done..], offset + done as u64) {
@@ -176,7 +180,36 @@ pub fn descriptor_limit() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    /// Five bytes, 0 to 4, of which every other call reads one and the others are interrupted.
+    struct Halting(Cell<bool>);
+
+    impl FileExt for Halting {
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+            if self.0.replace(!self.0.get()) {
+                return Err(io::Error::from_raw_os_error(libc::EINTR));
+            }
+            buffer[0] = offset as u8;
+            Ok(usize::from(offset < 5))
+        }
+
+        fn write_at(&self, _: &[u8], _: u64) -> io::Result<usize> {
+            unreachable!("only reads")
+        }
+    }
+
+    #[test]
+    fn an_interrupted_read_is_repeated_and_a_short_one_continued() {
+        let file = Halting(Cell::new(true));
+        let mut buffer = [9; 3];
+        read_full(&file, &mut buffer, 1).expect("bytes");
+        assert_eq!(buffer, [1, 2, 3]);
+        let (done, error) = read_full(&file, &mut buffer, 3).expect_err("the end");
+        assert_eq!((done, error.kind()), (2, io::ErrorKind::UnexpectedEof));
+    }
 
     fn files(sizes: &[(u64, u64, usize)]) -> Result<RowFiles, Error> {
         let opened = open("Cargo.toml".as_ref()).expect("a file");

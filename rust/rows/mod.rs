@@ -24,8 +24,8 @@ use self::reader::{Reader, Work};
 use crate::error::{Interrupt, Interrupted};
 use crate::memory::{self, OutOfMemory};
 
-/// Rows from which another thread pays off.
-const THREAD_ROWS: usize = 512;
+/// Rows that pay for another thread. On a busy machine a shorter read would wait for it.
+const THREAD_ROWS: usize = 1024;
 /// Time between questions to the caller whether to stop, once its thread has nothing left to read.
 const INTERRUPT_PAUSE: Duration = Duration::from_millis(20);
 

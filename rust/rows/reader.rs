@@ -124,7 +124,7 @@ impl<'r, 'i, 'c, C: Column> Reader<'r, 'i, 'c, C> {
         let next = self.announced.front().map(|(extent, _)| extent.file);
         self.announced_files -= usize::from(next != Some(extent.file));
         let buffer = grown(&mut self.buffer, extent.length)?;
-        files::read_full(&file, buffer, extent.start)
+        files::read_full(&*file, buffer, extent.start)
             .map_err(|(done, source)| self.row_error(extent, done as u64, source))?;
         self.write(extent);
         Ok(true)

@@ -1,17 +1,21 @@
-"""Public names as type checkers and readers see them."""
+"""Public names as type checkers, editors and readers see them."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
 
+import jedi
 import pytest
 
 import dump_activations
-from dump_activations.options import DumpOptions, StreamOptions, describe
+from dump_activations.pipeline.options import DumpOptions, StreamOptions, describe
 
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "python" / "dump_activations"
 CACHE = Path(__file__).parents[2] / ".mypy_cache" / "uses"
 USES = """
 import numpy as np
@@ -28,6 +32,11 @@ summary: Summary = dump("checkpoint", ds, "a.pt", outputs=["pooled"], indices=np
 dump(load_encoder("checkpoint"), "dataset", write=False, batch_size=512, stats=True)
 dump("checkpoint", "dataset", batch_siz=512)  # wrong: no such option
 dump("checkpoint", "dataset", batch_size="512")  # wrong: no number
+dump("checkpoint", "dataset", dtype="float16")  # wrong: no such choice
+dump("checkpoint", "dataset", layers=-1), dump("checkpoint", "dataset", layers=[0, 1])
+dump("checkpoint", "dataset", layers=0.5)  # wrong: no layer
+summary = demo.dump("a.pt", outputs="pooled", layers="0,-1", dtype="fp16")
+demo.dump("a.pt", dtype="float16")  # wrong: no such choice
 stream("checkpoint", "dataset", write=False)  # wrong: of dump only
 stream("checkpoint", "dataset", tensors="view")
 stream("checkpoint", "dataset", tensors="borrowed")  # wrong: no such choice
@@ -75,5 +84,65 @@ def test_a_signature_and_its_options_class_agree(function, options):
 
 
 def test_every_public_name_is_there():
+    names = dir(dump_activations)
+    assert set(names) == {"__version__", *dump_activations.__all__}
     for name in dump_activations.__all__:
-        assert getattr(dump_activations, name).__module__.startswith("dump_activations")
+        value = getattr(dump_activations, name)
+        assert getattr(value, "__module__", value.__name__).startswith("dump_activations")
+
+
+def test_the_version_is_the_crates(tmp_path):
+    """Also where no distribution is installed."""
+    code = "import dump_activations; print(dump_activations.__version__)"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert f'version = "{done.stdout.strip()}"' in (ROOT / "Cargo.toml").read_text()
+
+
+IMPORTS = "from dump_activations import ActivationsFile, StepsDataset, demo, dump, stream"
+
+
+def script(code):
+    return jedi.Script(f"{IMPORTS}\n{code}", project=jedi.Project(PACKAGE.parent))
+
+
+@pytest.mark.parametrize(
+    ("call", "function"),
+    [
+        ("dump", dump_activations.dump),
+        ("stream", dump_activations.stream),
+        ("demo.dump", dump_activations.demo.dump),
+        ("StepsDataset('a').sample_indices", dump_activations.StepsDataset.sample_indices),
+        ("StepsDataset('a').find", dump_activations.StepsDataset.find),
+        ("StepsDataset('a').read_boards", dump_activations.StepsDataset.read_boards),
+        ("ActivationsFile('a').read", dump_activations.ActivationsFile.read),
+    ],
+)
+def test_an_editor_shows_names_types_choices_and_a_line_per_parameter(call, function):
+    (signature,) = script(f"{call}(").get_signatures()
+    shown = {parameter.name: parameter.to_string() for parameter in signature.params}
+    parameters = inspect.signature(function).parameters
+    assert [*shown] == [name for name in parameters if name != "self"]
+    documentation = signature.docstring()
+    for name, text in shown.items():
+        assert f"{name}: " in text, "a type"
+        choices = re.findall(r"Literal\[(.*?)\]", str(parameters[name].annotation))
+        assert [each.replace("'", '"') for each in choices] == re.findall(r"Literal\[(.*?)\]", text)
+        assert re.search(rf"^    {name}: \w", documentation, re.MULTILINE), name
+    assert script(call).help(2, len(call))[0].docstring() == documentation
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("dump(bat", ["batch_size="]),
+        ("dump('a', 'b').boards_", ["boards_per_second"]),
+        ("for batch in stream('a', 'b'):\n    batch.lab", ["labels"]),
+        ("StepsDataset('a').read_", ["read_boards", "read_labels", "read_rows"]),
+        ("import dump_activations\ndump_activations.load", ["load_encoder"]),
+        ("demo.", ["CHECKPOINT", "DATASET", "dump"]),
+    ],
+)
+def test_an_editor_completes(code, names):
+    assert {*names} <= {each.name for each in script(code).complete()}

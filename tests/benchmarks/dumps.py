@@ -22,7 +22,7 @@ from setting import Setting
 from workload import WAITING, Workload, workload_50m_cpu
 
 from dump_activations import StepsDataset, _rust, stream
-from dump_activations.options import TENSORS
+from dump_activations.pipeline.options import TENSORS
 
 _LAYER = 5
 

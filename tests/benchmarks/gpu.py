@@ -20,7 +20,7 @@ from setting import Setting
 from torch.profiler import ProfilerActivity, profile
 from workload import KEYS_50M, WAITING, Workload, checkpoint_50m
 
-from dump_activations.options import PRECISIONS
+from dump_activations.pipeline.options import PRECISIONS
 
 _BOARDS, _BATCH = 65_536, 1024
 _PROBED_BOARDS = 8 * _BATCH

@@ -20,7 +20,7 @@ from workload import KEYS_DEMO, Workload, workload_50m_cpu
 
 from dump_activations import demo
 from dump_activations.api.dump import dump_to_file
-from dump_activations.options import DumpOptions
+from dump_activations.pipeline.options import DumpOptions
 from dump_activations.storage.writing.shards import Place
 
 _SLOW_BOARDS, _SLOW_BATCH = 65_536, 256

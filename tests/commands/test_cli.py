@@ -23,7 +23,7 @@ from dump_activations.commands.inspect import main as inspect_main
 from dump_activations.dataset.columns import BOARD_LABELS, LABEL_TEXTS
 from dump_activations.dataset.runs import RUN_LABELS
 from dump_activations.model.activations import ACTIVATIONS
-from dump_activations.options import PRECISIONS, DumpOptions, Group
+from dump_activations.pipeline.options import PRECISIONS, DumpOptions, Group
 from reference.checkpoints import BASE, config_json, load_demo
 from reference.datasets import make_dataset, naive_boards, numpy_indices, read_dataset
 from reference.dumps import read_dump

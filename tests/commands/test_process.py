@@ -68,7 +68,8 @@ run_dump()
 
 
 @pytest.mark.parametrize(
-    "module", ["dump_activations.commands", "click", "dump_activations.options", "numpy", "torch"]
+    "module",
+    ["dump_activations.commands", "click", "dump_activations.pipeline.options", "numpy", "torch"],
 )
 def test_ctrl_c_in_the_first_second_is_one_line(module):
     done = run_script(EARLY.replace("MODULE", module), check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,15 @@ class Group:
 
 
 def without_notes(lines: Sequence[str]) -> list[str]:
-    return [line for line in lines if not line.startswith(("note: ", '{"note": '))]
+    """Return the lines that are neither notes nor progress; an error in JSON as the other ones."""
+    left = []
+    for line in lines:
+        content = json.loads(line) if line.startswith("{") else {}
+        if "error" in content:
+            left.append(f"error: {content['error']}")
+        elif not (line.startswith("note: ") or {"note", "progress"} & content.keys()):
+            left.append(line)
+    return left
 
 
 def place(rank: int, size: int) -> dict[str, str]:

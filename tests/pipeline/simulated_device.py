@@ -25,6 +25,9 @@ The rules, and where they are from:
 * Device memory that the program has let go of is overwritten by what is queued next in the stream
   in which it was allocated, whatever other streams still do with it. (torch's CUDACachingAllocator;
   `Tensor.record_stream`, the way out, is not simulated.)
+* What a thread records in a graph is not run, and not waited for. A replay queues all of it in the
+  current stream, on the memory that was there at the recording. (CUDA C++ Programming Guide, "CUDA
+  Graphs".)
 * A thread has to name the device, with `torch.cuda.device`, before it uses it or pins memory: else
   torch would set up a context on the first device. The thread of the test has named it.
 
@@ -35,12 +38,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from simulated.memory import PinnedMemory
-from simulated.streams import Device, Event, Stream
+from simulated.streams import Device, Event, Graph, Stream
 from simulated.tensors import PLACE, Dispatch
+
+_PROPERTIES = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B, pci_device_id=0)
 
 
 class _Runtime:
@@ -89,6 +95,7 @@ def simulated(
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_name": lambda _: "simulated",
+        "get_device_properties": lambda _: _PROPERTIES,
         "_lazy_init": lambda: None,
         "Stream": partial(Stream, device),
         "Event": partial(Event, device),
@@ -96,6 +103,8 @@ def simulated(
         "stream": device.stream,
         "device": named,
         "synchronize": device.synchronize,
+        "CUDAGraph": partial(Graph, device),
+        "graph": device.record,
         "cudart": lambda: _Runtime(device, pinned),
     }
     with pytest.MonkeyPatch.context() as patch:

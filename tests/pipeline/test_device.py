@@ -4,25 +4,46 @@ import os
 
 import pytest
 import torch
+from simulated.memory import PinnedMemory
 from simulated.policies import lazy
 from simulated_device import simulated
 
 from dump_activations import stream
 from dump_activations.errors import DeviceError, InvalidArgumentError
 from dump_activations.pipeline import device as module
-from dump_activations.pipeline.device import find_device, group_limits, pinned_share, share_cores
+from dump_activations.pipeline.device import (
+    cores_of,
+    find_device,
+    lack_of_cuda,
+    pinned_share,
+    share_cores,
+)
+
+OLD_DRIVER = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+    "driver by downloading and installing a new version. Alternatively, go to: https://pytorch.org"
+)
 
 
 def test_devices_are_found_by_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name, value in {"init": None, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert find_device("cuda") == torch.device("cuda:1")
     assert find_device("cuda:00") == torch.device("cuda:0")
     # torch itself takes cuda:256 for cuda:0.
     for name in ("cuda:2", "cuda:256", "cuda:300"):
         with pytest.raises(DeviceError, match=rf"no {name}; the last one is cuda:1"):
             find_device(name)
+
+
+def test_a_driver_that_is_too_old_is_named_in_one_sentence(monkeypatch):
+    def fail():
+        raise RuntimeError(OLD_DRIVER)
+
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    assert lack_of_cuda() == OLD_DRIVER.partition(". ")[0]
+    with pytest.raises(DeviceError, match=r"for 'cuda' \(The .* 11040\)\); device='cpu' allow"):
+        find_device("cuda")
 
 
 def test_a_batch_too_large_for_flash_attention(demo_checkpoint, demo_dataset):
@@ -35,11 +56,49 @@ def test_a_batch_too_large_for_flash_attention(demo_checkpoint, demo_dataset):
     assert len([*stream(demo_checkpoint, demo_dataset, n_samples=3, **options)]) == 1
 
 
+@pytest.fixture
+def group(monkeypatch, tmp_path):
+    """Return a function that sets the control groups of the process, and the files in them."""
+    monkeypatch.setattr(module, "_MEMBERSHIPS", tmp_path / "cgroup")
+    monkeypatch.setattr(module, "_GROUPS", tmp_path / "mounted")
+
+    def make(memberships, **files):
+        (tmp_path / "cgroup").write_text(memberships)
+        for name, text in files.items():
+            path = tmp_path / "mounted" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    return make
+
+
+V1, V2 = "3:cpuset:/a\n0::/\n", "0::/a\n"
+
+
+@pytest.mark.parametrize(
+    ("memberships", "files", "cores"),
+    [
+        ("", {}, {3: 3, 20: 1, 1: 11}),
+        (V2, {"a/cpuset.cpus.effective": "0-15\n"}, {3: 11}),  # bound by the launcher
+        (V2, {"a/cpuset.cpus.effective": "0-7,12-14\n"}, {3: 3}),  # all of the container
+        (V1, {"cpuset/a/cpuset.effective_cpus": "0-10\n"}, {3: 3}),
+        (V1, {"cpuset/cpuset.effective_cpus": "0-11\n"}, {3: 11}),
+    ],
+)
+def test_cores_are_divided_where_a_process_may_run_on_all(
+    memberships, files, cores, group, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(11)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 11)
+    group(memberships, **files)
+    assert {processes: cores_of(processes) for processes in cores} == cores
+
+
 @pytest.mark.parametrize(
     ("variable", "processes", "threads"), [(None, 4, 2), ("1", 4, 2), ("3", 4, 7), ("1", 1, 7)]
 )
 def test_cores_are_shared_unless_the_user_set_a_number(variable, processes, threads, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(11)))
+    monkeypatch.setattr(module, "cores_of", lambda processes: 8 // processes)
     monkeypatch.setenv("OMP_NUM_THREADS", variable or "")
     if variable is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
@@ -52,30 +111,61 @@ def test_cores_are_shared_unless_the_user_set_a_number(variable, processes, thre
         torch.set_num_threads(before)
 
 
-def test_half_of_the_host_is_shared_by_its_processes(monkeypatch):
-    monkeypatch.setattr(module, "group_limits", lambda: iter([1000, 800]))
-    assert pinned_share(1) == 400
-    assert pinned_share(8) == 50
-
-
 @pytest.mark.parametrize(
-    ("memberships", "limits", "expected"),
+    ("memberships", "files", "limit"),
     [
-        ("0::/a/b\n", {"a/memory.max": "max\n", "a/b/memory.max": "70\n"}, [70]),
-        ("0::/of/the/host\n", {"memory.max": "90\n"}, [90]),
-        ("0::/a\n", {"memory.max": "90", "a/memory.max": "80"}, [80, 90]),
+        ("0::/a/b\n", {"a/memory.max": "max\n", "a/b/memory.max": "700\n"}, 700),
+        ("0::/of/the/host\n", {"memory.max": "900\n"}, 900),
+        ("0::/a\n", {"memory.max": "900", "a/memory.max": "800"}, 800),
+        ("0::/a\n", {"memory.max": "700", "a/memory.max": "800"}, 700),
         (
             "5:cpu,cpuacct:/x\n4:hugetlb,memory:/y\n0::/\n",
-            {"memory/y/memory.limit_in_bytes": "60", "memory/memory.limit_in_bytes": "65"},
-            [60, 65],
+            {"memory/y/memory.limit_in_bytes": "600", "memory/memory.limit_in_bytes": "650"},
+            600,
         ),
-        ("1:name=systemd:/\n", {"memory.max": "90"}, []),
+        ("1:name=systemd:/\n", {"memory.max": "900"}, 1000),
+        ("", {}, 1000),
     ],
 )
-def test_limits_of_control_groups(memberships, limits, expected, tmp_path):
-    (tmp_path / "cgroup").write_text(memberships)
-    for name, text in limits.items():
-        (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mounted" / name).write_text(text)
-    assert [*group_limits(tmp_path / "cgroup", tmp_path / "mounted")] == expected
-    assert [*group_limits(tmp_path / "none", tmp_path / "mounted")] == []
+def test_half_of_the_host_or_container_is_shared_by_its_processes(
+    memberships, files, limit, group, monkeypatch
+):
+    monkeypatch.setattr(os, "sysconf", lambda _: 1000)
+    monkeypatch.setattr(module.mmap, "PAGESIZE", 1)
+    group(memberships, **files)
+    assert pinned_share(1) == limit // 2
+    assert pinned_share(8) == limit // 16
+
+
+@pytest.fixture
+def cores_near(monkeypatch, tmp_path):
+    """Return a function that sets the kernel's list of cores that are near the device."""
+    monkeypatch.setattr(module, "_PCI", tmp_path)
+
+    def put(text):
+        (tmp_path / "0000:1b:00.0").mkdir()
+        (tmp_path / "0000:1b:00.0" / "local_cpulist").write_text(text)
+
+    return put
+
+
+class Placed(PinnedMemory):
+    """Page-locked memory that remembers where the thread that registers it may run."""
+
+    def register(self, address, nbytes):
+        self.cores = os.sched_getaffinity(0)
+        return super().register(address, nbytes)
+
+
+@pytest.mark.parametrize("near", [None, "", "4095\n", "last-4095\n"])
+def test_host_slots_are_touched_first_near_the_device(
+    near, cores_near, demo_checkpoint, demo_dataset
+):
+    mine = os.sched_getaffinity(0)
+    memory = Placed()
+    if near is not None:
+        cores_near(near.replace("last", str(max(mine))))
+    with simulated(lazy, memory):
+        [*stream(demo_checkpoint, demo_dataset, n_samples=9)]
+    assert memory.cores == ({max(mine)} if near == "last-4095\n" else mine)
+    assert os.sched_getaffinity(0) == mine

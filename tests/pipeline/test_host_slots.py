@@ -12,8 +12,8 @@ from simulated_device import simulated
 
 from dump_activations import DumpActivationsNote, dump, stream
 from dump_activations.errors import DeviceError, InvalidArgumentError
-from dump_activations.pipeline import transfer
-from dump_activations.pipeline.transfer import CudaTransfer
+from dump_activations.pipeline import cuda
+from dump_activations.pipeline.cuda import CudaTransfer
 from reference.dumps import read_dump
 
 __all__ = ["one_thread"]
@@ -46,7 +46,7 @@ class Watched(PinnedMemory):
 def memory(monkeypatch, request):
     """Return watched memory, of which a process may lock as much as a parameter says."""
     if hasattr(request, "param"):
-        monkeypatch.setattr(transfer, "pinned_share", lambda _: request.param)
+        monkeypatch.setattr(cuda, "pinned_share", lambda _: request.param)
     return Watched()
 
 

@@ -13,8 +13,8 @@ import torch
 
 from dump_activations import dump, load_encoder, stream
 from dump_activations.errors import ActivationUnavailableError
-from dump_activations.options import Options
 from dump_activations.pipeline import plan as module
+from dump_activations.pipeline.options import Options
 from dump_activations.pipeline.plan import computed_by, fingerprint, make_plan, metadata
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 from reference.datasets import encode_rows, random_boards, write_shards

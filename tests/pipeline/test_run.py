@@ -117,28 +117,37 @@ def test_an_error_drops_the_chunks_that_have_not_begun(
     assert chunks_per_batch - cores <= len(begun) <= chunks_per_batch
 
 
+@pytest.mark.parametrize("after", [0, 1])
 @pytest.mark.parametrize(
     "reason",
     [
         "CUDA error: no kernel image is available for execution on the device",
-        "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.",
+        "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph",
     ],
 )
-def test_a_device_that_cannot_run_the_model_is_an_error_before_any_file(
-    reason, demo_checkpoint, demo_dataset, tmp_path
+def test_an_error_of_the_device_is_one_sentence_and_the_first_batchs_is_before_any_file(
+    reason, after, demo_checkpoint, demo_dataset, tmp_path
 ):
+    calls = []
+
     def fail(*_: object) -> None:
-        raise RuntimeError(f"{reason}\nand more lines")
+        calls.append(1)
+        if len(calls) > after:
+            raise RuntimeError(f"{reason}. And more.\nAnd more lines.")
 
     model = load_encoder(demo_checkpoint)
     model.blocks[0].register_forward_hook(fail)
     expected = rf"^cuda:0 cannot run the model \({re.escape(reason)}\); install a torch that"
+    if after:
+        expected = rf"^the device failed: {re.escape(reason)}$"
     with simulated(greedy):
-        for run in (dump, stream):
-            output = {"output": tmp_path / "a.pt"} if run is dump else {}
-            with pytest.raises(DeviceError, match=expected):
-                run(model, demo_dataset, n_samples=N, **output)
-    assert list(tmp_path.iterdir()) == []
+        with pytest.raises(DeviceError, match=expected):
+            dump(model, demo_dataset, tmp_path / "a.pt", n_samples=N)
+        calls.clear()
+        with pytest.raises(DeviceError, match=expected):
+            [*stream(model, demo_dataset, n_samples=N)]
+    if not after:
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_first_batch_on_a_device_is_a_full_one(demo_checkpoint, demo_dataset):

@@ -18,8 +18,8 @@ from simulated.policies import first, greedy, lazy
 from simulated_device import simulated
 
 from dump_activations import dump, stream
-from dump_activations.pipeline import transfer
-from dump_activations.pipeline.transfer import CudaTransfer
+from dump_activations.pipeline import cuda, transfer
+from dump_activations.pipeline.cuda import CudaTransfer
 from dump_activations.storage.writing import writers
 from reference.dumps import read_dump
 
@@ -67,7 +67,7 @@ def slow_writers(monkeypatch):
     waited_for = threading.Event()
     write, join = writers._Submission.work_on, writers.Writers._join
 
-    class Ring(queue.Queue):
+    class Ring(queue.LifoQueue):
         def get(self):
             if self.empty():
                 waited_for.set()
@@ -83,7 +83,7 @@ def slow_writers(monkeypatch):
         waited_for.set()
         join(pool)
 
-    monkeypatch.setattr(transfer, "_Ring", Ring)
+    monkeypatch.setattr(transfer, "Ring", Ring)
     monkeypatch.setattr(writers._Submission, "work_on", write_span)
     monkeypatch.setattr(writers.Writers, "_join", join_threads)
 
@@ -151,7 +151,7 @@ def ordinary_memory(of):
 
 in_run = partial(in_other_words, CudaTransfer, "run")
 in_copy = partial(in_other_words, CudaTransfer, "_copy")
-in_bring = partial(in_other_words, transfer._DeviceSlot, "bring")
+in_bring = partial(in_other_words, cuda._DeviceSlot, "bring")
 
 WAIT_FOR_FORWARD = "self._side.wait_stream(self._compute)"
 CREATION = "arrived = torch.cuda.Event(blocking=True)"
@@ -219,7 +219,7 @@ WRONG_BYTES = {
     "device memory let go of while it is copied": (
         compute_first,
         in_copy(
-            ("in _cut(source.buffers, rows).items()", "in clones.items()"),
+            ("in cut(source.buffers, rows).items()", "in clones.items()"),
             with_first(
                 CREATION, "clones = {k: t[:rows].clone() for k, t in source.buffers.items()}"
             ),
@@ -238,7 +238,7 @@ WRONG_ORDER = {
     ),
     "one device slot": (
         compute_first,
-        lambda monkeypatch: monkeypatch.setattr(transfer, "_DEVICE_SLOTS", 1),
+        lambda monkeypatch: monkeypatch.setattr(cuda, "_DEVICE_SLOTS", 1),
     ),
     "host slots are not pinned": (compute_first, ordinary_memory("registered")),
     "boards are not pinned": (lazy, ordinary_memory("torch")),
@@ -267,12 +267,12 @@ def test_a_slip_shows_as_a_lost_overlap(slip, simulated_dump, on_cpu, monkeypatc
 
 @pytest.mark.parametrize("where", ["_lock", "_wait"], ids=["pinning", "writers"])
 def test_a_thread_that_does_not_name_the_device_is_found_out(where, simulated_dump, monkeypatch):
-    real = transfer.current
+    real = cuda.current
 
     def current(device):
         caller = sys._getframe(1).f_code.co_name
         return nullcontext() if caller == where else real(device)
 
-    monkeypatch.setattr(transfer, "current", current)
+    monkeypatch.setattr(cuda, "current", current)
     with pytest.raises(AssertionError, match="not named"):
         simulated_dump(lazy)

@@ -16,8 +16,8 @@ from simulated_device import simulated
 
 from dump_activations import stream
 from dump_activations.api.stream import _Caller
-from dump_activations.pipeline import transfer
-from dump_activations.pipeline.transfer import CudaTransfer
+from dump_activations.pipeline import cuda
+from dump_activations.pipeline.cuda import CudaTransfer
 
 __all__ = ["one_thread"]
 
@@ -133,11 +133,11 @@ SLIPS = {
     ),
     "all host slots are in the same memory": (
         *("view, on the host", greedy),
-        in_other_words(transfer, "_ring", ("slot = {}", "slot, start = {}, 0")),
+        in_other_words(cuda, "ring", ("slot = {}", "slot, start = {}, 0")),
     ),
     "a batch is computed in the memory of a view": (
         *("device", greedy),
-        lambda monkeypatch: monkeypatch.setattr(transfer, "_DEVICE_SLOTS", 1),
+        lambda monkeypatch: monkeypatch.setattr(cuda, "_DEVICE_SLOTS", 1),
     ),
     "the caller does not wait for the forward pass": (
         *("device", one_first),
@@ -145,7 +145,7 @@ SLIPS = {
     ),
     "the forward pass is recorded too early": (
         *("device", one_first),
-        in_run((RECORD, "pass"), ("forward(slot", f"{RECORD}; forward(slot")),
+        in_run((RECORD, "pass"), ("with self.computing:", f"{RECORD}\n    with self.computing:")),
     ),
     "the run is in the stream that asks": (
         *("copy", one_first),

@@ -30,11 +30,11 @@ from dump_activations.errors import (
 )
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import DEFAULT_OUTPUT, DumpOptions
 from dump_activations.paths import locate
-from dump_activations.pipeline.device import OutOfMemoryAdvice, current
+from dump_activations.pipeline.device import DeviceAdvice, cores_of, current
 from dump_activations.pipeline.feed import read_batch
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
+from dump_activations.pipeline.options import DumpOptions
 from dump_activations.pipeline.plan import (
     Plan,
     Preview,
@@ -67,7 +67,7 @@ _ALONE = Place()
 def dump(
     init: str | os.PathLike[str] | Encoder,
     dataset: str | os.PathLike[str] | StepsDataset,
-    output: str | os.PathLike[str] = DEFAULT_OUTPUT,
+    output: str | os.PathLike[str] = "activations.safetensors",
     *,
     outputs: str | Sequence[str] = ("final_hidden",),
     layers: Layers | None = None,
@@ -86,6 +86,7 @@ def dump(
     random_init: bool = False,
     precision: Literal["fp32", "tf32", "bf16", "bf16-true"] = "fp32",
     compile: bool = False,  # noqa: A002 -- the command's flag
+    cuda_graph: bool = True,
     write: bool = True,
     stats: bool = False,
     shard_size: int | str | None = None,
@@ -105,7 +106,8 @@ def dump(
         dataset: a dataset of steps, or its directory.
         output: the output's path; its suffix, `.safetensors`, `.pt` or `.npz`, selects the format.
         outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
-        layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
+        layers: layers to keep, as Python indexes them: -1, [0, 3] or "0,3,-1,4:8"; None keeps
+            all.
         split_layers: write one tensor per layer, KEY.LAYER, in place of a stacked one.
         n_samples: steps to sample, unless `indices` or `steps` are given.
         indices: global step indices to use instead of a sample, whole numbers of any shape; or a
@@ -122,6 +124,7 @@ def dump(
         random_init: give the checkpoint's architecture untrained weights, as a control.
         precision: arithmetic of the forward pass; tf32 on CUDA only.
         compile: run the model through torch.compile.
+        cuda_graph: replay full batches as CUDA graphs, where a CUDA device and the model allow it.
         write: False runs the model and keeps nothing.
         stats: store statistics of each activation, stats/KEY/mean and others.
         shard_size: largest size of a shard, such as "4GB" or a number of bytes; None writes one
@@ -186,7 +189,7 @@ def dump_to_file(
     started = time.perf_counter()
     with (
         shown_progress() if options.progress is True else nullcontext(),
-        OutOfMemoryAdvice(batch_size=options.batch_size),
+        DeviceAdvice(batch_size=options.batch_size),
     ):
         plan = _make_plan(init, dataset, path, options)
         with current(plan.device), HeldInterrupts() as interrupts:
@@ -545,5 +548,4 @@ def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
 
 def writer_threads(local_processes: int) -> int:
     """Return enough threads that some wait for the disk while others take checksums."""
-    cores = len(os.sched_getaffinity(0)) // local_processes
-    return min(8, max(2, cores // 2))
+    return min(8, max(2, cores_of(local_processes) // 2))

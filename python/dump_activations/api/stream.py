@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, cast
@@ -17,9 +17,9 @@ from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import StreamOptions
-from dump_activations.pipeline.device import OutOfMemoryAdvice, current
+from dump_activations.pipeline.device import DeviceAdvice, current
 from dump_activations.pipeline.interrupts import HeldInterrupts
+from dump_activations.pipeline.options import StreamOptions
 from dump_activations.pipeline.plan import Plan, make_plan
 from dump_activations.pipeline.run import Run
 from dump_activations.pipeline.transfer import ActivationBatch
@@ -110,6 +110,7 @@ def stream(
     random_init: bool = False,
     precision: Literal["fp32", "tf32", "bf16", "bf16-true"] = "fp32",
     compile: bool = False,  # noqa: A002 -- the command's flag
+    cuda_graph: bool = True,
     tensors: Literal["copy", "view", "device"] = "copy",
 ) -> Iterator[Batch]:
     """Run boards through a model and yield the activations, a batch at a time.
@@ -123,7 +124,8 @@ def stream(
             or a loaded Encoder.
         dataset: a dataset of steps, or its directory.
         outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
-        layers: layers to keep, as Python indexes them: "0,3,-1,4:8"; None keeps all.
+        layers: layers to keep, as Python indexes them: -1, [0, 3] or "0,3,-1,4:8"; None keeps
+            all.
         split_layers: yield one tensor per layer, KEY.LAYER, in place of a stacked one.
         n_samples: steps to sample, unless `indices` or `steps` are given.
         indices: global step indices to use instead of a sample, whole numbers of any shape; or a
@@ -140,6 +142,7 @@ def stream(
         random_init: give the checkpoint's architecture untrained weights, as a control.
         precision: arithmetic of the forward pass; tf32 on CUDA only.
         compile: run the model through torch.compile.
+        cuda_graph: replay full batches as CUDA graphs, where a CUDA device and the model allow it.
         tensors: copy: yours to keep. view: host buffers, valid until the next batch. device: the
             same on the compute device.
 
@@ -147,14 +150,24 @@ def stream(
         DumpActivationsError: one line that names what is wrong and the way out.
     """
     options = StreamOptions.of(locals())
-    with OutOfMemoryAdvice(batch_size=options.batch_size):
+    with DeviceAdvice(batch_size=options.batch_size):
         dataset, options = with_step_indices(dataset, options)
         plan = make_plan(init, dataset, options)
+    return batches_of(plan, tensors=tensors)
+
+
+def batches_of(
+    plan: Plan,
+    rows: Iterable[range] | None = None,
+    *,
+    tensors: Literal["copy", "view", "device"],
+) -> Generator[Batch, None, None]:
+    """Make a plan's run ready, and return its batches: of all rows, or of ranges of rows."""
     caller = _Caller(plan.device, copies=tensors == "copy")
-    run = _computed_ahead(plan, on_device=tensors == "device")
-    batches = _interruptible(run, caller, plan.device, options.batch_size)
+    run = _computed_ahead(plan, rows, on_device=tensors == "device")
+    batches = _interruptible(run, caller, plan.device, plan.options.batch_size)
     next(batches)
-    return cast("Iterator[Batch]", batches)
+    return cast("Generator[Batch, None, None]", batches)
 
 
 _Computed = Generator[ActivationBatch | None, None, None]
@@ -211,7 +224,7 @@ class _Caller:
 
 def _interruptible(
     run: _Computed, caller: _Caller, device: torch.device, batch_size: int
-) -> Iterator[Batch | None]:
+) -> Generator[Batch | None, None, None]:
     """Make the run ready, yield None, then its batches; an interruption ends it in order.
 
     The run's device is current only while a batch is computed, not while the caller has it. An
@@ -220,14 +233,14 @@ def _interruptible(
     try:
         with (
             HeldInterrupts(),
-            OutOfMemoryAdvice(batch_size=batch_size),
+            DeviceAdvice(batch_size=batch_size),
             current(device),
             caller.returned(),
         ):
             next(run)
         yield None
         while True:
-            with HeldInterrupts(), OutOfMemoryAdvice(batch_size=batch_size), current(device):
+            with HeldInterrupts(), DeviceAdvice(batch_size=batch_size), current(device):
                 batch = caller.take(run)
             if batch is None:
                 return
@@ -238,7 +251,7 @@ def _interruptible(
             run.close()
 
 
-def _computed_ahead(plan: Plan, *, on_device: bool) -> _Computed:
+def _computed_ahead(plan: Plan, rows: Iterable[range] | None, *, on_device: bool) -> _Computed:
     """Make the run ready, yield None, then its batches, which the device may still work on."""
     # The CPU is the caller's between two batches.
     ahead = 1 if plan.device.type == "cuda" else 0
@@ -250,7 +263,7 @@ def _computed_ahead(plan: Plan, *, on_device: bool) -> _Computed:
             for name, tensor in plan.weights.items()
         }
         yield None
-        for batch in run.batches():
+        for batch in run.batches(rows):
             under_way.append(replace(batch, tensors=batch.tensors | weights))
             if len(under_way) > ahead:
                 yield under_way.popleft()

@@ -33,8 +33,14 @@ from dump_activations.commands.runs import show_keys, show_labels, show_preview,
 from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option, with_flags
 from dump_activations.model.activations import ACTIVATIONS
-from dump_activations.options import DEFAULT_OUTPUT, Described, DumpOptions, Group, describe
 from dump_activations.paths import locate
+from dump_activations.pipeline.options import (
+    DEFAULT_OUTPUT,
+    Described,
+    DumpOptions,
+    Group,
+    describe,
+)
 from dump_activations.progress import begin, shown_progress, silent_progress
 
 if TYPE_CHECKING:
@@ -97,6 +103,13 @@ class _Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent + 2}}{call}\n")
 
 
+# What flags do that turn an option off.
+_TURNED_OFF = {
+    "write": "Run the model and write nothing.",
+    "cuda_graph": "Launch each kernel, in place of replaying batches as CUDA graphs.",
+}
+
+
 def _flag(described: Described) -> Callable[[Any], Any] | None:
     """Make an option of the command of one of `dump`; None where only Python has it."""
     name, default = described.name, described.default
@@ -111,10 +124,9 @@ def _flag(described: Described) -> Callable[[Any], Any] | None:
         attributes |= {"type": click.Path(), "help": f"An .npy or .npz file, or a dump: {text}."}
     elif name in ("outputs", "labels"):
         attributes["multiple"] = True
-    elif name == "write":
-        attributes |= {"flag_value": False, "show_default": False}
-        attributes["help"] = "Run the model and write nothing."
-        return _option("--no-write", "write", group=described.group, **attributes)
+    elif default is True:
+        attributes |= {"flag_value": False, "show_default": False, "help": _TURNED_OFF[name]}
+        return _option(f"--no-{flag[2:]}", name, group=described.group, **attributes)
     elif isinstance(default, bool):
         attributes["is_flag"] = True
     elif name in ("layers", "steps", "where", "shard_size", "shards") or isinstance(
@@ -283,14 +295,12 @@ def _run(
     keep_freed_memory()
     begin("loading torch")
     with uncollected_imports():
-        import torch
-
         from dump_activations.api.dump import dump_to_file, preview
         from dump_activations.dataset.dataset import StepsDataset
-        from dump_activations.pipeline.device import share_cores
+        from dump_activations.pipeline.device import lack_of_cuda, share_cores
         from dump_activations.storage.writing.shards import Place
-    if options.allow_cpu and any_device and not torch.cuda.is_available():
-        print_line("note", "no CUDA device: running on the CPU")
+    if options.allow_cpu and any_device and (reason := lack_of_cuda()):
+        print_line("note", f"no CUDA device ({reason}): running on the CPU")
         options = replace(options, device="cpu")
     elif options.device == "cuda" and launched.world_size > 1:
         options = replace(options, device=f"cuda:{launched.local_rank}")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import os
 
     from dump_activations.model.config import EncoderConfig
-    from dump_activations.options import Options
+    from dump_activations.pipeline.options import Options
     from dump_activations.pipeline.plan import Preview
     from dump_activations.pipeline.run import Summary
 

@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
@@ -17,7 +18,7 @@ from dump_activations.dataset.columns import Columns, LabelReader
 from dump_activations.dataset.expressions import Expression, parse, split_names
 from dump_activations.dataset.filters import find_matches, locate_rows
 from dump_activations.dataset.sampling import Matches, StepRange, sample, step_indices
-from dump_activations.dataset.shards import Shard, open_shards
+from dump_activations.dataset.shards import Shard, fetch_rows, open_shards
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
     DatasetError,
@@ -28,7 +29,8 @@ from dump_activations.errors import (
     warn,
 )
 from dump_activations.progress import Count
-from dump_activations.text import slice_text
+from dump_activations.remote.mirror import url_of
+from dump_activations.text import printable, slice_text
 
 if TYPE_CHECKING:
     # For the types of a `DataLoader`. It only needs the methods, and a dataset needs no torch.
@@ -108,23 +110,44 @@ class StepsDataset(_Dataset):
         return self._dataset.rows
 
     def __repr__(self) -> str:
+        """Return at most 20 lines: the path, the rows, their fields, and the shards."""
+        title, *tables = self._described()
+        return "\n".join([title, *(f"  {'  '.join(row)}" for rows in tables for row in rows)])
+
+    def _repr_html_(self) -> str:
+        """Return the same as tables, as a notebook shows them."""
+        title, *tables = self._described()
+        cells = [
+            "".join(f"<tr><td>{'</td><td>'.join(map(escape, row))}</td></tr>" for row in rows)
+            for rows in tables
+        ]
+        return f"<p>{escape(title)}</p>" + "".join(f"<table>{each}</table>" for each in cells)
+
+    def _described(self) -> tuple[str, list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Return a title, rows about the first fields, and rows about the first shards."""
         labels = f", labels={list(self._labels)}" if self._labels else ""
+        source = url_of(self.path) or os.fspath(self.path)
+        title = (
+            f"StepsDataset({source!r}{labels}): {len(self):,} rows of "
+            f"{self.dtype.itemsize} bytes, {len(self.shards):,} shards"
+        )
         names = self.dtype.names or ()
-        fields = [
-            f"  {name}  {self.dtype[name].base} {self.dtype[name].shape or ''}".rstrip()
+        fields: list[tuple[str, ...]] = [
+            (
+                printable(name),
+                *map(str, filter(None, (self.dtype[name].base, self.dtype[name].shape))),
+            )
             for name in names[:_FIELDS_SHOWN]
         ]
         if len(names) > _FIELDS_SHOWN:
-            fields.append(f"  ... and {len(names) - _FIELDS_SHOWN} more fields")
-        shards = [
-            f"  {shard.path.name}  {shard.rows:,} rows from step {shard.first:,}"
+            fields.append((f"... and {len(names) - _FIELDS_SHOWN} more fields",))
+        shards: list[tuple[str, ...]] = [
+            (printable(shard.path.name), f"{shard.rows:,} rows from step {shard.first:,}")
             for shard in self.shards[:_SHARDS_SHOWN]
         ]
         if len(self.shards) > _SHARDS_SHOWN:
-            shards.append(f"  ... and {len(self.shards) - _SHARDS_SHOWN:,} more shards")
-        title = f"StepsDataset({os.fspath(self.path)!r}{labels})"
-        size = f"{len(self):,} rows of {self.dtype.itemsize} bytes, {len(self.shards):,} shards"
-        return "\n".join([f"{title}: {size}", *fields, *shards])
+            shards.append((f"... and {len(self.shards) - _SHARDS_SHOWN:,} more shards",))
+        return title, fields, shards
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path, Sequence[str]]]:
         return type(self), (self.path, self._labels)
@@ -362,6 +385,7 @@ class StepsDataset(_Dataset):
         elif not isinstance(out, np.ndarray) or out.dtype != np.uint8:
             given = getattr(out, "dtype", type(out).__name__)
             raise TypeError(f"out must be a NumPy array of uint8; got {given}")
+        fetch_rows(self._dataset, indices)
         self._dataset.read_boards(indices, out, cancel)
         return out
 
@@ -372,6 +396,7 @@ class StepsDataset(_Dataset):
         """
         indices = step_indices(indices)
         rows: NDArray[np.void] = np.empty(len(indices), self.dtype)
+        fetch_rows(self._dataset, indices)
         self._dataset.read_rows(
             indices, rows.view(np.uint8).reshape(len(rows), self.dtype.itemsize)
         )

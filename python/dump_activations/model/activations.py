@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from dump_activations.model.config import EncoderConfig
     from dump_activations.model.encoder import Encoder
 
-Layers = str | Iterable[int | slice]
-"""Text such as `0,3,-1,4:8`, or numbers and slices."""
+Layers = str | int | slice | Iterable[int | slice]
+"""Text such as `0,3,-1,4:8`, a number or a slice, or several of them."""
 
 
 def _first(_module: object, value: Tensor, *_: object) -> Tensor:
@@ -301,6 +301,8 @@ def parse_layers(name: str, layers: Layers | None) -> tuple[int | slice, ...] | 
         return None
     try:
         items = layers.split(",") if isinstance(layers, str) else layers
+        if isinstance(items, SupportsIndex | slice):
+            items = (items,)
         parsed = tuple(map(_parse_item, items))
         if not parsed:
             raise ValueError("no layers")

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,10 @@ from torch.nn.attention import SDPBackend
 
 from dump_activations.errors import DeviceError, DumpActivationsError, option, switch
 from dump_activations.model.encoder import Encoder, replicate
+
+_MEMBERSHIPS = Path("/proc/self/cgroup")  # lines of ID:CONTROLLERS:PATH
+_GROUPS = Path("/sys/fs/cgroup")
+_PCI = Path("/sys/bus/pci/devices")
 
 # Page-locked memory is lost to others, and to the page cache that writers fill.
 _LARGEST_SHARE = 0.5
@@ -48,13 +53,7 @@ def find_device(name: str) -> torch.device:
     kind, _, number = name.partition(":")
     if kind != "cuda":
         return torch.device(name)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        reason = "torch finds none"
-        try:
-            torch.cuda.init()
-        except Exception as error:  # torch raises several kinds, each with the reason in its text
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if reason := lack_of_cuda():
         raise DeviceError(
             f"{option('device')}: no CUDA device for {name!r} ({reason}); "
             f"{option('device', 'cpu')} {switch('allow_cpu')} runs on the CPU"
@@ -62,9 +61,24 @@ def find_device(name: str) -> torch.device:
     if not number:
         return torch.device("cuda", torch.cuda.current_device())
     # Compared here: torch keeps only the low byte of a larger number.
-    if int(number) >= count:
+    if int(number) >= (count := torch.cuda.device_count()):
         raise DeviceError(f"{option('device')}: no cuda:{number}; the last one is cuda:{count - 1}")
     return torch.device("cuda", int(number))
+
+
+def lack_of_cuda() -> str:
+    """Return the reason why torch has no CUDA device here, such as a driver that is too old."""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # torch raises several kinds, each with the reason in its text
+        return first_sentence(error)
+    return "" if torch.cuda.device_count() else "torch finds none"
+
+
+def first_sentence(error: BaseException) -> str:
+    """Cut an error to its first sentence: CUDA's go on with advice for developers."""
+    line = str(error).strip().partition("\n")[0]
+    return re.split(r"\.\s", line, maxsplit=1)[0].rstrip(".") or type(error).__name__
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -83,44 +97,66 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def cores_of(processes: int) -> int:
+    """Return the cores of one of a machine's or container's processes.
+
+    They are divided where the process may run on all of them. Fewer are its own: a launcher has
+    bound it to them.
+    """
+    own = len(os.sched_getaffinity(0))
+    groups = group_values("cpuset", "cpuset.effective_cpus", "cpuset.cpus.effective")
+    machine = next(groups, None)
+    whole = os.cpu_count() if machine is None else len(_numbers(machine))
+    return own if own != whole else max(own // processes, 1)
+
+
 def share_cores(processes: int) -> None:
-    """Let torch use this process's share of a machine's cores, among so many processes.
+    """Let torch use this process's share of the cores, among so many processes.
 
     torchrun sets OMP_NUM_THREADS to 1 where the user has not set it. Any other number is the
     user's, and stays.
     """
     if processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // processes, 1))
+        torch.set_num_threads(cores_of(processes))
 
 
 def pinned_share(processes: int) -> int:
     """Return the bytes that each of a machine's or container's processes may page-lock."""
-    host = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE]
     # Beyond the limit of a control group the kernel kills, without an error.
-    return int(min([host, *group_limits()]) * _LARGEST_SHARE) // processes
+    for text in group_values("memory", "memory.limit_in_bytes", "memory.max"):
+        with suppress(ValueError):  # `max`
+            limits.append(int(text))
+    return int(min(limits) * _LARGEST_SHARE) // processes
 
 
-def group_limits(
-    memberships: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
-) -> Iterator[int]:
-    """Yield the memory limits of this process's control groups (v1 or v2), in bytes.
-
-    Args:
-        memberships: file that lists the groups, as `ID:CONTROLLERS:PATH`.
-        mounted: directory of the groups; in a container it may hold only the root.
-    """
+def group_values(controller: str, v1_name: str, v2_name: str) -> Iterator[str]:
+    """Yield a setting of this process's control groups, v1 or v2, the innermost group first."""
     with suppress(OSError):
-        for line in memberships.read_text().splitlines():
+        for line in _MEMBERSHIPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            root = mounted / "memory" if controllers else mounted
-            name = "memory.limit_in_bytes" if controllers else "memory.max"
-            group = root / path.strip("/")
+            root, name = (_GROUPS / controller, v1_name) if controllers else (_GROUPS, v2_name)
+            group = root / path.strip("/")  # In a container there may be only the root.
             for directory in (group, *group.parents):
-                if directory.is_relative_to(root):
-                    with suppress(OSError, ValueError):  # no such file, or `max`
-                        yield int((directory / name).read_text())
+                if directory.is_relative_to(root) and (directory / name).is_file():
+                    yield (directory / name).read_text()
+
+
+def run_near(device: torch.device) -> None:
+    """Have this thread run on the device's node: memory that it touches first will be there."""
+    at: Any = torch.cuda.get_device_properties(device)
+    address = f"{at.pci_domain_id:04x}:{at.pci_bus_id:02x}:{at.pci_device_id:02x}.0"
+    with suppress(OSError, ValueError):  # A virtual machine may not tell, or allow none of them.
+        near = _numbers((_PCI / address / "local_cpulist").read_text())
+        os.sched_setaffinity(0, near & os.sched_getaffinity(0))
+
+
+def _numbers(text: str) -> set[int]:
+    """Read a kernel's list of cores: `0-3,8`."""
+    ranges = (each.partition("-") for each in text.strip().split(","))
+    return {n for first, _, last in ranges for n in range(int(first), int(last or first) + 1)}
 
 
 def in_precision(model: Encoder, precision: str, device: torch.device) -> Encoder:
@@ -220,8 +256,14 @@ def out_of(error: BaseException | None) -> str | None:
     return next((name for name, pattern in _RESOURCES.items() if re.search(pattern, text)), None)
 
 
-class OutOfMemoryAdvice(AbstractContextManager[None]):
-    """Raises a DeviceError for an error that means that something ran out.
+def is_of_cuda(error: BaseException) -> bool:
+    """Return True for an error that a CUDA device or its libraries raise."""
+    is_torchs = isinstance(error, RuntimeError) and not isinstance(error, DumpActivationsError)
+    return is_torchs and bool(re.search("CUDA|CUBLAS|cuDNN|CUDNN", str(error)))
+
+
+class DeviceAdvice(AbstractContextManager[None]):
+    """Raises a DeviceError for an error of CUDA, or one that means that something ran out.
 
     The caller may try again in its handler, so nothing here keeps the frames of what failed, and
     the memory that they hold. A generator with `contextmanager` would keep them.
@@ -239,10 +281,12 @@ class OutOfMemoryAdvice(AbstractContextManager[None]):
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         del traceback
         name = out_of(error)
-        if error is None or name is None:
+        if error is None or (name is None and not is_of_cuda(error)):
             return
         notes = getattr(error, "__notes__", [])
-        if name == _THREADS:
+        if name is None:
+            text = f"the device failed: {first_sentence(error)}"
+        elif name == _THREADS:
             text = "no more threads can be started; end other programs, or raise `ulimit -u`"
         elif self._batch_size is None:
             text = f"out of {name}: the model does not fit on {self._model_on}; "

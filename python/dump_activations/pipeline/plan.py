@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dump_activations import _rust
 from dump_activations import progress as phases
 from dump_activations.dataset.columns import LabelReader
 from dump_activations.dataset.dataset import StepsDataset
@@ -33,13 +33,14 @@ from dump_activations.model.activations import (
 )
 from dump_activations.model.checkpoint import preferred_files, prepare_model
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import Options
 from dump_activations.pipeline.device import (
-    OutOfMemoryAdvice,
+    DeviceAdvice,
     current,
     device_name,
     find_device,
 )
+from dump_activations.pipeline.options import Options
+from dump_activations.remote.mirror import url_of
 from dump_activations.text import size_text
 
 # Flash attention puts boards on an axis of CUDA's grid that is no longer than this.
@@ -158,7 +159,7 @@ def make_plan(
         phases.begin("opening the dataset")
         dataset = StepsDataset(dataset)
     phases.begin("loading the checkpoint")
-    with OutOfMemoryAdvice(model_on=device), current(device):
+    with DeviceAdvice(model_on=device), current(device):
         model = prepare_model(init, device, random_init=options.random_init, seed=options.seed)
     activations = find_activations(options.outputs, model.config)
     layers = find_layers(options.layers, model.config.num_hidden_layers)
@@ -202,14 +203,14 @@ def metadata(plan: Plan) -> dict[str, str]:
         "batch_size": str(options.batch_size),
         "seed": str(options.seed),
         "n_samples": str(len(plan.indices)),
-        "dataset": str(plan.dataset.path),
+        "dataset": url_of(plan.dataset.path) or str(plan.dataset.path),
         "dataset_rows": str(len(plan.dataset)),
         "dataset_layout_sha256": plan.dataset.layout_sha256,
         "sampling": plan.sampling,
         "where": options.where.text if isinstance(options.where, Expression) else None,
         "steps": plan.sampling.removeprefix("steps ") if options.steps is not None else None,
         "format_version": _FORMAT_VERSION,
-        "dump_activations_version": version("dump-activations"),
+        "dump_activations_version": _rust.__version__,
         "torch_version": torch.__version__,
     }
     return {name: text for name, text in entries.items() if text is not None}

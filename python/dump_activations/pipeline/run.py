@@ -4,7 +4,6 @@ Shape letters: B boards in a batch, S cells (16).
 """
 
 import os
-import re
 import stat
 import tempfile
 import time
@@ -22,18 +21,19 @@ import torch
 from torch import Tensor
 
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import DeviceError, DumpActivationsError, option
+from dump_activations.errors import DeviceError, DumpActivationsError, note, option
 from dump_activations.model.capture import Capture
-from dump_activations.pipeline.device import arithmetic, in_precision, out_of
+from dump_activations.pipeline.cuda import CudaTransfer, has_callers_code
+from dump_activations.pipeline.device import (
+    arithmetic,
+    first_sentence,
+    in_precision,
+    is_of_cuda,
+    out_of,
+)
 from dump_activations.pipeline.feed import BoardBatch, feed_boards
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pipeline.transfer import (
-    ActivationBatch,
-    Buffers,
-    CudaStopwatch,
-    CudaTransfer,
-    HostTransfer,
-)
+from dump_activations.pipeline.transfer import ActivationBatch, Buffers, HostTransfer
 from dump_activations.text import size_text
 from dump_activations.timing import Chunk, Stopwatch
 
@@ -174,11 +174,7 @@ class Run:
         self._transfer: HostTransfer | CudaTransfer
         self._boards = 0
         self._ended: float | None = None
-        on_cuda, compiled = plan.device.type == "cuda", plan.options.compile
-        self._computing: Stopwatch | CudaStopwatch = (
-            CudaStopwatch(torch.cuda.current_stream(plan.device)) if on_cuda else Stopwatch()
-        )
-        self._is_chunked = not (on_cuda or compiled)
+        self._is_chunked = not (plan.device.type == "cuda" or plan.options.compile)
         # On the CPU even a single worker runs chunks, which fit its cache, while this thread reads
         # boards and takes shards.
         self._workers = torch.get_num_threads() if self._is_chunked else 1
@@ -190,6 +186,10 @@ class Run:
         with ExitStack() as exits:
             if compiled:
                 _use_own_cache()
+            is_graphed = plan.device.type == "cuda" and plan.options.cuda_graph
+            if is_graphed and has_callers_code(plan.model):
+                is_graphed = False
+                note("forward passes run without CUDA graphs: the model has code of the caller's")
             model = in_precision(plan.model, plan.options.precision, plan.device)
             self._capture = exits.enter_context(
                 Capture(model, plan.board_tensors, compiled_rows=rows if compiled else None)
@@ -214,31 +214,33 @@ class Run:
                 self._transfer = HostTransfer(plan, rows)
             self._set_up = (0.0, 0.0)
             if not self._is_chunked:
-                self._warm_up(rows)
-                self._set_up = (self._computing.seconds, self._transfer.copying.seconds)
+                self._warm_up(rows, is_graphed=is_graphed)
+                self._set_up = (self._transfer.computing.seconds, self._transfer.copying.seconds)
             self._exits = exits.pop_all()
         self._started = time.perf_counter()
         return self
 
-    def _warm_up(self, rows: int) -> None:
+    def _warm_up(self, rows: int, *, is_graphed: bool) -> None:
         indices = np.zeros(rows, np.int64)
         boards_BS = torch.zeros((rows, CELLS), dtype=torch.uint8, device="cpu")
         try:
-            batch = self._transfer.run(BoardBatch(0, indices, boards_BS, {}), self._start)
+            batch = self._capture_batch(BoardBatch(0, indices, boards_BS, {}))
             for chunk in batch.chunks:
                 chunk.wait()
             batch.release()
-            if self._plan.device.type == "cuda":
+            if isinstance(self._transfer, CudaTransfer):
                 torch.cuda.synchronize(self._plan.device)  # The times are complete after it.
+                if is_graphed:
+                    self._transfer.record(self._forward)
         except Exception as error:
             if isinstance(error, DumpActivationsError) or out_of(error):
                 raise
             reason = getattr(error, "inner_exception", error)
-            line = str(reason).strip().partition("\n")[0]
+            line = first_sentence(reason)
             if self._plan.options.compile:
                 text = f"torch.compile fails here ({type(reason).__name__}: {line}); leave it out"
                 raise DeviceError(f"{option('compile')}: {text}") from error
-            if isinstance(error, RuntimeError) and re.search("CUDA|CUBLAS|cuDNN|CUDNN", line):
+            if is_of_cuda(error):
                 text = f"cannot run the model ({line}); install a torch that supports this GPU"
                 raise DeviceError(f"{self._plan.device} {text}") from error
             raise
@@ -269,7 +271,7 @@ class Run:
         self._exits.enter_context(closing(feed))
         try:
             for boards in feed:
-                yield self._transfer.run(boards, self._start)
+                yield self._capture_batch(boards)
                 # As many as keep the workers busy while the next batch is queued.
                 self._finish(leave=self._workers)
                 self._boards += len(boards.indices)
@@ -279,13 +281,13 @@ class Run:
             while self._futures:  # Waiting for one that has not begun raises CancelledError.
                 self._futures.popleft().cancel()
 
-    def _start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Chunk]:
-        """Queue a batch: exponents (B, 16) of any integer dtype, and buffers (B, *shape) to fill.
+    def _capture_batch(self, boards: BoardBatch) -> ActivationBatch:
+        if isinstance(self._transfer, CudaTransfer):
+            return self._transfer.run(boards, self._forward)
+        return self._transfer.run(boards, self._start)
 
-        Returns:
-            The chunks of the batch, in order. On CUDA there is nothing to wait for: the next work
-            in the stream finds the buffers full.
-        """
+    def _start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Chunk]:
+        """Queue a batch on the CPU, and return its chunks in order."""
         rows = len(tokens_BS)
         if not self._is_chunked:
             self._run_chunk(tokens_BS, buffers)
@@ -300,8 +302,12 @@ class Run:
         return chunks
 
     def _run_chunk(self, tokens_BS: Tensor, buffers: Buffers) -> None:
+        with self._transfer.computing:
+            self._forward(tokens_BS, buffers)
+
+    def _forward(self, tokens_BS: Tensor, buffers: Buffers) -> None:
         own = arithmetic(self._plan.options.precision, self._plan.device)
-        with self._computing, torch.inference_mode(), own:
+        with torch.inference_mode(), own:
             self._capture.run(tokens_BS, buffers)
 
     def _finish(self, *, leave: int = 0) -> None:
@@ -326,7 +332,7 @@ class Run:
             commit_seconds=self.commit_seconds,
             stage_seconds={
                 "boards": self._reading.seconds,
-                "forward": (self._computing.seconds - forward) / self._workers,
+                "forward": (self._transfer.computing.seconds - forward) / self._workers,
                 "copy": self._transfer.copying.seconds - copying,
                 "write": write_seconds,
             },

@@ -84,6 +84,21 @@ class Event:
         return 1.0
 
 
+class Graph:
+    """Stands in for `torch.cuda.CUDAGraph`: tasks that are queued again at each replay."""
+
+    def __init__(self, device: "Device") -> None:
+        self._device = device
+        self.queue: deque[Task] = deque()
+
+    def pool(self) -> object:
+        return self
+
+    def replay(self) -> None:
+        for task in list(self.queue):
+            self._device.submit(Task(self._device.current_stream(), task.run, name=task.name))
+
+
 class Device:
     """Runs what its streams are given, in the threads that call it.
 
@@ -94,6 +109,7 @@ class Device:
         streams: the default one, then the others in the order in which they were created.
         log: the names of what was run, in order.
         threads: those that have named the device.
+        allocations: tensors on the device that were allocated, but for those in graphs.
     """
 
     def __init__(self, policy: Callable[["Device"], None]) -> None:
@@ -103,13 +119,18 @@ class Device:
         self.streams: list[Stream] = []
         self.log: list[str] = []
         self.threads: set[int] = set()
+        self.allocations = 0
         Stream(self)
 
     def submit(self, task: Task) -> Task:
         """Queue a task in its stream."""
         with self._lock:
-            task.stream.queue.append(task)
-            self.proceed()
+            if self.recording:
+                assert task.name, "only work of kernels and queued copies is simulated in a graph"
+                self.recording.queue.append(task)
+            else:
+                task.stream.queue.append(task)
+                self.proceed()
         return task
 
     def proceed(self) -> None:
@@ -120,6 +141,8 @@ class Device:
 
     def finish(self, task: Task) -> None:
         """Run what has to be done for the task to be done, and what the policy likes."""
+        if self.recording:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nMore")
         with self._lock:
             self.proceed()
             while not task.done:
@@ -148,6 +171,21 @@ class Device:
         with self._lock:
             for stream in self.streams:
                 self.drain(stream)
+
+    @property
+    def recording(self) -> Graph | None:
+        """The graph that this thread records."""
+        return getattr(self._here, "graph", None)
+
+    @contextmanager
+    def record(self, graph: Graph, _pool: object, _stream: Stream, **_: object) -> Iterator[None]:
+        """Stands in for `torch.cuda.graph`."""
+        self.synchronize()
+        self._here.graph = graph
+        try:
+            yield
+        finally:
+            self._here.graph = None
 
     def current_stream(self, _device: object = None) -> Stream:
         """Stands in for `torch.cuda.current_stream`."""

@@ -135,9 +135,11 @@ class Dispatch(TorchDispatchMode):
 
     def _allocate(self, like: Tensor) -> DeviceTensor:
         memory, block = unwritten(like), _Block()
-        let_go = Task(self._device.current_stream(), partial(unwrite, memory))
+        let_go = Task(self._device.current_stream(), partial(unwrite, memory), name="let go")
+        self._device.allocations += not self._device.recording
+        queue = (self._device.recording or let_go.stream).queue
         # No more than queued: garbage may be collected in the middle of anything.
-        weakref.finalize(block, let_go.stream.queue.append, let_go).atexit = False
+        weakref.finalize(block, queue.append, let_go).atexit = False
         return DeviceTensor(memory, block)
 
     def _queue(self, name: str, run: Callable[[], object]) -> Task:

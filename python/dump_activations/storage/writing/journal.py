@@ -239,11 +239,10 @@ def remove_journal(target: Path) -> None:
     """Remove what is left of a target's journal.
 
     Raises:
-        OutputError: the system refused.
+        OSError: the system refused.
     """
     for path in (journal_path(target), replacement_path(target)):
-        with OutputError.when(f"cannot remove {path}"):
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _records(file: BinaryIO, header: Header) -> Iterator[tuple[int, BatchDigests]]:

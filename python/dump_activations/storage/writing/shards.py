@@ -173,7 +173,8 @@ class Output:
         names = list_names(self._directory)
         for file in self.files:
             if journal_path(file.target).name in names and file.target in self.finished:
-                with suppress(BusyError):
+                what = f"{file.target} is complete, but its journal cannot be removed"
+                with suppress(BusyError), OutputError.when(what):
                     partial = Partial.open(file.target, self._mount)
                     if partial.is_new:
                         remove_journal(file.target)

@@ -297,6 +297,11 @@ class Options:
         choices=PRECISIONS,
     )
     compile: bool = _option("compile the model with torch.compile", Group.COMPUTE, default=False)
+    cuda_graph: bool = _option(
+        "replay full batches as CUDA graphs; False launches each kernel",
+        Group.COMPUTE,
+        default=True,
+    )
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
