@@ -370,7 +370,7 @@ def without_config(root):
 
 
 # Checkpoints that are refused: tests/model/test_checkpoint.py.
-# Changes of the call, or a function of a directory that makes files for them, and parts of the line.
+# Changes of the call, or a function that makes files for them in a directory. Parts of the line.
 FAILURES = {
     "no-init": ({"init": "none"}, ["none"]),
     "no-bundle": ({"init": "none.pt"}, ["none.pt"]),
