@@ -288,8 +288,7 @@ def test_pictures_have_a_role_and_a_name(demo_report):
 def test_thousands_of_entries_of_metadata_are_bounded(tmp_path):
     text = write(tmp_path, {}, {f"key{i:04}": "x" for i in range(5000)})
     assert "4,900 more entries of metadata are not listed." in text
-    assert "key0099" in text
-    assert "key0100" not in text
+    assert len(re.findall(r"\bkey\d{4}\b", text)) == 100
 
 
 def test_an_empty_cell_is_no_tile_in_the_order_of_the_examples(tmp_path):
