@@ -23,8 +23,8 @@ from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import CELLS, STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import StreamOptions
 from dump_activations.pipeline.device import OutOfMemoryAdvice
+from dump_activations.pipeline.options import StreamOptions
 from dump_activations.pipeline.plan import Plan, fingerprint, make_plan
 from dump_activations.storage.reading.cells import (
     CellOrder,
@@ -33,7 +33,7 @@ from dump_activations.storage.reading.cells import (
     Values,
     rows_and_cells,
 )
-from dump_activations.storage.reading.keys import Key
+from dump_activations.storage.reading.keys import Key, Part
 from dump_activations.storage.reading.stored_cells import CellValues, find_cells
 
 Buffers = dict[str, Tensor]
@@ -152,10 +152,11 @@ def _find_values(plan: Plan, keys: Sequence[str], layer: int | None) -> dict[str
         raise InvalidArgumentError(
             f"{option('key')} must name keys with an axis of cells; got {', '.join(keys)}"
         )
+    dtype, in_model = STORAGE_DTYPES[plan.options.dtype].name, plan.model.config.num_hidden_layers
     found = {}
     for tensor in plan.board_tensors:
         shape, layers = (tensor.shape[1:], plan.layers) if tensor.stacked else (tensor.shape, None)
-        key = Key(tensor.name, STORAGE_DTYPES[plan.options.dtype].name, shape, layers)
+        key = Key(tensor.name, dtype, shape, (Part(tensor.name),), layers, in_model)
         found[tensor.name] = find_cells(key, layer)
     return found
 
