@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dump_activations import demo
     from dump_activations.api.dump import dump
     from dump_activations.api.stream import Batch, stream
+    from dump_activations.api.stream_cells import stream_cells
     from dump_activations.dataset.dataset import StepsDataset
     from dump_activations.dataset.shards import Shard
     from dump_activations.errors import (
@@ -77,6 +78,7 @@ __all__ = [
     "dump",
     "load_encoder",
     "stream",
+    "stream_cells",
     "write_report",
 ]
 
@@ -94,6 +96,7 @@ _HOMES = {
     "dump": "api.dump",
     "load_encoder": "model.checkpoint",
     "stream": "api.stream",
+    "stream_cells": "api.stream_cells",
     "write_report": "report.render",
 }
 

@@ -141,8 +141,10 @@ class DeviceError(DumpActivationsError, RuntimeError):
     """A compute device, memory, threads or a compiler that this machine lacks."""
 
 
-class OutputError(DumpActivationsError, OSError):
-    """An output file that cannot be written, resumed or read back."""
+class _FileError(DumpActivationsError):
+    """A file that the system, or a server, refuses."""
+
+    errno: int | None
 
     @classmethod
     def of_system(cls, what: str, cause: OSError) -> Self:
@@ -162,6 +164,14 @@ class OutputError(DumpActivationsError, OSError):
             raise
         except OSError as error:
             raise cls.of_system(what, error) from error
+
+
+class OutputError(_FileError, OSError):
+    """An output file that cannot be written, resumed or read back."""
+
+
+class RemoteError(_FileError, RuntimeError):
+    """A file behind a URL that cannot be read, or its local copy."""
 
 
 class RowIndexError(DumpActivationsError, IndexError):

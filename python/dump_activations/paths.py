@@ -10,6 +10,11 @@ from dump_activations.errors import DumpActivationsError, InvalidArgumentError, 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
+def is_url(path: object) -> bool:
+    """Return True for text of the form `scheme://...`."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
 def locate(path: str | os.PathLike[str], name: str = "") -> Path:
     """Turn a path argument into an absolute path, with `~` expanded and links kept.
 

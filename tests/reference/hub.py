@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -109,6 +110,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.after_listing()
             case ["api", "models", org, name, "tree", revision]:
                 self._tree(f"{org}/{name}", unquote(revision))
+            case ["api", "datasets", org, name, "revision", revision]:
+                self._info(f"{org}/{name}", unquote(revision))
+            case ["api", "datasets", org, name, "tree", revision, *below]:
+                self._tree(
+                    f"{org}/{name}", unquote(revision), "".join(f"{each}/" for each in below)
+                )
+            case ["datasets", org, name, "resolve", revision, *path]:
+                self._file(f"{org}/{name}", unquote(revision), unquote("/".join(path)))
             case [org, name, "resolve", revision, *path]:
                 self._file(f"{org}/{name}", unquote(revision), unquote("/".join(path)))
             case ["lfs", org, name, commit, *path]:
@@ -135,11 +144,12 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             self._json({"id": repo_id, "sha": commit, "private": False, "siblings": siblings})
 
-    def _tree(self, repo_id: str, revision: str) -> None:
+    def _tree(self, repo_id: str, revision: str, below: str = "") -> None:
         if found := self._find(repo_id, revision):
             entries = [
                 {"type": "file", "path": name, "oid": _sha1(content), "size": len(content)}
                 for name, content in found[1].items()
+                if name.startswith(below)
             ]
             self._json(entries)
 
@@ -163,7 +173,13 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.hub.repos[repo_id].commits[commit][path]
         if self.command == "GET":
             self.hub.downloads.append(path)
-        self._send(200, content, {"ETag": f'"{_sha1(content)}"', "X-Repo-Commit": commit})
+        headers = {"ETag": f'"{_sha1(content)}"', "X-Repo-Commit": commit}
+        if span := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            start, stop = int(span[1]), min(int(span[2]) + 1, len(content))
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+            self._send(206, content[start:stop], headers)
+        else:
+            self._send(200, content, headers)
 
     def _json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

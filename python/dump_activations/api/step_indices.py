@@ -15,9 +15,11 @@ from dump_activations.dataset.filters import RUN, STEPS
 from dump_activations.dataset.sampling import Steps, step_indices
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
-from dump_activations.paths import check_ordinary, locate
+from dump_activations.paths import check_ordinary
 from dump_activations.pipeline.options import Options
 from dump_activations.progress import Count, Phase, begin, counted
+from dump_activations.remote import input_path
+from dump_activations.remote.mirror import fetch_whole
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.dump_files import DumpFiles, find_shards, inspect_dump
 from dump_activations.storage.reading.inspection import Inspection
@@ -32,7 +34,7 @@ _Options = TypeVar("_Options", bound=Options)
 def indices_files(options: Options) -> list[Path]:
     """Return the file that the option names, if it names one."""
     given = options.indices
-    return [locate(given, _NAME)] if isinstance(given, str | os.PathLike) else []
+    return [input_path(given, _NAME)] if isinstance(given, str | os.PathLike) else []
 
 
 def with_step_indices(
@@ -69,6 +71,7 @@ def read_step_indices(path: Path, dataset: StepsDataset, progress: Count | None 
             raise IndicesNotFoundError(f"{path}: no such file of step indices{reason}") from None
     if not is_dump:
         check_ordinary(path, IndicesError)
+        fetch_whole(path)
         return _steps_in(path, partial(_read_npy, path))
     dump = inspect_dump(path)
     tensors, metadata = dump.tensors, dump.metadata
@@ -98,6 +101,7 @@ def _read(dump: DumpFiles, name: str) -> Steps:
 def _stored(file: Inspection, name: str) -> NDArray[Any]:
     tensor = file.tensors[name]
     array: NDArray[Any]
+    fetch_whole(file.path)
     if file.path.suffix.lower() == ".npz":  # May be compressed, or of another byte order.
         with np.load(file.path, allow_pickle=False) as arrays:
             array = arrays[name]

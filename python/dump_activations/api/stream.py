@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, cast
@@ -153,11 +153,21 @@ def stream(
     with DeviceAdvice(batch_size=options.batch_size):
         dataset, options = with_step_indices(dataset, options)
         plan = make_plan(init, dataset, options)
+    return batches_of(plan, tensors=tensors)
+
+
+def batches_of(
+    plan: Plan,
+    rows: Iterable[range] | None = None,
+    *,
+    tensors: Literal["copy", "view", "device"],
+) -> Generator[Batch, None, None]:
+    """Make a plan's run ready, and return its batches: of all rows, or of ranges of rows."""
     caller = _Caller(plan.device, copies=tensors == "copy")
-    run = _computed_ahead(plan, on_device=tensors == "device")
-    batches = _interruptible(run, caller, plan.device, options.batch_size)
+    run = _computed_ahead(plan, rows, on_device=tensors == "device")
+    batches = _interruptible(run, caller, plan.device, plan.options.batch_size)
     next(batches)
-    return cast("Iterator[Batch]", batches)
+    return cast("Generator[Batch, None, None]", batches)
 
 
 _Computed = Generator[ActivationBatch | None, None, None]
@@ -214,7 +224,7 @@ class _Caller:
 
 def _interruptible(
     run: _Computed, caller: _Caller, device: torch.device, batch_size: int
-) -> Iterator[Batch | None]:
+) -> Generator[Batch | None, None, None]:
     """Make the run ready, yield None, then its batches; an interruption ends it in order.
 
     The run's device is current only while a batch is computed, not while the caller has it. An
@@ -241,7 +251,7 @@ def _interruptible(
             run.close()
 
 
-def _computed_ahead(plan: Plan, *, on_device: bool) -> _Computed:
+def _computed_ahead(plan: Plan, rows: Iterable[range] | None, *, on_device: bool) -> _Computed:
     """Make the run ready, yield None, then its batches, which the device may still work on."""
     # The CPU is the caller's between two batches.
     ahead = 1 if plan.device.type == "cuda" else 0
@@ -253,7 +263,7 @@ def _computed_ahead(plan: Plan, *, on_device: bool) -> _Computed:
             for name, tensor in plan.weights.items()
         }
         yield None
-        for batch in run.batches():
+        for batch in run.batches(rows):
             under_way.append(replace(batch, tensors=batch.tensors | weights))
             if len(under_way) > ahead:
                 yield under_way.popleft()

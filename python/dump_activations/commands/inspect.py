@@ -13,6 +13,7 @@ import click
 from dump_activations.commands.console import CONTEXT_SETTINGS, common_options, mode
 from dump_activations.commands.process import run_command
 from dump_activations.errors import DumpActivationsError, InvalidArgumentError, option
+from dump_activations.paths import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,16 +24,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(inspect_activations, arguments)
 
 
-_Path = click.Path(path_type=Path, readable=False)
+def _dump_path(path: str) -> Path:
+    """Return the path of a dump, or of the local copy of a URL's."""
+    if not is_url(path):
+        return Path(path)
+    from dump_activations.remote import input_path
+
+    return input_path(path)
+
+
 _Tolerance = click.FloatRange(min=0)
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
-@click.argument("file", type=_Path)
-@click.argument("other", type=_Path, required=False)
+@click.argument("file", type=_dump_path)
+@click.argument("other", type=_dump_path, required=False)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
 @click.option("--stats", is_flag=True, help="Show statistics; compute them where there are none.")
-@click.option("--report", type=_Path, metavar="FILE", help="Write a page about the dump.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a page about the dump."
+)
 @click.option(
     "--rtol",
     type=_Tolerance,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.dataset import game
 from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
-from dump_activations.dataset.shards import row_dtype
+from dump_activations.dataset.shards import fetch_rows, row_dtype
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import DatasetError, InvalidArgumentError, option
 from dump_activations.progress import Count
@@ -202,7 +202,7 @@ class ColumnReader:
     """Reads columns of rows in one pass over the shards."""
 
     def __init__(self, columns: Columns, read: Mapping[str, Column]) -> None:
-        self._path = columns.dataset.path
+        self._dataset = columns.dataset
         self._columns = read
         self._needs_boards = any(column.source is None for column in read.values())
         layouts: list[Mapping[str, Any]] = [row.fields or {} for _, row in columns.layouts]
@@ -234,6 +234,7 @@ class ColumnReader:
                 scratch = buffers[0][0]
                 boards_NS, *fields = (out[: len(chunk)] for out in buffers[1:])
                 boards = boards_NS if self._needs_boards else None
+                fetch_rows(self._dataset, chunk)
                 rows = (chunk.start, chunk.stop)
                 self._selection.scan(rows, scratch, boards, fields, cancel)
                 return look(chunk, self._compute(boards_NS, fields))
@@ -295,6 +296,7 @@ class LabelReader(ColumnReader):
         """
         ends = np.cumsum([CELLS, *(each.itemsize for each in self._fields.values())])
         rows = np.empty((len(indices), ends[-1]), np.uint8)
+        fetch_rows(self._dataset, indices)
         self._selection.read(indices, rows, cancel)
         boards_NS[:], *fields = np.split(rows, ends[:-1], axis=1)
         read = self._compute(boards_NS, [np.ascontiguousarray(field) for field in fields])
@@ -304,7 +306,7 @@ class LabelReader(ColumnReader):
                 if too_large.any():
                     row = int(np.argmax(too_large))
                     raise DatasetError(
-                        f"{self._path}: {name!r} of step {indices[row]} must fit into "
+                        f"{self._dataset.path}: {name!r} of step {indices[row]} must fit into "
                         f"int64; it is {values[row]}"
                     )
         return {

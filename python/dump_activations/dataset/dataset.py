@@ -18,7 +18,7 @@ from dump_activations.dataset.columns import Columns, LabelReader
 from dump_activations.dataset.expressions import Expression, parse, split_names
 from dump_activations.dataset.filters import find_matches, locate_rows
 from dump_activations.dataset.sampling import Matches, StepRange, sample, step_indices
-from dump_activations.dataset.shards import Shard, open_shards
+from dump_activations.dataset.shards import Shard, fetch_rows, open_shards
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
     DatasetError,
@@ -29,6 +29,7 @@ from dump_activations.errors import (
     warn,
 )
 from dump_activations.progress import Count
+from dump_activations.remote.mirror import url_of
 from dump_activations.text import printable, slice_text
 
 if TYPE_CHECKING:
@@ -125,8 +126,9 @@ class StepsDataset(_Dataset):
     def _described(self) -> tuple[str, list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Return a title, rows about the first fields, and rows about the first shards."""
         labels = f", labels={list(self._labels)}" if self._labels else ""
+        source = url_of(self.path) or os.fspath(self.path)
         title = (
-            f"StepsDataset({os.fspath(self.path)!r}{labels}): {len(self):,} rows of "
+            f"StepsDataset({source!r}{labels}): {len(self):,} rows of "
             f"{self.dtype.itemsize} bytes, {len(self.shards):,} shards"
         )
         names = self.dtype.names or ()
@@ -383,6 +385,7 @@ class StepsDataset(_Dataset):
         elif not isinstance(out, np.ndarray) or out.dtype != np.uint8:
             given = getattr(out, "dtype", type(out).__name__)
             raise TypeError(f"out must be a NumPy array of uint8; got {given}")
+        fetch_rows(self._dataset, indices)
         self._dataset.read_boards(indices, out, cancel)
         return out
 
@@ -393,6 +396,7 @@ class StepsDataset(_Dataset):
         """
         indices = step_indices(indices)
         rows: NDArray[np.void] = np.empty(len(indices), self.dtype)
+        fetch_rows(self._dataset, indices)
         self._dataset.read_rows(
             indices, rows.view(np.uint8).reshape(len(rows), self.dtype.itemsize)
         )

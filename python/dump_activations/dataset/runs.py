@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dump_activations.errors import DatasetError
 from dump_activations.paths import check_ordinary
+from dump_activations.remote.mirror import fetch_whole
 
 DATABASE = "metadata.db"
 RUN_LABELS = {
@@ -79,6 +80,7 @@ def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np
     logs = [path.with_name(DATABASE + suffix) for suffix in ("-wal", "-journal")]
     for each in (path, *logs):
         check_ordinary(each, DatasetError)
+        fetch_whole(each)
     logs = [log for log in logs if log.exists() and log.stat().st_size]
     size = sum(each.stat().st_size for each in (path, *logs))
     # SQLite ignores the logs of an immutable file, and takes no lock next to it.

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import DatasetError, DatasetNotFoundError, warn
+from dump_activations.paths import is_url
+from dump_activations.remote import header_nbytes, local_dataset
+from dump_activations.remote.mirror import fetch, url_of
 
 # Marks of copies, in lower case: `steps-0 (1).npy`, `steps-0 copy 2.npy`, `steps-0 - Copy.npy`,
 # `steps-0 (conflicted copy ...).npy` and `steps-0.sync-conflict-....npy`.
@@ -49,6 +53,8 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
         DatasetNotFoundError: there is no such directory, or no shard in it.
         DatasetError: a shard's header, fields or size are wrong.
     """
+    if is_url(path):
+        path = local_dataset(os.fspath(path))
     directory = Path(os.path.expanduser(path))  # noqa: PTH111 - `~nobody` is a name, not an error
     try:
         listed = os.listdir(directory)  # noqa: PTH208 - names are many, and need no Path
@@ -150,3 +156,50 @@ def read_layout(path: Path, descr: str) -> tuple[int, int | None, int | None, in
             )
     board, mask, exps = (found[name][1] if name in found else None for name in _BOARD_FIELDS)
     return row.itemsize, board, mask, exps
+
+
+class _Places(NamedTuple):
+    """Where the rows of a remote dataset lie: per shard, its first step and byte, bytes per row."""
+
+    paths: list[Path]
+    firsts: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+
+
+_places: dict[Path, _Places | None] = {}
+
+
+def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None:
+    """Make rows of a remote dataset local, by their step indices (n,); a local one has them.
+
+    Raises:
+        RemoteError: the server refuses or does not answer, or a shard changed.
+    """
+    path = dataset.path
+    if path not in _places:
+        _places[path] = _find_places(dataset) if url_of(path) else None
+    if (places := _places[path]) is None:
+        return
+    steps = np.unique(steps)
+    steps = steps[(steps >= 0) & (steps < dataset.rows)]  # The read refuses the others.
+    shards = np.searchsorted(places.firsts, steps, "right") - 1
+    begins = places.starts[shards] + (steps - places.firsts[shards]) * places.nbytes[shards]
+    touched, cuts = np.unique(shards, return_index=True)
+    fetch(
+        {
+            places.paths[shard]: (of_shard, of_shard + places.nbytes[shard])
+            for shard, of_shard in zip(touched, np.split(begins, cuts[1:]), strict=True)
+        }
+    )
+
+
+def _find_places(dataset: _rust.Dataset) -> _Places:
+    paths, _, firsts = zip(*dataset.shards, strict=True)
+    nbytes = {descr: row_dtype(paths[0], descr).itemsize for descr in {*dataset.descrs}}
+    return _Places(
+        list(paths),
+        np.array(firsts),
+        np.array([header_nbytes(path) for path in paths]),
+        np.array([nbytes[descr] for descr in dataset.descrs]),
+    )

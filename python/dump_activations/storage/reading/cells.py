@@ -148,6 +148,11 @@ class CellOrder:
         return out
 
 
+def rows_and_cells(numbers: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Split numbers of cells into boards and the cells of these."""
+    return torch.from_numpy(numbers // CELLS), torch.from_numpy(numbers & CELLS - 1)
+
+
 class Cells(IterableDataset[CellBatch[Values]]):
     """Batches of cells, as `ActivationsFile.cells` returns them: one epoch per loop.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from dump_activations import _rust
 from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.errors import OutputError
+from dump_activations.remote.mirror import fetch_span
 from dump_activations.storage.digests import INTEGRITY_KEY, METADATA_NAME, Digest, integrity_text
 from dump_activations.storage.formats.layout import are_disjoint, data_ranges, read_exactly
 from dump_activations.storage.parallel import sum_in_parallel
@@ -46,6 +47,7 @@ def find_damage(
         assert stored.offset is not None
         with open_again(files[path][0]) as file:
             offset = stored.offset + start
+            fetch_span(path, offset, nbytes)
             return Digest(nbytes, *_rust.digest_span(file.fileno(), offset, nbytes, stored.dtype))
 
     found = sum_in_parallel(digest, lengths, threads, progress)

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError, warn
+from dump_activations.remote import input_path
+from dump_activations.remote.mirror import Ranges, fetch, is_mirror
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest
 from dump_activations.storage.formats.layout import Format, StoredTensor
 from dump_activations.storage.formats.registry import format_of
@@ -85,11 +87,7 @@ class DumpFiles:
 
     @property
     def catalog(self) -> Catalog:
-        """Keys and tensors of the first file, which the others share.
-
-        Raises:
-            OutputError: its tensors share no first axis.
-        """
+        """Keys and tensors of the first file, which the others share."""
         return self.files[0].catalog
 
     @cached_property
@@ -152,14 +150,9 @@ class DumpFiles:
         per_row: int = 1,
         cancel: _rust.Cancel | None = None,
     ) -> None:
-        """Read a part of each row of a stored tensor, or cells of it.
+        """Read a part of rows, or of `per_row` cells of each row, into `out`, uint8 (R, nbytes).
 
-        Args:
-            part: the part.
-            numbers: rows, or cells, counted through all files, int64 (R,).
-            out: receives them, uint8 (R, bytes of each).
-            per_row: cells of the part; 1 for whole rows.
-            cancel: lets another thread end the read.
+        `numbers`, int64 (R,), count rows or cells through all files. `cancel` ends the read.
 
         Raises:
             InvalidArgumentError: not all files have the tensor.
@@ -176,8 +169,29 @@ class DumpFiles:
             stored = self._open.get((part.tensor, parts))
             if stored is None:
                 stored = self._open[part.tensor, parts] = self._stored(part.tensor, parts)
+            if self._is_remote:
+                self._fetch(part.tensor, parts, numbers)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
             self._check_unchanged(touched)
+
+    @cached_property
+    def _is_remote(self) -> bool:
+        return any(is_mirror(file.path) for file in self.files)
+
+    def _fetch(self, name: str, parts: int, numbers: NDArray[np.int64]) -> None:
+        """Make parts of rows local, which may be holes in the files' local copies."""
+        spans: dict[Path, Ranges] = {}
+        numbers, first = np.unique(numbers), 0
+        for file in self.files_of(name):
+            tensor = file.tensors[name]
+            of_boards = self.catalog.find(name).of_boards
+            end = first + (tensor.shape[0] if of_boards else 1) * parts
+            nbytes = tensor.nbytes // (end - first)
+            inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)]
+            begins = offset_in(file, name) + (inside - first) * nbytes
+            spans[file.path] = (begins, begins + nbytes)
+            first = end
+        fetch(spans)
 
     def _check_unchanged(self, files: Iterable[int]) -> None:
         for i in files:
@@ -197,11 +211,7 @@ class DumpFiles:
         return _rust.StoredTensor(name, places, parts, nbytes // (rows * parts))
 
     def read_span(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
-        """Fill `out`, (n,), with a stored tensor's bytes from `start` on, through all files.
-
-        Raises:
-            OutputError: a file cannot be read, or was changed.
-        """
+        """Fill `out`, (n,), with a stored tensor's bytes from `start` on, through all files."""
         for file in self.files_of(name):
             nbytes = file.tensors[name].nbytes
             if len(out) and start < nbytes:
@@ -210,11 +220,7 @@ class DumpFiles:
             start -= nbytes
 
     def check_digest(self, name: str, data: NDArray[np.uint8]) -> None:
-        """Compare a whole tensor's bytes, of all files, with the files' digests.
-
-        Raises:
-            OutputError: they differ, or a file carries no digests.
-        """
+        """Raise OutputError where a whole tensor's bytes, of all files, differ from the digests."""
         start = 0
         for file in self.files_of(name):
             digest, stop = file.digests.get(name), start + file.tensors[name].nbytes
@@ -235,7 +241,8 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
         OutputError: a file cannot be read or is not of its format, a shard is missing, or the
             shards do not belong together.
     """
-    dumps = [_inspect_one(Path(path).expanduser()) for path in paths]
+    # Absolute, so that the program may change its directory before it reads.
+    dumps = [_inspect_one(input_path(path)) for path in paths]
     if len(dumps) == 1:
         return dumps[0]
     joined = DumpFiles(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dump_activations.errors import OutputError
 from dump_activations.paths import check_ordinary
+from dump_activations.remote.mirror import is_mirror, open_binary
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest, parse_integrity
 from dump_activations.storage.formats.layout import Contents, Format, StoredTensor
 from dump_activations.storage.formats.registry import format_of
@@ -104,11 +105,7 @@ def offset_in(file: Inspection, name: str) -> int:
 
 
 def read_span(file: Inspection, name: str, start: int, out: NDArray[np.uint8]) -> None:
-    """Fill `out`, (n,), with the bytes of a stored tensor from `start` on.
-
-    Raises:
-        OutputError: the file cannot be read, or was changed.
-    """
+    """Fill `out`, (n,), with the bytes of a stored tensor from `start` on."""
     with open_again(file) as opened:
         opened.seek(offset_in(file, name) + start)
         if opened.readinto(out.data) != len(out):  # type: ignore[attr-defined]
@@ -128,7 +125,8 @@ def _same_again(file: Inspection, status: os.stat_result) -> Inspection:
     byte changed in place, under the same header and size, is not noticed. Digests in an equal
     header vouch for the content of a file that has both anew.
     """
-    if _stamp(status) == file.stamp:
+    # A mirror's time is that of its last block. Each request checks the remote file's version.
+    if _stamp(status) == file.stamp or is_mirror(file.path):
         return file
     try:
         found = inspect(file.path)
@@ -152,5 +150,5 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     check_ordinary(path, OutputError)
-    with OutputError.when(f"cannot read {path}"), path.open("rb") as file:
+    with OutputError.when(f"cannot read {path}"), open_binary(path) as file:
         yield file

@@ -15,7 +15,13 @@ from torch import Tensor
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS, READABLE_DTYPES
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
-from dump_activations.storage.reading.cells import CellOrder, Cells, KeyedCells, Values
+from dump_activations.storage.reading.cells import (
+    CellOrder,
+    Cells,
+    KeyedCells,
+    Values,
+    rows_and_cells,
+)
 from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.inspection import Inspection
 from dump_activations.storage.reading.keys import Key, Part
@@ -110,12 +116,8 @@ class StoredCells(Cells[Values]):
                     if threading.current_thread().daemon and not threading.main_thread().is_alive():
                         return  # The interpreter would end this thread inside of a call.
                     batch = slice(first, first + order.batch_size)
-                    rows, places = cells[batch] // CELLS, cells[batch] & CELLS - 1  # % takes longer
-                    yield (
-                        {name: of[batch] for name, of in values.items()},
-                        torch.from_numpy(rows),
-                        torch.from_numpy(places),
-                    )
+                    rows_B, cells_B = rows_and_cells(cells[batch])
+                    yield {name: of[batch] for name, of in values.items()}, rows_B, cells_B
         finally:
             cancel.ask()
             reader.shutdown(wait=True, cancel_futures=True)

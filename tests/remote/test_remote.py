@@ -1,0 +1,352 @@
+"""Datasets and dumps behind URLs: equal to local ones, read once, and whole after any failure."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dump_activations import ActivationsFile, StepsDataset, dump
+from dump_activations.errors import DumpActivationsError
+from dump_activations.remote import mirror, stores
+from reference.hub import Hub, files_under
+from reference.web import Web
+
+pytest.importorskip("obstore")
+
+DUMP = {
+    "outputs": "layer_outputs,pooled",
+    "labels": "move_dir",
+    "stats": True,
+    "device": "cpu",
+    "allow_cpu": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(mirror.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory, demo_checkpoint, demo_dataset):
+    """Return a directory with a dataset, and dumps of it in each format, whole and in shards."""
+    root = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(demo_dataset, root / "dataset")
+    run = dict(init=demo_checkpoint, dataset=demo_dataset, n_samples=200, batch_size=32, **DUMP)
+    for suffix in ("safetensors", "pt", "npz"):
+        dump(**run, output=root / f"whole.{suffix}")
+    dump(**run, output=root / "split.safetensors", split_layers=True)
+    dump(**run, output=root / "shards.safetensors", shard_size=300_000)
+    return root
+
+
+@pytest.fixture
+def web(shelf):
+    server = Web(shelf)
+    yield server
+    server.stop()
+
+
+def test_a_dataset_is_read_as_a_local_one(web, demo_dataset):
+    remote, local = StepsDataset(f"{web.url}/dataset"), StepsDataset(demo_dataset)
+    steps = local.sample_indices(300)
+    assert len(remote) == len(local)
+    assert remote.layout_sha256 == local.layout_sha256
+    np.testing.assert_array_equal(remote.sample_indices(300), steps)
+    np.testing.assert_array_equal(remote.read_boards(steps), local.read_boards(steps))
+    np.testing.assert_array_equal(remote.read_rows(steps), local.read_rows(steps))
+    names = ["move_dir", "merges", "run_seed"]
+    for name, values in local.read_labels(steps, names).items():
+        np.testing.assert_array_equal(remote.read_labels(steps, names)[name], values)
+    np.testing.assert_array_equal(remote.find("max_rank >= 8"), local.find("max_rank >= 8"))
+
+
+def test_only_the_blocks_of_the_rows_are_transferred_and_only_once(web, demo_dataset):
+    def read():
+        web.requests.clear()
+        web.sent = 0
+        return StepsDataset(f"{web.url}/dataset").read_boards([5, 7000, 6])
+
+    first = read()
+    # One block for the header of each shard, and one for each of the two places that are read.
+    shards = len(list(demo_dataset.glob("steps-*.npy")))
+    assert web.sent <= (shards + 2) * mirror.BLOCK_NBYTES
+    np.testing.assert_array_equal(read(), first)
+    assert web.ranges == []
+
+
+def test_near_blocks_come_in_one_request_and_far_ones_apart(web):
+    view = StepsDataset(f"{web.url}/dataset").path
+    path, block = next(iter(sorted(view.glob("steps-*.npy")))), mirror.BLOCK_NBYTES
+    web.requests.clear()
+    starts = np.array([2, 5, 10, 25]) * block
+    mirror.fetch({path: (starts, starts + 1)})
+    asked = {each.split()[-1] for each in web.ranges}
+    assert asked == {f"{2 * block}-{11 * block - 1}", f"{25 * block}-{26 * block - 1}"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["whole.safetensors", "whole.pt", "whole.npz", "split.safetensors", "shards.safetensors"],
+)
+def test_a_dump_is_read_as_a_local_one(web, shelf, name):
+    remote, local = ActivationsFile(f"{web.url}/{name}"), ActivationsFile(shelf / name)
+    assert remote.keys() == local.keys()
+    assert len(remote) == len(local)
+    np.testing.assert_array_equal(remote.indices, local.indices)
+    np.testing.assert_array_equal(remote.labels["move_dir"], local.labels["move_dir"])
+    for each in ("count", "mean", "max"):
+        ours, theirs = (acts.stats("layer_outputs")[each] for acts in (remote, local))
+        np.testing.assert_array_equal(ours, theirs)
+    rows = [150, 3, 3, 77]
+    for key in list(local.keys()):
+        assert torch.equal(remote.read(key, rows), local.read(key, rows))
+    ours, theirs = (
+        [batch.values.clone() for batch in acts.cells("layer_outputs", layer=1, batch_size=256)]
+        for acts in (remote, local)
+    )
+    assert all(map(torch.equal, ours, theirs))
+    assert torch.equal(remote.read("pooled", verify=True), local.read("pooled"))
+
+
+def test_rows_of_a_dump_cost_their_blocks(web, shelf):
+    acts = ActivationsFile(f"{web.url}/split.safetensors")
+    web.sent = 0
+    row = acts.read("layer_outputs", [120], layer=2)
+    assert web.sent <= row.nbytes + 2 * mirror.BLOCK_NBYTES
+
+
+def test_a_dump_of_a_remote_dataset_and_indices_has_the_same_tensors(
+    web, shelf, tmp_path, demo_checkpoint
+):
+    web.user = "me:secret"
+    url = web.url.replace("://", "://me:secret@")
+    path = tmp_path / "again.safetensors"
+    dump(
+        demo_checkpoint,
+        f"{url}/dataset",
+        output=path,
+        indices=f"{url}/whole.safetensors",
+        batch_size=32,
+        **DUMP,
+    )
+    acts, expected = ActivationsFile(path), ActivationsFile(shelf / "whole.safetensors")
+    for key in list(expected.keys()):
+        assert torch.equal(acts.read(key), expected.read(key))
+    assert acts.metadata["dataset"] == f"{web.url}/dataset"
+    assert b"secret" not in path.read_bytes()
+
+
+def test_inspection_reads_urls(web, shelf):
+    script = "from dump_activations.__main__ import run_inspect; run_inspect()"
+    command = [sys.executable, "-c", script, f"{web.url}/shards.safetensors", "--verify", "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert found["damaged"] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (401, "401 Unauthorized; log in"),
+        (403, "403 Forbidden; check that the credentials"),
+        (429, "429 Too Many Requests; the server asks for a pause"),
+        (503, "503 Service Unavailable; the server is overloaded"),
+        ("no-ranges", "the server has no ranges"),
+        ("short", "answer was cut short"),
+        ("hang", "no answer"),
+    ],
+)
+def test_a_server_that_refuses_is_one_line(web, monkeypatch, fault, reason):
+    monkeypatch.setitem(stores._CLIENT, "read_timeout", "200ms")
+    monkeypatch.setitem(stores._RETRIES, "max_retries", 1)
+    web.fault = fault
+    with pytest.raises(DumpActivationsError, match=reason) as raised:
+        StepsDataset(f"{web.url}/dataset")
+    assert "\n" not in str(raised.value)
+    web.fault = None
+    assert len(StepsDataset(f"{web.url}/dataset"))
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("{url}/nothing", "no such"),
+        ("{url}/whole.pt", "no such|no steps"),
+        ("http://127.0.0.1:9", "refused"),
+        ("ftp://host/dataset", "must be a path, or a URL that begins with s3://"),
+        ("{url}/dataset?token=secret", "a URL with a query cannot be read"),
+        ("hf://org/name", "must be hf://datasets/ORG/NAME"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_one_line(web, url, reason):
+    with pytest.raises(DumpActivationsError, match=reason) as raised:
+        StepsDataset(url.format(url=web.url))
+    assert "secret" not in str(raised.value)
+
+
+def test_a_file_that_changes_is_an_error_now_and_a_new_copy_later(tmp_path, demo_dataset):
+    shutil.copytree(demo_dataset, tmp_path / "web" / "dataset")
+    web = Web(tmp_path / "web")
+    ds = StepsDataset(f"{web.url}/dataset")
+    shard = tmp_path / "web" / "dataset" / "steps-00000.npy"
+    rows = np.load(shard)
+    rows["board"][:] = 0x1111
+    np.save(shard, rows)
+    os.utime(shard, (1, 1))
+    with pytest.raises(DumpActivationsError, match=r"steps-00000\.npy changed while it was read"):
+        ds.read_boards(range(4000, 4100))
+    changed = StepsDataset(f"{web.url}/dataset").read_boards(range(4000, 4100))
+    np.testing.assert_array_equal(
+        changed, StepsDataset(shard.parent).read_boards(range(4000, 4100))
+    )
+    web.stop()
+
+
+def test_a_block_is_written_before_its_bit(web, monkeypatch):
+    ds = StepsDataset(f"{web.url}/dataset")
+    real = os.pwrite
+
+    def fails(fd, data, offset):
+        if len(data) >= mirror.BLOCK_NBYTES:
+            raise OSError(28, "No space left on device")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    with pytest.raises(DumpActivationsError, match=r"cannot write the cache .*No space left"):
+        ds.read_boards([3000])
+    monkeypatch.undo()
+    _check_blocks(ds.path, web.directory / "dataset")
+
+
+def _check_blocks(view: Path, truth: Path) -> int:
+    """Check that each block that is marked is the remote file's; return how many there are."""
+    count = 0
+    for link in view.glob("steps-*.npy"):
+        bits = np.unpackbits(np.fromfile(f"{link.resolve()}.blocks", np.uint8))
+        ours, theirs = link.read_bytes(), (truth / link.name).read_bytes()
+        for block in np.flatnonzero(bits):
+            at = slice(block * mirror.BLOCK_NBYTES, (block + 1) * mirror.BLOCK_NBYTES)
+            assert ours[at] == theirs[at]
+            count += 1
+    return count
+
+
+READ = """
+import sys
+from dump_activations import StepsDataset
+ds = StepsDataset(sys.argv[1])
+print(ds.path, flush=True)
+for step in range(0, len(ds), 50):
+    ds.read_boards([step])
+print("done", flush=True)
+"""
+
+
+def test_a_kill_while_blocks_are_fetched_leaves_no_torn_one(web, pytestconfig, demo_dataset):
+    rng = np.random.default_rng(5)
+    for _ in range(2 * pytestconfig.getoption("faults")):
+        command = [sys.executable, "-c", READ, f"{web.url}/dataset"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            view = Path(process.stdout.readline().strip())
+            time.sleep(rng.uniform(0, 0.2))
+            process.send_signal(signal.SIGKILL)
+        assert _check_blocks(view, demo_dataset)
+    ds, steps = StepsDataset(f"{web.url}/dataset"), range(0, 14000, 7)
+    np.testing.assert_array_equal(
+        ds.read_boards(steps), StepsDataset(demo_dataset).read_boards(steps)
+    )
+
+
+def test_workers_read_when_they_are_spawned(web, demo_dataset):
+    ds = StepsDataset(f"{web.url}/dataset")
+    loader = DataLoader(
+        ds, batch_size=64, sampler=range(640), num_workers=1, multiprocessing_context="spawn"
+    )
+    boards = torch.cat(list(loader)).numpy()
+    np.testing.assert_array_equal(boards, StepsDataset(demo_dataset).read_boards(range(640)))
+
+
+def test_a_forked_worker_is_told_to_be_spawned(web):
+    ds = StepsDataset(f"{web.url}/dataset")
+
+    def read(answers):
+        try:
+            ds.read_boards([2500])
+        except DumpActivationsError as error:
+            answers.put(str(error))
+
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=read, args=(answers,))
+    process.start()
+    assert "multiprocessing_context='spawn'" in answers.get(timeout=30)
+    process.join()
+
+
+def test_the_cache_makes_room_but_not_of_what_is_read(web, cache, monkeypatch):
+    script = "import sys; from dump_activations import ActivationsFile as A; A(sys.argv[1])"
+
+    def open_elsewhere(name):
+        subprocess.run([sys.executable, "-c", script, f"{web.url}/{name}"], check=True)
+
+    def mirrored():
+        described = (cache / "files").glob("*.json")
+        return {json.loads(path.read_text())["file"]["name"] for path in described}
+
+    open_elsewhere("whole.pt")
+    monkeypatch.setenv(mirror.SIZE_VARIABLE, "0")
+    acts = ActivationsFile(f"{web.url}/whole.npz")
+    assert mirrored() == {"whole.npz"}
+    open_elsewhere("split.safetensors")
+    assert mirrored() == {"whole.npz", "split.safetensors"}
+    assert len(acts.read("pooled", [4]))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_the_cache_of_another_user_is_refused(web, cache):
+    cache.mkdir()
+    os.chown(cache, 12345, -1)
+    with pytest.raises(DumpActivationsError, match="belongs to another user"):
+        StepsDataset(f"{web.url}/dataset")
+
+
+def test_without_the_extra_a_url_is_one_line(web, monkeypatch):
+    monkeypatch.setattr(stores, "find_spec", lambda name: None)
+    with pytest.raises(DumpActivationsError, match=r"pip install 'dump-activations\[remote\]'"):
+        StepsDataset(f"{web.url}/dataset")
+
+
+FROM_HUB = """
+import sys
+import numpy as np
+from dump_activations import StepsDataset, ActivationsFile
+ds, local = StepsDataset(sys.argv[1]), StepsDataset(sys.argv[2])
+steps = local.sample_indices(100)
+np.testing.assert_array_equal(ds.read_boards(steps), local.read_boards(steps))
+of_runs = [each.read_labels(steps, ["run_seed"])["run_seed"] for each in (ds, local)]
+print((of_runs[0] == of_runs[1]).all())
+"""
+
+
+@pytest.mark.parametrize("address", ["hf://datasets/org/games/d2", "hf://datasets/org/games@v1/d2"])
+def test_a_dataset_on_the_hub_is_read_by_ranges(tmp_path, demo_dataset, address):
+    hub = Hub()
+    files = files_under(demo_dataset, prefix="d2/")
+    hub.commit("org/games", files)
+    hub.commit("org/games", files, ref="v1")
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", FROM_HUB, address, str(demo_dataset)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    hub.stop()
+    assert done.stdout == "True\n", done.stderr
