@@ -23,6 +23,7 @@ from dump_activations.storage.statistics import STATISTICS
 from test_architecture import ARROWS, LEAVES, PACKAGE
 
 ROOT = Path(__file__).parents[1]
+SHELL = {"|", ">", "||", "&", "&&", "2>&1"}
 CALL = re.compile(r"(?:^|\s)(dump-activations|-m dump_activations|inspect-activations)\s+(.*)")
 API, COMMAND, KEYS, ARCHITECTURE, FORMAT = (
     (ROOT / "docs" / name).read_text()
@@ -217,9 +218,9 @@ def commands_shown() -> list[tuple[str, list[str]]]:
         for block in re.findall(r"^```(?:ba)?sh\n(.*?)^```$", page.read_text(), re.DOTALL | re.M)
     ]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    called = [(call[1], shlex.split(call[2])) for call in map(CALL.search, lines) if call]
-    ends = ("|", ">", "2>&1", "&")
-    return [(name, list(takewhile(lambda word: word not in ends, words))) for name, words in called]
+    called = [CALL.search(line) for line in lines]
+    words = [(call[1], shlex.split(call[2])) for call in called if call]
+    return [(name, [*takewhile(lambda word: word not in SHELL, line)]) for name, line in words]
 
 
 def test_commands_in_the_pages_parse():

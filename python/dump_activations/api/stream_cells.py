@@ -23,8 +23,8 @@ from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import CELLS, STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.model.encoder import Encoder
-from dump_activations.options import StreamOptions
-from dump_activations.pipeline.device import OutOfMemoryAdvice
+from dump_activations.pipeline.device import DeviceAdvice
+from dump_activations.pipeline.options import StreamOptions
 from dump_activations.pipeline.plan import Plan, fingerprint, make_plan
 from dump_activations.storage.reading.cells import (
     CellOrder,
@@ -33,7 +33,7 @@ from dump_activations.storage.reading.cells import (
     Values,
     rows_and_cells,
 )
-from dump_activations.storage.reading.keys import Key
+from dump_activations.storage.reading.keys import Key, Part
 from dump_activations.storage.reading.stored_cells import CellValues, find_cells
 
 Buffers = dict[str, Tensor]
@@ -123,7 +123,7 @@ def stream_cells(
         compile=compile,
         tensors="device",
     )
-    with OutOfMemoryAdvice(batch_size=boards_per_pass):
+    with DeviceAdvice(batch_size=boards_per_pass):
         dataset, options = with_step_indices(dataset, options)
         plan = make_plan(init, dataset, options)
     values = _find_values(plan, keys, layer)
@@ -155,7 +155,8 @@ def _find_values(plan: Plan, keys: Sequence[str], layer: int | None) -> dict[str
     found = {}
     for tensor in plan.board_tensors:
         shape, layers = (tensor.shape[1:], plan.layers) if tensor.stacked else (tensor.shape, None)
-        key = Key(tensor.name, STORAGE_DTYPES[plan.options.dtype].name, shape, layers)
+        dtype, parts = STORAGE_DTYPES[plan.options.dtype].name, (Part(tensor.name),)
+        key = Key(tensor.name, dtype, shape, parts, layers, plan.model.config.num_hidden_layers)
         found[tensor.name] = find_cells(key, layer)
     return found
 
@@ -200,7 +201,8 @@ class StreamedCells(Cells[Values]):
         windows = list(order.windows(batches))
         boards = order.window_batches * order.batch_size // CELLS
         rows = [range(len(self._plan.indices))[i * boards : (i + 1) * boards] for i, _ in windows]
-        passes = [-(-len(each) // self._plan.options.batch_size) for each in rows]
+        per_pass = self._plan.options.batch_size
+        passes: list[int] = [-(-len(each) // per_pass) for each in rows]
         device = self._plan.device
         # The caller may be in another stream at each batch. All but its values stays in this one.
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
