@@ -10,12 +10,14 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
 
 from dump_activations.commands import console
 from dump_activations.commands.dump import main as dump_main
 from dump_activations.commands.inspect import main as inspect_main
-from dump_activations.errors import DumpActivationsWarning, option
+from dump_activations.commands.process import run_command
+from dump_activations.errors import DumpActivationsWarning, Note, OutputError, option
 from dump_activations.progress import Phase, counted, shown_progress
 
 FULL = os.strerror(errno.ENOSPC)
@@ -101,6 +103,17 @@ def test_the_same_warning_twice_is_shown_twice(capsys):
         for _ in range(2):
             warnings.warn(DumpActivationsWarning("again"), stacklevel=1)
     assert capsys.readouterr().err == "warning: again\n" * 2
+
+
+def test_the_notes_of_an_error_name_flags_too(capsys):
+    @click.command()
+    def fail():
+        error = OutputError(f"no {option('output', 'a.pt')}")
+        error.add_note(Note(f"set {option('batch_size', 4)}"))
+        raise error
+
+    assert run_command(fail, []) == 1
+    assert capsys.readouterr().err == "error: no --output a.pt; set --batch-size 4\n"
 
 
 def test_warnings_of_other_packages_are_hidden(capsys):
