@@ -444,10 +444,11 @@ def test_tensors_that_are_not_layers_of_one_key(tmp_path):
         "x.03": torch.rand(3, 2),
         "y": torch.rand(3, 4, 2),
         "y.1": torch.rand(3, 2),
+        "z.7": torch.rand(3, 2),  # of no layer of the model
     }
     save_file(values, tmp_path / "a.safetensors", {"layers": "0,1,2,3"})
     acts = ActivationsFile(tmp_path / "a.safetensors")
-    assert set(acts.keys()) == {"x", "x.1", "x.2", "x.03", "y", "y.1"}
+    assert set(acts.keys()) == {"x", "x.1", "x.2", "x.03", "y", "y.1", "z.7"}
     same(acts.read("x"), torch.stack([values["x.0"], values["x.3"]], 1))
     same(acts.read("y", layer=1), values["y"][:, 1])
     for name, expected in values.items():
