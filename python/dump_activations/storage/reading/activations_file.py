@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, MissingKeyError, option, switch, warn
+from dump_activations.remote import input_path
 from dump_activations.storage.reading.array import ActivationArray, Rows
 from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.reading.keys import Key
@@ -68,7 +69,8 @@ class ActivationsFile:
     def __init__(self, *paths: str | os.PathLike[str]) -> None:
         if not paths:
             raise InvalidArgumentError("paths: name a file")
-        self.files = inspect_dump(*paths)
+        # Absolute, so that the program may change its directory before it reads.
+        self.files = inspect_dump(*map(input_path, paths))
         len(self)  # which raises where a file has no axis of boards
 
     @property

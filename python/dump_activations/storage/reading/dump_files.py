@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError, warn
+from dump_activations.paths import is_url
 from dump_activations.remote import input_path
 from dump_activations.remote.mirror import Ranges, fetch, is_mirror
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest
@@ -241,8 +242,8 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
         OutputError: a file cannot be read or is not of its format, a shard is missing, or the
             shards do not belong together.
     """
-    # Absolute, so that the program may change its directory before it reads.
-    dumps = [_inspect_one(input_path(path)) for path in paths]
+    local = [input_path(path) if is_url(path) else Path(path).expanduser() for path in paths]
+    dumps = [_inspect_one(path) for path in local]
     if len(dumps) == 1:
         return dumps[0]
     joined = DumpFiles(
