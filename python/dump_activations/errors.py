@@ -80,6 +80,26 @@ class DumpActivationsError(_Message):
 
     exit_code = 1
 
+    @classmethod
+    def of_system(cls, what: str, cause: OSError) -> Self:
+        """Make an error with the reason of the system, as text and as `errno`."""
+        error = cls(f"{what}: {cause.strerror or cause}")
+        if isinstance(error, OSError):
+            # Set `errno` alone: with `strerror` too, OSError would write its own text.
+            error.errno = cause.errno
+        return error
+
+    @classmethod
+    @contextmanager
+    def when(cls, what: str) -> Iterator[None]:
+        """Turn an error of the system inside the context into one that says what failed."""
+        try:
+            yield
+        except DumpActivationsError:
+            raise
+        except OSError as error:
+            raise cls.of_system(what, error) from error
+
 
 class InvalidArgumentError(DumpActivationsError, ValueError):
     """An option, or a combination of options, that is wrong with any file on any machine."""
@@ -141,36 +161,11 @@ class DeviceError(DumpActivationsError, RuntimeError):
     """A compute device, memory, threads or a compiler that this machine lacks."""
 
 
-class _FileError(DumpActivationsError):
-    """A file that the system, or a server, refuses."""
-
-    errno: int | None
-
-    @classmethod
-    def of_system(cls, what: str, cause: OSError) -> Self:
-        """Make an error with the reason of the system, as text and as `errno`."""
-        error = cls(f"{what}: {cause.strerror or cause}")
-        # Set `errno` alone: with `strerror` too, OSError would write its own text.
-        error.errno = cause.errno
-        return error
-
-    @classmethod
-    @contextmanager
-    def when(cls, what: str) -> Iterator[None]:
-        """Turn an error of the system inside the context into one that says what failed."""
-        try:
-            yield
-        except DumpActivationsError:
-            raise
-        except OSError as error:
-            raise cls.of_system(what, error) from error
-
-
-class OutputError(_FileError, OSError):
+class OutputError(DumpActivationsError, OSError):
     """An output file that cannot be written, resumed or read back."""
 
 
-class RemoteError(_FileError, RuntimeError):
+class RemoteError(DumpActivationsError, RuntimeError):
     """A file behind a URL that cannot be read, or its local copy."""
 
 

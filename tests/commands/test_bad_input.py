@@ -554,7 +554,7 @@ def test_why_cuda_cannot_be_used(reason, place, capsys, monkeypatch):
         raise RuntimeError(reason)
 
     monkeypatch.setattr(torch.cuda, "init", fail)
-    names = [reason.partition("\n")[0], "--device cpu --allow-cpu"]
+    names = [reason.partition("\n")[0].rstrip("."), "--device cpu --allow-cpu"]
     place.run(capsys, code=1, names=names, device="cuda", allow_cpu=None)
 
 
@@ -602,7 +602,6 @@ def test_an_existing_target_survives_a_failure(suffix, place, capsys):
         ({"outputs": ["attn_sinks"]}, ValueError),
         ({"layers": [2]}, ValueError),
         ({"layers": [0.5]}, ValueError),
-        ({"layers": 1}, ValueError),
         ({"layers": []}, ValueError),
         ({"layers": [slice(0, 2, 0)]}, ValueError),
         ({"outputs": ["attn_weights"]}, NotImplementedError),

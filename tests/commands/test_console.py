@@ -103,6 +103,22 @@ def test_the_same_warning_twice_is_shown_twice(capsys):
     assert capsys.readouterr().err == "warning: again\n" * 2
 
 
+def test_warnings_of_other_packages_are_hidden(capsys):
+    with console.fresh_mode():
+        warnings.warn("of another", stacklevel=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_process_of_several_names_itself_and_prints_problems_only(tmp_path, capsys, monkeypatch):
+    given = ["--demo", "--outputs=pooled", "--n-samples=9", "--batch-size=3", "--shard-size=1kB"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert dump_main([*given, "-o", f"{tmp_path}/a.pt"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert dump_main([*given, "--dtype=fp8", "-o", f"{tmp_path}/a.pt"]) == 2
+    assert capsys.readouterr().err.startswith("error: rank 1: --dtype")
+
+
 def test_a_quiet_command_prints_errors_and_json_only(tmp_path, capsys):
     target = str(tmp_path / "a.pt")
     given = ["--demo", "--outputs=pooled", "--n-samples=9", "-q"]

@@ -41,8 +41,9 @@ def endless(tmp_path):
 def test_processes_end_with_their_launcher(number, endless):
     launcher, _ = endless
     launcher.send_signal(number)
-    launcher.communicate(timeout=HANG)  # Its stdout and stderr end with the last process.
+    _, shown = launcher.communicate(timeout=HANG)  # Both streams end with the last process.
     assert launcher.returncode == -number
+    assert "was ended by signal" not in shown
 
 
 def test_the_first_error_ends_the_other_process_and_is_the_launchers(endless):

@@ -3,8 +3,10 @@
 Shape letters: N boards, M moves (4).
 """
 
+import base64
 import re
 import warnings
+from hashlib import sha256
 from html.parser import HTMLParser
 
 import numpy as np
@@ -54,7 +56,7 @@ class Text(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
+        self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data):
         if self.lasttag not in ("style", "script") or not data.strip():
@@ -229,7 +231,7 @@ def test_names_from_a_file_are_text(tmp_path, name):
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
     assert text.count(f"{shown}\n") >= 5
     page = Text((tmp_path / "report.html").read_text())
-    assert page.tags.count("script") == 1
+    assert [tag for tag, _ in page.tags].count("script") == 1
 
 
 def test_each_entry_of_metadata_has_its_group(tmp_path):
@@ -251,3 +253,57 @@ def test_progress_counts_keys_and_is_shown_if_asked_for(tmp_path, monkeypatch):
     assert (calls, listener.phase.text()) == ([(1, 2), (2, 2)], "starting")
     write_report(path, report, progress=True)
     assert listener.phase.text() == "writing the report: 2/2 keys"
+
+
+def test_the_page_may_load_nothing_and_run_only_its_own_script(demo_report):
+    page = demo_report.read_text()
+    (policy,) = [
+        attributes["content"]
+        for _, attributes in Text(page).tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+
+    def digest(tag):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"
+
+    assert dict(part.strip().split(" ", 1) for part in policy.split(";")) == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "style-src": digest("style"),
+        "script-src": digest("script"),
+    }
+
+
+def test_pictures_have_a_role_and_a_name(demo_report):
+    tags = Text(demo_report.read_text()).tags
+    pictures = [attributes for tag, attributes in tags if tag == "svg"][1:]  # The first is hidden.
+    pictures += [each for _, each in tags if (each.get("aria-label") or "").startswith("board:")]
+    assert len(pictures) > 40
+    assert all(each.get("role") == "img" and each["aria-label"] for each in pictures)
+
+
+def test_thousands_of_entries_of_metadata_are_bounded(tmp_path):
+    text = write(tmp_path, {}, {f"key{i:04}": "x" for i in range(5000)})
+    assert "4,900 more entries of metadata are not listed." in text
+    assert "key0099" in text
+    assert "key0100" not in text
+
+
+def test_an_empty_cell_is_no_tile_in_the_order_of_the_examples(tmp_path):
+    boards = np.zeros((3, 16), np.uint8)
+    boards[0, :10] = 1  # 20 in all
+    boards[1, 0] = 4  # 16, in a board with more empty cells
+    boards[2, 0] = 5
+    save_file({"boards": boards, "indices": np.arange(3)}, tmp_path / "a.safetensors")
+    source = data.Source(ActivationsFile(tmp_path / "a.safetensors"))
+    assert source.examples.tolist() == [1, 0, 2]
+
+
+def test_a_feature_that_is_not_a_number_is_among_the_largest():
+    nothing = np.zeros(1)
+    largest = np.array([[1.0, np.nan, 3.0, 2.0]])
+    figures = data.KeyFigures("x", (), (1, 1), "", *[nothing] * 4, largest, None)
+    assert figures.top_features(0).tolist() == [1, 2, 3]

@@ -4,6 +4,7 @@ Shape letters: N boards, L layers, Q heads, S cells of queries, T cells of keys,
 """
 
 import json
+import re
 from dataclasses import replace
 from importlib.resources import files
 
@@ -120,6 +121,51 @@ def test_the_largest_tiles(opened, tensors):
     assert [(text.split(":")[0], text.split(", ")[1]) for text in shown] == [
         (name, f"{count} boards") for name, count in zip(names, counts, strict=True)
     ]
+
+
+def shares(kinds, agrees=None):
+    """Return the bars of each kind that occurs: the share of boards, or of those that agree."""
+    counts = np.bincount(kinds)
+    of = np.bincount(kinds, weights=agrees) / np.maximum(counts, 1) if agrees is not None else None
+    return {
+        int(kind): (100 * (counts[kind] / len(kinds) if of is None else of[kind]), counts[kind])
+        for kind in np.flatnonzero(counts)
+    }
+
+
+def bars(page, title):
+    """Read the bars with any boards: name -> percent and number of boards."""
+    found = {}
+    for text in ask(page, f"tooltips('{title}')"):
+        name, percent, count = re.fullmatch(
+            r"(\d+k?): (\S+)%?(?:,| of) ([\d,]+) boards", text
+        ).groups()
+        if count != "0":
+            number = int(name[:-1]) * 1024 if name.endswith("k") else int(name)
+            found[number] = (float(percent.strip("%")), int(count.replace(",", "")))
+    return found
+
+
+def test_the_bars_of_boards_and_of_agreement(opened, tensors):
+    boards, steps = tensors["boards"], tensors["labels/step_index"]
+    agrees = model_moves(tensors)[0] == tensors["labels/move_dir"]
+    width = steps.max() // 12 + 1
+    legal = np.array([sum(legal_moves(board)) for board in boards])
+    expected = {
+        "Empty cells of a board": shares((boards == 0).sum(axis=1)),
+        "Moves that change a board": shares(legal),
+        "Steps of the games": shares(steps // width * width),
+        "Agreement by the largest tile": shares(largest_tiles(tensors), agrees),
+        "Agreement by the step of the game": shares(steps // width * width, agrees),
+    }
+    for title, bars_of in expected.items():
+        found = bars(opened, title)
+        assert {kind: count for kind, (_, count) in found.items()} == {
+            kind: count for kind, (_, count) in bars_of.items()
+        }
+        for kind, (percent, _) in bars_of.items():
+            assert found[kind][0] == pytest.approx(percent, abs=0.5), title
+    assert len(ask(opened, "tooltips('Steps of the games')")) == steps.max() // width + 1
 
 
 def test_the_moves(opened, tensors):

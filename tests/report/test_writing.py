@@ -8,6 +8,7 @@ import pytest
 
 from dump_activations import OutputError, write_report
 from dump_activations.commands.inspect import main
+from dump_activations.report import render
 
 EARLIER = b'<!doctype html>\n<html><meta charset="utf-8"><meta content="dump-activations report">'
 
@@ -47,6 +48,21 @@ def test_a_file_that_is_not_a_report_stays(dump_path, tmp_path, content):
     with pytest.raises(OutputError, match=r"report\.html exists and is not a report"):
         write_report(dump_path, report)
     assert report.read_bytes() == content
+
+
+def test_a_file_that_came_while_the_page_was_made_stays(dump_path, tmp_path, monkeypatch):
+    report, make = tmp_path / "report.html", render.render
+
+    def make_and_disturb(*arguments, **options):
+        page = make(*arguments, **options)
+        report.write_bytes(b"mine")
+        return page
+
+    monkeypatch.setattr(render, "render", make_and_disturb)
+    with pytest.raises(OutputError, match="is not a report"):
+        write_report(dump_path, report)
+    assert report.read_bytes() == b"mine"
+    assert names(tmp_path) == {"report.html"}
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, random
 from dump_activations import ActivationsFile, InvalidArgumentError, OutputError, RowIndexError, dump
 from dump_activations.commands.inspect import main
 from dump_activations.model.activations import ACTIVATIONS
-from dump_activations.storage.reading.dump_files import inspect_dump
+from dump_activations.storage.reading.dump_files import DumpFiles, inspect_dump
 from reference.dumps import read_dump
 
 N = 40
@@ -132,6 +132,7 @@ def test_bfloat16(make, split):
 NUMBERS = st.integers(-N, N - 1)
 SLICES = st.builds(slice, *[st.none() | NUMBERS] * 2, st.sampled_from([None, 1, 3, -2]))
 MASKS = st.lists(st.booleans(), min_size=N, max_size=N).map(np.array)
+ARRAYS = lambda rows: st.sampled_from([rows, np.array(rows), torch.tensor(rows)])  # noqa: E731
 OTHERS = st.integers(-2, 1) | st.builds(slice, *[st.none() | st.integers(-3, 3)] * 2)
 
 
@@ -139,7 +140,7 @@ OTHERS = st.integers(-2, 1) | st.builds(slice, *[st.none() | st.integers(-3, 3)]
 @given(
     st.sampled_from([STACKED, "attn_q", "boards", "labels/legal_moves"]),
     st.tuples(st.sampled_from(FORMATS), st.booleans()),
-    NUMBERS | SLICES | MASKS | MASKS.map(torch.from_numpy) | st.lists(NUMBERS, min_size=1),
+    NUMBERS | SLICES | MASKS | st.lists(NUMBERS, min_size=1).flatmap(ARRAYS),
     st.lists(OTHERS, max_size=3) | OTHERS.map(lambda last: [..., last]),
 )
 def test_an_index_gives_what_it_gives_of_the_whole_tensor(make, key, form, rows, others):
@@ -148,7 +149,8 @@ def test_an_index_gives_what_it_gives_of_the_whole_tensor(make, key, form, rows,
     array = ActivationsFile(make(suffix, split=split))[key]
     assert (array.shape, len(array)) == (expected.shape, N)
     others = others[: expected.ndim - 1]
-    expected = expected[rows][(*[slice(None)] * (not isinstance(rows, int)), *others)]
+    index = rows.numpy() if isinstance(rows, torch.Tensor) else rows
+    expected = expected[index][(*[slice(None)] * (not isinstance(rows, int)), *others)]
     same(array[(rows, *others)], torch.from_numpy(np.array(expected)))
 
 
@@ -222,17 +224,19 @@ def test_representations_are_short_and_have_no_addresses(make, tmp_path):
     acts = ActivationsFile(make(split=True))
     values = {f"key{i}": torch.zeros(3, 2) for i in range(60)}
     values |= {f"labels/l{i}": torch.zeros(3) for i in range(60)}
-    values["<b>"] = torch.zeros(3, dtype=torch.complex64)
+    values["<b>\x1b"] = torch.zeros(3, dtype=torch.complex64)
+    values |= {name: torch.zeros(3) for name in ("labels/\x1b", "a\x1b")}
     save_file(values, tmp_path / "a.safetensors")
     large = ActivationsFile(tmp_path / "a.safetensors")
     assert large.seed is None
     assert large.checkpoint is None
-    for text in map(repr, (acts, acts.labels, acts[STACKED], large, large.labels, large["key7"])):
+    for text in map(repr, (acts, acts.labels, acts[STACKED], large, large.labels, large["a\x1b"])):
         assert len(text.splitlines()) <= 20
         assert "0x" not in text
+        assert "\x1b" not in text
     rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in repr(acts).splitlines()[1:]}
     assert rows[STACKED] == "(40, 2, 16, 64) float16, 164 kB, layers 1, 3"
-    assert rows["labels"] == "legal_moves, move_dir"
+    assert rows["(labels)"] == "legal_moves, move_dir"
     assert repr(acts[STACKED]) == f"ActivationArray({STACKED}: {rows[STACKED]})"
     assert repr(acts.labels) == "2 labels\n  legal_moves: (40, 4) uint8, 160 B\n" + (
         "  move_dir: (40) uint8, 40 B"
@@ -240,7 +244,7 @@ def test_representations_are_short_and_have_no_addresses(make, tmp_path):
     assert repr(ActivationsFile(make(), make(seed=1))).startswith(
         f"ActivationsFile({make().name}, {make(seed=1).name}): 80 boards, "
     )
-    assert "<td>&lt;b&gt;</td><td>(3) C64, which cannot be read</td>" in large._repr_html_()
+    assert "<td>&lt;b&gt;\\x1b</td><td>(3) C64, which cannot be read</td>" in large._repr_html_()
 
 
 def test_headers_are_read_without_torch(make):
@@ -516,7 +520,12 @@ def cut_short(path, _other):
     os.truncate(path, path.stat().st_size - 1)
 
 
-@pytest.mark.parametrize("renew", [renewed_time, renewed_inode, written_again])
+def copied_again(path, _other):
+    renewed_inode(path, None)
+    renewed_time(path, None)
+
+
+@pytest.mark.parametrize("renew", [renewed_time, renewed_inode, written_again, copied_again])
 def test_a_file_that_was_only_touched_is_read_on(make, tmp_path, renew):
     path = tmp_path / "a.safetensors"
     path.write_bytes(make().read_bytes())
@@ -540,6 +549,38 @@ def test_a_file_that_was_changed(make, tmp_path, change):
     path.unlink()
     with pytest.raises(OutputError, match=r"cannot read .*a.safetensors: No such file"):
         acts.read("boards")
+
+
+def test_a_file_that_is_replaced_during_a_read(make, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(make().read_bytes())
+
+    class Replaced:
+        def read(self, _numbers, _out, **_options):
+            replaced_by_other_values(path, make(seed=1))
+
+    monkeypatch.setattr(DumpFiles, "_stored", lambda *_: Replaced())
+    with pytest.raises(OutputError, match="was replaced or changed since"):
+        ActivationsFile(path).read("boards")
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4), torch.zeros(3, dtype=torch.int64)])
+def test_tensors_that_differ_between_files(tmp_path, other):
+    for name, label in {"a": torch.zeros(3), "b": other}.items():
+        values = {"indices": torch.arange(3), "x": torch.zeros(3, 2), "labels/y": label}
+        save_file(values, tmp_path / f"{name}.safetensors")
+    acts = ActivationsFile(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert len(acts.read("x")) == 6
+    with pytest.raises(InvalidArgumentError, match=r"b.safetensors has no labels/y like .*a\."):
+        acts.read("labels/y")
+
+
+def test_files_of_different_precision_are_not_one_dump(tmp_path):
+    for precision in ("fp32", "tf32"):
+        metadata = {"precision": precision}
+        save_file({"x": torch.zeros(3, 2)}, tmp_path / f"{precision}.safetensors", metadata)
+    with pytest.raises(InvalidArgumentError, match="its precision is tf32, not fp32"):
+        ActivationsFile(tmp_path / "fp32.safetensors", tmp_path / "tf32.safetensors")
 
 
 def test_a_replaced_file_without_digests_is_a_change(tmp_path):

@@ -445,6 +445,7 @@ def test_boards_in_the_order_of_the_dataset_are_warned_of(tmp_path, steps):
     save_file({"indices": boards, "hidden": hidden}, tmp_path / "a.safetensors")
     acts = ActivationsFile(tmp_path / "a.safetensors")
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         options = {"batch_size": 64, "window": 64 * 4}
         near = next(iter(acts.cells("hidden", **options))).rows.unique()
         far = next(iter(acts.cells("hidden", **options, shuffle_boards=True))).rows.unique()

@@ -125,6 +125,10 @@ def a_shape_of_huge_axes(path: Path) -> None:
     write_safetensors(path, {"hidden": entry([10**4000] * 400, 0, 8)}, 8)
 
 
+def a_tensor_before_the_data(path: Path) -> None:
+    write_safetensors(path, {"hidden": entry([8], -8, 0)}, 8)
+
+
 def overlapping_tensors(path: Path) -> None:
     names = [f"t{i}" for i in range(8000)]
     metadata = {"integrity": digests(names)}
@@ -192,6 +196,7 @@ CASES = {
         a_header_of_the_largest_size,
         a_header_larger_than_the_file,
         a_shape_of_huge_axes,
+        a_tensor_before_the_data,
         overlapping_tensors,
         a_digest_of_infinitely_many,
     ],

@@ -93,7 +93,8 @@ def single(tmp_path):
 
 
 def test_every_read_is_as_from_one_file(whole, single):
-    acts, one = ActivationsFile(whole), ActivationsFile(single)
+    with warnings.catch_warnings(action="error"):
+        acts, one = ActivationsFile(whole), ActivationsFile(single)
     assert len(acts) == N
     assert acts.keys() == one.keys()
     assert acts.paths == tuple(shard_path(whole, number) for number in (1, 2, 3))
@@ -143,25 +144,42 @@ def test_a_missing_shard_is_named(whole):
             read(whole)
 
 
-def test_shards_of_different_dumps(tmp_path):
-    whole = write_shards(tmp_path / "a.safetensors")
+def another_fingerprint(whole):
     write_shards(whole, [3], fingerprint="another")
-    with pytest.raises(OutputError, match=r"a-00003-of-00003.*-00001-.* their fingerprints differ"):
-        ActivationsFile(whole)
+
+
+def another_number(whole):
     shutil.copy(shard_path(whole, 2), shard_path(whole, 3))
-    with pytest.raises(
-        OutputError, match=r"a-00003-of-00003.* is not shard 3/3 .* its shard is 2/3"
-    ):
-        ActivationsFile(whole)
+
+
+def another_length(whole):
     write_shards(whole, n_samples="40")
-    with pytest.raises(
-        OutputError, match=r"a-00003-of-00003.* is the last shard, at board 41 of 40"
-    ):
-        ActivationsFile(whole)
+
+
+def another_count(whole):
     shutil.copy(shard_path(whole, 2), shard_path(whole, 2, count=8))
-    with pytest.raises(
-        OutputError, match=r"a-00001-of-00003.* and .*a-00002-of-00008.* are shards"
-    ):
+
+
+def another_dtype(whole):
+    arrays = tensors(*CUTS[2:])
+    arrays["boards"] = arrays["boards"].astype(np.int64)
+    write(shard_path(whole, 3), arrays, METADATA | {"shard": "3/3", "first_board": str(CUTS[2])})
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (another_fingerprint, r"a-00003-of-00003.*-00001-.* their fingerprints differ"),
+        (another_number, r"a-00003-of-00003.* is not shard 3/3 .* its shard is 2/3"),
+        (another_length, r"a-00003-of-00003.* is the last shard, at board 41 of 40"),
+        (another_count, r"a-00001-of-00003.* and .*a-00002-of-00008.* are shards"),
+        (another_dtype, r"a-00003-of-00003.* has other tensors than .*a-00001-of-00003"),
+    ],
+)
+def test_shards_of_different_dumps(tmp_path, change, error):
+    whole = write_shards(tmp_path / "a.safetensors")
+    change(whole)
+    with pytest.raises(OutputError, match=error):
         ActivationsFile(whole)
 
 
@@ -185,6 +203,9 @@ def test_inspection_lists_and_verifies_the_whole(whole, capsys):
     assert listed["file"] == str(whole)
     assert listed["boards"] == N
     assert listed["damaged"] == []
+    digests = inspect_dump(whole).digests
+    for name in ("layer_outputs", "boards", "rmsnorm_gammas/final_ln"):
+        assert digests[name].crc32 == zlib.crc32(tensors()[name].tobytes())
     found = {tensor["key"]: tensor for tensor in listed["tensors"]}
     assert found["layer_outputs"]["shape"] == [N, L, 16, H]
     assert found["layer_outputs"]["bytes"] == 4 * N * L * 16 * H
@@ -192,12 +213,6 @@ def test_inspection_lists_and_verifies_the_whole(whole, capsys):
     np.testing.assert_allclose(
         listed["stats"]["layer_outputs"]["mean"], tensors()["stats/layer_outputs/mean"]
     )
-
-
-def test_the_digest_of_the_whole_is_joined_from_the_shards(whole):
-    digests = inspect_dump(whole).digests
-    for name in ("layer_outputs", "boards", "rmsnorm_gammas/final_ln"):
-        assert digests[name].crc32 == zlib.crc32(tensors()[name].tobytes())
 
 
 def test_damage_names_the_shard(whole, capsys):
@@ -263,9 +278,3 @@ def test_computed_statistics_do_not_depend_on_shards(whole, single):
     }
     for name, values in ours.items():
         np.testing.assert_allclose(values, tensors()[f"stats/layer_outputs/{name}"], rtol=1e-12)
-
-
-def test_shards_are_read_without_warnings(whole):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ActivationsFile(whole).read("boards")

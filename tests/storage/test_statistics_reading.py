@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dump_activations import ActivationsFile, InvalidArgumentError, OutputError
 from dump_activations.dtypes import TensorSpec
@@ -76,13 +76,18 @@ def test_a_key_has_the_statistics_of_its_values(with_them, key):
             np.testing.assert_allclose(of_layer[name], expected, rtol=1e-9, atol=1e-12)
             stacked = found[name] if layer is None else found[name][number]
             np.testing.assert_array_equal(stacked, of_layer[name])
+    if key == "attn_q":  # to the bit
+        stored = load_file(with_them)
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, stored[f"stats/{key}/{name}"])
 
 
-def test_a_file_without_statistics_is_read_for_them(with_them, without, monkeypatch):
+@pytest.mark.parametrize("nbytes", [1, 50_000])  # less than a row, and several
+def test_a_file_without_statistics_is_read_for_them(with_them, without, monkeypatch, nbytes):
     stored = stored_statistics(inspect_dump(with_them))
     assert stored.keys() == ACTIVATIONS.keys()
     assert stored_statistics(inspect_dump(without)) == {}
-    monkeypatch.setattr(reading, "_CHUNK_NBYTES", 50_000)
+    monkeypatch.setattr(reading, "_CHUNK_NBYTES", nbytes)
     seen: list[tuple[int, int]] = []
     computed = compute_statistics(
         inspect_dump(without), threads=3, progress=lambda *at: seen.append(at)
@@ -103,6 +108,9 @@ def test_a_file_without_statistics_is_read_for_them(with_them, without, monkeypa
 def test_a_key_without_statistics_is_an_error(with_them, without):
     with pytest.raises(InvalidArgumentError, match=r"pooled has no statistics .* stats=True"):
         ActivationsFile(without).stats("pooled")
+    for paths in ((without, with_them), (with_them, without)):
+        with pytest.raises(InvalidArgumentError, match="pooled has no statistics"):
+            ActivationsFile(*paths).stats("pooled")
     acts = ActivationsFile(with_them)
     with pytest.raises(InvalidArgumentError, match="has layers 1, 3"):
         acts.stats("attn_q", 2)

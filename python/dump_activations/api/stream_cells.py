@@ -23,7 +23,7 @@ from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import CELLS, STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.model.encoder import Encoder
-from dump_activations.pipeline.device import OutOfMemoryAdvice
+from dump_activations.pipeline.device import DeviceAdvice
 from dump_activations.pipeline.options import StreamOptions
 from dump_activations.pipeline.plan import Plan, fingerprint, make_plan
 from dump_activations.storage.reading.cells import (
@@ -123,7 +123,7 @@ def stream_cells(
         compile=compile,
         tensors="device",
     )
-    with OutOfMemoryAdvice(batch_size=boards_per_pass):
+    with DeviceAdvice(batch_size=boards_per_pass):
         dataset, options = with_step_indices(dataset, options)
         plan = make_plan(init, dataset, options)
     values = _find_values(plan, keys, layer)
@@ -152,11 +152,11 @@ def _find_values(plan: Plan, keys: Sequence[str], layer: int | None) -> dict[str
         raise InvalidArgumentError(
             f"{option('key')} must name keys with an axis of cells; got {', '.join(keys)}"
         )
-    dtype, in_model = STORAGE_DTYPES[plan.options.dtype].name, plan.model.config.num_hidden_layers
     found = {}
     for tensor in plan.board_tensors:
         shape, layers = (tensor.shape[1:], plan.layers) if tensor.stacked else (tensor.shape, None)
-        key = Key(tensor.name, dtype, shape, (Part(tensor.name),), layers, in_model)
+        dtype, parts = STORAGE_DTYPES[plan.options.dtype].name, (Part(tensor.name),)
+        key = Key(tensor.name, dtype, shape, parts, layers, plan.model.config.num_hidden_layers)
         found[tensor.name] = find_cells(key, layer)
     return found
 
@@ -201,7 +201,8 @@ class StreamedCells(Cells[Values]):
         windows = list(order.windows(batches))
         boards = order.window_batches * order.batch_size // CELLS
         rows = [range(len(self._plan.indices))[i * boards : (i + 1) * boards] for i, _ in windows]
-        passes = [-(-len(each) // self._plan.options.batch_size) for each in rows]
+        per_pass = self._plan.options.batch_size
+        passes: list[int] = [-(-len(each) // per_pass) for each in rows]
         device = self._plan.device
         # The caller may be in another stream at each batch. All but its values stays in this one.
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -103,6 +103,13 @@ class _Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent + 2}}{call}\n")
 
 
+# What flags do that turn an option off.
+_TURNED_OFF = {
+    "write": "Run the model and write nothing.",
+    "cuda_graph": "Launch each kernel, in place of replaying batches as CUDA graphs.",
+}
+
+
 def _flag(described: Described) -> Callable[[Any], Any] | None:
     """Make an option of the command of one of `dump`; None where only Python has it."""
     name, default = described.name, described.default
@@ -117,10 +124,9 @@ def _flag(described: Described) -> Callable[[Any], Any] | None:
         attributes |= {"type": click.Path(), "help": f"An .npy or .npz file, or a dump: {text}."}
     elif name in ("outputs", "labels"):
         attributes["multiple"] = True
-    elif name == "write":
-        attributes |= {"flag_value": False, "show_default": False}
-        attributes["help"] = "Run the model and write nothing."
-        return _option("--no-write", "write", group=described.group, **attributes)
+    elif default is True:
+        attributes |= {"flag_value": False, "show_default": False, "help": _TURNED_OFF[name]}
+        return _option(f"--no-{flag[2:]}", name, group=described.group, **attributes)
     elif isinstance(default, bool):
         attributes["is_flag"] = True
     elif name in ("layers", "steps", "where", "shard_size", "shards") or isinstance(

@@ -411,15 +411,13 @@ def _described(tensor: StoredTensor | None) -> str:
 def _value_table(pairs: Sequence[TensorPair]) -> Table:
     """Show how the values of tensors differ."""
     found = [(pair, pair.difference) for pair in pairs if pair.difference]
-    nonfinite = ["not finite"] * any(difference.nonfinite for _, difference in found)
-    numbers = ("differing", "share", *nonfinite, "largest", "relative")
+    numbers = ("differing", "share", "not finite", "largest", "relative")
     rows = []
     for pair, difference in found:
         if pair.first is None or not difference.elements:
             continue
         share = difference.elements / math.prod(pair.first.shape)
-        row = [pair.name, f"{difference.elements:,}", f"{share:.2%}"]
-        row += [f"{difference.nonfinite:,}" for _ in nonfinite]
+        row = [pair.name, f"{difference.elements:,}", f"{share:.2%}", f"{difference.nonfinite:,}"]
         if difference.place is None:
             rows.append([*row, "-", "-", "-"])
             continue

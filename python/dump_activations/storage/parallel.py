@@ -38,13 +38,10 @@ def sum_in_parallel(
     threads: int,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[K, S]:
-    """Call `work(name, start, stop)` on threads for each chunk, and add the results of each name.
+    """Call `work(name, start, stop)` on threads for each chunk, and add results of a name in order.
 
-    Args:
-        work: measures a chunk. Results of a name are added in order.
-        lengths: name -> its length, and the length of a chunk. Empty ones have no result.
-        threads: threads.
-        progress: called in this thread with the length done and the length in all. It may raise.
+    `lengths` maps a name to its length and the length of a chunk. An empty one has no result.
+    `progress` is called in this thread with the length done and in all, and may raise.
     """
     found: dict[K, S] = {}
     chunks = [

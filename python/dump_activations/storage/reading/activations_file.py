@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, MissingKeyError, option, switch, warn
+from dump_activations.remote import input_path
 from dump_activations.storage.reading.array import ActivationArray, Rows
 from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.reading.keys import Key
-from dump_activations.text import size_text
+from dump_activations.text import printable, size_text
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,8 @@ class ActivationsFile:
     def __init__(self, *paths: str | os.PathLike[str]) -> None:
         if not paths:
             raise InvalidArgumentError("paths: name a file")
-        self.files = inspect_dump(*paths)
+        # Absolute, so that the program may change its directory before it reads.
+        self.files = inspect_dump(*map(input_path, paths))
         len(self)  # which raises where a file has no axis of boards
 
     @property
@@ -139,36 +141,36 @@ class ActivationsFile:
         return ActivationArray(self.files, self._find(key))
 
     def __repr__(self) -> str:
-        rows = [[*row] for row in self._rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        cells = [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
-        return "\n".join([self._title(), *(f"  {'  '.join(row)}".rstrip() for row in cells)])
+        rows = self._rows()
+        width = max((len(name) for name, _ in rows), default=0)
+        lines = [f"  {name:{width}}  {text}".rstrip() for name, text in rows]
+        return "\n".join([self._title(), *lines])
 
     def _repr_html_(self) -> str:
-        rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._rows()]
-        table = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<p>{escape(self._title())}</p><table>{table}</table>"
+        rows = [f"<tr><td>{escape(n)}</td><td>{escape(t)}</td></tr>" for n, t in self._rows()]
+        return f"<p>{escape(self._title())}</p><table>{''.join(rows)}</table>"
 
     def _title(self) -> str:
         names = _brief(path.name for path in self.files.paths)
-        return f"ActivationsFile({names}): {len(self):,} boards, {size_text(self.files.size)}"
+        size = size_text(self.files.size)
+        return printable(f"ActivationsFile({names}): {len(self):,} boards, {size}")
 
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        """Yield a row per key or tensor; of many, those after the first keys are counted."""
+    def _rows(self) -> list[tuple[str, str]]:
+        """Describe the first keys, each in a row, and name all else."""
         keys, tensors = self.files.catalog.keys, self.files.catalog.tensors
-        for name in list(keys)[:_MOST_KEYS]:
-            yield name, ActivationArray(self.files, keys[name]).text
+        rows = {name: ActivationArray(self.files, keys[name]).text for name in [*keys][:_MOST_KEYS]}
         if len(keys) > _MOST_KEYS:
-            yield f"and {len(keys) - _MOST_KEYS:,} more keys", ""
-        if self.labels:
-            yield "labels", _brief(self.labels)
+            rows[f"and {len(keys) - _MOST_KEYS:,} more keys"] = ""
         of_keys = {part.tensor for key in keys.values() for part in key.parts}
         counted = (LABEL_PREFIX, STATISTICS_PREFIX)
         others = [n for n in tensors if n not in of_keys and not n.startswith(counted)]
-        if others:
-            yield "others", _brief(name.partition("/")[0] for name in others)
-        if described := [n.split("/")[1] for n in tensors if n.startswith(STATISTICS_PREFIX)]:
-            yield "statistics", _brief(described)
+        named = {
+            "labels": list(self.labels),
+            "others": [name.partition("/")[0] for name in others],
+            "statistics": [n.split("/")[1] for n in tensors if n.startswith(STATISTICS_PREFIX)],
+        }
+        rows |= {f"({what})": _brief(names) for what, names in named.items() if names}
+        return [(printable(name), printable(text)) for name, text in rows.items()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"files": self.files}
@@ -439,7 +441,7 @@ class _Labels(Mapping[str, NDArray[Any]]):
 
     def __repr__(self) -> str:
         names = list(self)[:_MOST_KEYS]
-        rows = [f"  {name}: {self._acts[LABEL_PREFIX + name].text}" for name in names]
+        rows = [printable(f"  {n}: {self._acts[LABEL_PREFIX + n].text}") for n in names]
         more = [f"  and {len(self) - len(names):,} more"] * (len(self) > len(names))
         return "\n".join([f"{len(self):,} labels", *rows, *more])
 

@@ -15,7 +15,7 @@ from dump_activations.dtypes import READABLE_DTYPES
 from dump_activations.errors import InvalidArgumentError, RowIndexError, option, switch
 from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.keys import Key
-from dump_activations.text import ranges_text, shape_text, size_text
+from dump_activations.text import printable, ranges_text, shape_text, size_text
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class ActivationArray:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"ActivationArray({self._key.name}: {self.text})"
+        return printable(f"ActivationArray({self._key.name}: {self.text})")
 
     @property
     def text(self) -> str:

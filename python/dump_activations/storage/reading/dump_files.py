@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError, warn
+from dump_activations.paths import is_url
 from dump_activations.remote import input_path
 from dump_activations.remote.mirror import Ranges, fetch, is_mirror
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest
@@ -87,11 +88,7 @@ class DumpFiles:
 
     @property
     def catalog(self) -> Catalog:
-        """Keys and tensors of the first file, which the others share.
-
-        Raises:
-            OutputError: its tensors share no first axis.
-        """
+        """Keys and tensors of the first file, which the others share."""
         return self.files[0].catalog
 
     @cached_property
@@ -154,14 +151,9 @@ class DumpFiles:
         per_row: int = 1,
         cancel: _rust.Cancel | None = None,
     ) -> None:
-        """Read a part of each row of a stored tensor, or cells of it.
+        """Read a part of rows, or of `per_row` cells of each row, into `out`, uint8 (R, nbytes).
 
-        Args:
-            part: the part.
-            numbers: rows, or cells, counted through all files, int64 (R,).
-            out: receives them, uint8 (R, bytes of each).
-            per_row: cells of the part; 1 for whole rows.
-            cancel: lets another thread end the read.
+        `numbers`, int64 (R,), count rows or cells through all files. `cancel` ends the read.
 
         Raises:
             InvalidArgumentError: not all files have the tensor.
@@ -220,11 +212,7 @@ class DumpFiles:
         return _rust.StoredTensor(name, places, parts, nbytes // (rows * parts))
 
     def read_span(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
-        """Fill `out`, (n,), with a stored tensor's bytes from `start` on, through all files.
-
-        Raises:
-            OutputError: a file cannot be read, or was changed.
-        """
+        """Fill `out`, (n,), with a stored tensor's bytes from `start` on, through all files."""
         for file in self.files_of(name):
             nbytes = file.tensors[name].nbytes
             if len(out) and start < nbytes:
@@ -233,11 +221,7 @@ class DumpFiles:
             start -= nbytes
 
     def check_digest(self, name: str, data: NDArray[np.uint8]) -> None:
-        """Compare a whole tensor's bytes, of all files, with the files' digests.
-
-        Raises:
-            OutputError: they differ, or a file carries no digests.
-        """
+        """Raise OutputError where a whole tensor's bytes, of all files, differ from the digests."""
         start = 0
         for file in self.files_of(name):
             digest, stop = file.digests.get(name), start + file.tensors[name].nbytes
@@ -258,8 +242,8 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
         OutputError: a file cannot be read or is not of its format, a shard is missing, or the
             shards do not belong together.
     """
-    # Absolute, so that the program may change its directory before it reads.
-    dumps = [_inspect_one(input_path(path)) for path in paths]
+    local = [input_path(path) if is_url(path) else Path(path).expanduser() for path in paths]
+    dumps = [_inspect_one(path) for path in local]
     if len(dumps) == 1:
         return dumps[0]
     joined = DumpFiles(

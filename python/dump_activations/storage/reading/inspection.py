@@ -105,11 +105,7 @@ def offset_in(file: Inspection, name: str) -> int:
 
 
 def read_span(file: Inspection, name: str, start: int, out: NDArray[np.uint8]) -> None:
-    """Fill `out`, (n,), with the bytes of a stored tensor from `start` on.
-
-    Raises:
-        OutputError: the file cannot be read, or was changed.
-    """
+    """Fill `out`, (n,), with the bytes of a stored tensor from `start` on."""
     with open_again(file) as opened:
         opened.seek(offset_in(file, name) + start)
         if opened.readinto(out.data) != len(out):  # type: ignore[attr-defined]
