@@ -35,7 +35,7 @@ BYTES = "B"
 _RATE_SECONDS = 30.0
 _NARROWEST_BAR = 5
 _REFRESHES_PER_SECOND = 5
-# A log gets a line for each phase that lasts this many seconds, and then one per so many.
+# Seconds until a log gets a line for a phase, and seconds until the next line.
 _FIRST_LINE = 10.0
 _LONGEST_PAUSE = 60.0
 
@@ -153,7 +153,7 @@ def counted(phase: Phase, also: Count | None = None) -> Count:
 
 
 def live_console() -> Console | None:
-    """Return the console that draws a bar. It must print all other lines meanwhile."""
+    """Return the console that shows a bar. It must print all other lines meanwhile."""
     return _live
 
 

@@ -93,3 +93,25 @@ impl Generator {
         (product >> 64) as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `default_rng(0).integers(0, last, size=3, dtype=np.uint64, endpoint=True)`, with rejections.
+    #[test]
+    fn bounded_integers_are_those_of_numpy() {
+        let state = 0x1aa1_b534_5996_452d_0958_5eb7_a695_61e3;
+        let generator = Generator::new(state, 0x418d_dadb_3af7_1a82_5881_33bc_4478_73a9);
+        for (last, expected) in [
+            (9, [8, 6, 5]),
+            (3 << 30, [2051797211, 1646485849, 869043834]),
+            (u64::from(u32::MAX), [3653403231, 2735729615, 2195314465]),
+            ((1 << 40) + 12345, [700346789521, 296633632133, 45050866504]),
+            (1 << 63, [2488343231644625808, 152440531369162766, 8418684267946577447]),
+        ] {
+            let mut generator = generator.clone();
+            assert_eq!([(); 3].map(|()| generator.bounded(last)), expected, "{last}");
+        }
+    }
+}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dump_activations import DumpActivationsNote, StepsDataset, dump, load_encoder, stream
+from dump_activations import DumpActivationsNote, StepsDataset, demo, dump, load_encoder, stream
 from dump_activations.errors import OutputError
 from reference.checkpoints import (
     BASE,
@@ -151,6 +151,22 @@ def test_demo_model_plays_like_the_player_it_imitates(demo_checkpoint, demo_data
     legal = rows["ev_legal"][:, None] >> np.arange(4) & 1
     move = np.where(legal, value, -1).argmax(axis=1)
     assert (move == rows["move_dir"]).mean() > 0.7
+
+
+def test_the_demo_in_one_call(demo_checkpoint, demo_dataset, tmp_path):
+    options = {"outputs": "layer_outputs", "layers": -1, "n_samples": 20, "labels": "move_dir"}
+    options |= {"dtype": "fp16", "stats": True}
+    demo.dump(tmp_path / "a.npz", **options)
+    cpu_dump(demo_checkpoint, demo_dataset, tmp_path / "b.npz", **options)
+    ours, other = read_dump(tmp_path / "a.npz"), read_dump(tmp_path / "b.npz")
+    shapes = [{name: each.shape for name, each in file.tensors.items()} for file in (ours, other)]
+    assert shapes[0] == shapes[1]
+    for name in ("fingerprint", "layers", "labels", "dtype"):
+        assert ours.metadata[name] == other.metadata[name]
+    assert ours.metadata["layers"] == "3"
+    with pytest.raises(OutputError, match="of other work"):
+        demo.dump(tmp_path / "a.npz")
+    demo.dump(tmp_path / "a.npz", overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,19 @@ def test_boards_of_other_processes_count_as_resumed(tmp_path):
     assert summary.resumed_boards == others[0].boards > 0
 
 
+def test_shards_of_different_numbers_of_threads_are_noted(tmp_path):
+    options = {"n_samples": N, "batch_size": BATCH, "device": "cpu", "allow_cpu": True}
+    call = partial(dump, DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "a.pt", **options)
+    threads = torch.get_num_threads()
+    call(shard_size=50_000, shards=1)
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.warns(DumpActivationsNote, match='agree to rounding only: .*"threads"'):
+            call(shard_size=50_000)
+    finally:
+        torch.set_num_threads(threads)
+
+
 # --- What is already there.
 
 

@@ -45,7 +45,7 @@ class Place:
     arguments: dict[str, str] = field(default_factory=dict)
 
     def run(self, capsys, *, code, names, **changes):
-        """Run the command; return the one line it prints.
+        """Run the command, and return the line it prints.
 
         Args:
             code: the exit code it must have.
@@ -64,7 +64,7 @@ class Place:
             warnings.simplefilter("always")
             got = main(line)
         out, err = capsys.readouterr()
-        # A warning would be one more line on stderr; what a run is going to write is a note.
+        # A warning would be one more line on stderr. A preview of the output is a note.
         assert not [entry.message for entry in warned]
         assert "Traceback" not in out + err
         err = "".join(line for line in err.splitlines(True) if not line.startswith("note: "))
@@ -228,7 +228,7 @@ def test_a_launchers_wrong_variables(variables, names, place, capsys, monkeypatc
 
 
 def write_dataset(root, **shards):
-    """Write files of bytes, or rows as NumPy saves them, to a dataset; return its path."""
+    """Write files of bytes, or rows as NumPy saves them, to a dataset, and return its path."""
     (root / "dataset").mkdir()
     for name, rows in shards.items():
         path = root / "dataset" / f"{name.replace('_', '-')}.npy"
@@ -240,7 +240,7 @@ def write_dataset(root, **shards):
 
 
 def write_config(root, *, name="bad", **changes):
-    """Write a checkpoint without weights; return its path."""
+    """Write a checkpoint without weights, and return its path."""
     (root / name).mkdir()
     (root / name / "config.json").write_text(json.dumps(config_json(BASE, **changes)))
     return root / name
@@ -351,7 +351,7 @@ def checkpoint(state, config):
 
 
 def made(root, name, *, content=None):
-    """Make a file, or a directory without content; return its path."""
+    """Make a file, or a directory without content, and return its path."""
     path = root / name
     path.mkdir(parents=True) if content is None else path.write_bytes(content)
     return path
@@ -370,7 +370,7 @@ def without_config(root):
 
 
 # Checkpoints that are refused: tests/model/test_checkpoint.py.
-# Changes of the call, or a function that makes files for them in a directory; parts of the line.
+# Changes of the call, or a function that makes files for them in a directory. Parts of the line.
 FAILURES = {
     "no-init": ({"init": "none"}, ["none"]),
     "no-bundle": ({"init": "none.pt"}, ["none.pt"]),

@@ -138,6 +138,28 @@ def test_shards_come_in_lexicographic_order(three_shards):
     assert ds.read_rows(indices).tobytes() == dataset.rows[indices].tobytes()
 
 
+def test_the_order_of_names_is_that_of_their_bytes(tmp_path):
+    names = [b"steps-\xf0\x90\x80\x80.npy", b"steps-\xff.npy"]
+    dataset_of(tmp_path, map(os.fsdecode, reversed(names)))
+    assert [os.fsencode(shard.path.name) for shard in StepsDataset(tmp_path).shards] == names
+
+
+def test_the_digest_of_the_layout(tmp_path):
+    """It covers the names, the rows and their fields, and not the values."""
+
+    def digest(name, rows):
+        path = tmp_path / name
+        path.parent.mkdir()
+        np.save(path, rows)
+        return StepsDataset(path.parent).layout_sha256
+
+    rows, other = np.zeros(3, [("board", "<u8")]), np.zeros(3, [("board", "<u8"), ("x", "u1")])
+    first = digest("a/steps-0.npy", rows)
+    assert digest("b/steps-0.npy", np.ones(3, rows.dtype)) == first
+    others = [digest("c/steps-00.npy", rows), digest("d/steps-0.npy", rows[:2])]
+    assert len({first, *others, digest("e/steps-0.npy", other)}) == 4
+
+
 def dataset_of(directory, names):
     for name in names:
         np.save(directory / name, np.zeros(1, [("board", "<u8")]))
@@ -162,7 +184,7 @@ def test_numbers_of_shards(numbers, warning, tmp_path):
 
 
 COPIES = [
-    *["steps-00000 (1).npy", "steps-00000 copy.npy", "steps-00001 - Copy (2).npy"],
+    *["steps-00000 (1).npy", "steps-00000 copy.npy", "steps-00001 - Copy.npy"],
     *["steps-00000 (conflicted copy 2026-01-01).npy"],
     *["steps-00001.sync-conflict-20260101-120000-ABCDEFG.npy"],
 ]

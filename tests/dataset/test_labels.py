@@ -58,6 +58,14 @@ def test_byte_orders_widths_and_fields_that_are_not_numbers(tmp_path):
             ds.read_labels([0], name)
 
 
+def test_a_name_that_is_not_printable(tmp_path):
+    np.save(tmp_path / "steps.npy", np.zeros(2, [("board", "<u8"), ("a\nb", "u1"), ("c", "u1")]))
+    ds = StepsDataset(tmp_path)
+    assert list(ds.read_labels([0], "all")) == ["c"]
+    with pytest.raises(InvalidArgumentError, match="labels"):
+        ds.read_labels([0], "a\nb")
+
+
 def test_a_value_that_does_not_fit_names_its_row(tmp_path):
     rows = make_dataset(tmp_path / "made", "selfplay_v1", n=40).rows
     rows["run_id"] = 2**63 - 1

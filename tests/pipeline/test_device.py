@@ -1,6 +1,7 @@
 """The device of a run, and a process's share of its host."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from simulated.memory import PinnedMemory
 from simulated.policies import lazy
 from simulated_device import simulated
 
+from conftest import DEMO_CHECKPOINT, DEMO_DATASET
 from dump_activations import stream
 from dump_activations.errors import DeviceError, InvalidArgumentError
 from dump_activations.pipeline import device as module
@@ -157,15 +159,17 @@ class Placed(PinnedMemory):
         return super().register(address, nbytes)
 
 
-@pytest.mark.parametrize("near", [None, "", "4095\n", "last-4095\n"])
-def test_host_slots_are_touched_first_near_the_device(
-    near, cores_near, demo_checkpoint, demo_dataset
-):
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("near", [None, "", "4095\n", "last-4095\n", "0-4095"])
+def test_host_slots_are_touched_first_near_the_device(near, bound, cores_near, request):
+    if bound:
+        request.addfinalizer(partial(os.sched_setaffinity, 0, os.sched_getaffinity(0)))
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     mine = os.sched_getaffinity(0)
     memory = Placed()
     if near is not None:
         cores_near(near.replace("last", str(max(mine))))
     with simulated(lazy, memory):
-        [*stream(demo_checkpoint, demo_dataset, n_samples=9)]
+        [*stream(DEMO_CHECKPOINT, DEMO_DATASET, n_samples=9)]
     assert memory.cores == ({max(mine)} if near == "last-4095\n" else mine)
     assert os.sched_getaffinity(0) == mine

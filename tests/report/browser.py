@@ -17,7 +17,7 @@ _FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
 
-# What a page can complain of, as events of the protocol.
+# Complaints of a page, as events of the protocol.
 _COMPLAINTS = frozenset({"Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"})
 
 

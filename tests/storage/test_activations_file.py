@@ -551,6 +551,18 @@ def test_a_file_that_was_changed(make, tmp_path, change):
         acts.read("boards")
 
 
+def test_a_change_is_noticed_in_the_file_of_a_row(make, tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for path in paths:
+        path.write_bytes(make().read_bytes())
+    acts = ActivationsFile(*paths)
+    paths[1].write_bytes(make(seed=1).read_bytes())
+    assert len(acts.read("boards", [N - 1, 2 * N])) == 2
+    for row in (N, 2 * N - 1):
+        with pytest.raises(OutputError, match=r"b.safetensors was replaced or changed since"):
+            acts.read("boards", [row])
+
+
 def test_a_file_that_is_replaced_during_a_read(make, tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     path.write_bytes(make().read_bytes())

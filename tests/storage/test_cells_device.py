@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from simulated.checks import in_other_words
 from simulated.policies import at_random, first, greedy, lazy
 from simulated_device import simulated
 
@@ -51,6 +52,47 @@ def test_values_are_wrong_where_no_stream_waits_for_the_copy(acts, monkeypatch):
     with simulated(lazy):
         found = used_on_the_device(acts.cells(["hidden"], device="cuda:0", **OPTIONS))
     assert not torch.equal(found, expected)
+
+
+WAIT = "stream.wait_stream(torch.cuda.current_stream(device))"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_memory_is_copied_into_after_the_callers_work_on_it(waits, acts, monkeypatch):
+    """Memory of a batch that was let go of is the next one's, while work on it is still queued."""
+    in_other_words(stored_cells, "_start_copy", (WAIT, WAIT if waits else "pass"))(monkeypatch)
+    expected = torch.cat([b.values["hidden"] * 2 for b in acts.cells(["hidden"], **OPTIONS)])
+    with simulated(first(1)):
+        found = used_on_the_device(acts.cells(["hidden"], device="cuda:0", **OPTIONS))
+    assert torch.equal(found, expected) == waits
+
+
+LEFT = "_finish_copy(*ahead, device)\n        batches.close()"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_memory_that_was_copied_ahead_is_the_callers_after_the_copy(waits, acts, monkeypatch):
+    change = (LEFT, LEFT if waits else "pass\n        batches.close()")
+    in_other_words(stored_cells, "_on_device", change)(monkeypatch)
+    with simulated(lazy) as device:
+        cells = iter(acts.cells(["hidden"], device="cuda:0", **OPTIONS))
+        values = next(cells).values["hidden"]
+        cells.close()
+        doubled = values * 2
+        doubled = doubled.cpu(), device.synchronize(), doubled.cpu()
+        assert torch.equal(doubled[2], 2 * values.cpu()) == waits
+
+
+def test_a_forked_process_is_told_in_one_line(acts, monkeypatch):
+    def fail():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA, spawn")
+
+    with simulated(lazy):
+        monkeypatch.setattr(torch.cuda, "init", fail)
+        with pytest.raises(
+            DeviceError, match=r"'cuda:0': Cannot .* subprocess; start .* CPU there$"
+        ):
+            next(iter(acts.cells("hidden", device="cuda:0", **OPTIONS)))
 
 
 def test_the_next_batch_is_copied_while_one_is_used(acts):

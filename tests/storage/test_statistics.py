@@ -192,6 +192,11 @@ def test_shards_merge_into_the_statistics_of_the_whole(layers, offset, cuts):
     assert not merged["variance"][..., 3].any()
 
 
+def test_the_statistics_of_one_file_stay_to_the_bit():
+    stored = statistics_of(np.zeros((3, 2), np.float32)) | {"variance": np.array([0.1, 0.7])}
+    assert same_bits(merge_stored([stored]), stored)  # 0.1 * 3 / 3 is another number
+
+
 def test_zeros_are_positive_and_nan_is_one_value():
     bits = np.array([[0x8000_0000, 0xFFC0_0001], [0, 0x7F80_0001]], np.uint32)
     for order in ([0, 1], [1, 0]):

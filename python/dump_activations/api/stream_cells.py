@@ -152,11 +152,11 @@ def _find_values(plan: Plan, keys: Sequence[str], layer: int | None) -> dict[str
         raise InvalidArgumentError(
             f"{option('key')} must name keys with an axis of cells; got {', '.join(keys)}"
         )
+    dtype, in_model = STORAGE_DTYPES[plan.options.dtype].name, plan.model.config.num_hidden_layers
     found = {}
     for tensor in plan.board_tensors:
         shape, layers = (tensor.shape[1:], plan.layers) if tensor.stacked else (tensor.shape, None)
-        dtype, parts = STORAGE_DTYPES[plan.options.dtype].name, (Part(tensor.name),)
-        key = Key(tensor.name, dtype, shape, parts, layers, plan.model.config.num_hidden_layers)
+        key = Key(tensor.name, dtype, shape, (Part(tensor.name),), layers, in_model)
         found[tensor.name] = find_cells(key, layer)
     return found
 
@@ -201,8 +201,7 @@ class StreamedCells(Cells[Values]):
         windows = list(order.windows(batches))
         boards = order.window_batches * order.batch_size // CELLS
         rows = [range(len(self._plan.indices))[i * boards : (i + 1) * boards] for i, _ in windows]
-        per_pass = self._plan.options.batch_size
-        passes: list[int] = [-(-len(each) // per_pass) for each in rows]
+        passes: list[int] = [-(-len(each) // self._plan.options.batch_size) for each in rows]
         device = self._plan.device
         # The caller may be in another stream at each batch. All but its values stays in this one.
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -177,12 +177,12 @@ class Launched(NamedTuple):
 
 
 def join_launcher() -> Launched:
-    """Find this process's place in the launcher's variables; it is alone without them.
+    """Find this process's place in the launcher's variables. It is alone without them.
 
     A process of `launch` is terminated when its launcher ends, even by SIGKILL.
 
     Raises:
-        InvalidArgumentError: a variable is no number, or the rank is too high.
+        InvalidArgumentError: a variable must be a number, or the rank is too high.
     """
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, _LAUNCHER: 0}
     found = []
@@ -214,7 +214,7 @@ def launch(arguments: Sequence[str], processes: str) -> int:
 
     Raises:
         InvalidArgumentError: `processes` is something else.
-        DeviceError: there is no CUDA device to count.
+        DeviceError: "gpu" finds no CUDA device.
     """
     count = _count(processes)
     started: list[subprocess.Popen[bytes]] = []

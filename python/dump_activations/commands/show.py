@@ -116,7 +116,7 @@ def show_dump(file: Path, *, verify: bool, stats: bool) -> None:
 
 
 def _show_unfinished(file: Path) -> bool:
-    """Show how much of an unfinished dump is written; return False for any other."""
+    """Show how much of an unfinished dump is written. Return False for any other."""
     shards = None if os.path.lexists(file) else find_shards(file)
     if shards is not None and shards.missing:
         _show_shards(shards)
@@ -242,7 +242,7 @@ class _Contents:
     def parts(
         self, *, damaged: Sequence[str] | None = None, statistics: Table | None = None
     ) -> Iterator[str | Table]:
-        """Yield a title and tables; the table of statistics replaces the row of their tensors."""
+        """Yield a title and tables. The table of statistics replaces the row of their tensors."""
         facts = [f"{size_text(self.size)} ({self.size:,} bytes)"]
         if self.boards is not None:
             facts.append(f"{self.boards:,} boards")

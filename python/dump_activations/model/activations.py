@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal
 
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import (
@@ -301,7 +301,7 @@ def parse_layers(name: str, layers: Layers | None) -> tuple[int | slice, ...] | 
         return None
     try:
         items = layers.split(",") if isinstance(layers, str) else layers
-        if isinstance(items, SupportsIndex | slice):
+        if not isinstance(items, Iterable):
             items = (items,)
         parsed = tuple(map(_parse_item, items))
         if not parsed:

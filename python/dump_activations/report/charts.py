@@ -1,4 +1,4 @@
-"""Charts, heatmaps and short texts for `macros.html.j2`, which draws them.
+"""Charts, heatmaps and short texts for `macros.html.j2`.
 
 Shape letters: S cells of queries (16), T cells of keys (16).
 """
@@ -101,16 +101,16 @@ def heat_level(depth: float) -> int:
     return min(int(depth * _LEVELS), _LEVELS - 1) if depth > 0 else 0
 
 
-def spread(values: Array) -> Array:
-    """Spread values over the depths, so that small differences do not look like large ones."""
+def depths(values: Array) -> Array:
+    """Map values to depths from 0 to 1, so that small differences do not look like large ones."""
     low = min(float(values.min()), 0.95 * float(values.mean()))
     high = max(float(values.max()), 1.05 * float(values.mean()))
-    depths: Array = (values - low) / ((high - low) or 1.0)
-    return depths
+    found: Array = (values - low) / ((high - low) or 1.0)
+    return found
 
 
 def cut(text: str) -> str:
-    """Cut a long text, such as a tokenizer's or any in a foreign file, and say how long it is."""
+    """Cut a long text, such as a tokenizer's or any in a foreign file, and add its length."""
     if len(text) <= _MOST_CHARACTERS:
         return text
     return f"{text[:_MOST_CHARACTERS]}… ({len(text):,} characters)"

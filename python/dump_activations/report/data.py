@@ -1,7 +1,7 @@
 """Figures of a dump, in NumPy, from as much of it as is read in seconds.
 
 Any file may be shown, so everything here has a bound: boards, bytes per key, keys, layers, heads.
-The page says in a sentence where a bound leaves something out.
+A sentence of the page names each thing that a bound leaves out.
 
 The model's move on a board is the legal move with the highest score. The score of a binned head is
 its expected bin: the sum over bins of bin number times probability. The score of a policy is its
@@ -57,7 +57,7 @@ _NOT_NEGATIVE = ("variance", "norm_mean", "count_abs_gt_6")
 
 
 class Absence(NamedTuple):
-    """A sentence that says why the page lacks something, and the flag that would add it."""
+    """A sentence with the reason why the page lacks something, and the flag that would add it."""
 
     text: str
     flag: str = ""
@@ -178,7 +178,7 @@ class Source:
         return Absence(f"{what} are not in this dump: ", f"--outputs {key}")
 
     def places_within(self, key: str, nbytes: int | None = None) -> Ints:
-        """Return evenly spaced places in `rows`, so many that a key's fp32 values fit."""
+        """Return evenly spaced places in `rows`, as many as fit by a key's fp32 values."""
         value_nbytes = 4 * math.prod(self.file.shape(key)[1:])
         return spaced(len(self.rows), max((nbytes or MOST_NBYTES) // value_nbytes, 1))
 
@@ -245,7 +245,7 @@ def read_choices(source: Source, places: Ints | None = None) -> Choices | None:
     probs = source.read(key, places)
     if key == "head_logits":
         exponentials = np.exp(probs - np.fmax.reduce(probs, axis=-1, keepdims=True))
-        # One move's NaN must not spread to the others of a policy.
+        # One move's NaN must not become the others' of a policy.
         total = np.nansum if probs.ndim == 2 else np.sum
         probs = exponentials / total(exponentials, axis=-1, keepdims=True)
     bins = np.arange(probs.shape[-1], dtype=np.float64)

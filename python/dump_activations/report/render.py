@@ -38,8 +38,8 @@ def write_report(
 
     Raises:
         InvalidArgumentError: the suffix of `path` names no format.
-        OutputError: the dump cannot be read, or the page cannot be written. A file that is no page
-            of this package is left as it is.
+        OutputError: the dump cannot be read, or the page cannot be written. Files that are not
+            pages of this package stay.
     """
     target = Path(report)
     _check_replaceable(target)
@@ -122,7 +122,7 @@ def _environment() -> Environment:
         percent=charts.percent_text,
         short=charts.short_text,
         size=size_text,
-        spread=charts.spread,
+        depths=charts.depths,
         tile=charts.tile_text,
     )
     environment.globals.update(

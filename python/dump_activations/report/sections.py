@@ -122,7 +122,7 @@ def _tile_bins(largest: NDArray[np.uint8]) -> tuple[list[str], NDArray[np.uint8]
 
 
 def _step_bins(steps: Ints) -> tuple[int, list[str], Ints]:
-    """Return the width of at most so many bins of steps, their names, and the bin of each step."""
+    """Cut steps into a few bins: return their width, their names, and the bin of each step."""
     last = int(steps.max(initial=0))
     width = last // _BINS_OF_STEPS + 1
     return width, [str(i * width) for i in range(last // width + 1)], steps // width

@@ -56,6 +56,9 @@ class Dispatch(TorchDispatchMode):
         super().__init__()
         self._device = device
         self._pinned = pinned
+        self._free: dict[
+            Any, list[Tensor]
+        ] = {}  # memory that was let go of, by its stream and kind
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -134,12 +137,19 @@ class Dispatch(TorchDispatchMode):
         return target
 
     def _allocate(self, like: Tensor) -> DeviceTensor:
-        memory, block = unwritten(like), _Block()
-        let_go = Task(self._device.current_stream(), partial(unwrite, memory), name="let go")
-        self._device.allocations += not self._device.recording
-        queue = (self._device.recording or let_go.stream).queue
-        # No more than queued: garbage may be collected in the middle of anything.
-        weakref.finalize(block, queue.append, let_go).atexit = False
+        stream, graph = self._device.current_stream(), self._device.recording
+        kind = (stream.number, like.dtype, like.shape, like.stride())
+        free = [] if graph else self._free.setdefault(kind, [])
+        memory, block = free.pop() if free else unwritten(like), _Block()
+        self._device.allocations += not graph
+        queue = (graph or stream).queue
+
+        def let_go() -> None:
+            # No more than queued: garbage may be collected in the middle of anything.
+            queue.append(Task(stream, partial(unwrite, memory), name="let go"))
+            free.append(memory)
+
+        weakref.finalize(block, let_go).atexit = False
         return DeviceTensor(memory, block)
 
     def _queue(self, name: str, run: Callable[[], object]) -> Task:

@@ -10,7 +10,7 @@ document.getElementById("theme").addEventListener("click", () => {
   root.dataset.theme = dark ? "light" : "dark";
 });
 
-// What a mark stands for, also under a finger, where browsers show no titles.
+// Show the meaning of a mark under a finger too, where browsers show no titles.
 const tip = document.body.appendChild(document.createElement("div"));
 tip.className = "tip";
 tip.hidden = true;

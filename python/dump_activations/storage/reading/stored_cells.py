@@ -164,6 +164,14 @@ def _on_device(
 
     The next batch is copied from pinned memory, on a stream of its own, while one is used.
     """
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # Such as in a process that was forked from one that used CUDA.
+        reason = str(error).partition(".")[0]
+        raise DeviceError(
+            f"{option('device', str(device))}: {reason}; start workers with spawn, or take cells "
+            "on the CPU there"
+        ) from error
     stream = torch.cuda.Stream(device)
     ahead = None
     try:
