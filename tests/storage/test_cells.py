@@ -489,7 +489,8 @@ def test_loops_opened_and_dropped_leave_no_thread_or_descriptor(acts):
     before = held()
     for _ in range(50):
         next(iter(acts.cells("final_hidden", batch_size=16, window=32 * CELL)))
-    assert held() == before
+    # What other tests left may end meanwhile.
+    assert all(now <= then for now, then in zip(held(), before, strict=True))
 
 
 ENDINGS = {
