@@ -9,8 +9,7 @@ from simulated.memory import PinnedMemory
 from simulated.policies import lazy
 from simulated_device import simulated
 
-from conftest import DEMO_CHECKPOINT, DEMO_DATASET
-from dump_activations import stream
+from dump_activations import demo, stream
 from dump_activations.errors import DeviceError, InvalidArgumentError
 from dump_activations.pipeline import device as module
 from dump_activations.pipeline.device import (
@@ -170,6 +169,6 @@ def test_host_slots_are_touched_first_near_the_device(near, bound, cores_near, r
     if near is not None:
         cores_near(near.replace("last", str(max(mine))))
     with simulated(lazy, memory):
-        [*stream(DEMO_CHECKPOINT, DEMO_DATASET, n_samples=9)]
+        [*stream(demo.CHECKPOINT, demo.DATASET, n_samples=9)]
     assert memory.cores == ({max(mine)} if near == "last-4095\n" else mine)
     assert os.sched_getaffinity(0) == mine
