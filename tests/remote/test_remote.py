@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from torch.utils.data import DataLoader
 
 from dump_activations import ActivationsFile, StepsDataset, dump
@@ -183,7 +186,7 @@ def test_a_server_that_refuses_is_one_line(web, monkeypatch, fault, reason):
     [
         ("{url}/nothing", "no such"),
         ("{url}/whole.pt", "no such|no steps"),
-        ("http://127.0.0.1:9", "refused"),
+        ("http://127.0.0.1:9", r"no answer \(Connection refused\); try again later"),
         ("ftp://host/dataset", "must be a path, or a URL that begins with s3://"),
         ("{url}/dataset?token=secret", "a URL with a query cannot be read"),
         ("hf://org/name", "must be hf://datasets/ORG/NAME"),
@@ -350,3 +353,47 @@ def test_a_dataset_on_the_hub_is_read_by_ranges(tmp_path, demo_dataset, address)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     hub.stop()
     assert done.stdout == "True\n", done.stderr
+
+
+class _Redirecting(BaseHTTPRequestHandler):
+    """A hub that sends readers to another server, and that server: both keep the credentials."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.credentials = self.headers["Authorization"]
+        if self.server.target is not None:
+            self.send_response(302)
+            self.send_header("Location", self.server.target)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(206)
+        self.send_header("Content-Range", "bytes 0-3/9")
+        self.send_header("Content-Length", "4")
+        self.send_header("Last-Modified", self.date_time_string(0))
+        self.end_headers()
+        self.wfile.write(b"data")
+
+
+def test_the_token_stays_with_the_hub(monkeypatch):
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), _Redirecting) for _ in range(2)]
+    hub, elsewhere = servers
+    for server in servers:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    elsewhere.target = None
+    hub.target = f"http://127.0.0.1:{elsewhere.server_address[1]}/file"
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    location = stores.Location.of("hf://datasets/org/name", "commit")
+    (data,) = stores.run_all([location.read(stores.RemoteFile("file", 9), 0, 4)])
+    assert bytes(data) == b"data"
+    assert hub.credentials == "Bearer secret"
+    assert elsewhere.credentials is None
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -31,7 +31,7 @@ def local_dataset(url: str) -> Path:
     view = view_of(location, files)
     shards = [view / file.name for file in files if file.name.endswith(".npy")]
     for known in (BLOCK_NBYTES, None):
-        # The first block says how long the header is.
+        # The first block holds the length of the header.
         stops = [known or header_nbytes(path) for path in shards]
         zero = np.zeros(1, np.int64)
         fetch({path: (zero, np.array([stop])) for path, stop in zip(shards, stops, strict=True)})

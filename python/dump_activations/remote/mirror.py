@@ -1,7 +1,7 @@
 """Sparse local copies of remote files, which fill block by block as they are read.
 
 A mirror is a file in the cache, as long as the remote file and with holes where nothing was read.
-Next to it lie `NAME.json`, which says what it is a copy of, and `NAME.blocks`, one bit per block
+Next to it lie `NAME.json`, which names the remote file, and `NAME.blocks`, with one bit per block
 that is there. It belongs to one version of the remote file. A view is a directory of links to the
 mirrors of one remote directory, so that everything that reads local files reads it as one.
 
@@ -269,7 +269,7 @@ def _cache() -> Path:
 
 
 def _create(mirror: Path, location: Location, file: RemoteFile) -> None:
-    """Create a mirror without blocks, or mark the one that is there as used."""
+    """Create a mirror without blocks, or mark an existing mirror as used."""
     described = _beside(mirror, ".json")
     if described.exists():
         os.utime(described)
@@ -298,16 +298,14 @@ def _make_room(root: Path) -> None:
     for each in described:
         if total <= limit:
             return
-        fd = os.open(each, os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # A process reads it.
-            continue
-        finally:
-            os.close(fd)
-        each.unlink()
-        for path in (_beside(each.with_suffix(""), ".blocks"), each.with_suffix("")):
-            path.unlink(missing_ok=True)
+        with each.open("rb") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # A process reads it.
+                continue
+            each.unlink()
+            for path in (_beside(each.with_suffix(""), ".blocks"), each.with_suffix("")):
+                path.unlink(missing_ok=True)
         total -= sizes[each]
 
 

@@ -126,7 +126,10 @@ class Location:
         with _errors(shown):
             if scheme in ("http", "https"):
                 headers = _authorization(url)
-                options["client_options"] |= {"allow_http": True, "default_headers": headers}
+                options["client_options"] |= {
+                    "allow_http": scheme == "http",
+                    "default_headers": headers,
+                }
                 return cls(shown, HTTPStore(shown, **options), "", headers=headers)
             endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
             options["client_options"]["allow_http"] = endpoint.startswith("http://")
@@ -350,9 +353,9 @@ def _reason(error: Exception) -> str:
         code = re.search(r"<Code>(\w+)</Code>", text)
         advice = _ANSWERS.get(answer[1], "check the address")
         return f"{answer[1]} {code[1] if code else answer[2].strip()}; {advice}"
-    if "error sending request" in text:
-        causes = re.findall(r'message: "([^"]+)"', text)
-        return f"no answer ({causes[-1] if causes else 'timed out'}); try again later"
+    if "error sending request" in text or "urlopen error" in text:
+        causes = re.findall(r'message: "([^"]+)"|\[Errno -?[0-9]+\] ([^>]+)', text)
+        return f"no answer ({''.join(causes[-1]) if causes else 'timed out'}); try again later"
     if "body error" in text:
         return "the server's answer was cut short; try again"
     return _QUERY.sub("", text.partition("\n")[0])[:300] or type(error).__name__
