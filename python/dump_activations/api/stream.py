@@ -117,7 +117,7 @@ def stream(
 
     Everything is loaded, checked and compiled before the call returns. On a GPU the next batch is
     computed while the caller works on the current one, in the stream that is current now. The
-    caller may work in any stream: the one that is current at each batch is waited for.
+    caller may work in any stream. The run waits for the stream that is current at each batch.
 
     Args:
         init: a checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`;

@@ -68,9 +68,9 @@ def stream_cells(
 ) -> Cells[Any]:
     """Return shuffled batches of cells, `CellBatch(values, rows, cells)`, straight from a model.
 
-    They are like those of `ActivationsFile.cells` for a dump of the same boards, and come in the
-    same order if `batch_size` is a multiple of 16. Each loop is the next epoch, and computes its
-    cells again. A window of boards goes through the model while the window before it is taken, so
+    `ActivationsFile.cells` gives the same cells for a dump of the same boards, and in the same
+    order if `batch_size` is a multiple of 16. Each loop is the next epoch, and computes its cells
+    again. A window of boards goes through the model while the window before it is taken, so
     that two windows are in the device's memory. Each window belongs to one rank.
 
     `state_dict()` and `load_state_dict()` resume in the middle of an epoch, with the same number of

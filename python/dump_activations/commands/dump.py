@@ -103,7 +103,7 @@ class _Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent + 2}}{call}\n")
 
 
-# What flags do that turn an option off.
+# Help of the flags that turn an option off.
 _TURNED_OFF = {
     "write": "Run the model and write nothing.",
     "cuda_graph": "Launch each kernel, in place of replaying batches as CUDA graphs.",

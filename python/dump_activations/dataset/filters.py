@@ -243,7 +243,7 @@ class _Evaluation:
             return op(np.asarray(left, np.float64), np.asarray(right, np.float64))
         unsigned = op is not operator.sub and _is_uint64(left, right)
         limits = np.iinfo(np.uint64 if unsigned else np.int64)
-        # The least int64 is left out, because // -1 overflows on it.
+        # The smallest int64 is left out, because // -1 overflows on it.
         least = 0 if unsigned else limits.min + 1
         bounds = [*_bounds(left), *_bounds(right)]
         if op in (operator.add, operator.sub, operator.mul):

@@ -190,7 +190,7 @@ def prepare_model(
     else:
         model = unwrap_model(init)
     replica = replicate(model, device)
-    # Of the model on the host, so that no weight comes back from the device.
+    # Digest the weights on the host, so that none comes back from the device.
     replica.weights_sha256 = weights_sha256(model)
     return replica
 

@@ -1,6 +1,6 @@
 """Captures batches on a CUDA device and copies them to pinned memory of the host.
 
-All code that calls CUDA itself is here, but for the choice and the arithmetic of the device. It is
+All code that calls CUDA itself is here, except the choice and the arithmetic of the device. It is
 tested on a simulated device; CUDA graphs have not run on a real one.
 
 Shape letters: B boards in a batch, S cells (16).
@@ -84,9 +84,9 @@ class CudaTransfer:
     once its copy is done (the device waits), a host slot once its consumer released it (the
     calling thread waits). The forward passes run in the stream that is current when this is made.
 
-    Without host slots the consumer has each batch on the device until the one after the next is
-    captured, in the same slot. Before that, the forward's stream has to wait for the consumer's
-    work.
+    Without host slots the consumer has each batch on the device for one more batch. The batch after
+    that is captured in the same slot, and before it the forward's stream has to wait for the
+    consumer's work.
 
     Args:
         plan: a plan for a CUDA device.
@@ -104,7 +104,7 @@ class CudaTransfer:
         self._side = torch.cuda.Stream(device)
         self.computing, self.copying = CudaStopwatch(self._compute), CudaStopwatch(self._side)
         shapes, dtype = shapes_of(plan, rows), plan.storage_dtype
-        # Used in turn: the one being copied is the last used.
+        # Used in turn: the slot that is being copied is the last used.
         self._slots = [_DeviceSlot(shapes, dtype, device, rows) for _ in range(_DEVICE_SLOTS)]
         self._next = cycle(self._slots)
         self._host: _HostMemory | None = None

@@ -180,7 +180,7 @@ def make_plan(
 
 
 def metadata(plan: Plan) -> dict[str, str]:
-    """Describe a run for its output file, but for `computed_by`. Entries of no use are left out."""
+    """Describe a run for its output file, without `computed_by`. Entries of no use are left out."""
     options, model, config = plan.options, plan.model, plan.model.config
     dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
     entries = {

@@ -372,7 +372,7 @@ class ActivationsFile:
         return StoredCells(order, self.files, values, device, **loop)
 
     def _is_in_file_order(self) -> bool:
-        """Tell if step indices ascend, which those of a sample do once in 10^89 times."""
+        """Return True if the first step indices ascend. One sample in 10^89 does."""
         indices = self.files.catalog.tensors.get("indices")
         if indices is None or indices.dtype != "int64" or len(self) < _ENOUGH_ORDER:
             return False

@@ -110,7 +110,7 @@ class ActivationArray:
         return values[(slice(None) if row is None else 0, *others)]
 
     def _indices(self, index: Any) -> list[Any]:
-        """Return the indices of axes, checked but for the rows; at least one."""
+        """Return the indices of axes, at least one. All but the rows are checked."""
         indices = list(index) if isinstance(index, tuple) else [index]
         for at, each in enumerate(indices):
             if each is ...:

@@ -1,4 +1,4 @@
-"""Shuffled cells a batch at a time: their order, their epochs, and the position to resume from.
+"""Shuffled cells in batches: their order, their epochs, and the position to resume from.
 
 The order is normative: equally many cells, read with the same numbers, always come in the same one.
 Cell c is cell c % 16 of board c // 16. `permutation(n, *key)` is

@@ -95,7 +95,7 @@ def open_again(file: Inspection) -> Iterator[BinaryIO]:
 
 
 def offset_in(file: Inspection, name: str) -> int:
-    """Return where a tensor's data begins; OutputError if its bytes are not those of its values."""
+    """Return where a tensor's data begins; OutputError if it is compressed or not in C order."""
     offset = file.tensors[name].offset
     if offset is None:
         raise OutputError(
@@ -122,10 +122,10 @@ def _same_again(file: Inspection, status: os.stat_result) -> Inspection:
     """Compare a file's headers where its time or inode number is new.
 
     A new time or inode number alone is not a change: `touch` and network mounts renew them. So a
-    byte changed in place, under the same header and size, is not noticed. Digests in an equal
-    header vouch for the content of a file that has both anew.
+    byte changed in place, under the same header and size, is not noticed. If both
+    are new, only digests in an equal header prove that the content is the same.
     """
-    # A mirror's time is that of its last block. Each request checks the remote file's version.
+    # A mirror's time changes with each block. Each request checks the remote file's version.
     if _stamp(status) == file.stamp or is_mirror(file.path):
         return file
     try:

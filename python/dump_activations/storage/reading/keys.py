@@ -71,7 +71,7 @@ class Key:
         return math.prod(self.shape(1)) * READABLE_DTYPES[self.dtype].nbytes
 
     def shape(self, boards: int) -> tuple[int, ...]:
-        """Shape of the values of so many boards."""
+        """Shape of the values of a number of boards."""
         layers = () if self.layers is None else (len(self.layers),)
         return (*((boards,) if self.of_boards else ()), *layers, *self.value)
 

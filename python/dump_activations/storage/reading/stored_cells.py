@@ -82,7 +82,7 @@ class StoredCells(Cells[Values]):
     def _read_windows(
         self, order: CellOrder, windows: Iterator[tuple[int, list[int]]]
     ) -> Generator[KeyedCells, None, None]:
-        """Read each window while batches of the one before are taken."""
+        """Read each window while batches of the window before it are taken."""
         cancel = _rust.Cancel()
         reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cells")
 

@@ -49,7 +49,7 @@ class Existing:
         return self.metadata.get(COMPUTED_BY_KEY, "").rstrip()
 
     def refusal(self, work: Work) -> OutputError:
-        """Make the error that says what the file is, and how it differs from this work."""
+        """Make the error that names the file's work, and how it differs from this work."""
         if FINGERPRINT_KEY not in self.metadata:
             return OutputError(
                 f"{self.path} exists and is not a dump of this package; choose another output, or "

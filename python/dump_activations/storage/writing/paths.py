@@ -125,7 +125,7 @@ def check_space(targets: Sequence[Path], nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class Mount:
-    """What a file system does, as it showed with a file just made.
+    """Abilities of a file system, which `probe` tries on a file just made.
 
     Attributes:
         has_locks: False where `flock` fails, or grants a lock twice and so protects nothing.
@@ -143,7 +143,7 @@ class Mount:
 
 
 def probe(target: Path) -> Mount:
-    """Do with a file just made what a dump does with its files.
+    """Try on a new file every operation that a dump needs.
 
     Raises:
         OutputError: the file system lacks what every dump needs, or no file can be made there.

@@ -134,7 +134,7 @@ class Output:
     def next(self) -> OutputFile | None:
         """Take the next file, and wait while others write the rest; None when all are finished.
 
-        A file whose process died becomes free, because the system releases its lock.
+        A file whose process ended becomes free, because the system releases its lock.
         """
         next_note = time.monotonic() + _FIRST_NOTE_SECONDS
         while True:
