@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dump_activations import ActivationsFile, Batch, StepsDataset, Summary
-from dump_activations import dump, load_encoder, stream
+from dump_activations import demo, dump, load_encoder, stream
 from dump_activations import strem  # wrong: no such name
 
 ds = StepsDataset("dataset")
