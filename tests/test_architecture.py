@@ -33,7 +33,7 @@ ARROWS = {
         "storage.reading",
     ),
     "api": (*LEAVES, "model", "pipeline", "dataset", "remote", "storage"),
-    "pipeline": (*LEAVES, "_rust", "model", "dataset", "remote", "storage.statistics"),
+    "pipeline": (*LEAVES, "_rust", "model", "dataset", "storage.statistics"),
     "model": LEAVES,
     "dataset": (*LEAVES, "_rust", "remote"),
     "remote": LEAVES,

@@ -81,6 +81,12 @@ class StepsDataset(_Dataset):
         """The directory."""
         return self._dataset.path
 
+    @property
+    def source(self) -> str:
+        """The URL that the dataset is read from, without credentials, or else its directory."""
+        url = url_of(self.shards[0].path)
+        return url.rpartition("/")[0] if url else os.fspath(self.path)
+
     @cached_property
     def dtype(self) -> np.dtype[np.void]:
         """The dtype of a row of the first shard, as its header has it, padding included."""
@@ -126,17 +132,13 @@ class StepsDataset(_Dataset):
     def _described(self) -> tuple[str, list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Return a title, rows about the first fields, and rows about the first shards."""
         labels = f", labels={list(self._labels)}" if self._labels else ""
-        source = url_of(self.path) or os.fspath(self.path)
         title = (
-            f"StepsDataset({source!r}{labels}): {len(self):,} rows of "
+            f"StepsDataset({self.source!r}{labels}): {len(self):,} rows of "
             f"{self.dtype.itemsize} bytes, {len(self.shards):,} shards"
         )
         names = self.dtype.names or ()
         fields: list[tuple[str, ...]] = [
-            (
-                printable(name),
-                *map(str, filter(None, (self.dtype[name].base, self.dtype[name].shape))),
-            )
+            (printable(name), f"{self.dtype[name].base} {self.dtype[name].shape or ''}".rstrip())
             for name in names[:_FIELDS_SHOWN]
         ]
         if len(names) > _FIELDS_SHOWN:

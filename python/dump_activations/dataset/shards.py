@@ -18,7 +18,7 @@ from dump_activations.dtypes import CELLS
 from dump_activations.errors import DatasetError, DatasetNotFoundError, warn
 from dump_activations.paths import is_url
 from dump_activations.remote import header_nbytes, local_dataset
-from dump_activations.remote.mirror import fetch, url_of
+from dump_activations.remote.mirror import fetch, is_mirror
 
 # Marks of copies, in lower case: `steps-0 (1).npy`, `steps-0 copy 2.npy`, `steps-0 - Copy.npy`,
 # `steps-0 (conflicted copy ...).npy` and `steps-0.sync-conflict-....npy`.
@@ -81,6 +81,8 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
         )
     dataset = _rust.Dataset(directory, names or ["steps.npy"], read_layout)
     _warn_of_numbers(directory, names)
+    if is_mirror(directory / (names or ["steps.npy"])[0]):
+        _places[dataset.path] = _find_places(dataset)
     return dataset
 
 
@@ -167,7 +169,8 @@ class _Places(NamedTuple):
     nbytes: NDArray[np.int64]
 
 
-_places: dict[Path, _Places | None] = {}
+# By directory; local datasets are not in it.
+_places: dict[Path, _Places] = {}
 
 
 def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None:
@@ -176,10 +179,8 @@ def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None
     Raises:
         RemoteError: the server refuses or does not answer, or a shard changed.
     """
-    path = dataset.path
-    if path not in _places:
-        _places[path] = _find_places(dataset) if url_of(path) else None
-    if (places := _places[path]) is None:
+    places = _places.get(dataset.path)
+    if places is None:
         return
     steps = np.unique(steps)
     steps = steps[(steps >= 0) & (steps < dataset.rows)]  # The read refuses the others.

@@ -40,7 +40,6 @@ from dump_activations.pipeline.device import (
     find_device,
 )
 from dump_activations.pipeline.options import Options
-from dump_activations.remote.mirror import url_of
 from dump_activations.text import size_text
 
 # Flash attention puts boards on an axis of CUDA's grid that is no longer than this.
@@ -203,7 +202,7 @@ def metadata(plan: Plan) -> dict[str, str]:
         "batch_size": str(options.batch_size),
         "seed": str(options.seed),
         "n_samples": str(len(plan.indices)),
-        "dataset": url_of(plan.dataset.path) or str(plan.dataset.path),
+        "dataset": plan.dataset.source,
         "dataset_rows": str(len(plan.dataset)),
         "dataset_layout_sha256": plan.dataset.layout_sha256,
         "sampling": plan.sampling,

@@ -102,12 +102,7 @@ def is_mirror(path: Path) -> bool:
 
 
 def url_of(path: Path) -> str | None:
-    """Return the URL that a mirrored file, or the directory of a view, is a copy of."""
-    with suppress(OSError):  # A directory that cannot be listed is not a view.
-        if path.is_dir():
-            found = next((each for each in path.iterdir() if each.is_symlink()), None)
-            mirror = _mirror_at(found) if found else None
-            return mirror.location_url if mirror else None
+    """Return the URL that a mirrored file is a copy of; None for any other file."""
     mirror = _mirror_at(path)
     return f"{mirror.location_url}/{mirror.file.name}" if mirror else None
 
