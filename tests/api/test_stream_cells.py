@@ -1,6 +1,8 @@
 """Cells straight from a model: those of a dump of the same boards, each once an epoch."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,6 +147,19 @@ def test_states_of_other_cells(streamed):
 def test_keys_and_numbers_that_are_refused(streamed, key, options, error):
     with pytest.raises(InvalidArgumentError, match=error):
         streamed(*key, **options)
+
+
+@pytest.mark.parametrize("call", ["stream(*demo, outputs=key, ", "stream_cells(*demo, key, "])
+def test_a_program_that_holds_a_loop_until_its_end_ends_quietly(call):
+    program = f"""
+import queue
+from dump_activations import demo, stream, stream_cells
+demo, key = (demo.CHECKPOINT, demo.DATASET), "final_hidden"
+queue.held = iter({call}batch_size=16, device="cpu", allow_cpu=True))
+next(queue.held)
+"""
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stderr == ""
 
 
 def test_workers_of_a_loader_are_refused(streamed):

@@ -495,6 +495,7 @@ def test_loops_opened_and_dropped_leave_no_thread_or_descriptor(acts):
 
 ENDINGS = {
     "held": "batches = iter(cells); next(batches)",
+    "held by a module": "queue.batches = iter(cells); next(queue.batches)",
     "thread": "threading.Thread(target=lambda: print(len(list(cells)))).start()",
     "daemon": "threading.Thread(target=lambda: list(cells), daemon=True).start(); time.sleep(0.05)",
     "workers": "batches = iter(DataLoader(cells, batch_size=None, num_workers=2)); next(batches)",
@@ -505,7 +506,7 @@ ENDINGS = {
 def test_a_program_that_ends_while_cells_are_read_ends_quietly(tmp_path, ending):
     save_file({"hidden": torch.zeros(4000, 16, 32)}, tmp_path / "a.safetensors")
     program = f"""
-import sys, threading, time
+import queue, sys, threading, time
 from dump_activations import ActivationsFile
 from torch.utils.data import DataLoader
 cells = ActivationsFile(sys.argv[1]).cells("hidden", batch_size=500, window=500 * 128 * 4)

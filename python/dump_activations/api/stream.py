@@ -24,6 +24,7 @@ from dump_activations.pipeline.plan import Plan, make_plan
 from dump_activations.pipeline.run import Run
 from dump_activations.pipeline.transfer import ActivationBatch
 from dump_activations.progress import Count
+from dump_activations.storage.parallel import closed_at_exit
 from dump_activations.text import shape_text
 
 # One that the caller has, and one that is copied meanwhile.
@@ -165,7 +166,7 @@ def batches_of(
     """Make a plan's run ready, and return its batches: of all rows, or of ranges of rows."""
     caller = _Caller(plan.device, copies=tensors == "copy")
     run = _computed_ahead(plan, rows, on_device=tensors == "device")
-    batches = _interruptible(run, caller, plan.device, plan.options.batch_size)
+    batches = closed_at_exit(_interruptible(run, caller, plan.device, plan.options.batch_size))
     next(batches)
     return cast("Generator[Batch, None, None]", batches)
 

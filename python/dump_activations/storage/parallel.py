@@ -1,8 +1,11 @@
-"""One way to spread work on threads."""
+"""One way to spread work on threads, and to end the threads of a loop with the program."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import atexit
+import weakref
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, Self, TypeVar
+from contextlib import suppress
+from typing import Any, Protocol, Self, TypeVar
 
 
 class _Sum(Protocol):
@@ -13,6 +16,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S", bound=_Sum)
+G = TypeVar("G", bound=Generator[Any, None, None])
 
 
 def in_parallel(
@@ -61,3 +65,22 @@ def sum_in_parallel(
 
     in_parallel(lambda chunk: work(*chunk), chunks, threads, take)
     return found
+
+
+_loops: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+def closed_at_exit(loop: G) -> G:
+    """Return a generator that is closed when the program ends, if something holds it until then.
+
+    Python would close it while it takes modules apart, when no thread pool can be shut down.
+    """
+    _loops.add(loop)
+    return loop
+
+
+@atexit.register
+def _close_loops() -> None:
+    for loop in list(_loops):
+        with suppress(ValueError):  # A daemon thread runs it.
+            loop.close()

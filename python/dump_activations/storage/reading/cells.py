@@ -29,6 +29,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import InvalidArgumentError, option
+from dump_activations.storage.parallel import closed_at_exit
 from dump_activations.storage.reading.epochs import Epochs
 
 Values = TypeVar("Values", Tensor, dict[str, Tensor])
@@ -215,9 +216,9 @@ class Cells(IterableDataset[CellBatch[Values]]):
         Raises:
             OutputError: A row cannot be read, or a file was changed.
         """
-        return self._loop(*self._epochs.begin())
+        return closed_at_exit(self._loop(*self._epochs.begin()))
 
-    def _loop(self, epoch: int, start: int) -> Iterator[CellBatch[Values]]:
+    def _loop(self, epoch: int, start: int) -> Generator[CellBatch[Values], None, None]:
         yield from self._epoch(epoch, start)
         for _ in repeat(None) if self._loop_epochs is None else range(self._loop_epochs - 1):
             yield from self._epoch(*self._epochs.begin())
