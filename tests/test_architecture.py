@@ -16,10 +16,7 @@ OUTSIDE = [
     for path in sorted((PACKAGE.parents[1] / directory).glob("*.py"))
 ]
 
-LEAVES = (
-    *("dtypes", "errors", "paths", "progress"),
-    *("text", "timing"),
-)
+LEAVES = ("dtypes", "errors", "progress")
 
 # Room -> the rooms and modules that its modules may import, in addition to one another.
 ARROWS = {
@@ -63,8 +60,7 @@ OWNED = {
         *("click", "print", "sys.argv", "sys.stdin", "sys.exit", "os._exit"),
         "SystemExit",
     ),
-    "commands progress text": ("rich",),
-    "commands progress": ("sys.stderr", "sys.stdout"),
+    "commands progress": ("rich", "sys.stderr", "sys.stdout"),
     "pipeline.interrupts": ("signal",),
 }
 

@@ -1,14 +1,20 @@
-"""Errors and warnings: one base class each. Every error is also the builtin that a caller expects.
+"""Messages to people: errors and warnings, the quantities in them, and checks of given paths.
 
-A message names options through `option`. A caller in Python reads arguments (`batch_size=512`), and
-a user of the command reads flags (`--batch-size 512`), in the same message.
+Every error has one base class and is also the builtin that a caller expects. A message names
+options through `option`. A caller in Python reads arguments (`batch_size=512`), and a user of the
+command reads flags (`--batch-size 512`), in the same message.
 """
 
+from __future__ import annotations
+
+import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Self
 
 # Characters for private use, which no message contains by accident.
@@ -16,6 +22,11 @@ _OPEN, _CLOSE = "\ue000", "\ue001"
 _OPTION = re.compile(f"{_OPEN}(\\w+)(?:=(.*?))?{_CLOSE}")
 
 _PACKAGE = "dump_activations."
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+_SPANS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 
 
 def option(name: str, value: object = None) -> str:
@@ -198,3 +209,109 @@ def note(text: str) -> None:
     """Issue a note. It never ends a run, even where warnings are errors."""
     with suppress(DumpActivationsNote):
         warn(DumpActivationsNote(text))
+
+
+def size_text(nbytes: int) -> str:
+    """Write a number of bytes: `1.61 GB`, `256 B`."""
+    if nbytes < 1000:
+        return f"{nbytes} B"
+    scaled, unit = float(nbytes), 0
+    # A value that rounds to 1000 belongs to the next unit.
+    while scaled >= 999.5 and unit < len(_UNITS) - 1:
+        scaled, unit = scaled / 1000, unit + 1
+    digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{scaled:,.{digits}f} {_UNITS[unit]}"
+
+
+def duration_text(seconds: float) -> str:
+    """Write a duration in its two largest units: `42 s`, `3 min 20 s`, `1 h 5 min`."""
+    whole = round(seconds)
+    for size, unit, smaller_size, smaller in _SPANS:
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller_size} {smaller}"
+    return f"{whole} s"
+
+
+def shape_text(shape: Sequence[int | str]) -> str:
+    """Write a shape as Python does, without the comma of a single axis."""
+    return f"({', '.join(map(str, shape))})"
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """Write a set of numbers as ranges: `0-3, 7`."""
+    known = set(numbers)
+    starts = sorted(n for n in known if n - 1 not in known)
+    ends = sorted(n for n in known if n + 1 not in known)
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+
+
+def slice_text(value: slice) -> str:
+    """Write a slice as it is typed: `20000:30000`, `::2`."""
+    parts = [value.start, value.stop, *([] if value.step is None else [value.step])]
+    return ":".join("" if part is None else str(part) for part in parts)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Hint at the known name that is nearest to a wrong one; empty where none is near."""
+    near = get_close_matches(name.lower(), list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def printable(text: str, stream: object = None) -> str:
+    """Escape control characters, which a terminal would obey, and what a stream cannot encode."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def is_url(path: object) -> bool:
+    """Return True for text of the form `scheme://...`."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def locate(path: str | os.PathLike[str], name: str = "") -> Path:
+    """Turn a path argument into an absolute path, with `~` expanded and links kept.
+
+    A program may change its directory later, so a relative path is resolved when it is given.
+
+    Args:
+        path: what the user gave.
+        name: the option it was given for; errors name it.
+
+    Raises:
+        InvalidArgumentError: the path is empty, a URL, or names a home that does not exist.
+    """
+    text = os.fsdecode(path)
+    if not text:
+        raise InvalidArgumentError(f"{option(name) if name else 'a path'}: must not be empty")
+    if _URL.match(text):
+        raise InvalidArgumentError(
+            f"{text}: must be a path, got a URL; copy it to a disk, or mount it, and give its path"
+        )
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise InvalidArgumentError(
+            f"{text}: this user has no home directory; write the path without ~"
+        ) from None
+
+
+def check_reachable(path: Path, error: type[DumpActivationsError]) -> None:
+    """Raise `error` where the system refuses to look for the path: it is too long, or locked up."""
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError) as refusal:
+        reason = getattr(refusal, "strerror", None) or refusal
+        raise error(f"{path}: {reason}; choose another path") from refusal
+
+
+def check_ordinary(path: Path, error: type[DumpActivationsError]) -> None:
+    """Raise `error` where the path leads to a directory, a named pipe or a device.
+
+    Reading a pipe or a device could block or never end.
+    """
+    check_reachable(path, error)
+    if path.exists() and not path.is_file():
+        raise error(f"{path}: not an ordinary file")

@@ -1,7 +1,8 @@
 """Progress of a run: code reports phases, and `shown_progress` displays them on stderr.
 
 Code calls `begin` and `counted`. A terminal or a notebook shows a bar, a log gets a line at
-intervals. This module imports rich only for a bar.
+intervals. This module imports rich only for a bar. Chunks and stopwatches at its end tell how far a
+batch is, and how long each stage was busy.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from dump_activations.text import duration_text, printable, size_text
+from dump_activations.errors import duration_text, printable, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -283,3 +285,55 @@ def _due_lines(display: Reporter, ended: threading.Event) -> Iterator[str]:
             named, last = phase, now
             share = [] if phase.fraction is None else [f"{phase.fraction:.0%}"]
             yield ", ".join([phase.text(), *share, *phase.figures()])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of a batch, `start` to `stop`: all of it, or the rows one core computes.
+
+    `wait` returns once they are in their buffer, or raises the error that kept them out. Any thread
+    may call it, any number of times.
+    """
+
+    start: int
+    stop: int
+    wait: Callable[[], object] = lambda: None
+
+
+class Stopwatch:
+    """Adds up the seconds spent inside its `with` blocks, on any number of threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._local.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        seconds = time.perf_counter() - self._local.start
+        with self._lock:
+            self.seconds += seconds
+
+
+class SharedStopwatch:
+    """Counts the seconds during which at least one thread is inside its `with` block."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._since = 0.0
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._since = time.perf_counter()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self.seconds += time.perf_counter() - self._since

@@ -16,9 +16,9 @@ from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
 from dump_activations.errors import DatasetError, DeviceError, DumpActivationsNote, OutputError
 from dump_activations.model import capture
 from dump_activations.pipeline.run import Run
+from dump_activations.progress import SharedStopwatch
 from dump_activations.storage.writing import output as file_module
 from dump_activations.storage.writing import paths
-from dump_activations.timing import SharedStopwatch
 from output_support import (
     open_file,
     open_output,
@@ -410,7 +410,7 @@ def test_indices_that_another_thread_changes_during_the_read():
 
 def test_threads_inside_at_once_are_counted_once(monkeypatch):
     now = iter([10.0, 13.0, 20.0, 21.0])
-    monkeypatch.setattr("dump_activations.timing.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("dump_activations.progress.time.perf_counter", lambda: next(now))
     watch = SharedStopwatch()
     with watch, watch:
         pass

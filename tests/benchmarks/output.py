@@ -21,13 +21,13 @@ from measure import Figure, Section, compare, timed
 from setting import Setting
 
 from dump_activations.dtypes import TensorSpec
+from dump_activations.progress import Chunk
 from dump_activations.storage.formats.registry import FORMATS
 from dump_activations.storage.reading.damage import find_damage
 from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.writing.shards import Output
 from dump_activations.storage.writing.work import Work
 from dump_activations.storage.writing.writers import Writers
-from dump_activations.timing import Chunk
 
 _THREADS = 4
 _BATCH_ROWS = 128

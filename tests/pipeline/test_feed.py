@@ -9,7 +9,7 @@ from simulated.checks import AtOnce
 from dump_activations import StepsDataset
 from dump_activations.errors import VocabularyError
 from dump_activations.pipeline import feed as feed_module
-from dump_activations.timing import Stopwatch
+from dump_activations.progress import Stopwatch
 from reference.datasets import encode_rows, random_boards
 
 N = 200

@@ -11,9 +11,9 @@ import pytest
 
 from dump_activations import _rust
 from dump_activations.errors import OutputError
+from dump_activations.progress import Chunk
 from dump_activations.storage.writing import writers as writers_module
 from dump_activations.storage.writing.writers import Writers
-from dump_activations.timing import Chunk
 from output_support import (
     no_new_descriptors,
     open_file,

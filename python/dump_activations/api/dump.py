@@ -24,13 +24,14 @@ from dump_activations.errors import (
     Note,
     OutputError,
     VocabularyError,
+    locate,
     note,
     option,
+    size_text,
     warn,
 )
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
-from dump_activations.paths import locate
 from dump_activations.pipeline.device import DeviceAdvice, cores_of, current
 from dump_activations.pipeline.feed import read_batch
 from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
@@ -59,7 +60,6 @@ from dump_activations.storage.writing.paths import (
 from dump_activations.storage.writing.shards import Output, Place
 from dump_activations.storage.writing.work import FileWork, Work
 from dump_activations.storage.writing.writers import Writers
-from dump_activations.text import size_text
 
 _ALONE = Place()
 

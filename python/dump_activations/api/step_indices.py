@@ -14,8 +14,14 @@ from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.filters import RUN, STEPS
 from dump_activations.dataset.sampling import Steps, step_indices
 from dump_activations.dtypes import LABEL_PREFIX
-from dump_activations.errors import IndicesError, IndicesNotFoundError, note, option, warn
-from dump_activations.paths import check_ordinary
+from dump_activations.errors import (
+    IndicesError,
+    IndicesNotFoundError,
+    check_ordinary,
+    note,
+    option,
+    warn,
+)
 from dump_activations.pipeline.options import Options
 from dump_activations.progress import Count, Phase, begin, counted
 from dump_activations.remote import input_path

@@ -18,9 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from dump_activations.commands import STARTED
-from dump_activations.errors import DumpActivationsNote, DumpActivationsWarning, OutputError
+from dump_activations.errors import (
+    DumpActivationsNote,
+    DumpActivationsWarning,
+    OutputError,
+    printable,
+)
 from dump_activations.progress import is_terminal, live_console, silent_progress
-from dump_activations.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence

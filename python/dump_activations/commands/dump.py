@@ -31,9 +31,8 @@ from dump_activations.commands.process import (
 )
 from dump_activations.commands.runs import show_keys, show_labels, show_preview, show_summary
 from dump_activations.dtypes import STORAGE_DTYPES
-from dump_activations.errors import InvalidArgumentError, option, with_flags
+from dump_activations.errors import InvalidArgumentError, locate, option, with_flags
 from dump_activations.model.activations import ACTIVATIONS
-from dump_activations.paths import locate
 from dump_activations.pipeline.options import (
     DEFAULT_OUTPUT,
     Described,

@@ -12,8 +12,7 @@ import click
 
 from dump_activations.commands.console import CONTEXT_SETTINGS, common_options, mode
 from dump_activations.commands.process import run_command
-from dump_activations.errors import DumpActivationsError, InvalidArgumentError, option
-from dump_activations.paths import is_url
+from dump_activations.errors import DumpActivationsError, InvalidArgumentError, is_url, option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

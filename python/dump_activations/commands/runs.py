@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dump_activations.commands.console import Table, mode, show
 from dump_activations.dtypes import STORAGE_DTYPES
-from dump_activations.errors import InvalidArgumentError, OutputError, option
+from dump_activations.errors import InvalidArgumentError, OutputError, option, shape_text
 from dump_activations.model.activations import (
     ACTIVATIONS,
     Activation,
@@ -18,7 +18,6 @@ from dump_activations.model.activations import (
     find_layers,
 )
 from dump_activations.progress import shown_progress
-from dump_activations.text import shape_text
 
 if TYPE_CHECKING:
     import os

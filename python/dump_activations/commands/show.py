@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dump_activations.commands.console import Table, mode, print_line, show
 from dump_activations.dtypes import STATISTICS_PREFIX
-from dump_activations.errors import OutputError
+from dump_activations.errors import OutputError, duration_text, shape_text, size_text
 from dump_activations.model.activations import ACTIVATIONS, WeightActivation
 from dump_activations.progress import BYTES, Phase, counted, shown_progress
 from dump_activations.storage.digests import INTEGRITY_KEY
@@ -29,7 +29,6 @@ from dump_activations.storage.reading.stored_statistics import (
 )
 from dump_activations.storage.writing.existing import find_unfinished
 from dump_activations.storage.writing.paths import partial_path, target_of
-from dump_activations.text import duration_text, shape_text, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -22,9 +22,8 @@ from dump_activations.dataset import game
 from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
 from dump_activations.dataset.shards import fetch_rows, row_dtype
 from dump_activations.dtypes import CELLS, MOVES
-from dump_activations.errors import DatasetError, InvalidArgumentError, option
+from dump_activations.errors import DatasetError, InvalidArgumentError, did_you_mean, option
 from dump_activations.progress import Count
-from dump_activations.text import did_you_mean
 
 _T = TypeVar("_T")
 

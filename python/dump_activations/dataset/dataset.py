@@ -26,11 +26,12 @@ from dump_activations.errors import (
     InvalidArgumentError,
     StepIndexError,
     option,
+    printable,
+    slice_text,
     warn,
 )
 from dump_activations.progress import Count
 from dump_activations.remote.mirror import url_of
-from dump_activations.text import printable, slice_text
 
 if TYPE_CHECKING:
     # For the types of a `DataLoader`. It only needs the methods, and a dataset needs no torch.

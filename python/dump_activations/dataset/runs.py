@@ -10,8 +10,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.errors import DatasetError
-from dump_activations.paths import check_ordinary
+from dump_activations.errors import DatasetError, check_ordinary
 from dump_activations.remote.mirror import fetch_whole
 
 DATABASE = "metadata.db"

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import DatasetError, DatasetNotFoundError, warn
-from dump_activations.paths import is_url
+from dump_activations.errors import DatasetError, DatasetNotFoundError, is_url, warn
 from dump_activations.remote import header_nbytes, local_dataset
 from dump_activations.remote.mirror import fetch, is_mirror
 

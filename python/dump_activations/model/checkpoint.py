@@ -23,7 +23,10 @@ from dump_activations.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     InvalidArgumentError,
+    check_ordinary,
+    locate,
     option,
+    printable,
     switch,
     warn,
 )
@@ -35,9 +38,7 @@ from dump_activations.model.encoder import (
     replicate,
     weights_sha256,
 )
-from dump_activations.paths import check_ordinary, locate
 from dump_activations.progress import begin
-from dump_activations.text import printable
 
 _CONFIG_NAME = "config.json"
 _TOKENIZER_NAME = "tokenizer.json"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import note
+from dump_activations.errors import note, size_text
 from dump_activations.pipeline.device import current, first_sentence, pinned_share, run_near
 from dump_activations.pipeline.feed import BoardBatch
 from dump_activations.pipeline.plan import Plan
@@ -32,8 +32,7 @@ from dump_activations.pipeline.transfer import (
     shapes_of,
     slot_nbytes,
 )
-from dump_activations.text import size_text
-from dump_activations.timing import Chunk
+from dump_activations.progress import Chunk
 
 _DEVICE_SLOTS = 2
 # With fewer the forward would wait for each batch's consumer.

@@ -18,7 +18,7 @@ from dump_activations.dataset.columns import Values
 from dump_activations.dtypes import CELLS, LABEL_PREFIX
 from dump_activations.errors import VocabularyError, option
 from dump_activations.pipeline.plan import Plan
-from dump_activations.timing import Stopwatch
+from dump_activations.progress import Stopwatch
 
 # Indices are read a window at a time: the more of them one read sees, the nearer its rows lie
 # together. The first windows are small, so that the first batch does not wait for a large read.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dump_activations.dataset.expressions import Expression, parse, split_names
 from dump_activations.dtypes import STORAGE_DTYPES
-from dump_activations.errors import InvalidArgumentError, option, switch
+from dump_activations.errors import InvalidArgumentError, did_you_mean, option, switch
 from dump_activations.model.activations import (
     Layers,
     find_activations,
@@ -24,7 +24,6 @@ from dump_activations.model.activations import (
     split_layer_alias,
 )
 from dump_activations.progress import Count
-from dump_activations.text import did_you_mean
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -21,7 +21,7 @@ from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dataset.sampling import StepIndices
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
-from dump_activations.errors import IndicesError, InvalidArgumentError, option, warn
+from dump_activations.errors import IndicesError, InvalidArgumentError, option, size_text, warn
 from dump_activations.model.activations import (
     Activation,
     BoardActivation,
@@ -40,7 +40,6 @@ from dump_activations.pipeline.device import (
     find_device,
 )
 from dump_activations.pipeline.options import Options
-from dump_activations.text import size_text
 
 # Flash attention puts boards on an axis of CUDA's grid that is no longer than this.
 _LARGEST_CUDA_BATCH = 65_535

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import DeviceError, DumpActivationsError, note, option
+from dump_activations.errors import DeviceError, DumpActivationsError, note, option, size_text
 from dump_activations.model.capture import Capture
 from dump_activations.pipeline.cuda import CudaTransfer, has_callers_code
 from dump_activations.pipeline.device import (
@@ -34,8 +34,7 @@ from dump_activations.pipeline.device import (
 from dump_activations.pipeline.feed import BoardBatch, feed_boards
 from dump_activations.pipeline.plan import Plan
 from dump_activations.pipeline.transfer import ActivationBatch, Buffers, HostTransfer
-from dump_activations.text import size_text
-from dump_activations.timing import Chunk, Stopwatch
+from dump_activations.progress import Chunk, Stopwatch
 
 # Boards in a chunk on the CPU: its temporaries stay in a core's cache and in the heap, while those
 # of a whole batch are mapped afresh for each operation.

@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dump_activations.errors import size_text
 from dump_activations.pipeline.feed import BoardBatch
 from dump_activations.pipeline.plan import Plan
-from dump_activations.text import size_text
-from dump_activations.timing import Chunk, Stopwatch
+from dump_activations.progress import Chunk, Stopwatch
 
 HOST_SLOTS = 3
 """Slots of a run whose batches are written: one is copied to while others are written."""

@@ -7,8 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dump_activations.errors import DatasetNotFoundError, OutputError
-from dump_activations.paths import is_url, locate
+from dump_activations.errors import DatasetNotFoundError, OutputError, is_url, locate
 from dump_activations.remote.mirror import BLOCK_NBYTES, fetch, view_of
 
 _DATASET_NAMES = ("steps-*.npy", "steps.npy", "metadata.db", "metadata.db-*")

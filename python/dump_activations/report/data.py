@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from dump_activations.dataset.game import legal_moves
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, MOVES, STATISTICS_PREFIX
-from dump_activations.errors import InvalidArgumentError, OutputError
+from dump_activations.errors import InvalidArgumentError, OutputError, shape_text
 from dump_activations.storage.reading.activations_file import ActivationsFile
-from dump_activations.text import shape_text
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -12,11 +12,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dump_activations.errors import OutputError, option
+from dump_activations.errors import OutputError, option, printable, size_text
 from dump_activations.progress import Count, Phase, counted, shown_progress
 from dump_activations.report import charts, data, sections
 from dump_activations.storage.reading.activations_file import ActivationsFile
-from dump_activations.text import printable, size_text
 
 # A page of this package begins with the first and has the second among its first bytes.
 _DOCTYPE, _GENERATOR, _HEAD_NBYTES = "<!doctype html>", "dump-activations report", 1024

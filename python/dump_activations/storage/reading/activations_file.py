@@ -17,12 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PREFIX
-from dump_activations.errors import InvalidArgumentError, MissingKeyError, option, switch, warn
+from dump_activations.errors import (
+    InvalidArgumentError,
+    MissingKeyError,
+    option,
+    printable,
+    size_text,
+    switch,
+    warn,
+)
 from dump_activations.remote import input_path
 from dump_activations.storage.reading.array import ActivationArray, Rows
 from dump_activations.storage.reading.dump_files import inspect_dump
 from dump_activations.storage.reading.keys import Key
-from dump_activations.text import printable, size_text
 
 if TYPE_CHECKING:
     import torch

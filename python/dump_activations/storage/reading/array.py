@@ -12,10 +12,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dump_activations.dtypes import READABLE_DTYPES
-from dump_activations.errors import InvalidArgumentError, RowIndexError, option, switch
+from dump_activations.errors import (
+    InvalidArgumentError,
+    RowIndexError,
+    option,
+    printable,
+    ranges_text,
+    shape_text,
+    size_text,
+    switch,
+)
 from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.keys import Key
-from dump_activations.text import printable, ranges_text, shape_text, size_text
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations import _rust
-from dump_activations.errors import InvalidArgumentError, OutputError, warn
-from dump_activations.paths import is_url
+from dump_activations.errors import InvalidArgumentError, OutputError, is_url, warn
 from dump_activations.remote import input_path
 from dump_activations.remote.mirror import Ranges, fetch, is_mirror
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest

@@ -11,8 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dump_activations.errors import OutputError
-from dump_activations.paths import check_ordinary
+from dump_activations.errors import OutputError, check_ordinary
 from dump_activations.remote.mirror import is_mirror, open_binary
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest, parse_integrity
 from dump_activations.storage.formats.layout import Contents, Format, StoredTensor

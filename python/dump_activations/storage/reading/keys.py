@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PREFIX, TensorSpec
-from dump_activations.errors import InvalidArgumentError, MissingKeyError, OutputError, option
+from dump_activations.errors import (
+    InvalidArgumentError,
+    MissingKeyError,
+    OutputError,
+    did_you_mean,
+    option,
+)
 from dump_activations.model.activations import ACTIVATIONS, WeightActivation, split_layer_alias
 from dump_activations.storage.formats.layout import StoredTensor
-from dump_activations.text import did_you_mean
 
 _OF_RUN = ("indices", "boards")
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dump_activations import _rust
-from dump_activations.errors import InvalidArgumentError, OutputError, option
-from dump_activations.paths import locate
+from dump_activations.errors import InvalidArgumentError, OutputError, locate, option
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.shards import MAX_SHARDS, Shard
 

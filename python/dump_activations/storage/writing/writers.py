@@ -9,10 +9,10 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from dump_activations.progress import Chunk, SharedStopwatch
 from dump_activations.storage.digests import RunningDigest
 from dump_activations.storage.statistics import Moments
 from dump_activations.storage.writing.output import OutputFile
-from dump_activations.timing import Chunk, SharedStopwatch
 
 # Bytes of a span: few enough for several threads to share a batch.
 SPAN_NBYTES = 4 << 20
