@@ -1,31 +1,23 @@
-"""A signal whose handler raises, shortly after it is set."""
+"""Ctrl-C, shortly after it is asked for."""
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 
-class AlarmError(Exception):
-    """Raised by the handler."""
-
-
 @contextlib.contextmanager
 def interrupted_soon() -> Iterator[None]:
-    """Expect that the block is interrupted by the alarm."""
-
-    def stop(*_: object) -> None:
-        raise AlarmError
-
-    previous = signal.signal(signal.SIGALRM, stop)
+    """Expect that the block is interrupted by SIGINT."""
+    main = threading.main_thread().ident
+    timer = threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
         yield
-    except AlarmError:
+    except KeyboardInterrupt:
         return
-    else:
-        pytest.fail("the block was not interrupted")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        timer.join()
+    pytest.fail("the block was not interrupted")

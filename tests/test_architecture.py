@@ -16,7 +16,7 @@ OUTSIDE = [
     for path in sorted((PACKAGE.parents[1] / directory).glob("*.py"))
 ]
 
-LEAVES = ("dtypes", "errors", "progress")
+LEAVES = ("dtypes", "errors", "interrupts", "progress")
 
 # Room -> the rooms and modules that its modules may import, in addition to one another.
 ARROWS = {
@@ -61,7 +61,7 @@ OWNED = {
         "SystemExit",
     ),
     "commands progress": ("rich", "sys.stderr", "sys.stdout"),
-    "pipeline.interrupts": ("signal",),
+    "interrupts": ("signal",),
 }
 
 

@@ -155,7 +155,7 @@ def test_a_scheduler_sees_that_a_command_was_terminated():
 
 ORPHAN = """
 import os, time
-from dump_activations.pipeline.interrupts import terminate_with_parent
+from dump_activations.interrupts import terminate_with_parent
 terminate_with_parent(os.getppid() + 1)
 time.sleep(100)
 """

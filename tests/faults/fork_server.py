@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 import dump_activations.api
 import dump_activations.commands.dump
 import dump_activations.commands.inspect
-from dump_activations.pipeline.interrupts import die_of
+from dump_activations.interrupts import die_of
 from dump_activations.storage.writing import journal, shards
 
 

@@ -30,11 +30,11 @@ from dump_activations.errors import (
     size_text,
     warn,
 )
+from dump_activations.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import DeviceAdvice, cores_of, current
 from dump_activations.pipeline.feed import read_batch
-from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
 from dump_activations.pipeline.options import DumpOptions
 from dump_activations.pipeline.plan import (
     Plan,

@@ -16,10 +16,10 @@ from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import shape_text
+from dump_activations.interrupts import HeldInterrupts
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import DeviceAdvice, current
-from dump_activations.pipeline.interrupts import HeldInterrupts
 from dump_activations.pipeline.options import StreamOptions
 from dump_activations.pipeline.plan import Plan, make_plan
 from dump_activations.pipeline.run import Run

@@ -26,7 +26,7 @@ from dump_activations.errors import (
     InvalidArgumentError,
     option,
 )
-from dump_activations.pipeline.interrupts import (
+from dump_activations.interrupts import (
     UNREAD,
     HeldInterrupts,
     die_of,

@@ -23,6 +23,7 @@ from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
 from dump_activations.dataset.shards import fetch_rows, row_dtype
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import DatasetError, InvalidArgumentError, did_you_mean, option
+from dump_activations.interrupts import HeldInterrupts
 from dump_activations.progress import Count
 
 _T = TypeVar("_T")
@@ -240,12 +241,16 @@ class ColumnReader:
             finally:
                 free.put(buffers)
 
-        with ThreadPoolExecutor(threads, thread_name_prefix="scan") as executor:
+        with (
+            HeldInterrupts() as interrupts,
+            ThreadPoolExecutor(threads, thread_name_prefix="scan") as executor,
+        ):
             try:
                 seen = []
                 futures = [executor.submit(read, chunk) for chunk in chunks]
                 for chunk, future in zip(chunks, futures, strict=True):
                     seen.append(future.result())
+                    interrupts.check()
                     if progress is not None:
                         progress(chunk.stop - rows.start, len(rows))
                 return seen

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from dump_activations.pipeline import interrupts
-from dump_activations.pipeline.interrupts import HeldInterrupts, ignored_interrupts
+from dump_activations import interrupts
+from dump_activations.interrupts import HeldInterrupts, ignored_interrupts
 
 
 @pytest.fixture
