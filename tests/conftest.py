@@ -1,6 +1,7 @@
 """Fixtures of several test modules."""
 
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1,
         help="how many times to break a run of each kind at a random moment",
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Spread the moments of faults evenly over a run, each sampled from its own range of it."""
+    if "moment" in metafunc.fixturenames:
+        count = metafunc.config.getoption("--faults")
+        chance = random.Random(metafunc.function.__name__)
+        moments = [(i + chance.random()) / count for i in range(count)]
+        metafunc.parametrize("moment", moments, ids="{:.3f}".format)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,12 +15,10 @@ STATISTICS_PREFIX = "stats/"
 
 @dataclass(frozen=True)
 class DType:
-    """One element of a stored tensor.
+    """One element of a stored tensor, by the name that NumPy and torch have for it.
 
     Attributes:
-        name: what NumPy and torch call it.
         choice: what the option `dtype` calls it; None where activations cannot be stored so.
-        nbytes: bytes of an element.
         safetensors: its code in a `.safetensors` header.
         torch_storage: the class of its storage in a `.pt` pickle; None where torch saves another
             way.

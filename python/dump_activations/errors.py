@@ -274,10 +274,7 @@ def locate(path: str | os.PathLike[str], name: str = "") -> Path:
     """Turn a path argument into an absolute path, with `~` expanded and links kept.
 
     A program may change its directory later, so a relative path is resolved when it is given.
-
-    Args:
-        path: what the user gave.
-        name: the option it was given for; errors name it.
+    `name` is the option it was given for.
 
     Raises:
         InvalidArgumentError: the path is empty, a URL, or names a home that does not exist.
@@ -297,21 +294,16 @@ def locate(path: str | os.PathLike[str], name: str = "") -> Path:
         ) from None
 
 
-def check_reachable(path: Path, error: type[DumpActivationsError]) -> None:
-    """Raise `error` where the system refuses to look for the path: it is too long, or locked up."""
-    try:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            path.stat()
-    except (OSError, ValueError) as refusal:
-        reason = getattr(refusal, "strerror", None) or refusal
-        raise error(f"{path}: {reason}; choose another path") from refusal
-
-
 def check_ordinary(path: Path, error: type[DumpActivationsError]) -> None:
     """Raise `error` where the path leads to a directory, a named pipe or a device.
 
     Reading a pipe or a device could block or never end.
     """
-    check_reachable(path, error)
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError) as refusal:  # The path is too long, or locked up.
+        reason = getattr(refusal, "strerror", None) or refusal
+        raise error(f"{path}: {reason}; choose another path") from refusal
     if path.exists() and not path.is_file():
         raise error(f"{path}: not an ordinary file")

@@ -126,11 +126,7 @@ def die_of(number: int) -> None:
 
 
 def terminate_with_parent(parent: int) -> None:
-    """Have the kernel send this process SIGTERM when its parent ends, or at once if it has ended.
-
-    Args:
-        parent: process id of the parent.
-    """
+    """Have the kernel send this process SIGTERM when its parent ends, or has ended already."""
     import ctypes  # Only processes of a launcher need it, --help does not.
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -45,14 +45,9 @@ _LONGEST_PAUSE = 60.0
 class Phase:
     """A phase of a run, which lasts until the next begins: how much is done, and how fast.
 
-    Any thread may advance it. Times are in seconds of a monotonic clock.
-
-    Args:
-        name: the work; empty where the unit names it.
-        unit: what is counted, in the plural.
-        start: units done before the phase.
-        of: all units; 0 where their number is unknown.
-        nbytes: bytes of all units; 0 where unknown.
+    Any thread may advance it. The name is empty where the unit, in the plural, names the work.
+    `start` units were done before the phase, `of` is the number of all and `nbytes` their bytes,
+    each 0 where unknown.
     """
 
     def __init__(
@@ -173,11 +168,6 @@ def shown_progress(*, as_json: bool = False) -> AbstractContextManager[None]:
     if is_notebook or (is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"):
         return _bar()
     return _lines(as_json=as_json)
-
-
-def silent_progress() -> AbstractContextManager[None]:
-    """Show no progress of this thread inside the context."""
-    return reported_to(Reporter())
 
 
 def is_terminal(stream: Any) -> bool:

@@ -1,38 +1,20 @@
 """Whole dumps against a naive forward with plain hooks, and against NumPy."""
 
 import shutil
-from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, product
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from dump_activations import DumpActivationsNote, StepsDataset, demo, dump, load_encoder, stream
+from dump_activations import StepsDataset, demo, dump, load_encoder, stream
 from dump_activations.errors import OutputError
-from reference.checkpoints import (
-    BASE,
-    VARIANTS,
-    config_json,
-    random_state_dict,
-    save_checkpoint,
-)
-from reference.datasets import (
-    ROW_DTYPES,
-    make_dataset,
-    numpy_indices,
-    read_dataset,
-)
+from reference.checkpoints import BASE, VARIANTS, config_json, random_state_dict, save_checkpoint
+from reference.datasets import ROW_DTYPES, make_dataset, numpy_indices, read_dataset
 from reference.dumps import FORMATS, TORCH_DTYPES, read_dump
-from reference.model import (
-    LAYER_KEYS,
-    PER_BOARD_KEYS,
-    assert_close,
-    expected_shapes,
-    naive_dump,
-)
+from reference.model import LAYER_KEYS, PER_BOARD_KEYS, assert_close, expected_shapes, naive_dump
 from reference.pairwise import pairs_of, pairwise
 
 pytestmark = pytest.mark.usefixtures("disk_takes_no_time")
@@ -74,20 +56,6 @@ def keys_of(checkpoint):
     return ["rmsnorm_gammas", *PER_BOARD_KEYS, *sinks]
 
 
-def expected_metadata(checkpoint, keys, *, n=N, seed=SEED, dtype="fp32"):
-    return {
-        "checkpoint": str(checkpoint.init),
-        "hidden_size": str(checkpoint.config.hidden),
-        "num_layers": str(checkpoint.config.layers),
-        "head_type": checkpoint.config.head_type,
-        "n_bins": str(checkpoint.config.logits_per_move),
-        "n_samples": str(n),
-        "seed": str(seed),
-        "dtype": dtype,
-        "outputs": ",".join(sorted(keys)),
-    }
-
-
 # The last batch is short, there is one batch, and the batch is longer than the run.
 BATCHES = (BATCH, N, N + 13)
 NO_BF16_IN_NPZ = frozenset({"bf16", ".npz"})
@@ -112,16 +80,8 @@ def test_dump_equals_naive_forward(case, checkpoints, datasets, tmp_path):
     path = tmp_path / f"activations{suffix}"
     keys = keys_of(checkpoint)
 
-    cpu_dump(
-        str(checkpoint.init),
-        str(dataset.path),
-        str(path),
-        outputs=keys,
-        n_samples=N,
-        batch_size=batch_size,
-        seed=SEED,
-        dtype=dtype,
-    )
+    options = {"n_samples": N, "batch_size": batch_size, "seed": SEED, "dtype": dtype}
+    cpu_dump(str(checkpoint.init), str(dataset.path), str(path), outputs=keys, **options)
 
     indices = numpy_indices(len(dataset.rows), N, SEED)
     arrays = naive_dump(checkpoint.state_dict, checkpoint.config, dataset.boards[indices], keys)
@@ -136,8 +96,10 @@ def test_dump_equals_naive_forward(case, checkpoints, datasets, tmp_path):
         assert_close(result.numpy(key), array, tolerance=TOLERANCE[dtype])
     for key, shape in expected_shapes(checkpoint.config, N).items():
         assert result.tensors[key].shape == shape
-    metadata = expected_metadata(checkpoint, keys, dtype=dtype)
-    assert {key: result.metadata.get(key) for key in metadata} == metadata
+    asked = {"outputs": ",".join(sorted(keys)), "dtype": dtype, "n_samples": str(N)}
+    its = {"head_type": checkpoint.config.head_type, "checkpoint": str(checkpoint.init)}
+    its["n_bins"] = str(checkpoint.config.logits_per_move)
+    assert result.metadata.items() >= (asked | its).items()
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -169,33 +131,10 @@ def test_the_demo_in_one_call(demo_checkpoint, demo_dataset, tmp_path):
     demo.dump(tmp_path / "a.npz", overwrite=True)
 
 
-@pytest.mark.parametrize(
-    ("key", "suffix"),
-    list(zip([*PER_BOARD_KEYS, "rmsnorm_gammas", "attn_sinks"], cycle(FORMATS), strict=False)),
-)
-def test_each_key_alone(key, suffix, checkpoints, packed, tmp_path):
-    checkpoint = checkpoints["sinks-gqa-4-2"]
-    path = tmp_path / f"one{suffix}"
-    cpu_dump(checkpoint.init, packed.path, path, outputs=[key], n_samples=N, batch_size=BATCH)
-    boards = packed.boards[numpy_indices(len(packed.rows), N, 0)]
-    expected = naive_dump(checkpoint.state_dict, checkpoint.config, boards, [key])
-    result = read_dump(path)
-    assert set(result.tensors) == {*expected, "indices", "boards"}
-    assert result.metadata["outputs"] == key
-    np.testing.assert_array_equal(result.numpy("boards"), boards)
-    for name, array in expected.items():
-        assert_close(result.numpy(name), array)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "suffix"),
-    [(dtype, suffix) for dtype in ("fp16", "bf16") for suffix in FORMATS],
-)
-def test_storage_dtype_rounds_the_fp32_values(dtype, suffix, model, packed, tmp_path):
-    if (dtype, suffix) == ("bf16", ".npz"):
-        pytest.skip("npz has no bf16")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_storage_dtype_rounds_the_fp32_values(dtype, model, packed, tmp_path):
     keys = [*PER_BOARD_KEYS, "rmsnorm_gammas", "attn_sinks"]
-    wide, narrow = tmp_path / f"wide{suffix}", tmp_path / f"narrow{suffix}"
+    wide, narrow = tmp_path / "wide.safetensors", tmp_path / "narrow.safetensors"
     cpu_dump(model, packed.path, wide, outputs=keys, n_samples=N, batch_size=BATCH)
     cpu_dump(model, packed.path, narrow, outputs=keys, n_samples=N, batch_size=BATCH, dtype=dtype)
     wide, narrow = read_dump(wide), read_dump(narrow)
@@ -243,20 +182,12 @@ def test_model_and_dataset_objects_serve_as_well_as_paths(checkpoints, packed, t
     checkpoint = checkpoints["gqa-4-2"]
     by_path, by_object = tmp_path / "path.safetensors", tmp_path / "object.safetensors"
     cpu_dump(checkpoint.init, packed.path, by_path, outputs=["head_logits"], n_samples=N)
-    cpu_dump(
-        load_encoder(checkpoint.init),
-        StepsDataset(packed.path),
-        by_object,
-        outputs=["head_logits"],
-        n_samples=N,
-    )
+    objects = load_encoder(checkpoint.init), StepsDataset(packed.path)
+    cpu_dump(*objects, by_object, outputs=["head_logits"], n_samples=N)
     by_path, by_object = read_dump(by_path), read_dump(by_object)
     assert set(by_path.tensors) == set(by_object.tensors)
     assert all(torch.equal(by_path.tensors[key], by_object.tensors[key]) for key in by_path.tensors)
-    listed = expected_metadata(checkpoint, ["head_logits"])
-    assert {key: by_path.metadata[key] for key in listed} == {
-        key: by_object.metadata[key] for key in listed
-    }
+    assert by_path.metadata == by_object.metadata
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
@@ -271,13 +202,14 @@ def test_bf16_arithmetic_is_near_fp32(precision, checkpoints, packed, tmp_path):
     for key, array in naive_dump(checkpoint.state_dict, checkpoint.config, boards).items():
         assert result.tensors[key].dtype == torch.float32
         assert_close(result.numpy(key), array, tolerance=5e-2)
-    with pytest.raises(AssertionError):
-        assert_close(result.numpy("layer_outputs"), array_of("layer_outputs", checkpoint, boards))
+        if key == "layer_outputs":
+            with pytest.raises(AssertionError):
+                assert_close(result.numpy(key), array)
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_model_gives_the_same_numbers(checkpoints, packed, tmp_path):
-    checkpoint = checkpoints["one-layer"]
+    checkpoint = checkpoints["sinks-gqa-4-2"]  # Two layers, which share the generated code.
     path = tmp_path / "compiled.npz"
     keys = [*PER_BOARD_KEYS, *LAYER_KEYS]
     options = {"n_samples": N, "batch_size": BATCH, "compile": True}
@@ -286,10 +218,6 @@ def test_compiled_model_gives_the_same_numbers(checkpoints, packed, tmp_path):
     result = read_dump(path)
     for key, array in naive_dump(checkpoint.state_dict, checkpoint.config, boards, keys).items():
         assert_close(result.numpy(key), array)
-
-
-def array_of(key, checkpoint, boards):
-    return naive_dump(checkpoint.state_dict, checkpoint.config, boards, [key])[key]
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
@@ -311,79 +239,15 @@ def test_stream_yields_what_dump_writes(dtype, model, packed, tmp_path):
         assert torch.equal(torch.cat(parts), written.tensors[key]), key
 
 
-def test_stream_refuses_a_key_that_was_not_asked_for(model, packed):
-    (batch,) = cpu_stream(model, packed.path, outputs=["pooled"], n_samples=3)
-    with pytest.raises(KeyError):
-        batch["final_hidden"]
-
-
 def test_without_write_nothing_is_written(model, packed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     forwards = []
     handle = model.blocks[0].register_forward_hook(lambda *_: forwards.append(1))
-    cpu_dump(
-        model,
-        packed.path,
-        tmp_path / "no" / "such" / "place.safetensors",
-        outputs=["final_hidden"],
-        n_samples=N,
-        batch_size=BATCH,
-        write=False,
-    )
+    path = tmp_path / "no" / "such" / "place.safetensors"
+    cpu_dump(model, packed.path, path, n_samples=N, batch_size=BATCH, write=False)
     handle.remove()
     assert list(tmp_path.iterdir()) == []
     assert len(forwards) == 3
-
-
-def test_an_existing_file_is_replaced_only_where_asked(model, packed, tmp_path):
-    path = tmp_path / "twice.safetensors"
-    cpu_dump(model, packed.path, path, outputs=["final_hidden"], n_samples=N)
-    other = partial(cpu_dump, model, packed.path, path, outputs=["pooled"], n_samples=5)
-    with pytest.raises(
-        OutputError, match=r"of other work, .*n_samples \(37 there, 5 here\).*overw"
-    ):
-        other()
-    assert "final_hidden" in read_dump(path).tensors
-    with pytest.warns(DumpActivationsNote, match=rf"twice\.safetensors \(.* kB, {N} boards\)"):
-        other(overwrite=True)
-    assert set(read_dump(path).tensors) == {"pooled", "indices", "boards"}
-    assert read_dump(path).tensors["pooled"].shape == (5, BASE.hidden)
-
-
-# Key -> the parts of the model that it takes no value from.
-UNUSED_PARTS = {
-    "final_hidden": {"ev_heads"},
-    "pooled": {"ev_heads"},
-    "head_logits": set(),
-    "head_probs": set(),
-    "layer_outputs": {"final_ln", "ev_heads"},
-    "mlp_input": {"last mlp", "final_ln", "ev_heads"},
-    "attn_norm": {"last attn", "last mlp_norm", "last mlp", "final_ln", "ev_heads"},
-    "rmsnorm_gammas": {"blocks", "last attn", "last mlp_norm", "last mlp", "final_ln", "ev_heads"},
-    "attn_sinks": {"blocks", "last attn", "last mlp_norm", "last mlp", "final_ln", "ev_heads"},
-}
-
-
-@pytest.mark.parametrize("key", UNUSED_PARTS)
-def test_only_the_parts_that_are_needed_run(key, checkpoints, packed, tmp_path):
-    model = load_encoder(checkpoints["sinks-gqa-4-2"].init)
-    last = model.blocks[-1]
-    parts = {
-        "blocks": list(model.blocks),
-        "last attn": [last.attn],
-        "last mlp_norm": [last.mlp_norm],
-        "last mlp": [last.mlp],
-        "final_ln": [model.final_ln],
-        "ev_heads": list(model.ev_heads),
-    }
-    ran = Counter()
-    for name, modules in parts.items():
-        for module in modules:
-            module.register_forward_pre_hook(lambda *_, name=name: ran.update([name]))
-    cpu_dump(model, packed.path, tmp_path / "a.npz", outputs=[key], n_samples=N, batch_size=BATCH)
-    # The first pass runs to the end, to look for modules that run again.
-    again = {name for name, count in ran.items() if count > len(parts[name])}
-    assert again == set(parts) - UNUSED_PARTS[key]
 
 
 def test_the_same_call_writes_the_same_bytes(model, packed, tmp_path):

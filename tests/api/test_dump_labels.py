@@ -1,7 +1,6 @@
 """Dumps and streams with labels, filters and ranges, in all formats and resumed."""
 
 import json
-import os
 from functools import partial
 
 import numpy as np
@@ -9,12 +8,7 @@ import pytest
 import torch
 
 from dump_activations import StepsDataset, dump, load_encoder, stream
-from dump_activations.errors import (
-    DumpActivationsNote,
-    IndicesError,
-    InvalidArgumentError,
-    OutputError,
-)
+from dump_activations.errors import DumpActivationsNote, IndicesError, OutputError
 from reference.datasets import read_dataset
 from reference.dumps import FORMATS, read_dump
 
@@ -66,13 +60,6 @@ def test_labels_lie_next_to_the_boards(suffix, model, demo_dataset, rows, tmp_pa
     assert (metadata["sampling"], "steps" in metadata) == ("without replacement", False)
 
 
-def test_without_labels_the_file_holds_no_more(model, demo_dataset, tmp_path):
-    cpu_dump(model, demo_dataset, tmp_path / "a.pt", n_samples=10)
-    result = read_dump(tmp_path / "a.pt")
-    assert set(result.tensors) == {"pooled", "indices", "boards"}
-    assert not {"labels", "where", "steps"} & set(result.metadata)
-
-
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize(
     "selection",
@@ -104,7 +91,8 @@ def test_a_resumed_dump_is_that_of_an_unbroken_run(
     assert_labelled(read_dump(whole), StepsDataset(demo_dataset), read_dump(whole).numpy("indices"))
 
 
-def test_a_label_that_changed_is_not_resumed(model, demo_dataset, rows, tmp_path):
+@pytest.mark.parametrize("changed", ["move_dir", "boards"])
+def test_a_dataset_that_changed_is_not_resumed_from(changed, model, rows, tmp_path):
     def stop(done, _of):
         if done >= 128:
             raise KeyboardInterrupt
@@ -114,13 +102,15 @@ def test_a_label_that_changed_is_not_resumed(model, demo_dataset, rows, tmp_path
     run = partial(cpu_dump, model, tmp_path / "dataset", tmp_path / "a.pt", n_samples=300)
     with pytest.raises(KeyboardInterrupt):
         run(labels="move_dir", progress=stop)
-    changed = rows.copy()
-    changed["move_dir"] += 1
-    np.save(tmp_path / "dataset" / "steps.npy", changed)
+    others = rows[::-1].copy()
+    if changed == "move_dir":
+        others = rows.copy()
+        others["move_dir"] += 1
+    np.save(tmp_path / "dataset" / "steps.npy", others)
     with pytest.raises(OutputError, match="holds other boards"):
         run(labels="move_dir")
     np.save(tmp_path / "dataset" / "steps.npy", rows)
-    run(labels="move_dir")
+    assert run(labels="move_dir").resumed_boards > 0
 
 
 @pytest.mark.parametrize(
@@ -179,24 +169,11 @@ def test_scans_report_rows_apart_from_boards(model, demo_dataset):
     assert reports[-1] == (14138, 14138)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        ({"indices": [1], "steps": ":"}, InvalidArgumentError, "indices: contradicts steps"),
-        ({"indices": [1], "where": "run_id > 1"}, InvalidArgumentError, "contradicts where"),
-        ({"steps": "5"}, InvalidArgumentError, "steps: .*'5'.* START:STOP"),
-        ({"steps": "1:2:3:4"}, InvalidArgumentError, "START:STOP"),
-        ({"steps": "::0"}, InvalidArgumentError, "START:STOP"),
-        ({"steps": 5}, InvalidArgumentError, "START:STOP"),
-        ({"steps": ":", "where": "max_rank > 99"}, IndicesError, "no row of .* matches"),
-        ({"where": "max_rank > 99"}, IndicesError, "no row of .* matches"),
-    ],
-)
-def test_wrong_selections(case, model, demo_dataset, tmp_path):
-    options, error, text = case
-    with pytest.raises(error, match=text):
-        cpu_dump(model, demo_dataset, tmp_path / "a.pt", **options)
-    assert os.listdir(tmp_path) == []  # noqa: PTH208
+def test_wrong_selections(model, demo_dataset, tmp_path):
+    for options in ({"steps": ":", "where": "max_rank > 99"}, {"where": "max_rank > 99"}):
+        with pytest.raises(IndicesError, match="no row of"):
+            cpu_dump(model, demo_dataset, tmp_path / "a.pt", **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_not_finite_labels_are_counted_and_no_cause_for_a_warning(

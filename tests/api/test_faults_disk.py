@@ -68,10 +68,7 @@ def test_a_disk_that_another_file_fills(suffix, server, small_disk):
     filler = small_disk / "filler"
     filler.write_bytes(bytes(2 << 20))
     arguments = [*LARGE, "--n-samples=150", "--batch-size=10"]  # 2.5 MB
-    options = {
-        "environment": fault("allocate", 0, errno.EOPNOTSUPP, target),
-        "sync_interval": 0,
-    }
+    options = {"environment": fault("allocate", 0, errno.EOPNOTSUPP, target), "sync_interval": 0}
     is_refused(server, target, "No space left", arguments, **options)
     filler.unlink()
     code, lines = run(server, target, arguments, **options)
@@ -103,8 +100,7 @@ def test_a_directory_without_permission(server, target):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "reason"),
-    [(".safetensors", errno.EIO), (".pt", errno.ENOSPC), (".npz", errno.EIO)],
+    ("suffix", "reason"), [(".safetensors", errno.EIO), (".pt", errno.ENOSPC), (".npz", errno.EIO)]
 )
 def test_a_call_that_fails(suffix, reason, server, target, request):
     """Each call that changes a file fails, in a run of its own; by default, every twelfth.

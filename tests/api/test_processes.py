@@ -120,15 +120,6 @@ def runs(known, tmp_path):
     return of
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Spread the moments evenly over a run, each sampled from its own range of it."""
-    if "moment" in metafunc.fixturenames:
-        count = metafunc.config.getoption("--faults")
-        chance = random.Random(metafunc.function.__name__)
-        moments = [(i + chance.random()) / count for i in range(count)]
-        metafunc.parametrize("moment", moments, ids="{:.3f}".format)
-
-
 # --- However the processes are started, the shards are the same bytes.
 
 
@@ -248,14 +239,14 @@ def test_one_fails_and_the_others_finish(reason, runs):
     run.is_whole()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_signal_to_the_launcher_ends_all(number, runs):
-    run = runs(".safetensors", "--n-samples=3000", "--shard-size=30MB")
+def test_a_signal_to_the_launcher_ends_all(runs):
+    """Other signals: tests/commands/test_launcher.py."""
+    run = runs(".safetensors", "--n-samples=1500", "--shard-size=15MB")
     arguments = [*run.arguments, f"-o{run.target}", "--nproc-per-node=2"]
     launcher = run.server.start(arguments, run.directory.with_name("log"), cores=2)
     launcher.wait_until(lambda: len([*run.directory.glob("*.journal")]) == 2)
-    launcher.signal(number)
-    assert launcher.wait() == -number
+    launcher.signal(signal.SIGTERM)
+    assert launcher.wait() == -signal.SIGTERM
     assert processes_of(run.directory) == []
     lines = without_notes(launcher.lines)
     assert 1 <= len(lines) <= 2

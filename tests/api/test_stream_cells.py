@@ -11,13 +11,7 @@ from simulated.policies import at_random, first, greedy, lazy
 from simulated_device import simulated
 from torch.utils.data import DataLoader
 
-from dump_activations import (
-    ActivationsFile,
-    InvalidArgumentError,
-    dump,
-    load_encoder,
-    stream_cells,
-)
+from dump_activations import ActivationsFile, InvalidArgumentError, dump, load_encoder, stream_cells
 from dump_activations.api import stream_cells as module
 
 N = 300

@@ -98,10 +98,11 @@ def test_a_full_disk_at_stdout_is_one_line(arguments, monkeypatch, capsys):
     assert capsys.readouterr().err == f"{line}\n"
 
 
-def test_the_same_warning_twice_is_shown_twice(capsys):
+def test_the_same_warning_twice_is_shown_twice_and_of_other_packages_never(capsys):
     with console.fresh_mode():
         for _ in range(2):
             warnings.warn(DumpActivationsWarning("again"), stacklevel=1)
+            warnings.warn("of another", stacklevel=1)
     assert capsys.readouterr().err == "warning: again\n" * 2
 
 
@@ -114,12 +115,6 @@ def test_the_notes_of_an_error_name_flags_too(capsys):
 
     assert run_command(fail, []) == 1
     assert capsys.readouterr().err == "error: no --output a.pt; set --batch-size 4\n"
-
-
-def test_warnings_of_other_packages_are_hidden(capsys):
-    with console.fresh_mode():
-        warnings.warn("of another", stacklevel=1)
-    assert capsys.readouterr().err == ""
 
 
 def test_a_process_of_several_names_itself_and_prints_problems_only(tmp_path, capsys, monkeypatch):

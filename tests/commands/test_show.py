@@ -52,7 +52,7 @@ def test_columns_are_aligned(capsys):
     rows = [("a", "1", "x"), ("title",), ("盤面!", "1,000", "y")]
     show(None, ["line", Table(("name", "size", "text"), rows, ["size"])])
     assert capsys.readouterr().out.splitlines() == [
-        *("line", "", "name    size  text", "a          1  x", "", "title", "盤面!  1,000  y"),
+        *("line", "", "name    size  text", "a          1  x", "", "title", "盤面!  1,000  y")
     ]
 
 
@@ -66,7 +66,7 @@ def on_terminal(terminal, monkeypatch, width, *parts):
 def test_a_long_text_wraps_in_its_column(terminal, monkeypatch):
     table = Table(("key", "value"), [("k", "some words of which there are more than fit")])
     assert on_terminal(terminal, monkeypatch, 30, table)[1:-1] == [
-        *("key  value", "k    some words of which there", "     are more than fit"),
+        *("key  value", "k    some words of which there", "     are more than fit")
     ]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dump_activations.errors import InvalidArgumentError
-from dump_activations.pipeline.options import DumpOptions
+from dump_activations.pipeline.options import DumpOptions, StreamOptions
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,10 @@ def test_values(name, given, value):
     ("name", "given"),
     [
         *(("steps", given) for given in ("::-1", "5:1:-1", slice(None, None, -1), ":x", "1", 1.5)),
+        *(("steps", given) for given in ("1:2:3:4", "::0", 5)),
         *(("layers", given) for given in (0.5, "", "x", [], [0.5], "0:4:0")),
+        *[("progress", 3), ("n_samples", None), ("dtype", ["fp32"]), ("precision", None)],
+        *[("outputs", [1]), ("outputs", None)],
         *(("shards", given) for given in (True, range(2, 2), range(1, 9, 2))),
         *(("shard_size", given) for given in (True, 0.5, "1 kilobyte", -3)),
     ],
@@ -37,3 +40,8 @@ def test_values(name, given, value):
 def test_wrong_values(name, given):
     with pytest.raises(InvalidArgumentError, match=name):
         DumpOptions(**{name: given})
+
+
+def test_where_a_streams_tensors_are():
+    with pytest.raises(InvalidArgumentError, match="'mine' is not one of copy, view, device"):
+        StreamOptions(tensors="mine")

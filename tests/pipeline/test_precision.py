@@ -2,16 +2,12 @@
 
 import copy
 import threading
-from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
-from simulated.checks import AtOnce
 from simulated.policies import greedy
 from simulated_device import simulated
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dump_activations import dump, load_encoder, stream
 from dump_activations.pipeline.device import arithmetic
@@ -177,39 +173,3 @@ def test_bf16_true_is_the_model_in_bf16(wide, demo_dataset):
     assert_equal(found, plainly(narrow, boards))
     # A model that comes in bf16 is run as it is.
     assert_equal(only_batch(narrow, demo_dataset)[1], found)
-
-
-class Casts(TorchDispatchMode):
-    """Counts what is cast from fp32 to bf16, by its shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.of = Counter()
-
-    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.to, torch.ops.aten._to_copy):
-            before, after = args[0].dtype, result.dtype
-            if (before, after) == (torch.float32, torch.bfloat16):
-                self.of[tuple(result.shape)] += 1
-        return result
-
-
-def test_bf16_casts_each_weight_once_a_run_and_each_norm_once_a_batch(
-    wide, demo_dataset, monkeypatch
-):
-    # Casts are counted in this thread, so the forward has to run in it.
-    monkeypatch.setattr("dump_activations.pipeline.run.ThreadPoolExecutor", AtOnce)
-    options = {"outputs": "layer_outputs", "n_samples": 12, "batch_size": 3} | CPU
-    with Casts() as casts:
-        batches = len([*stream(wide, demo_dataset, precision="bf16", **options)])
-    linears = [module for module in wide.modules() if isinstance(module, nn.Linear)]
-    weights = Counter(tuple(weight.shape) for each in linears for weight in each.parameters())
-    activations = casts.of - weights
-    assert casts.of == weights + activations
-    into_products = (3, 16, wide.config.hidden_size)
-    norms = 2 * wide.config.num_hidden_layers * batches
-    assert activations.pop(into_products) == norms
-    # The head runs in the first pass alone.
-    assert activations.pop((3, wide.config.hidden_size)) == 1
-    assert all(len(shape) != 2 for shape in activations)

@@ -175,6 +175,10 @@ REFUSED = {
         {"boards": np.ones((N, 16), np.float32)},
         "boards must be uint8; got float32",
     ),
+    "fifteen-cells": (
+        {"boards": np.ones((N, 15), np.uint8)},
+        r"boards must have shape \(7, 16\); got \(7, 15\)",
+    ),
     "three-moves": (
         {"head_probs": np.ones((N, 3), np.float32)},
         r"head_probs must have shape \(7, 4\) or \(7, 4, any\); got \(7, 3\)",
@@ -192,6 +196,12 @@ def test_it_is_refused(tmp_path, name):
     with pytest.raises(OutputError, match=f"cannot show .*: .*{reason}"):
         write(tmp_path, tensors)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_file_without_boards_is_refused(tmp_path):
+    save_file({"weight": np.ones((3, 4))}, tmp_path / "a.safetensors")
+    with pytest.raises(OutputError):
+        write_report(tmp_path / "a.safetensors", tmp_path / "report.html")
 
 
 @pytest.mark.parametrize(
@@ -299,10 +309,3 @@ def test_an_empty_cell_is_no_tile_in_the_order_of_the_examples(tmp_path):
     save_file({"boards": boards, "indices": np.arange(3)}, tmp_path / "a.safetensors")
     source = data.Source(ActivationsFile(tmp_path / "a.safetensors"))
     assert source.examples.tolist() == [1, 0, 2]
-
-
-def test_a_feature_that_is_not_a_number_is_among_the_largest():
-    nothing = np.zeros(1)
-    largest = np.array([[1.0, np.nan, 3.0, 2.0]])
-    figures = data.KeyFigures("x", (), (1, 1), "", *[nothing] * 4, largest, None)
-    assert figures.top_features(0).tolist() == [1, 2, 3]

@@ -111,17 +111,3 @@ def test_the_command(dump_path, tmp_path, capfd):
 def test_the_command_takes_one_thing_at_a_time(dump_path, tmp_path, more):
     assert main([str(dump_path), "--report", str(tmp_path / "report.html"), *more]) == 2
     assert names(tmp_path) == set()
-
-
-def test_a_file_without_boards_is_refused(tmp_path, capfd):
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    path = tmp_path / "weights.safetensors"
-    save_file({"weight": np.ones((3, 4), np.float32)}, path)
-    assert main([str(path), "--report", str(tmp_path / "report.html")]) != 0
-    assert "error: " in capfd.readouterr().err
-    save_file({"weight": np.ones((3, 4), np.float32), "boards": np.ones((3, 15), np.uint8)}, path)
-    assert main([str(path), "--report", str(tmp_path / "report.html")]) == 1
-    assert "boards must have shape (3, 16); got (3, 15)" in capfd.readouterr().err
-    assert names(tmp_path) == {"weights.safetensors"}

@@ -43,25 +43,20 @@ from dump_activations.pipeline.plan import (
     fingerprint,
     make_plan,
     metadata,
-    warn_of_large_tensors,
 )
 from dump_activations.pipeline.run import Run, Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
 from dump_activations.progress import Count, Phase, begin, counted, shown_progress
 from dump_activations.storage.statistics import statistics_specs
-from dump_activations.storage.writing.existing import choose_shards, find_unfinished
+from dump_activations.storage.writing.existing import choose_shards
 from dump_activations.storage.writing.output import OutputFile
-from dump_activations.storage.writing.paths import (
-    check_output,
-    check_space,
-    free_space,
-    partial_path,
-)
+from dump_activations.storage.writing.paths import check_output, free_space
 from dump_activations.storage.writing.shards import Output, Place
-from dump_activations.storage.writing.work import FileWork, Work
+from dump_activations.storage.writing.work import Work
 from dump_activations.storage.writing.writers import Writers
 
 _ALONE = Place()
+_LARGE_TENSOR = 8 << 30
 
 
 def dump(
@@ -152,17 +147,13 @@ def preview(
     options: DumpOptions,
     place: Place = _ALONE,
 ) -> Preview:
-    """Check everything that `dump` checks before its first forward pass, and describe its output.
-
-    Raises:
-        DumpActivationsError: what `dump` would raise.
-    """
+    """Check everything that `dump` checks before its first forward; describe its output."""
     plan = _make_plan(init, dataset, path, options)
     if not options.write:
         return Preview(plan, plan.tensor_specs())
     output = _look(plan, path, options, place)
-    _check_space(output.missing)
-    for text in (*_already_there(output), *_fate_of_partial_files(output)):
+    output.check_space()
+    for text in (*output.notes(), *output.notes_on_partial_files()):
         note(text)
     return _preview(plan, path, output)
 
@@ -178,13 +169,7 @@ def dump_to_file(
 ) -> Summary:
     """Run `dump`, as one of several processes where a launcher started them.
 
-    Args:
-        init: checkpoint or model.
-        dataset: dataset, or its directory.
-        path: output, absolute.
-        options: checked options.
-        place: rank of this process.
-        local_processes: processes on this machine, which share its cores and pinned memory.
+    `local_processes` on this machine share its cores and pinned memory.
     """
     started = time.perf_counter()
     with (
@@ -218,7 +203,7 @@ class _Call:
             _note_mixture(output)
         else:
             output.tidy()
-            note(f"{_files_are(output)} already complete")
+            note(*output.notes())
             keys = tuple(each.key for each in self.plan.activations)
             summary = Summary(keys=keys, setup_seconds=time.perf_counter() - self.started)
         return replace(
@@ -233,7 +218,12 @@ class _Call:
 
     def _run(self, output: Output) -> Summary:
         """Write all files that are missing."""
-        warn_of_large_tensors(output.files[0].work.specs)
+        for spec in output.files[0].work.specs:
+            if spec.nbytes >= _LARGE_TENSOR:
+                warn(
+                    f"{spec.name} will take {spec.nbytes / 2**30:.1f} GiB; fewer boards "
+                    f"({option('n_samples')}) or {option('dtype', 'fp16')} or bf16 make it smaller"
+                )
         run = Run(self.plan, host_slots=HOST_SLOTS, local_processes=self.local_processes)
         with output, run, self._kept_or_discarded(output):
             self._prepare(output)
@@ -259,14 +249,14 @@ class _Call:
     def _prepare(self, output: Output) -> None:
         """Make the output's directory, and describe the output in notes."""
         begin("preparing the output")
-        _check_space(output.missing)
+        output.check_space()
         directory = output.missing[0].target.parent
         if not directory.exists():
             with OutputError.when(f"cannot make {directory}"):
                 directory.mkdir(parents=True, exist_ok=True)
             note(f"made the directory {directory}")
         note(_preview(self.plan, self.path, output).text)
-        for text in _already_there(output):
+        for text in output.notes():
             note(text)
 
     def _fill(self, run: Run, output: Output) -> float:
@@ -364,7 +354,7 @@ class _Call:
             with ignored_interrupts():
                 kept = output.suspend(discard=isinstance(error, VocabularyError))
             if not output.missing:
-                error.add_note(f"{_files_are(output)} complete")
+                error.add_note(f"{output.files_are} complete")
             elif kept:
                 n = sum(file.rows for file in output.files)
                 error.add_note(
@@ -429,9 +419,7 @@ def _work(plan: Plan, path: Path, *, stats: bool) -> Work:
         spec
         for each in plan.board_tensors
         for spec in statistics_specs(
-            each.name,
-            layers=stacked if each.activation.per_layer else None,
-            width=each.shape[-1],
+            each.name, layers=stacked if each.activation.per_layer else None, width=each.shape[-1]
         )
         if stats
     ]
@@ -446,59 +434,6 @@ def _work(plan: Plan, path: Path, *, stats: bool) -> Work:
         computed_by=computed_by(plan),
         identity={**fingerprint(plan), "stats": str(stats).lower()},
     )
-
-
-def _already_there(output: Output) -> Iterator[str]:
-    """Describe what becomes of finished files that are there."""
-    if not output.missing:
-        yield f"{_files_are(output)} already complete"
-        return
-    for existing in output.replaced.values():
-        boards = "" if "shard" in existing.metadata else existing.metadata.get("n_samples", "")
-        holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
-        size = size_text(existing.size)
-        yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
-    finished = len(output.files) - len(output.missing)
-    if finished:
-        yield f"{finished:,} of {len(output.files):,} shards are already complete"
-
-
-def _fate_of_partial_files(output: Output) -> Iterator[str]:
-    """Describe what a run would do with each partial file. None is locked or changed."""
-    for file in output.missing:
-        partial = partial_path(file.target)
-        if not os.path.lexists(partial):
-            continue
-        try:
-            found = find_unfinished(partial)
-        except OutputError as error:
-            yield f"{error}; it will be started over"
-            continue
-        if found is None:
-            continue
-        if found.header != file.header:
-            yield f"{partial} is of other work and will be dropped"
-        elif found.is_being_written and file.shard is None:
-            raise OutputError(
-                f"another dump to {file.target} is running; wait for it, or choose another output"
-            )
-        elif found.is_being_written:
-            yield f"{partial} is being written by another process"
-        else:
-            yield f"{partial} will be resumed: it has {found.rows:,} of {file.rows:,} boards"
-
-
-def _files_are(output: Output) -> str:
-    """Begin a sentence about the files that this call may write: "activations.pt is"."""
-    shards = [each.shard for each in output.files if each.shard is not None]
-    name = str(output.files[0].work.whole)
-    if shards and len(shards) < shards[0].count:
-        return f"shards {shards[0].number} to {shards[-1].number} of {name} are"
-    return f"{name} is"
-
-
-def _check_space(files: Sequence[FileWork]) -> None:
-    check_space([each.target for each in files], sum(each.tensor_nbytes for each in files))
 
 
 def _preview(plan: Plan, path: Path, output: Output) -> Preview:

@@ -158,10 +158,7 @@ def stream(
 
 
 def batches_of(
-    plan: Plan,
-    rows: Iterable[range] | None = None,
-    *,
-    tensors: Literal["copy", "view", "device"],
+    plan: Plan, rows: Iterable[range] | None = None, *, tensors: Literal["copy", "view", "device"]
 ) -> Generator[Batch, None, None]:
     """Make a plan's run ready, and return its batches: of all rows, or of ranges of rows."""
     caller = _Caller(plan.device, copies=tensors == "copy")

@@ -105,24 +105,10 @@ def stream_cells(
     Raises:
         DumpActivationsError: one line that names what is wrong and the way out.
     """
+    given = locals()
     keys = (key,) if isinstance(key, str) else tuple(key)
-    options = StreamOptions(
-        outputs=keys,
-        layers=None if layer is None else [layer],
-        n_samples=n_samples,
-        indices=indices,
-        steps=steps,
-        where=where,
-        seed=seed,
-        batch_size=boards_per_pass,
-        dtype=dtype,
-        device=str(device),
-        allow_cpu=allow_cpu,
-        random_init=random_init,
-        precision=precision,
-        compile=compile,
-        tensors="device",
-    )
+    of_run = {"outputs": keys, "batch_size": boards_per_pass, "tensors": "device"}
+    options = StreamOptions.of(given | of_run | {"layers": None if layer is None else [layer]})
     with DeviceAdvice(batch_size=boards_per_pass):
         dataset, options = with_step_indices(dataset, options)
         plan = make_plan(init, dataset, options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -24,7 +23,7 @@ from dump_activations.errors import (
     OutputError,
     printable,
 )
-from dump_activations.progress import is_terminal, live_console, silent_progress
+from dump_activations.progress import Reporter, is_terminal, live_console, reported_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -51,18 +50,11 @@ class UnreadError(OutputError):
 
 @dataclass
 class Mode:
-    """How the command prints, which its options decide.
+    """How the command prints, which its options decide."""
 
-    Attributes:
-        as_json: print JSON, on stderr too.
-        quiet: print neither notes nor tables.
-        speaker: name of this process in each of its lines, where several share a terminal.
-        started: when the command began, by the monotonic clock.
-    """
-
-    as_json: bool = False
-    quiet: bool = False
-    speaker: str = ""
+    as_json: bool = False  # on stderr too
+    quiet: bool = False  # neither notes nor tables
+    speaker: str = ""  # name of this process in its lines, where several share a terminal
     started: float = STARTED
 
 
@@ -120,7 +112,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     def be_quiet(context: click.Context, _option: click.Parameter, value: Any) -> None:
         if value:
             mode.quiet = True
-            context.with_resource(silent_progress())
+            context.with_resource(reported_to(Reporter()))
 
     flag = partial(click.option, is_flag=True, expose_value=False)
     as_json = flag("--json", callback=be_json, help="Print JSON instead of tables.")
@@ -136,12 +128,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def written_stdout() -> Iterator[None]:
-    """Write to stdout inside the context, up to its last byte.
-
-    Raises:
-        OutputError: stdout cannot be written.
-        UnreadError: the reader has closed stdout.
-    """
+    """Write to stdout inside the context, up to its last byte; OutputError where that fails."""
     with OutputError.when("cannot write to stdout"):
         try:
             yield
@@ -153,12 +140,9 @@ def written_stdout() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table. A row of a single cell is the title of the rows below it.
 
-    Attributes:
-        headings: one per column.
-        rows: cells of each row; a single cell is the title of the rows below it.
-        numbers: headings of the columns that are aligned to the right.
+    Columns with the headings in `numbers` are aligned to the right.
     """
 
     headings: Sequence[str]
@@ -171,26 +155,16 @@ def show(value: object, parts: Iterable[str | Table]) -> None:
 
     In JSON, numbers that are not finite are null. A pipe gets each line and each row of a table on
     one line, whole and without styles.
-
-    Raises:
-        OutputError: stdout cannot be written.
     """
     if mode.as_json:
-        text = json.dumps(_finite(value), allow_nan=False)
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        text = json.dumps(finite)
     elif sys.stdout is None or mode.quiet:
         return
     else:
         text = _rendered(parts)
     with written_stdout():
         click.echo(text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rendered(parts: Iterable[str | Table]) -> str:

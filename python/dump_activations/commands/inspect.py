@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dump_activations.commands.console import CONTEXT_SETTINGS, common_options, mode
+from dump_activations.commands.console import CONTEXT_SETTINGS, common_options, mode, print_line
 from dump_activations.commands.process import run_command
 from dump_activations.errors import DumpActivationsError, InvalidArgumentError, is_url, option
 
@@ -80,10 +80,14 @@ def inspect_activations(
         if value:
             raise InvalidArgumentError(f"{option(name)}: takes {takes}")
 
-    from dump_activations.commands.show import show_differences, show_dump, write_report
+    from dump_activations.commands.show import refuse_unfinished, show_differences, show_dump
 
     if report is not None:
-        write_report(file, report)
+        from dump_activations.report.render import write_report
+
+        refuse_unfinished(file, "there is nothing to show yet")
+        write_report(file, report, progress=True)
+        print_line("note", f"{report} shows {file}; open it in a browser")
     elif other is None:
         show_dump(file, verify=verify, stats=stats)
     else:

@@ -24,6 +24,7 @@ from dump_activations.errors import (
     DeviceError,
     DumpActivationsError,
     InvalidArgumentError,
+    OutputError,
     option,
 )
 from dump_activations.interrupts import (
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import NoReturn
 
-_FAILED, _WRONG_CALL = 1, 2
-
 # From glibc's malloc.h. 32 MiB is the highest threshold that it accepts.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
@@ -58,11 +57,8 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit code: 0, 2 for a wrong call, 1 for every other error.
 
     An interrupted command returns the signal's number, negative. So does a command whose reader
-    closed stdout, as `head` does. An error is one line on stderr.
-
-    Args:
-        command: the command.
-        arguments: the arguments after its name; None takes the process's own.
+    closed stdout, as `head` does. An error is one line on stderr. Without arguments it takes the
+    process's own.
     """
     name = command.name or ""
     variable = f"_{name.replace('-', '_').upper()}_COMPLETE"
@@ -88,7 +84,7 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
             code = UNREAD
         except click.ClickException as error:
             mode.as_json |= "--json" in arguments  # Perhaps it was not reached.
-            code = _failed(_WRONG_CALL, error.format_message())
+            code = _failed(InvalidArgumentError.exit_code, error.format_message())
         except DumpActivationsError as error:
             code = _failed(error.exit_code, error.flags_text, error)
         except KeyboardInterrupt as error:
@@ -96,7 +92,7 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
         except Exception as error:
             if sys.flags.dev_mode:  # Developers want the traceback (python -X dev).
                 raise
-            code = _failed(_FAILED, f"{type(error).__name__}: {error}", error)
+            code = _failed(1, f"{type(error).__name__}: {error}", error)
     return code
 
 
@@ -124,13 +120,13 @@ def leave(code: int) -> NoReturn:
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.flush()
     try:
-        sys.stdout.flush()
-    except OSError as error:
-        if code == 0:
-            code = UNREAD if isinstance(error, BrokenPipeError) else _FAILED
-            if code == _FAILED:
-                _failed(code, f"cannot write to stdout: {error.strerror}")
-    except (ValueError, AttributeError):  # stdout is closed, or there is none.
+        with written_stdout():
+            pass
+    except UnreadError:
+        code = code or UNREAD
+    except OutputError as error:
+        code = code or _failed(error.exit_code, error.flags_text)
+    except (ValueError, AttributeError):  # stdout is closed, or cannot be flushed.
         pass
     if code < 0:
         die_of(-code)
@@ -180,9 +176,6 @@ def join_launcher() -> Launched:
     """Find this process's place in the launcher's variables. It is alone without them.
 
     A process of `launch` is terminated when its launcher ends, even by SIGKILL.
-
-    Raises:
-        InvalidArgumentError: a variable must be a number, or the rank is too high.
     """
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, _LAUNCHER: 0}
     found = []
@@ -208,12 +201,8 @@ def launch(arguments: Sequence[str], processes: str) -> int:
     Each gets RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE. Signals are passed on. After the
     first error the others are terminated: they keep what is on disk.
 
-    Args:
-        arguments: the command's own.
-        processes: a number, or "gpu" for one per CUDA device.
-
     Raises:
-        InvalidArgumentError: `processes` is something else.
+        InvalidArgumentError: `processes` is no number, nor "gpu" for one per CUDA device.
         DeviceError: "gpu" finds no CUDA device.
     """
     count = _count(processes)

@@ -23,10 +23,7 @@ from dump_activations.storage.reading.comparison import compare
 from dump_activations.storage.reading.damage import find_damage
 from dump_activations.storage.reading.dump_files import find_shards, inspect_dump
 from dump_activations.storage.reading.keys import Catalog
-from dump_activations.storage.reading.stored_statistics import (
-    compute_statistics,
-    stored_statistics,
-)
+from dump_activations.storage.reading.stored_statistics import compute_statistics, stored_statistics
 from dump_activations.storage.writing.existing import find_unfinished
 from dump_activations.storage.writing.paths import partial_path, target_of
 
@@ -56,6 +53,8 @@ _GROUP_OF = {
     **{each.key: "parameters" for each in ACTIVATIONS if isinstance(each, WeightActivation)},
 }
 
+_THREADS = len(os.sched_getaffinity(0))
+
 # A tokenizer in the metadata of a checkpoint may have 64 KiB.
 _LONGEST_VALUE = 400
 
@@ -69,17 +68,12 @@ _HIDDEN_WORK = frozenset({"config", "indices", "tensors", "threads", "format"})
 def show_dump(file: Path, *, verify: bool, stats: bool) -> None:
     """Show the contents of a dump, or how much of an unfinished one is written.
 
-    Args:
-        file: the dump.
-        verify: compare it with its digests.
-        stats: show statistics in JSON too, and compute them where it stores none.
-
-    Raises:
-        OutputError: it is damaged.
+    `verify` compares it with its digests. `stats` shows statistics in JSON too, and computes them
+    where it stores none.
     """
     if verify or stats:
         reason = "there is nothing to verify it by" if verify else "it has no statistics yet"
-        _refuse_unfinished(file, reason)
+        refuse_unfinished(file, reason)
     elif _show_unfinished(file):
         return
     dump = inspect_dump(file)
@@ -87,15 +81,13 @@ def show_dump(file: Path, *, verify: bool, stats: bool) -> None:
         damage: Mapping[Path, Sequence[str]] = {}
         if verify:
             count = counted(Phase("verifying", BYTES))
-            damage = find_damage(dump, threads=_threads(), progress=count)
+            damage = find_damage(dump, threads=_THREADS, progress=count)
         statistics = stored_statistics(dump)
         if stats and not statistics:
             count = counted(Phase("computing statistics", BYTES))
-            statistics = compute_statistics(dump, threads=_threads(), progress=count)
-    tensors = [*dump.tensors.values()]
-    contents = _Contents(
-        dump.path, dump.format.name, dump.size, tensors, dump.metadata, dump.digests
-    )
+            statistics = compute_statistics(dump, threads=_THREADS, progress=count)
+    its = dump.format.name, dump.size, [*dump.tensors.values()], dump.metadata, dump.digests
+    contents = _Contents(dump.path, *its)
     content, damaged = contents.as_dict(), None
     if verify:
         damaged = sorted({name for names in damage.values() for name in names})
@@ -119,29 +111,17 @@ def _show_unfinished(file: Path) -> bool:
     shards = None if os.path.lexists(file) else find_shards(file)
     if shards is not None and shards.missing:
         _show_shards(shards)
-    elif shards is None and (unfinished := find_unfinished(file)) is not None:
-        _show_partial(unfinished)
-    else:
+        return True
+    if shards is not None or (unfinished := find_unfinished(file)) is None:
         return False
+    _show_partial(unfinished)
     return True
 
 
-def write_report(file: Path, report: Path) -> None:
-    """Write the page about a dump."""
-    from dump_activations.report.render import write_report as write
-
-    _refuse_unfinished(file, "there is nothing to show yet")
-    write(file, report, progress=True)
-    print_line("note", f"{report} shows {file}; open it in a browser")
-
-
-def _refuse_unfinished(file: Path, reason: str) -> None:
+def refuse_unfinished(file: Path, reason: str) -> None:
+    """Raise OutputError, with a reason, where only a partial file is there."""
     if find_shards(file) is None and (found := find_unfinished(file)) is not None:
         raise OutputError(f"{found.path} is not finished: {reason}")
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _show_shards(shards: DumpShards) -> None:
@@ -153,10 +133,10 @@ def _show_shards(shards: DumpShards) -> None:
             done += 0 if unfinished is None else unfinished.rows
     finished = len(shards.finished)
     progress = {"shards": shards.count, "shards_done": finished, "boards_done": done}
-    boards = f"{done:,} boards" if in_all is None else f"{done:,} of {in_all:,} boards"
+    of = "" if in_all is None else f" of {in_all:,}"
     lines = [
         f"{shards.whole}: unfinished: {finished:,} of {shards.count:,} shards are finished, "
-        f"{boards} are on disk",
+        f"{done:,}{of} boards are on disk",
         *(f"{path.name} is unfinished" for path in shards.partial.values()),
     ]
     show({"file": str(shards.whole), "boards": in_all, "unfinished": progress}, lines)
@@ -164,25 +144,21 @@ def _show_shards(shards: DumpShards) -> None:
 
 def _show_partial(found: Unfinished) -> None:
     """Show the contents of a partial file, and how much of it is written."""
-    work = found.header.work
+    work, done, of = found.header.work, found.rows, found.header.rows
     metadata = {key: value for key, value in work.items() if key not in _HIDDEN_WORK}
-    contents = _Contents(
-        found.path, work.get("format", ""), found.size, found.specs, metadata, digests={}
-    )
+    contents = _Contents(found.path, work.get("format", ""), found.size, found.specs, metadata, {})
     unfinished = {
-        "boards_done": found.rows,
+        "boards_done": done,
         "batches": found.header.batches,
         "batches_done": len(found.batches),
         "being_written": found.is_being_written,
         "written_at": found.modified,
     }
-    done, of = found.rows, found.header.rows
-    idle = duration_text(max(time.time() - found.modified, 0))
     state = (
         f"unfinished: {done:,} of {of:,} boards ({done / of:.0%}) are on disk, "
         f"{len(found.batches):,} of {found.header.batches:,} batches; "
         f"{'a' if found.is_being_written else 'no'} process is writing it; "
-        f"the last batch is {idle} old"
+        f"the last batch is {duration_text(max(time.time() - found.modified, 0))} old"
     )
     title, *tables = contents.parts()
     show({**contents.as_dict(), "unfinished": unfinished}, [title, state, *tables])
@@ -343,11 +319,11 @@ def _json_value(key: str, text: str | None) -> Any:
 def show_differences(first: Path, second: Path, *, rtol: float, atol: float) -> bool:
     """Show what differs in two dumps, and return True where their tensors are equal."""
     for path in (first, second):
-        _refuse_unfinished(path, "there is nothing to compare yet")
+        refuse_unfinished(path, "there is nothing to compare yet")
     dumps = inspect_dump(first), inspect_dump(second)
     with shown_progress(as_json=mode.as_json):
         count = counted(Phase("comparing", "values"))
-        comparison = compare(*dumps, threads=_threads(), rtol=rtol, atol=atol, progress=count)
+        comparison = compare(*dumps, threads=_THREADS, rtol=rtol, atol=atol, progress=count)
     value = {
         "files": [str(first), str(second)],
         "equal": comparison.is_equal,

@@ -87,11 +87,7 @@ class CudaTransfer:
     that is captured in the same slot, and before it the forward's stream has to wait for the
     consumer's work.
 
-    Args:
-        plan: a plan for a CUDA device.
-        rows: boards in a full batch.
-        host_slots: slots to page-lock for the copies, fewer where the host has no room for them.
-        local_processes: processes that share this machine's memory.
+    It page-locks `host_slots` slots, or fewer where the host has no room for them.
 
     Raises:
         MemoryError: the host has no room for two of the slots.

@@ -42,10 +42,7 @@ _RESOURCES = {
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of that name.
-
-    Args:
-        name: `cuda`, the thread's current CUDA device, `cuda:N` or `cpu`.
+    """Return the device of that name: `cuda`, the thread's current CUDA device, `cuda:N` or `cpu`.
 
     Raises:
         DeviceError: the machine has no such CUDA device.
@@ -88,13 +85,6 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     device the run uses.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def device_name(device: torch.device) -> str:
-    """Name the hardware, which the last bits of a result may depend on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def cores_of(processes: int) -> int:

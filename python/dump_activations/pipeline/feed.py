@@ -50,10 +50,7 @@ class BoardBatch:
 
 
 def read_batch(plan: Plan, rows: range, cancel: _rust.Cancel | None = None) -> BoardBatch:
-    """Read the boards of a run's rows, and their labels from the same bytes of the shards.
-
-    Another thread ends the read by `cancel`.
-    """
+    """Read the boards of a run's rows, and their labels. Another thread ends that by `cancel`."""
     indices = plan.indices[rows.start : rows.stop]
     boards_BS = torch.empty((len(indices), CELLS), dtype=torch.uint8, device="cpu")
     values: Values = {}
@@ -66,19 +63,11 @@ def read_batch(plan: Plan, rows: range, cancel: _rust.Cancel | None = None) -> B
 
 
 def feed_boards(
-    plan: Plan,
-    ranges: Iterable[range] | None = None,
-    *,
-    reading: Stopwatch,
-    waiting: Stopwatch,
+    plan: Plan, ranges: Iterable[range] | None = None, *, reading: Stopwatch, waiting: Stopwatch
 ) -> Generator[BoardBatch, None, None]:
     """Yield a plan's boards in batches; the last batch of a range may be short.
 
-    Args:
-        plan: the plan.
-        ranges: rows of the run, as in `Run.batches`.
-        reading: counts the time spent reading.
-        waiting: counts the time the consumer waited for boards.
+    `ranges` are rows of the run, as in `Run.batches`. `waiting` counts the consumer's time.
 
     Raises:
         VocabularyError: a board has an exponent without an embedding in the model.

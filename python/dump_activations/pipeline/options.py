@@ -60,37 +60,26 @@ class Group(StrEnum):
     AGAIN = "After an interruption"
 
 
-@dataclass(frozen=True)
-class Described:
-    """An option as `--help` shows it.
-
-    Attributes:
-        name: the field's name.
-        default: its default.
-        text: the description, imperative, in at most 12 words.
-        group: its heading.
-        choices: all values that it takes; empty where there are too many.
-    """
-
-    name: str
-    default: Any
-    text: str
-    group: Group
-    choices: tuple[str, ...]
+RUN, KEEP, COMPUTE, SHARE, AGAIN = Group
 
 
 def _option(
-    text: str,
     group: Group,
+    text: str,
     *,
     default: Any,
-    check: _Check = lambda _name, value: value,
+    check: _Check | None = None,
     choices: Collection[str] = (),
 ) -> Any:
-    """Describe an option; `check` gives the value as the run has it, or refuses it."""
-    shown = {"text": text, "group": group, "choices": tuple(choices)}
+    """Describe an option that the command has too.
+
+    `text` is its help, imperative, in at most 12 words: of the flag that turns it off, where it is
+    on by default. `check` gives the value as the run has it, or refuses it. `choices` are all
+    values that it takes.
+    """
     check = _one_of(choices) if choices else check
-    return field(default=default, metadata={"shown": shown, "check": check})
+    shown = {"group": group, "text": text, "choices": tuple(choices), "check": check}
+    return field(default=default, metadata=shown)
 
 
 def _whole_from(least: int) -> _Check:
@@ -143,18 +132,16 @@ def _steps(name: str, value: str | slice | None) -> slice | None:
         return None
     try:
         if isinstance(value, str):
-            parts = [int(part) if part.strip() else None for part in value.split(":")]
-            if len(parts) not in (2, 3):
-                raise ValueError
-            value = slice(*parts)
+            start, stop, *step = (int(part) if part.strip() else None for part in value.split(":"))
+            value = slice(start, stop, *step)
         if not isinstance(value, slice):
             raise TypeError
-        step = range(1)[value].step  # Python's own check of the three.
+        width = range(1)[value].step  # Python's own check of the three.
     except (TypeError, ValueError):
         raise InvalidArgumentError(
             f"{option(name)}: {value!r} is no START:STOP or START:STOP:STEP of whole numbers"
         ) from None
-    if step < 1:
+    if width < 1:
         raise InvalidArgumentError(f"{option(name)}: steps are taken in their order, not backwards")
     return value
 
@@ -214,103 +201,94 @@ class Options:
     """
 
     outputs: str | Sequence[str] = _option(
+        KEEP,
         "activation keys, separated by commas, or all; globs and TransformerLens names work",
-        Group.KEEP,
         default=("final_hidden",),
         check=_keys,
     )
     layers: Layers | None = _option(
+        KEEP,
         f"keep only these layers, indexed as in Python, e.g. {option('layers', '0,3,-1,4:8')}",
-        Group.KEEP,
         default=None,
         check=parse_layers,
     )
     split_layers: bool = _option(
-        "write one tensor per layer, KEY.LAYER, instead of a stacked one", Group.KEEP, default=False
+        KEEP, "write one tensor per layer, KEY.LAYER, instead of a stacked one", default=False
     )
     n_samples: int = _option(
+        RUN,
         f"number of boards to sample (ignored with {option('indices')} or {option('steps')})",
-        Group.RUN,
         default=1024,
         check=_whole_from(1),
     )
     indices: ArrayLike | os.PathLike[str] | None = _option(
-        "global step indices to use instead of a sample; order and duplicates are kept",
-        Group.RUN,
+        RUN,
+        "an .npy or .npz file, or a dump: global step indices to use instead of a sample; "
+        "order and duplicates are kept",
         default=None,
     )
     steps: slice | str | None = _option(
+        RUN,
         "take steps START:STOP or START:STOP:STEP in order instead of a sample; ':' is all",
-        Group.RUN,
         default=None,
         check=_steps,
     )
     where: str | Expression | None = _option(
+        RUN,
         "sample only steps that match this expression, e.g. 'max_rank >= 11 and run_id % 10 != 0'",
-        Group.RUN,
         default=None,
         check=lambda _name, value: parse(value) if isinstance(value, str) else value,
     )
     labels: str | Sequence[str] = _option(
+        KEEP,
         "labels to store per board, separated by commas: row fields, move, run columns, or all",
-        Group.KEEP,
         default=(),
         check=lambda _name, value: split_names(value),
     )
-    scan_progress: Count | None = _option(
-        f"called while {option('where')} scans the dataset, with rows done and rows in all",
-        Group.COMPUTE,
-        default=None,
-    )
+    scan_progress: Count | None = None
     seed: int = _option(
+        RUN,
         "seed of the sample, as numpy.random.default_rng takes it",
-        Group.RUN,
         default=0,
         check=_whole_from(0),
     )
     batch_size: int = _option(
-        "boards per forward pass", Group.COMPUTE, default=1024, check=_whole_from(1)
+        COMPUTE, "boards per forward pass", default=1024, check=_whole_from(1)
     )
     dtype: str = _option(
-        "storage dtype of floating-point tensors",
-        Group.KEEP,
-        default="fp32",
-        choices=STORAGE_DTYPES,
+        KEEP, "storage dtype of floating-point tensors", default="fp32", choices=STORAGE_DTYPES
     )
     device: str = _option(
+        COMPUTE,
         f"compute device: cuda, cuda:N, or cpu with {switch('allow_cpu')}",
-        Group.COMPUTE,
         default="cuda",
         check=_device,
     )
-    allow_cpu: bool = _option("run on the CPU where there is no GPU", Group.COMPUTE, default=False)
+    allow_cpu: bool = _option(COMPUTE, "run on the CPU where there is no GPU", default=False)
     random_init: bool = _option(
-        "use untrained weights in the checkpoint's architecture, as a control",
-        Group.RUN,
-        default=False,
+        RUN, "use untrained weights in the checkpoint's architecture, as a control", default=False
     )
     precision: str = _option(
+        COMPUTE,
         "arithmetic of the forward pass (tf32 on CUDA only)",
-        Group.COMPUTE,
         default="fp32",
         choices=PRECISIONS,
     )
-    compile: bool = _option("compile the model with torch.compile", Group.COMPUTE, default=False)
+    compile: bool = _option(COMPUTE, "compile the model with torch.compile", default=False)
     cuda_graph: bool = _option(
-        "replay full batches as CUDA graphs; False launches each kernel",
-        Group.COMPUTE,
-        default=True,
+        COMPUTE, "launch each kernel, in place of replaying batches as CUDA graphs", default=True
     )
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
         """Take the options among the arguments of a call, which may be all its local names."""
-        return cls(**{each.name: arguments[each.name] for each in fields(cls)})
+        names = [each.name for each in fields(cls) if each.name in arguments]
+        return cls(**{name: arguments[name] for name in names})
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = each.metadata["check"](each.name, getattr(self, each.name))
-            object.__setattr__(self, each.name, value)
+            if check := each.metadata.get("check"):
+                object.__setattr__(self, each.name, check(each.name, getattr(self, each.name)))
         for other in ("steps", "where"):
             if self.indices is not None and getattr(self, other) is not None:
                 raise InvalidArgumentError(
@@ -334,56 +312,32 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DumpOptions(Options):
-    """The options of a run and its output.
+    """The options of a run and its output."""
 
-    Raises:
-        InvalidArgumentError: as `Options`.
-    """
-
-    write: bool = _option(
-        "write the output; False runs the model and keeps nothing", Group.KEEP, default=True
-    )
+    write: bool = _option(KEEP, "run the model and write nothing", default=True)
     stats: bool = _option(
-        "store statistics of each activation, e.g. stats/KEY/mean", Group.KEEP, default=False
+        KEEP, "store statistics of each activation, e.g. stats/KEY/mean", default=False
     )
     shard_size: int | str | None = _option(
+        SHARE,
         "write shards of at most this size, e.g. 4GB, that several processes can share",
-        Group.SHARE,
         default=None,
         check=_size,
     )
     shards: int | str | range | None = _option(
+        SHARE,
         "write only these shards, e.g. 3 or 1-20, and return when they are done",
-        Group.SHARE,
         default=None,
         check=_shards,
     )
     overwrite: bool = _option(
-        "replace output of other work when the new one is whole", Group.AGAIN, default=False
+        AGAIN, "replace output of other work when the new one is whole", default=False
     )
-    progress: Count | bool | None = _option(
-        "True for a bar, or a function called per batch with boards done and boards in all",
-        Group.COMPUTE,
-        default=None,
-        check=_progress,
-    )
+    progress: Count | bool | None = field(default=None, metadata={"check": _progress})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamOptions(Options):
     """The options of a run whose batches are yielded."""
 
-    tensors: str = _option(
-        "copy: yours to keep. view: host buffers, valid until the next batch. device: the same on "
-        "the compute device",
-        Group.KEEP,
-        default="copy",
-        check=_one_of(TENSORS),
-    )
-
-
-def describe(options: type[Options]) -> list[Described]:
-    """Describe an options class's fields, in their order."""
-    return [
-        Described(each.name, each.default, **each.metadata["shown"]) for each in fields(options)
-    ]
+    tensors: str = field(default="copy", metadata={"check": _one_of(TENSORS)})

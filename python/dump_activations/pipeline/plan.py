@@ -33,18 +33,12 @@ from dump_activations.model.activations import (
 )
 from dump_activations.model.checkpoint import preferred_files, prepare_model
 from dump_activations.model.encoder import Encoder
-from dump_activations.pipeline.device import (
-    DeviceAdvice,
-    current,
-    device_name,
-    find_device,
-)
+from dump_activations.pipeline.device import DeviceAdvice, current, find_device
 from dump_activations.pipeline.options import Options
 
 # Flash attention puts boards on an axis of CUDA's grid that is no longer than this.
 _LARGEST_CUDA_BATCH = 65_535
 
-_LARGE_TENSOR = 8 << 30
 _FORMAT_VERSION = "1"
 _DIGESTED_AT_ONCE = 1 << 20
 
@@ -61,17 +55,13 @@ _IDENTITY = (
 class Plan:
     """A run that is ready to start.
 
+    The model is in eval mode, on `device`.
+
     Attributes:
-        model: in eval mode, on `device`.
-        dataset: source of the boards.
         indices: global step indices, all of them inside the dataset; a slice is int64 (n,).
         sampling: how the indices were chosen, as the file's metadata has it.
-        labels: reads the labels; None where none are stored.
-        activations: the activations to capture.
         layers: numbers of the layers to keep, ascending.
         weights: parameters to store, by their names in the file, on the host.
-        options: what to compute and how.
-        device: runs the model.
     """
 
     model: Encoder
@@ -134,11 +124,6 @@ def make_plan(
     options: Options,
 ) -> Plan:
     """Load and check everything a run needs, before any forward pass.
-
-    Args:
-        init: the checkpoint, or the model.
-        dataset: the dataset, or its directory.
-        options: what to compute and how.
 
     Raises:
         DumpActivationsError: names what is wrong with the call, a file or the machine.
@@ -234,8 +219,10 @@ def fingerprint(plan: Plan) -> dict[str, str]:
 
 def computed_by(plan: Plan) -> dict[str, str]:
     """Name what may change the last bits of a result: the device, and threads on a CPU."""
-    threads = {} if plan.device.type == "cuda" else {"threads": str(torch.get_num_threads())}
-    return {"device": device_name(plan.device), **threads}
+    if plan.device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(plan.device)}
+    name = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    return {"device": name, "threads": str(torch.get_num_threads())}
 
 
 def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices, str]:
@@ -259,23 +246,11 @@ def _step_indices(dataset: StepsDataset, options: Options) -> tuple[StepIndices,
     return steps, f"steps {wanted.start}:{wanted.stop}:{wanted.step}"
 
 
-def warn_of_large_tensors(specs: Sequence[TensorSpec]) -> None:
-    """Warn of each tensor that will take 8 GiB or more on disk."""
-    for spec in specs:
-        if spec.nbytes >= _LARGE_TENSOR:
-            warn(
-                f"{spec.name} will take {spec.nbytes / 2**30:.1f} GiB; fewer boards "
-                f"({option('n_samples')}) or {option('dtype', 'fp16')} or bf16 make it smaller"
-            )
-
-
 @dataclass(frozen=True)
 class Preview:
     """The output of a plan, known before any forward pass.
 
     Attributes:
-        plan: the plan.
-        tensors: tensors of the output, with `indices` and `boards`.
         output: the file, or the name of its shards; None if nothing is written.
         free_nbytes: free space of the disk; None if it is unknown or nothing is written.
         shards: boards of each shard to write, in order; empty for one file.

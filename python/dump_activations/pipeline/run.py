@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +24,7 @@ from torch import Tensor
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import DeviceError, DumpActivationsError, note, option, size_text
 from dump_activations.model.capture import Capture
-from dump_activations.pipeline.cuda import CudaTransfer, has_callers_code
+from dump_activations.pipeline.cuda import CudaStopwatch, CudaTransfer, has_callers_code
 from dump_activations.pipeline.device import (
     arithmetic,
     first_sentence,
@@ -33,7 +34,16 @@ from dump_activations.pipeline.device import (
 )
 from dump_activations.pipeline.feed import BoardBatch, feed_boards
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pipeline.transfer import ActivationBatch, Buffers, HostTransfer
+from dump_activations.pipeline.transfer import (
+    HOST_SLOTS,
+    ActivationBatch,
+    Buffers,
+    cut,
+    mapped,
+    ring,
+    shapes_of,
+    slot_nbytes,
+)
 from dump_activations.progress import Chunk, Stopwatch
 
 # Boards in a chunk on the CPU: its temporaries stay in a core's cache and in the heap, while those
@@ -158,9 +168,6 @@ class Run:
             Without them a CUDA device keeps its batches.
         local_processes: processes that share this machine's memory.
 
-    Attributes:
-        commit_seconds: time of the caller's that counts as committing, not as the loop's.
-
     Raises:
         DeviceError: the device cannot run the model, or torch cannot compile it.
     """
@@ -168,9 +175,11 @@ class Run:
     def __init__(self, plan: Plan, *, host_slots: int = 0, local_processes: int = 1) -> None:
         self._plan = plan
         self._host_slots, self._local_processes = host_slots, local_processes
-        self.commit_seconds = 0.0
+        self.commit_seconds = 0.0  # Of the caller's time, which is not the loop's.
         self._reading, self._waiting = Stopwatch(), Stopwatch()
-        self._transfer: HostTransfer | CudaTransfer
+        self._cuda: CudaTransfer | None = None
+        self._computing: Stopwatch | CudaStopwatch = Stopwatch()
+        self._copying: Stopwatch | CudaStopwatch = Stopwatch()
         self._boards = 0
         self._ended: float | None = None
         self._is_chunked = not (plan.device.type == "cuda" or plan.options.compile)
@@ -206,15 +215,18 @@ class Run:
                 exits.callback(self._executor.shutdown, wait=True, cancel_futures=True)
             if plan.device.type == "cuda":
                 slots, processes = self._host_slots, self._local_processes
-                cuda = CudaTransfer(plan, rows, host_slots=slots, local_processes=processes)
-                exits.callback(cuda.close)
-                self._transfer = cuda
+                self._cuda = CudaTransfer(plan, rows, host_slots=slots, local_processes=processes)
+                exits.callback(self._cuda.close)
+                self._computing, self._copying = self._cuda.computing, self._cuda.copying
             else:
-                self._transfer = HostTransfer(plan, rows)
+                shapes, dtype = shapes_of(plan, rows), plan.storage_dtype
+                count = min(HOST_SLOTS, -(-len(plan.indices) // rows))
+                memory = mapped(count * slot_nbytes(shapes, dtype))
+                self._free = ring(memory, shapes, dtype, count)
             self._set_up = (0.0, 0.0)
             if not self._is_chunked:
                 self._warm_up(rows, is_graphed=is_graphed)
-                self._set_up = (self._transfer.computing.seconds, self._transfer.copying.seconds)
+                self._set_up = (self._computing.seconds, self._copying.seconds)
             self._exits = exits.pop_all()
         self._started = time.perf_counter()
         return self
@@ -227,10 +239,10 @@ class Run:
             for chunk in batch.chunks:
                 chunk.wait()
             batch.release()
-            if isinstance(self._transfer, CudaTransfer):
+            if self._cuda is not None:
                 torch.cuda.synchronize(self._plan.device)  # The times are complete after it.
                 if is_graphed:
-                    self._transfer.record(self._forward)
+                    self._cuda.record(self._forward)
         except Exception as error:
             if isinstance(error, DumpActivationsError) or out_of(error):
                 raise
@@ -281,9 +293,13 @@ class Run:
                 self._futures.popleft().cancel()
 
     def _capture_batch(self, boards: BoardBatch) -> ActivationBatch:
-        if isinstance(self._transfer, CudaTransfer):
-            return self._transfer.run(boards, self._forward)
-        return self._transfer.run(boards, self._start)
+        """Queue a batch. Blocks while every slot is taken."""
+        if self._cuda is not None:
+            return self._cuda.run(boards, self._forward)
+        slot = self._free.get()
+        buffers = cut(slot, len(boards.indices))
+        chunks = self._start(boards.boards_BS, buffers)
+        return ActivationBatch(boards, buffers, chunks, partial(self._free.put, slot))
 
     def _start(self, tokens_BS: Tensor, buffers: Buffers) -> list[Chunk]:
         """Queue a batch on the CPU, and return its chunks in order."""
@@ -294,14 +310,14 @@ class Run:
         chunks = []
         for start in range(0, rows, self._chunk_rows):
             stop = min(start + self._chunk_rows, rows)
-            cut = {key: tensor[start:stop] for key, tensor in buffers.items()}
-            future = self._executor.submit(self._run_chunk, tokens_BS[start:stop], cut)
+            chunk = {key: tensor[start:stop] for key, tensor in buffers.items()}
+            future = self._executor.submit(self._run_chunk, tokens_BS[start:stop], chunk)
             self._futures.append(future)
             chunks.append(Chunk(start, stop, future.result))
         return chunks
 
     def _run_chunk(self, tokens_BS: Tensor, buffers: Buffers) -> None:
-        with self._transfer.computing:
+        with self._computing:
             self._forward(tokens_BS, buffers)
 
     def _forward(self, tokens_BS: Tensor, buffers: Buffers) -> None:
@@ -315,12 +331,7 @@ class Run:
             self._futures.popleft().result()
 
     def summary(self, started: float, *, write_seconds: float = 0.0) -> Summary:
-        """Sum up the run of this process, without what only its output tells.
-
-        Args:
-            started: reading of the performance counter before the plan was made.
-            write_seconds: busy time of the writers.
-        """
+        """Sum up the run, which `started` before its plan was made, without its output."""
         ended = self._ended or time.perf_counter()
         forward, copying = self._set_up
         return Summary(
@@ -331,8 +342,8 @@ class Run:
             commit_seconds=self.commit_seconds,
             stage_seconds={
                 "boards": self._reading.seconds,
-                "forward": (self._transfer.computing.seconds - forward) / self._workers,
-                "copy": self._transfer.copying.seconds - copying,
+                "forward": (self._computing.seconds - forward) / self._workers,
+                "copy": self._copying.seconds - copying,
                 "write": write_seconds,
             },
             waiting_seconds=self._waiting.seconds,

@@ -12,7 +12,6 @@ import mmap
 import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from dump_activations.errors import size_text
 from dump_activations.pipeline.feed import BoardBatch
 from dump_activations.pipeline.plan import Plan
-from dump_activations.progress import Chunk, Stopwatch
+from dump_activations.progress import Chunk
 
 HOST_SLOTS = 3
 """Slots of a run whose batches are written: one is copied to while others are written."""
@@ -36,16 +35,12 @@ Buffers = dict[str, Tensor]
 Ring = queue.LifoQueue[Buffers]
 """The slots that are free."""
 
-Start = Callable[[Tensor, Buffers], Sequence[Chunk]]
-"""Queues a batch: exponents (B, 16), buffers to fill -> the chunks of the batch."""
-
 
 @dataclass(frozen=True)
 class ActivationBatch:
     """A batch of boards and its activations.
 
     Attributes:
-        boards: the batch of boards.
         tensors: key -> tensor (B, *shape) in the memory that the consumer asked for.
         chunks: the batch's rows. The rows of a chunk are there once it has been waited for: on the
             host, or on a device for work that is queued afterwards in the thread's current stream.
@@ -56,29 +51,6 @@ class ActivationBatch:
     tensors: Buffers
     chunks: Sequence[Chunk]
     release: Callable[[], object] = lambda: None
-
-
-class HostTransfer:
-    """Captures batches in host memory, where the model runs and the consumer reads them.
-
-    Attributes:
-        computing: counts the time of forward passes.
-        copying: counts the time of copies, of which there are none.
-    """
-
-    def __init__(self, plan: Plan, rows: int) -> None:
-        self.computing, self.copying = Stopwatch(), Stopwatch()
-        shapes, dtype = shapes_of(plan, rows), plan.storage_dtype
-        count = min(HOST_SLOTS, -(-len(plan.indices) // rows))
-        memory = mapped(count * slot_nbytes(shapes, dtype))
-        self._free = ring(memory, shapes, dtype, count)
-
-    def run(self, boards: BoardBatch, start: Start) -> ActivationBatch:
-        """Queue a batch. Blocks while every slot is taken."""
-        slot = self._free.get()
-        buffers = cut(slot, len(boards.indices))
-        chunks = start(boards.boards_BS, buffers)
-        return ActivationBatch(boards, buffers, chunks, partial(self._free.put, slot))
 
 
 def mapped(nbytes: int, advice: int = mmap.MADV_NORMAL) -> Tensor:

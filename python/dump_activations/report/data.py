@@ -24,6 +24,7 @@ from dump_activations.dataset.game import legal_moves
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, MOVES, STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, OutputError, shape_text
 from dump_activations.storage.reading.activations_file import ActivationsFile
+from dump_activations.storage.statistics import Vectors
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -73,11 +74,9 @@ class Source:
     """A dump, and which of its boards and keys the page looks at.
 
     Attributes:
-        file: the dump.
         rows: the rows looked at, int64 (n,), ascending: all, or evenly spaced ones.
         boards: their exponents, uint8 (n, S).
-        keys: activation keys that are shown.
-        left_out: why other keys are not shown, by key.
+        left_out: why keys are not shown, by key.
 
     Raises:
         OutputError: the file has no boards, or values of another shape.
@@ -122,7 +121,12 @@ class Source:
     def _check_shape(self, key: str) -> None:
         shape = self.file.shape(key)
         allowed = [(len(self.file), *value) for value in _SHAPES.get(key, ())]
-        if allowed and not any(_fits(shape, each) for each in allowed):
+        fits = (
+            len(shape) == len(each)
+            and all(n > 0 and want in (n, None) for n, want in zip(shape, each, strict=True))
+            for each in allowed
+        )
+        if allowed and not any(fits):
             wanted = " or ".join(shape_text([n or "any" for n in each]) for each in allowed)
             raise self._refusal(f"{key} must have shape {wanted}; got {shape_text(shape)}")
 
@@ -207,32 +211,18 @@ def spaced(count: int, most: int) -> Ints:
     return np.arange(count) if count <= most else np.arange(most) * count // most
 
 
-def _fits(shape: tuple[int, ...], allowed: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(allowed) and all(
-        length > 0 and want in (length, None) for length, want in zip(shape, allowed, strict=True)
-    )
+class Choices(NamedTuple):
+    """The heads' output on boards at `places` of the source's `rows`, (n,), and the model's moves.
 
-
-@dataclass(frozen=True)
-class Choices:
-    """The heads' output on boards at `places`, and the model's moves.
-
-    Attributes:
-        places: places in the source's `rows`, (n,).
-        probs: probabilities, (n, M, O) of binned heads or (n, M) of a policy.
-        scores: expected bins or probabilities, (n, M).
-        moves: the model's moves, (n,), or `NO_MOVE` or `UNKNOWN`.
+    `probs` are probabilities, (n, M, O) of binned heads or (n, M) of a policy. `scores` are
+    expected bins or probabilities, (n, M). `moves`, (n,), may be `NO_MOVE` or `UNKNOWN`.
     """
 
     places: Ints
     probs: Floats
     scores: Array
     moves: Ints
-
-    @property
-    def is_binned(self) -> bool:
-        """True for binned heads."""
-        return self.probs.ndim == 3
+    is_binned: bool
 
 
 def read_choices(source: Source, places: Ints | None = None) -> Choices | None:
@@ -249,7 +239,8 @@ def read_choices(source: Source, places: Ints | None = None) -> Choices | None:
         probs = exponentials / total(exponentials, axis=-1, keepdims=True)
     bins = np.arange(probs.shape[-1], dtype=np.float64)
     scores = np.matmul(probs, bins) if probs.ndim == 3 else probs.astype(np.float64)
-    return Choices(places, probs, scores, model_moves(scores, source.boards[places]))
+    moves = model_moves(scores, source.boards[places])
+    return Choices(places, probs, scores, moves, is_binned=probs.ndim == 3)
 
 
 def model_moves(scores: Array, boards: NDArray[np.uint8]) -> Ints:
@@ -268,7 +259,6 @@ class KeyFigures:
     """Figures of a key's vectors. A vector is the last axis: one cell's, or one head's of a cell.
 
     Attributes:
-        key: the key.
         layers: numbers of the layers in the model, (L,); none for a key without.
         counts: boards that statistics are over, and boards that quantiles and cells are over.
         note: a sentence on stored statistics that are not used, or nothing.
@@ -321,7 +311,9 @@ def key_figures(source: Source, key: str) -> KeyFigures:
             others = tuple(i for i in range(norms.ndim) if i != 1 + axis)
             cell_norms.append(norms.mean(axis=others))
         if stored is None:
-            computed.append(_statistics(values, norms))
+            vectors = Vectors("float32", None, values.shape)
+            nbytes = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+            computed.append(vectors.statistics(vectors.measure(nbytes)))
     found = stored or {name: np.stack([each[name] for each in computed]) for name in _STATISTICS}
     of_layers = {name: np.reshape(found[name], (len(layers) or 1, -1)) for name in _STATISTICS}
     largest = np.maximum(abs(of_layers["min"]), abs(of_layers["max"]))
@@ -338,16 +330,3 @@ def key_figures(source: Source, key: str) -> KeyFigures:
         largest=largest,
         cell_norms=np.stack(cell_norms) if cell_norms else None,
     )
-
-
-def _statistics(values: Floats, norms: Array) -> dict[str, Array]:
-    """Compute for one layer's values the statistics that a file may store."""
-    vectors = values.reshape(-1, values.shape[-1])
-    return {
-        "count": np.array(len(vectors), np.float64),
-        "variance": vectors.var(axis=0, dtype=np.float64),
-        "min": vectors.min(axis=0).astype(np.float64),
-        "max": vectors.max(axis=0).astype(np.float64),
-        "norm_mean": norms.mean(),
-        "count_abs_gt_6": (abs(vectors) > OUTLIER).sum(axis=0).astype(np.float64),
-    }

@@ -20,6 +20,9 @@ from dump_activations.storage.reading.activations_file import ActivationsFile
 # A page of this package begins with the first and has the second among its first bytes.
 _DOCTYPE, _GENERATOR, _HEAD_NBYTES = "<!doctype html>", "dump-activations report", 1024
 
+# Filters of the templates: `bar` is `bar_text` of charts.py.
+_TEXTS = ("bar", "number", "percent", "short", "tile")
+
 
 def write_report(
     path: str | os.PathLike[str],
@@ -74,32 +77,24 @@ def _check_replaceable(target: Path) -> None:
 
 
 def render(path: Path, *, progress: Count | None = None) -> str:
-    """Return the page that shows a dump, as HTML.
-
-    Raises:
-        InvalidArgumentError: the suffix names no format.
-        OutputError: the file cannot be read, or cannot be shown.
-    """
+    """Return the page that shows a dump, as HTML."""
     source = data.Source(ActivationsFile(path))
     checkpoint = source.file.metadata.get("checkpoint", path.name)
     # The last two names of a path, or of an address of the hub.
     name = "/".join(Path(checkpoint).parts[-2:])
     with np.errstate(all="ignore"):  # The page shows NaN and infinite values as such.
-        return (
-            _environment()
-            .get_template("page.html.j2")
-            .render(
-                name=name,
-                all_boards=len(source.file),
-                source=source,
-                file=source.file.files,
-                facts=sections.facts(source.file.files),
-                boards=sections.boards(source),
-                examples=sections.examples(source),
-                moves=sections.moves(source),
-                attention=sections.attention(source),
-                activations=list(sections.activations(source, progress)),
-            )
+        template = _environment().get_template("page.html.j2")
+        return template.render(
+            name=name,
+            all_boards=len(source.file),
+            source=source,
+            file=source.file.files,
+            facts=sections.facts(source.file.files),
+            boards=sections.boards(source),
+            examples=sections.examples(source),
+            moves=sections.moves(source),
+            attention=sections.attention(source),
+            activations=list(sections.activations(source, progress)),
         )
 
 
@@ -113,17 +108,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        bar=charts.bar_text,
-        cut=charts.cut,
-        level=charts.heat_level,
-        number=charts.number_text,
-        percent=charts.percent_text,
-        short=charts.short_text,
-        size=size_text,
-        depths=charts.depths,
-        tile=charts.tile_text,
-    )
+    texts = {name: getattr(charts, f"{name}_text") for name in _TEXTS}
+    others = {"size": size_text, "cut": charts.cut, "depths": charts.depths}
+    environment.filters.update(texts, level=charts.heat_level, **others)
     environment.globals.update(
         generator=_GENERATOR,
         top_exponent=charts.TOP_EXPONENT,

@@ -91,9 +91,7 @@ def boards(source: Source) -> Values:
 
 
 def _bars(
-    names: Sequence[object],
-    kinds: NDArray[np.integer],
-    agrees: NDArray[np.bool_] | None = None,
+    names: Sequence[object], kinds: NDArray[np.integer], agrees: NDArray[np.bool_] | None = None
 ) -> Values:
     """Return the bars of a chart, one per kind, a number from 0 on: its share of the boards.
 

@@ -6,18 +6,19 @@ docs/architecture.md has the rules of the lock.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from dump_activations.errors import OutputError, note, option
+from dump_activations.errors import OutputError, note, option, size_text
 from dump_activations.storage.shards import list_names, list_shards
 from dump_activations.storage.writing.existing import (
     Existing,
     check_partial,
     find_existing,
+    find_unfinished,
     header_of,
     mixed_error,
 )
@@ -28,6 +29,7 @@ from dump_activations.storage.writing.paths import (
     JOURNAL,
     PARTIAL,
     Mount,
+    check_space,
     journal_path,
     partial_path,
     probe,
@@ -295,6 +297,61 @@ class Output:
             if file.target.name not in names:
                 self.finished.pop(file.target, None)  # Somebody deleted it since.
         return all(file.target in self.finished or self._is_finished(file) for file in self.files)
+
+    @property
+    def files_are(self) -> str:
+        """The beginning of a sentence about the files: "activations.pt is"."""
+        shards = [each.shard for each in self.files if each.shard is not None]
+        name = str(self.files[0].work.whole)
+        if shards and len(shards) < shards[0].count:
+            return f"shards {shards[0].number} to {shards[-1].number} of {name} are"
+        return f"{name} is"
+
+    def check_space(self) -> None:
+        """Raise OutputError where the disk has no room for the missing files."""
+        check_space(
+            [each.target for each in self.missing], sum(f.tensor_nbytes for f in self.missing)
+        )
+
+    def notes(self) -> Iterator[str]:
+        """Describe what becomes of finished files that are there."""
+        if not self.missing:
+            yield f"{self.files_are} already complete"
+            return
+        for existing in self.replaced.values():
+            boards = "" if "shard" in existing.metadata else existing.metadata.get("n_samples", "")
+            holds = f", {int(boards):,} boards" if boards.isdecimal() and len(boards) < 20 else ""
+            size = size_text(existing.size)
+            yield f"{existing.path} ({size}{holds}) is replaced when the new file is whole"
+        if finished := len(self.files) - len(self.missing):
+            yield f"{finished:,} of {len(self.files):,} shards are already complete"
+
+    def notes_on_partial_files(self) -> Iterator[str]:
+        """Describe what a run would do with each partial file. None is locked or changed.
+
+        Raises:
+            OutputError: another process is writing the only file.
+        """
+        for file in self.missing:
+            partial = partial_path(file.target)
+            try:
+                found = find_unfinished(partial)
+            except OutputError as error:
+                yield f"{error}; it will be started over"
+                continue
+            if found is None:
+                continue
+            if found.header != file.header:
+                yield f"{partial} is of other work and will be dropped"
+            elif found.is_being_written and file.shard is None:
+                raise OutputError(
+                    f"another dump to {file.target} is running; wait for it, or choose another "
+                    "output"
+                )
+            elif found.is_being_written:
+                yield f"{partial} is being written by another process"
+            else:
+                yield f"{partial} will be resumed: it has {found.rows:,} of {file.rows:,} boards"
 
     def _waiting_text(self) -> str:
         texts = []
