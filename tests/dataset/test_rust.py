@@ -1,7 +1,6 @@
 """The extension's own interface, which trusts no caller: wrong arguments are exceptions."""
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -60,14 +59,13 @@ def scan(rows="(0, 3)", scratch="u8(46)", boards="u8(3, 16)", out="[u8(3, 4), u8
 CALLS = [
     *(f"_rust.Dataset({each}, ['steps.npy'], read_layout)" for each in ("None", "'a\\0b'", "'no'")),
     *(f"_rust.Dataset(path, {each}, read_layout)" for each in ("'a'", "[]", "[1]", "['a\\0b']")),
-    "open_with(46, 8, 20)",
-    "open_with(46, None, None, None)",
-    "open_with(46, 39, None, None)",
-    "open_with(46, None, None, 31)",
-    "open_with(46, 8, 45, None)",
-    "open_with(-1, 8, 20, None)",
-    "open_with(2**63, 8, 20, None)",
-    "open_with(46, 2**32, None, None)",
+    *(
+        f"open_with({layout})"
+        for layout in [
+            *("46, 8, 20", "46, None, None, None", "46, 39, None, None", "46, None, None, 31"),
+            *("46, 8, 45, None", "-1, 8, 20, None", "2**63, 8, 20, None", "46, 2**32, None, None"),
+        ]
+    ),
     *(
         f"dataset.read_{what}({arguments})"
         for what, width in [("boards", 16), ("rows", 46)]
@@ -93,37 +91,29 @@ CALLS = [
     ),
     "selection.read(STEPS, u8(3, 20))",
     *(
-        f"_rust.Selection(dataset, {fields})"
-        for fields in (
-            "[]",
-            "[[], []]",
-            "[[(0, 47)]]",
-            "[[(46, 1)]]",
-            "[[(-1, 2)]]",
-            "[[(0, 2**32)]]",
-        )
+        f"_rust.Selection({fields})"
+        for fields in [
+            *("dataset, []", "dataset, [[], []]", "dataset, [[(0, 47)]]", "dataset, [[(46, 1)]]"),
+            *("dataset, [[(-1, 2)]]", "dataset, [[(0, 2**32)]]", "mixed, [[(0, 4)]]"),
+            *("mixed, [[(0, 4)], []]", "mixed, [[(0, 4)], [(0, 2)]]"),
+            "mixed, [[(44, 4)], [(0, 4)]]",
+        ]
     ),
-    "_rust.Selection(mixed, [[(0, 4)]])",
-    "_rust.Selection(mixed, [[(0, 4)], []])",
-    "_rust.Selection(mixed, [[(0, 4)], [(0, 2)]])",
-    "_rust.Selection(mixed, [[(44, 4)], [(0, 4)]])",
-    scan("(8, 11)"),
-    scan("(2**64 - 2, 2**64 - 1)"),
-    scan("(-1, 2)"),
-    scan("(0, 2)"),
+    *(scan(rows) for rows in ("(8, 11)", "(2**64 - 2, 2**64 - 1)", "(-1, 2)", "(0, 2)")),
     scan("(3, 0)", boards="u8(0, 16)", out="[u8(0, 4), u8(0, 1)]"),
     scan(boards="u8(3, 15)"),
-    scan(out="[u8(3, 4)]"),
-    scan(out="[u8(3, 4), u8(3, 1), u8(3, 1)]"),
-    scan(out="[u8(3, 1), u8(3, 4)]"),
-    scan(out="[u8(12), u8(3, 1)]"),
-    scan(out="[u8(4, 3).T, u8(3, 1)]"),
-    scan(out="[u8(3, 8)[:, ::2], u8(3, 1)]"),
-    scan(out="[DATA[:12].reshape(3, 4), DATA[9:12, None]]"),
-    scan("(0, 3)", "u8(45)"),
-    scan("(0, 3)", "np.empty(99, np.int8)"),
-    scan("(0, 3)", "u8(99)[::2]"),
-    scan("(0, 3)", "read_only(u8(99))"),
+    *(
+        scan(out=f"[{out}]")
+        for out in [
+            *("u8(3, 4)", "u8(3, 4), u8(3, 1), u8(3, 1)", "u8(3, 1), u8(3, 4)", "u8(12), u8(3, 1)"),
+            *("u8(4, 3).T, u8(3, 1)", "u8(3, 8)[:, ::2], u8(3, 1)"),
+            "DATA[:12].reshape(3, 4), DATA[9:12, None]",
+        ]
+    ),
+    *(
+        scan("(0, 3)", scratch)
+        for scratch in ("u8(45)", "np.empty(99, np.int8)", "u8(99)[::2]", "read_only(u8(99))")
+    ),
     *(
         f"_rust.shuffle_tail({numbers}, np.empty({n}, np.int64))"
         for numbers, n in [
@@ -131,12 +121,14 @@ CALLS = [
             *[("10**12, 1, 1", 5), ("9, -1, 1", 3), ("9, 1, 2**128", 3)],
         ]
     ),
-    "_rust.shuffle_tail(9, 1, 1, np.empty(2))",
-    "_rust.shuffle_tail(9, 1, 1, np.empty((2, 1), np.int64))",
-    "_rust.shuffle_tail(9, 1, 1, np.empty(2, '>i8'))",
-    "_rust.shuffle_tail(9, 1, 1, np.empty(4, np.int64)[::2])",
-    "_rust.shuffle_tail(9, 1, 1, read_only(np.empty(2, np.int64)))",
-    "_rust.shuffle_tail(9, 1, 1, shared(np.int64, 2))",
+    *(
+        f"_rust.shuffle_tail(9, 1, 1, {out})"
+        for out in [
+            *("np.empty(2)", "np.empty((2, 1), np.int64)", "np.empty(2, '>i8')"),
+            *("np.empty(4, np.int64)[::2]", "read_only(np.empty(2, np.int64))"),
+            "shared(np.int64, 2)",
+        ]
+    ),
     *(
         f"_rust.write_span(fd, None, 0, {data})"
         for data in [
@@ -183,26 +175,6 @@ def test_what_wrong_calls_are_told(scope):
         with pytest.raises((ValueError, OSError), match=text):
             eval(call, scope)
     _rust.Selection(scope["mixed"], [[(0, 4)], [(44, 4)]])
-
-
-def test_an_array_cannot_be_resized_while_it_is_filled():
-    out = np.full(20_000_001, -1, np.int64)
-    refusals = []
-
-    def resize(_number, _frame):
-        try:
-            out.resize(1)
-        except ValueError as error:
-            refusals.append(str(error))
-
-    before = signal.signal(signal.SIGALRM, resize)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
-    try:
-        _rust.shuffle_tail(10**9, 1, 1, out)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert (out != -1).all()
-    assert "cannot resize" in refusals[0]
 
 
 LITTLE_MEMORY = """

@@ -1,7 +1,6 @@
 """Sampled step indices equal NumPy's, and those without a list read as one."""
 
 import pickle
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from alarm import interrupted_soon
 from dump_activations import _rust
 from dump_activations.dataset import sampling
 from dump_activations.dataset.dataset import StepsDataset
-from dump_activations.dataset.sampling import Matches, StepRange
+from dump_activations.dataset.sampling import StepRange
 from dump_activations.errors import DatasetError, InvalidArgumentError
 from reference.datasets import write_shards
 
@@ -114,40 +113,6 @@ def test_a_signal_interrupts_a_sample():
 
 
 # Step indices without a list
-
-
-@st.composite
-def matches(draw):
-    """Return matches in chunks of any length, and the list of them."""
-    first, rows = draw(st.integers(0, 2**40)), draw(st.integers(0, 300))
-    density = draw(st.sampled_from([0.0, 0.02, 0.5, 1.0]))
-    holds = np.random.default_rng(draw(st.integers(0, 99))).random(rows) < density
-    cuts = [0, *sorted(draw(st.lists(st.integers(0, rows), max_size=5))), rows]
-    chunks = [
-        (first + start, np.packbits(holds[start:stop]), np.count_nonzero(holds[start:stop]))
-        for start, stop in pairwise(cuts)
-    ]
-    return Matches(chunks), [first + row for row in range(rows) if holds[row]]
-
-
-ranges = st.builds(range, st.integers(0, 99), st.integers(0, 400), st.integers(1, 7))
-cases = st.one_of(matches(), ranges.map(lambda steps: (StepRange(steps), list(steps))))
-
-
-@given(cases, st.data())
-def test_steps_read_as_a_list(case, data):
-    steps, expected = case
-    assert len(steps) == len(expected)
-    start, stop = data.draw(st.tuples(st.integers(0, 320), st.integers(0, 320)))
-    cut = steps[start:stop]
-    assert cut.dtype == np.int64
-    assert cut.tolist() == expected[start:stop]
-    assert steps[:].tolist() == expected
-    if expected:
-        places = data.draw(st.lists(st.integers(0, len(expected) - 1), max_size=30))
-        taken = steps.take(np.array(places, np.int64))
-        assert taken.dtype == np.int64
-        assert taken.tolist() == [expected[place] for place in places]
 
 
 def test_a_range_takes_no_memory():

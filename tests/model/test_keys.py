@@ -45,9 +45,7 @@ def streamed(init, dataset, **options):
 
 
 @pytest.mark.parametrize("variant", MODELS)
-def test_every_key_equals_the_naive_forward_and_its_algebra_holds(
-    variant, checkpoints, dataset, tmp_path
-):
+def test_every_key_equals_the_naive_forward(variant, checkpoints, dataset, tmp_path):
     checkpoint = checkpoints[variant]
     cpu_dump(checkpoint.init, dataset.path, tmp_path / "a.safetensors", outputs="*")
     found = read_dump(tmp_path / "a.safetensors")
@@ -57,23 +55,6 @@ def test_every_key_equals_the_naive_forward_and_its_algebra_holds(
     assert found.metadata["outputs"] == ",".join(sorted(asked))
     for key, array in expected.items():
         assert_close(found.numpy(key), array, tolerance=2e-5)
-
-    layers = {key: found.numpy(key) for key in LAYER_KEYS}
-    assert_close(layers["resid_pre"] + layers["attn_out"], layers["resid_mid"], tolerance=1e-6)
-    assert_close(layers["resid_mid"] + layers["mlp_out"], layers["layer_outputs"], tolerance=1e-6)
-    heads, kv_heads = checkpoint.config.heads, checkpoint.config.kv_heads
-    v_NLSQD = layers["attn_v"][:, :, :, [h % kv_heads for h in range(heads)]]
-    z_NLSQD = np.einsum("nlqst,nltqd->nlsqd", layers["attn_pattern"], v_NLSQD)
-    assert_close(z_NLSQD, layers["attn_z"], tolerance=1e-5)
-    exp_NLQSS, sink_LQ11 = np.exp(layers["attn_scores"]), 0
-    if checkpoint.config.sinks:
-        stored_LQ = found.numpy("attn_sinks")
-        order = [h % kv_heads * (heads // kv_heads) + h // kv_heads for h in range(heads)]
-        sink_LQ11 = np.exp(stored_LQ[:, order, None, None])
-    share_NLQS1 = sink_LQ11 / (exp_NLQSS.sum(-1, keepdims=True) + sink_LQ11)
-    assert_close(
-        layers["attn_pattern"].sum(-1, keepdims=True), 1 - share_NLQS1 + 0 * exp_NLQSS[..., :1]
-    )
 
 
 def test_more_keys_change_no_bit_of_the_others(sinks, dataset):

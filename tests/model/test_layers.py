@@ -16,8 +16,7 @@ from dump_activations import (
     load_encoder,
     stream,
 )
-from dump_activations.model.activations import board_tensors, find_activations, find_layers
-from dump_activations.model.capture import Capture
+from dump_activations.model.activations import find_layers
 from reference.dumps import FORMATS, read_dump
 
 L = 4  # of the demo checkpoint
@@ -80,55 +79,6 @@ def test_a_file_holds_the_chosen_layers_stacked_or_split(suffix, model, demo_dat
         for i, layer in enumerate(CHOSEN):
             assert torch.equal(split.tensors[f"{key}.{layer}"], stacked.tensors[key][:, i])
     assert torch.equal(split.tensors["pooled"], everything.tensors["pooled"])
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_a_split_dump_is_resumed(suffix, model, demo_dataset, tmp_path):
-    options = {"outputs": "attn_*,pooled", "layers": "1:3", "split_layers": True}
-    whole, broken = tmp_path / f"whole{suffix}", tmp_path / f"broken{suffix}"
-    cpu_dump(model, demo_dataset, whole, **options)
-
-    def interrupt(done: int, _of: int) -> None:
-        if done > BATCH:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cpu_dump(model, demo_dataset, broken, progress=interrupt, **options)
-    if not broken.with_name(f"{broken.name}.partial").exists():
-        pytest.skip("nothing was on disk yet")
-    summary = cpu_dump(model, demo_dataset, broken, **options)
-    assert summary.resumed_boards > 0
-    assert broken.read_bytes() == whole.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("key", "last", "next_one"),
-    [
-        ("resid_pre", "blocks.0", "blocks.1.attn_norm"),
-        ("attn_pattern", "blocks.1.attn.wv", "blocks.1.attn.dot_product"),
-        ("attn_z", "blocks.1.attn.dot_product", "blocks.1.attn.wo"),
-        ("resid_mid", "blocks.1.attn", "blocks.1.mlp_norm"),
-        ("mlp_post", "blocks.1.mlp.w_up", "blocks.1.mlp.w_down"),
-        ("layer_outputs", "blocks.1", "blocks.2.attn_norm"),
-    ],
-)
-def test_nothing_runs_past_the_last_one_needed(key, last, next_one, model):
-    """But for the first pass, which runs to the end to look for modules that run again."""
-    ran = set()
-    for name, module in model.named_modules():
-        module.register_forward_hook(lambda *_, name=name: ran.add(name))
-    (activation,) = find_activations([key])
-    (tensor,) = board_tensors(activation, model.config, layers=[0, 1], split=False)
-    tokens, buffer = torch.zeros((3, 16), dtype=torch.uint8), torch.empty((3, *tensor.shape))
-    with Capture(model, [tensor]) as capture, torch.inference_mode():
-        capture.run(tokens, {key: buffer})
-        assert "final_ln" in ran
-        expected = buffer.clone()
-        ran.clear()
-        capture.run(tokens, {key: buffer.fill_(-1)})
-    assert torch.equal(buffer, expected)
-    assert last in ran
-    assert next_one not in ran
 
 
 def test_an_alias_with_a_layer_is_stored_as_the_layer(model, demo_dataset, tmp_path):

@@ -50,13 +50,6 @@ def test_only_mode_and_hooks_are_its_own(model):
     assert seen == ["before", "replica", "before"]
 
 
-def test_weights_elsewhere_are_its_own(model):
-    replica = replicate(model, torch.device("meta"))
-    assert {weight.device.type for weight in replica.parameters()} == {"meta"}
-    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
-    assert replica(BOARDS.to("meta"))[0].shape == (2, 16, model.config.hidden_size)
-
-
 def averaged(model):
     average = torch.optim.swa_utils.AveragedModel(model)
     average.update_parameters(model)

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dump_activations import ActivationsFile, CellBatch, InvalidArgumentError, OutputError
-from dump_activations.storage.reading import dump_files
 
 LAYERS = (0, 2, 5)
 N, H, WIDE = 37, 6, 10
@@ -141,16 +141,6 @@ def test_ranks_take_the_batches_in_turns(acts, order, world_size):
         equal(list(share), whole[rank::world_size])
 
 
-def test_the_order_does_not_depend_on_threads(tmp_path, monkeypatch):
-    save_file({"hidden": torch.arange(300 * 16).view(300, 16, 1)}, tmp_path / "a.safetensors")
-    acts = ActivationsFile(tmp_path / "a.safetensors")  # of another program
-    for threads in (1, 4):
-        monkeypatch.setattr(dump_files, "THREADS", threads)
-        [batch] = acts.cells("hidden", batch_size=300 * 16, seed=3)
-        assert places([batch]) == np.random.default_rng([3, 0, 1]).permutation(300 * 16).tolist()
-        assert torch.equal(batch.values[:, 0], 16 * batch.rows + batch.cells)
-
-
 @given(orders(), st.data())
 def test_a_loaded_state_gives_the_rest_of_its_epoch_and_then_whole_ones(acts, order, data):
     first = acts.cells("final_hidden", **order)
@@ -189,24 +179,18 @@ def test_every_loop_is_an_epoch_of_exactly_len_batches(acts):
         assert all(torch.equal(a.rows, b.rows) for a, b in both)
 
 
-def test_after_the_last_batch_the_state_is_the_next_epoch(acts):
+def test_the_state_after_the_last_batch_is_the_next_epoch(acts):
     cells = acts.cells("final_hidden", batch_size=50)
-    assert (cells.state_dict()["epoch"], cells.state_dict()["batch"]) == (0, 0)
-    take(cells, len(cells))
-    state = cells.state_dict()
-    assert (state["epoch"], state["batch"]) == (1, 0)
-    again = acts.cells("final_hidden", batch_size=50)
-    again.load_state_dict(state)
-    assert places(again) == places(acts.cells("final_hidden", batch_size=50, epoch=1))
+    for epoch in range(2):
+        assert (cells.state_dict()["epoch"], cells.state_dict()["batch"]) == (epoch, 0)
+        take(cells, len(cells))
 
 
 def test_another_world_size_resumes(acts):
     whole = list(acts.cells("final_hidden", batch_size=32))
     pair = [acts.cells("final_hidden", batch_size=32, rank=r, world_size=2) for r in range(2)]
     for cells in pair:
-        seen = iter(cells)
-        for _ in range(3):
-            next(seen)
+        take(cells, 3)
     assert pair[0].state_dict() == pair[1].state_dict()
     alone = acts.cells("final_hidden", batch_size=32)
     alone.load_state_dict(pair[0].state_dict())
@@ -257,23 +241,18 @@ def test_a_spawned_worker_has_the_same_batches(acts):
     assert places(found) == places(acts.cells("final_hidden", batch_size=40))
 
 
+@pytest.mark.parametrize("seed", [None, 0])  # of each loop
 @pytest.mark.parametrize("options", [{}, {"persistent_workers": True}])
-def test_workers_begin_the_next_epoch_in_each_loop(acts, options):
+def test_workers_begin_the_next_epoch_in_each_loop(acts, options, seed):
     """Also after loops that were left early, by the loader or without one."""
     cells = acts.cells("final_hidden", batch_size=40)
     loader = DataLoader(cells, batch_size=None, num_workers=2, **options)
     for epoch, count in enumerate([15, 2, 15, 15]):
+        if seed is not None:
+            torch.manual_seed(seed)
         expected = list(acts.cells("final_hidden", batch_size=40, epoch=epoch))
         assert places(take(loader, count)) == places(expected[:count])
     assert places(cells) == places(acts.cells("final_hidden", batch_size=40, epoch=4))
-
-
-def test_loops_of_one_seed_are_epochs_too(acts):
-    cells = acts.cells("final_hidden", batch_size=40)
-    for epoch in range(3):
-        torch.manual_seed(0)
-        found = list(DataLoader(cells, batch_size=None, num_workers=2))
-        assert places(found) == places(acts.cells("final_hidden", batch_size=40, epoch=epoch))
 
 
 def test_a_loaded_state_in_workers_is_the_rest_of_its_epoch_once(acts):
@@ -323,13 +302,6 @@ def test_a_state_of_each_worker_resumes_each_worker(acts):
     assert places(loader) == places(acts.cells("final_hidden", batch_size=40, epoch=1))
 
 
-def test_kept_values_are_not_overwritten(acts):
-    stored = load_file(acts.paths[0])["final_hidden"].view(-1, H)
-    batches = list(acts.cells("final_hidden", batch_size=16, window=32 * CELL))
-    for batch in batches:
-        assert torch.equal(batch.values, stored[batch.rows * 16 + batch.cells])
-
-
 def test_memory_is_reused_when_no_tensor_holds_it(acts):
     addresses = {
         batch.values.untyped_storage().data_ptr()
@@ -343,12 +315,8 @@ def test_a_pickle_is_without_the_memory(acts):
     small = len(pickle.dumps(cells))
     assert sum(len(batch.rows) for batch in cells) == 16 * N
     assert len(pickle.dumps(cells)) - small < 100
-    copied = pickle.loads(pickle.dumps(cells))
-    assert (
-        places(copied)
-        == places(cells)
-        == places(acts.cells("final_hidden", batch_size=16, epoch=1))
-    )
+    copied, expected = pickle.loads(pickle.dumps(cells)), acts.cells("final_hidden", batch_size=16)
+    assert places(copied) == places(cells) == places([*expected, *expected][16 * N // 16 :])
 
 
 def test_several_files_are_one(paths, tmp_path):
@@ -363,30 +331,6 @@ def test_several_files_are_one(paths, tmp_path):
     assert sorted(places(batches)) == list(range(16 * (N + 11)))
     for batch in batches:
         assert torch.equal(batch.values, stored[batch.rows, 1, batch.cells])
-
-
-def test_labels_that_only_some_files_have(tmp_path):
-    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors")]
-    labels = [{"labels/move_dir": torch.zeros(N)}, {}, {"labels/move_dir": torch.zeros(N, 2)}]
-    for path, label in zip(files, labels, strict=True):
-        save_file(tensors() | label, path, METADATA)
-    for other in files[1:]:
-        acts = ActivationsFile(files[0], other)
-        assert len(acts.read("pooled")) == 2 * N
-        with pytest.raises(InvalidArgumentError, match=f"{other} has no labels/move_dir like"):
-            acts.labels["move_dir"]
-
-
-def test_files_that_belong_together_or_not(paths, tmp_path):
-    with pytest.raises(InvalidArgumentError, match=r"as one with .*: its keys differ"):
-        ActivationsFile(*paths)
-    other, third = tmp_path / "other.safetensors", tmp_path / "third.safetensors"
-    save_file(tensors(), other, METADATA | {"weights_sha256": "b"})
-    for both in ((paths[0], other), (other, paths[0])):  # One of them does not name its weights.
-        assert len(ActivationsFile(*both)) == 2 * N
-    save_file(tensors(), third, METADATA | {"weights_sha256": "a"})
-    with pytest.raises(InvalidArgumentError, match="its weights_sha256 is a, not b"):
-        ActivationsFile(other, third)
 
 
 @pytest.mark.parametrize(
@@ -523,10 +467,7 @@ cells = ActivationsFile(sys.argv[1]).cells("hidden", batch_size=500, window=500 
     ("options", "error"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
-        (
-            {"batch_size": 100, "window": 1199},
-            "window must be at least the 1200 bytes of a batch; got 1199",
-        ),
+        ({"batch_size": 100, "window": 1199}, "window must be at least the 1200 bytes .*; got"),
         ({"rank": 2, "world_size": 2}, "rank must be less than world_size=2; got 2"),
         ({"rank": -1}, "rank must be at least 0; got -1"),
         ({"rank": 0, "world_size": 0}, "rank must be less than world_size=0; got 0"),
@@ -543,19 +484,11 @@ def test_numbers_out_of_range(acts, options, error):
         acts.cells("final_hidden", **options)
 
 
-@pytest.mark.parametrize("change", ["replace", "cut"])
-def test_a_file_that_changes_meanwhile(paths, tmp_path, change):
+def test_a_file_that_changes_meanwhile(paths, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(paths[0].read_bytes())
-    cells = ActivationsFile(path).cells("final_hidden", batch_size=16, window=32 * CELL)
-    seen = iter(cells)
+    seen = iter(ActivationsFile(path).cells("final_hidden", batch_size=16, window=32 * CELL))
     next(seen)
-    match change:
-        case "replace":
-            (tmp_path / "b").write_bytes(paths[1].read_bytes())
-            (tmp_path / "b").replace(path)
-        case "cut":
-            with path.open("r+b") as file:
-                file.truncate(1000)
+    os.truncate(path, 1000)
     with pytest.raises(OutputError, match=r"a.safetensors was replaced or changed since"):
         list(seen)

@@ -109,7 +109,5 @@ def test_the_next_batch_is_copied_while_one_is_used(acts):
 @pytest.mark.parametrize(("count", "device"), [(0, "cuda"), (2, "cuda:2")])
 def test_a_missing_device(acts, monkeypatch, count, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    with pytest.raises(
-        DeviceError, match=f"device='{device}': this machine has {count} CUDA devices"
-    ):
+    with pytest.raises(DeviceError, match=f"='{device}': this machine has {count} CUDA devices"):
         acts.cells("hidden", device=device)

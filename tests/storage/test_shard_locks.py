@@ -109,7 +109,7 @@ def test_shards_hold_what_the_whole_file_holds(tmp_path, suffix):
     shards = list_shards(target)
     assert names_in(tmp_path) == [path.name for path in shards.values()]
     for shard, path in shards.items():
-        found = inspect(path).contents.metadata
+        found = inspect(path).metadata
         assert found["shard"] == f"{shard.number}/4"
         assert found["first_board"] == str((shard.number - 1) * 6 // 4 * 4)
     parts = [read_dump(path).tensors for path in shards.values()]

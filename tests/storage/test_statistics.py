@@ -7,10 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dump_activations import InvalidArgumentError
 from dump_activations.dtypes import TensorSpec
 from dump_activations.storage.statistics import (
-    STATISTICS,
     RunningStatistics,
     merge_stored,
     statistics_specs,
@@ -158,22 +156,6 @@ def test_the_order_of_arrival_leaves_no_trace(tensor, data):
     assert same_bits(other.tensors(), in_order.tensors())
 
 
-def test_a_batch_counts_once():
-    values = np.ones((3, 2), np.float32)
-    statistics = running(values, "float32", None)
-    batches = batches_of(statistics, values, 1)
-    for batch in (2, 0):
-        statistics.add(batch, batches[batch])
-    for batch in (0, 2):
-        with pytest.raises(AssertionError, match="added before"):
-            statistics.add(batch, batches[batch])
-    assert statistics.next_batch == 1
-    with pytest.raises(AssertionError, match="batch 1 is missing"):
-        statistics.tensors()
-    statistics.add(1, batches[1])
-    assert statistics.tensors()["stats/x/count"] == [3]
-
-
 @pytest.mark.parametrize("layers", [None, 3])
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("cuts", [[1], [300, 301, 900], range(10, 1000, 10)])
@@ -209,21 +191,3 @@ def test_values_beyond_six_are_counted():
     beyond = np.nextafter(np.float32(6), np.float32(7))
     values = np.array([[6, beyond], [-6, -beyond], [np.inf, np.nan]], np.float32)
     np.testing.assert_array_equal(statistics_of(values)["count_abs_gt_6"], [1, 2])
-
-
-def test_only_tensors_with_specs_of_statistics_are_measured():
-    specs = [TensorSpec(name, "float32", (4, 3, 2)) for name in "xyz"]
-    found = RunningStatistics([*specs, *statistics_specs("y", layers=3, width=2)])
-    assert found.names == ["y"]
-    found.add(0, {"y": found.measure("y", np.zeros(96, np.uint8))})
-    tensors = found.tensors()
-    assert [*tensors] == [f"stats/y/{each.name}" for each in STATISTICS]
-    assert [of.shape for of in tensors.values()] == [
-        spec.shape for spec in statistics_specs("y", layers=3, width=2)
-    ]
-
-
-def test_a_batch_is_whole_rows():
-    statistics = running(np.zeros((4, 2), np.float32), "float32", None)
-    with pytest.raises(InvalidArgumentError, match="of the same float32 vectors"):
-        statistics.measure("x", np.zeros(12, np.uint8))

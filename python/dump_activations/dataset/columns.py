@@ -120,10 +120,7 @@ class Columns:
         return list(dict.fromkeys([*self.fields, *BOARD_LABELS, *of_runs]))
 
     def find(self, name: str, *, of: str) -> Column:
-        """Return the column of that name, such as `branch_evs` or its element `branch_evs_0`.
-
-        Errors name `of`, the option that asks for it.
-        """
+        """Return a column, or an element such as `branch_evs_0`. Errors name the option `of`."""
         if (column := self._whole(name, of=of)) is not None:
             return column
         element = re.fullmatch(r"(.+?)((?:_[0-9]+)+)", name)
@@ -217,8 +214,7 @@ class ColumnReader:
         """Read consecutive rows on all cores; return what `look` returns for chunks of them.
 
         It takes a chunk's rows and their values, which are valid during the call, on any thread.
-        The calling thread reports progress and handles interrupts. Where several chunks fail, the
-        error of the first one is raised.
+        The calling thread reports progress. Where several chunks fail, the first error is raised.
         """
         chunks = [rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS)]
         threads = max(min(len(os.sched_getaffinity(0)), len(chunks)), 1)
@@ -272,16 +268,9 @@ class ColumnReader:
 
 
 class LabelReader(ColumnReader):
-    """Reads boards and labels of the same rows in one pass.
-
-    Attributes:
-        dtypes: Name -> dtype of the label as it is stored: uint8, int64, float32 or float64.
-        shapes: Name -> shape of one row's value.
-
-    """
+    """Reads boards and labels of the same rows in one pass: `dtypes` and `shapes` by name."""
 
     def __init__(self, columns: Columns, names: Sequence[str]) -> None:
-        """Find the labels, as `Columns.find_labels` does."""
         found = columns.find_labels(names)
         super().__init__(columns, found)
         self.dtypes = {name: np.dtype(_stored_dtype(column)) for name, column in found.items()}
@@ -295,8 +284,7 @@ class LabelReader(ColumnReader):
     ) -> Values:
         """Read rows by their step indices, and write their boards to `boards_NS`, uint8 (n, 16).
 
-        Returns name -> the label's values, (n, *shape). Raises DatasetError if a row cannot be
-        read, or a value does not fit into int64.
+        Returns name -> the label's values, (n, *shape).
         """
         ends = np.cumsum([CELLS, *(each.itemsize for each in self._fields.values())])
         rows = np.empty((len(indices), ends[-1]), np.uint8)

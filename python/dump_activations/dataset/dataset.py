@@ -137,20 +137,20 @@ class StepsDataset(_Dataset):
             f"StepsDataset({self.source!r}{labels}): {len(self):,} rows of "
             f"{self.dtype.itemsize} bytes, {len(self.shards):,} shards"
         )
-        names = self.dtype.names or ()
+
+        def first(rows: list[tuple[str, ...]], shown: int, what: str) -> list[tuple[str, ...]]:
+            more = (f"... and {len(rows) - shown:,} more {what}",)
+            return [*rows[:shown], *[more] * (len(rows) > shown)]
+
         fields: list[tuple[str, ...]] = [
             (printable(name), f"{self.dtype[name].base} {self.dtype[name].shape or ''}".rstrip())
-            for name in names[:_FIELDS_SHOWN]
+            for name in self.dtype.names or ()
         ]
-        if len(names) > _FIELDS_SHOWN:
-            fields.append((f"... and {len(names) - _FIELDS_SHOWN} more fields",))
         shards: list[tuple[str, ...]] = [
             (printable(shard.path.name), f"{shard.rows:,} rows from step {shard.first:,}")
-            for shard in self.shards[:_SHARDS_SHOWN]
+            for shard in self.shards
         ]
-        if len(self.shards) > _SHARDS_SHOWN:
-            shards.append((f"... and {len(self.shards) - _SHARDS_SHOWN:,} more shards",))
-        return title, fields, shards
+        return title, first(fields, _FIELDS_SHOWN, "fields"), first(shards, _SHARDS_SHOWN, "shards")
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path, Sequence[str]]]:
         return type(self), (self.path, self._labels)
@@ -339,12 +339,7 @@ class StepsDataset(_Dataset):
         return self.label_reader(names).read(steps, np.empty((len(steps), CELLS), np.uint8))
 
     def check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
-        """Return step indices of any shape as int64 (n,), flattened in C order.
-
-        Raises:
-            IndicesError: there are none, or they are not integers.
-            StepIndexError: an index is negative or past the end.
-        """
+        """Return step indices of any shape, at least one, as int64 (n,), flattened in C order."""
         steps = step_indices(np.asarray(indices).reshape(-1))
         if len(steps) == 0:
             raise IndicesError(f"{option('indices')} must have at least one step index; got none")
@@ -400,7 +395,6 @@ class StepsDataset(_Dataset):
         indices = step_indices(indices)
         rows: NDArray[np.void] = np.empty(len(indices), self.dtype)
         fetch_rows(self._dataset, indices)
-        self._dataset.read_rows(
-            indices, rows.view(np.uint8).reshape(len(rows), self.dtype.itemsize)
-        )
+        out = rows.view(np.uint8).reshape(len(rows), self.dtype.itemsize)
+        self._dataset.read_rows(indices, out)
         return rows

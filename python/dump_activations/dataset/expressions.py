@@ -57,15 +57,10 @@ def split_names(names: str | Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Expression:
-    """A parsed filter.
+    """A parsed filter."""
 
-    Attributes:
-        text: the filter on one line.
-        tree: its syntax tree, which holds only nodes that the grammar allows.
-    """
-
-    text: str
-    tree: ast.expr
+    text: str  # the filter on one line
+    tree: ast.expr  # only nodes that the grammar allows
 
     @cached_property
     def names(self) -> list[str]:
@@ -86,9 +81,6 @@ def parse(text: str) -> Expression:
     """Parse a filter: comparisons, `in (1, 2)`, arithmetic, `and`, `or`, `not`, `&`, `|`, `~`.
 
     Line breaks count as spaces, and comments are dropped.
-
-    Raises:
-        InvalidArgumentError: the text is not such an expression.
     """
     text = " ".join(re.sub("#.*", "", text).split())
     try:

@@ -111,12 +111,7 @@ def _evaluate(
     selected_N: NDArray[np.bool_],
     first: int,
 ) -> NDArray[np.bool_]:
-    """Evaluate a filter on the selected ones of consecutive rows from step `first` on: bool (N,).
-
-    Raises:
-        InvalidArgumentError: The filter mixes numbers and conditions, or is not a condition.
-        DatasetError: It divides by zero, or an integer does not fit.
-    """
+    """Evaluate a filter on the selected ones of rows from step `first` on: bool (N,)."""
     try:
         with np.errstate(all="ignore"):
             value = _Evaluation(expression, columns, first).value(expression.tree, selected_N)

@@ -25,9 +25,6 @@ def sample(population: int, n: int, seed: int) -> Steps:
 
     They are `numpy.random.default_rng(seed).choice(population, size=n, replace=False)`. Where n
     exceeds the population, they are `default_rng(seed).integers(0, population, size=n)`.
-
-    Raises:
-        InvalidArgumentError: n is below 1 or more than memory holds, or the seed is negative.
     """
     n, seed = operator.index(n), operator.index(seed)
     if n <= 0:
@@ -51,11 +48,7 @@ def sample(population: int, n: int, seed: int) -> Steps:
 
 
 def step_indices(indices: ArrayLike) -> Steps:
-    """Return a list of integers as a contiguous native int64 array, (n,).
-
-    Raises:
-        IndicesError: it is not one-dimensional, or not all are integers that fit into int64.
-    """
+    """Return a list of integers as a contiguous native int64 array, (n,), or raise IndicesError."""
     array = np.asarray(indices)
     if array.ndim != 1:
         raise IndicesError(f"step indices must be one-dimensional; got the shape {array.shape}")

@@ -47,10 +47,6 @@ def open_shards(path: str | os.PathLike[str]) -> _rust.Dataset:
     """Open a directory's `steps-*.npy` in lexicographic order, or else its `steps.npy`.
 
     Warns of copies that synchronisers made, which are left out, and of odd numbers.
-
-    Raises:
-        DatasetNotFoundError: there is no such directory, or no shard in it.
-        DatasetError: a shard's header, fields or size are wrong.
     """
     if is_url(path):
         path = local_dataset(os.fspath(path))
@@ -105,11 +101,7 @@ def _warn_of_numbers(directory: Path, names: Sequence[str]) -> None:
 
 
 def row_dtype(path: Path, descr: str) -> np.dtype[np.void]:
-    """Return the dtype of a shard's rows from the text in its header, padding included.
-
-    Raises:
-        DatasetError: NumPy refuses it, or rows are not structured, too large or Python objects.
-    """
+    """Return the dtype of a shard's rows from the text in its header, padding included."""
     try:
         dtype = np.lib.format.descr_to_dtype(ast.literal_eval(descr))
         "".join(dtype.names or ()).encode()  # Messages can then show the names.
@@ -136,9 +128,6 @@ def read_layout(path: Path, descr: str) -> tuple[int, int | None, int | None, in
     """Return the bytes of a row and the offsets of `board`, `tile_65536_mask` and `exps`.
 
     None stands for a field that rows lack. `board` wins over `exps`.
-
-    Raises:
-        DatasetError: as `row_dtype`, or rows have no board, or have it in another dtype.
     """
     row = row_dtype(path, descr)
     fields = {name: row.fields[name] for name in row.names or () if row.fields}
@@ -173,11 +162,7 @@ _places: dict[Path, _Places] = {}
 
 
 def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None:
-    """Make rows of a remote dataset local, by their step indices (n,); a local one has them.
-
-    Raises:
-        RemoteError: the server refuses or does not answer, or a shard changed.
-    """
+    """Make rows of a remote dataset local, by their step indices (n,); a local one has them."""
     places = _places.get(dataset.path)
     if places is None:
         return

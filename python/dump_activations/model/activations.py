@@ -44,23 +44,15 @@ def _first(_module: object, value: Tensor, *_: object) -> Tensor:
 
 @dataclass(frozen=True)
 class Activation:
-    """A key of the registry.
+    """A key of the registry."""
 
-    Attributes:
-        key: the name that users request, and the tensor's name in the file.
-        text: the content of the key, in a few words.
-        alias: name of the TransformerLens hook for the same value, without its layer.
-        shape: letters of one value's axes.
-        per_layer: True where each layer has a value. They are stacked before the axes of `shape`.
-        lacking: config -> reason why the model does not have the key; "" where it has.
-    """
-
-    key: str
-    text: str
-    alias: str = ""
-    shape: str = "SH"
+    key: str  # the name that users request, and the tensor's in the file
+    text: str  # the content, in a few words
+    alias: str = ""  # name of the TransformerLens hook for the same value, without its layer
+    shape: str = "SH"  # letters of one value's axes
     _: KW_ONLY
-    per_layer: bool = True
+    per_layer: bool = True  # stacked before the axes of `shape`
+    # The reason why the model does not have the key; "" where it has.
     lacking: Callable[[EncoderConfig], str] = lambda _: ""
 
     def shape_in(self, config: EncoderConfig) -> tuple[int, ...]:
@@ -80,16 +72,10 @@ class Activation:
 
 @dataclass(frozen=True)
 class BoardActivation(Activation):
-    """An activation with one value per board, captured at the input or the output of a module.
+    """An activation with one value per board, captured at the input or the output of a module."""
 
-    Attributes:
-        module: name of the module to hook: inside a block where `per_layer`, "" for the block
-            itself, else as `get_submodule` takes it.
-        transform: the module, and its inputs or its output -> the value to store.
-        at: where the value is captured.
-    """
-
-    module: str = ""
+    module: str = ""  # Inside a block where `per_layer`, else as `get_submodule` takes it.
+    # The module, and its inputs or its output -> the value to store.
     transform: Callable[..., Tensor] = _first
     _: KW_ONLY
     at: Literal["input", "output"]
@@ -103,13 +89,10 @@ class BoardActivation(Activation):
 
 @dataclass(frozen=True)
 class WeightActivation(Activation):
-    """A key for parameters of the model, which do not depend on the boards.
-
-    Attributes:
-        tensors: model, numbers of the requested layers -> tensors by their names in the file.
-    """
+    """A key for parameters of the model, which do not depend on the boards."""
 
     _: KW_ONLY
+    # Model, numbers of the requested layers -> tensors by their names in the file.
     tensors: Callable[[Encoder, Sequence[int]], Mapping[str, Tensor]]
 
 
@@ -215,10 +198,8 @@ def find_activations(
 ) -> list[Activation]:
     """Return the requested activations, each once, in the registry's order.
 
-    Args:
-        outputs: keys, TransformerLens names with or without their layer, or globs. A glob leaves
-            out keys that the model does not have. A key that is named must be one of the model's.
-        config: the model's; None where it is not known yet.
+    `outputs` are keys, TransformerLens names with or without their layer, or globs. A glob leaves
+    out keys that the model does not have. A key that is named must be one of the model's.
     """
     if not outputs:
         raise InvalidArgumentError(f"{option('outputs')}: no keys; choose from {_all_keys()}")
@@ -250,10 +231,7 @@ def find_activations(
 
 
 def split_layer_alias(name: str) -> tuple[str, int] | None:
-    """Split a TransformerLens name with a layer, `blocks.2.hook_resid_post`, into alias and layer.
-
-    Other names give None.
-    """
+    """Split `blocks.2.hook_resid_post` into alias and layer; None for names of other forms."""
     if name == "hook_embed":
         return "hook_resid_pre", 0
     match = _LAYER_ALIAS.fullmatch(name)
@@ -342,22 +320,13 @@ def find_layers(layers: Layers | None, count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class BoardTensor:
-    """A tensor with one value per board.
+    """A tensor with one value per board."""
 
-    Attributes:
-        name: the tensor's name in the file.
-        activation: the activation to capture.
-        shape: shape of one board's value.
-        modules: the modules to hook, as `named_modules()` names them.
-        stacked: True where the i-th module fills index i of the value's first axis. Otherwise
-            there is one module, which fills the whole value.
-    """
-
-    name: str
+    name: str  # the tensor's in the file
     activation: BoardActivation
-    shape: tuple[int, ...]
-    modules: tuple[str, ...]
-    stacked: bool
+    shape: tuple[int, ...]  # of one board's value
+    modules: tuple[str, ...]  # to hook, as `named_modules()` names them
+    stacked: bool  # The i-th module fills index i of the first axis. Else one module fills all.
 
 
 def board_tensors(

@@ -23,18 +23,14 @@ class _AllCaptured(Exception):  # noqa: N818 -- it ends the forward early, witho
 
 
 class _Pass(threading.local):
-    """State of the forward pass that the current thread runs.
-
-    Attributes:
-        mode: how blocks run: by their modules, by their graphs, or to record a graph.
-        targets: place of each value, by the number of its hook; empty outside of a pass.
-        ran: numbers of the hooks that have run.
-    """
+    """State of the forward pass that the current thread runs."""
 
     def __init__(self) -> None:
+        # Blocks run by their modules, by their graphs, or to record a graph.
         self.mode: Literal["eager", "compiled", "recording"] = "eager"
+        # The place of each value, by the number of its hook; empty outside of a pass.
         self.targets: Mapping[int, Tensor] = {}
-        self.ran: set[int] = set()
+        self.ran: set[int] = set()  # numbers of hooks
 
 
 class Capture:
@@ -46,13 +42,8 @@ class Capture:
 
     A compiled pass runs each block as a graph that takes the block's weights and the places of its
     values as inputs. Layers with equal graphs share one compiled graph, which computes and stores
-    in the same kernels.
-
-    Args:
-        model: the model to hook; a run's own if it is compiled.
-        tensors: the tensors to capture.
-        compiled_rows: number of boards in the batches that run compiled. Batches of another
-            length, which would each compile again, run eagerly. None compiles nothing.
+    in the same kernels. Batches of `compiled_rows` boards run compiled. Others, which would each
+    compile again, run eagerly.
     """
 
     def __init__(
@@ -99,12 +90,8 @@ class Capture:
     def run(self, tokens_BS: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Run the model on a batch, as far as needed, and fill the buffers.
 
-        Args:
-            tokens_BS: exponents (B, 16), any integer dtype, on the model's device.
-            buffers: for each tensor's name, one (B, *shape) of any floating dtype.
-
-        Raises:
-            ActivationUnavailableError: the forward skips a hooked module, or runs one twice.
+        `tokens_BS` are exponents (B, 16), of any integer dtype, on the model's device; `buffers`
+        are one (B, *shape) of any floating dtype for each tensor's name.
         """
         if not self._hooked:
             return

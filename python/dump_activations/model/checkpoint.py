@@ -9,6 +9,7 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -175,11 +176,7 @@ def prepare_model(
 ) -> Encoder:
     """Return a run's own model in eval mode on a device, with `weights_sha256` set.
 
-    Args:
-        init: a checkpoint as `load_encoder` takes it, or what `unwrap_model` takes.
-        device: the run's device.
-        random_init: load the checkpoint's architecture with untrained weights.
-        seed: of the untrained weights.
+    `init` is a checkpoint as `load_encoder` takes it, or what `unwrap_model` takes.
     """
     if isinstance(init, str | os.PathLike):
         model = load_encoder(init, random_init=random_init, seed=seed)
@@ -231,10 +228,8 @@ def _choose_files(names: Sequence[str], where: str, *, weights_required: bool) -
     bundles = [name for name in WEIGHT_NAMES if name.endswith(".pt")]
     config = [name for name in (_CONFIG_NAME, *bundles) if name in names][:1]
     others = sorted(name for name in names if name.endswith((".pt", ".safetensors")))
-    it_has = ""
-    if others:
-        hint = f"(to read another .pt, name it in {option('init')})"
-        it_has = f"; it has {first_few(others, most=5)} {hint}"
+    hint = f"(to read another .pt, name it in {option('init')})"
+    it_has = f"; it has {first_few(others, most=5)} {hint}" if others else ""
     if not config:
         raise CheckpointNotFoundError(
             f"{where}: not a checkpoint: neither {_CONFIG_NAME} nor a bundle with one of the names "
@@ -266,12 +261,10 @@ def preferred_files(directory: Path) -> list[Path]:
 
 def _read_tokenizer(directory: Path) -> str | None:
     path = directory / _TOKENIZER_NAME
-    try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_TOKENIZER:
-            return None
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError):
-        return None
+    with suppress(OSError, UnicodeDecodeError):
+        if path.is_file() and path.stat().st_size <= _LARGEST_TOKENIZER:
+            return path.read_bytes().decode()
+    return None
 
 
 def _check_file(path: Path) -> None:

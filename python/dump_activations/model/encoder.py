@@ -249,10 +249,7 @@ def empty_encoder(config: EncoderConfig) -> Encoder:
 
 
 def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
-    """Return an Encoder with PyTorch's default initialisation, fp32 on the host.
-
-    Equal seeds give equal weights, for any default dtype and device of the caller.
-    """
+    """Return an Encoder with PyTorch's default initialisation, fp32 on the host, by its seed."""
     model = empty_encoder(config).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(seed)
@@ -290,12 +287,8 @@ def replicate(
     """Return a model in eval mode on a device that shares hooks and, where it can, weights.
 
     A run hooks, moves and casts the replica, and leaves the caller's model as it was. Weights that
-    are neither moved nor cast are in the same memory.
-
-    Args:
-        module: the model.
-        device: the replica's device.
-        dtype_in: module -> dtype to cast its own weights to; None leaves them as they are.
+    are neither moved nor cast are in the same memory. `dtype_in` gives the dtype to cast a module's
+    own weights to; None leaves them as they are.
     """
     replica = copy.copy(module)
     tables = {name: copy.copy(it) for name, it in vars(module).items() if isinstance(it, dict)}

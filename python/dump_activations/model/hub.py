@@ -67,15 +67,8 @@ def download_checkpoint(uri: str, choose_files: _Choice) -> tuple[Path, str]:
     """Download the files of a checkpoint into the hub's cache.
 
     Where the hub does not answer, or refuses, a checkpoint that is already in the cache is used, as
-    the hub's own tools do.
-
-    Args:
-        uri: `hf://org/repo[/subdir][@revision]`.
-        choose_files: names of the files in the checkpoint's directory -> names to download. Raises
-            CheckpointNotFoundError where they are not a checkpoint.
-
-    Returns:
-        The directory that holds them, and their commit.
+    the hub's own tools do. `choose_files` takes the names in the checkpoint's directory and returns
+    those to download. Returns the directory that holds them, and their commit.
     """
     location = _parse(uri)
     begin(f"downloading {uri}")

@@ -3,7 +3,7 @@
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dump_activations import _rust
@@ -59,23 +59,24 @@ def integrity_text(
 ) -> str:
     """Return the metadata value under `INTEGRITY_KEY`, whose length does not depend on the digests.
 
-    Args:
-        specs: the file's tensors.
-        metadata: all other metadata, which is digested too.
-        digests: each tensor's digest; None for a text that reserves the place.
+    `metadata` is all other metadata, which is digested too. No digests give a text that reserves
+    the place.
     """
-    known = digests or {spec.name: Digest() for spec in specs}
-    longest = {spec.name: Digest(nan=spec.numel, inf=spec.numel) for spec in specs}
-    width = len(_table(specs, metadata, longest))
-    return _table(specs, metadata, known).ljust(width)
+    crc32 = zlib.crc32(json.dumps(dict(metadata)).encode())
+
+    def table(digest_of: Callable[[TensorSpec], Digest]) -> str:
+        rows: dict[str, dict[str, object]] = {METADATA_NAME: {"crc32": f"{crc32:08x}"}}
+        for spec in storage_order(specs):
+            digest = digest_of(spec)
+            rows[spec.name] = {"crc32": f"{digest.crc32:08x}", "nan": digest.nan, "inf": digest.inf}
+        return json.dumps(rows)
+
+    longest = table(lambda spec: Digest(nan=spec.numel, inf=spec.numel))
+    return table(lambda spec: digests[spec.name] if digests else Digest()).ljust(len(longest))
 
 
 def parse_integrity(text: str) -> dict[str, Digest]:
-    """Return digests by tensor name, with `nbytes` 0, from the text that `integrity_text` made.
-
-    Raises:
-        ValueError: any other text.
-    """
+    """Return digests by tensor name, with `nbytes` 0; ValueError for a text of another kind."""
     try:
         table = dict(json.loads(text))
     except (TypeError, RecursionError):
@@ -89,15 +90,3 @@ def parse_integrity(text: str) -> dict[str, Digest]:
             case _:
                 raise ValueError("it holds more than digests")
     return digests
-
-
-def _table(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], digests: Mapping[str, Digest]
-) -> str:
-    table: dict[str, dict[str, object]] = {
-        METADATA_NAME: {"crc32": f"{zlib.crc32(json.dumps(dict(metadata)).encode()):08x}"}
-    }
-    for spec in storage_order(specs):
-        digest = digests[spec.name]
-        table[spec.name] = {"crc32": f"{digest.crc32:08x}", "nan": digest.nan, "inf": digest.inf}
-    return json.dumps(table)

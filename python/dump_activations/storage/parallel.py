@@ -2,20 +2,14 @@
 
 import atexit
 import weakref
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Protocol, Self, TypeVar
-
-
-class _Sum(Protocol):
-    def __add__(self, following: Self, /) -> Self: ...
-
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-K = TypeVar("K", bound=Hashable)
-S = TypeVar("S", bound=_Sum)
+K = TypeVar("K")
 G = TypeVar("G", bound=Generator[Any, None, None])
 
 
@@ -37,17 +31,17 @@ def in_parallel(
 
 
 def sum_in_parallel(
-    work: Callable[[K, int, int], S],
+    work: Callable[[K, int, int], R],
     lengths: Mapping[K, tuple[int, int]],
     threads: int,
     progress: Callable[[int, int], object] | None = None,
-) -> dict[K, S]:
+) -> dict[K, R]:
     """Call `work(name, start, stop)` on threads for each chunk, and add results of a name in order.
 
     `lengths` maps a name to its length and the length of a chunk. An empty one has no result.
     `progress` is called in this thread with the length done and in all, and may raise.
     """
-    found: dict[K, S] = {}
+    found: dict[K, Any] = {}
     chunks = [
         (name, start, min(start + size, length))
         for name, (length, size) in lengths.items()
@@ -55,7 +49,7 @@ def sum_in_parallel(
     ]
     done, in_all = 0, sum(length for length, _ in lengths.values())
 
-    def take(chunk: tuple[K, int, int], result: S) -> None:
+    def take(chunk: tuple[K, int, int], result: R) -> None:
         nonlocal done
         name, start, stop = chunk
         found[name] = found[name] + result if name in found else result

@@ -19,17 +19,11 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard's place in its dump.
+    """A shard's place in its dump."""
 
-    Attributes:
-        whole: the name of the whole dump, `activations.safetensors`.
-        number: 1 to `count`.
-        count: shards of the dump.
-    """
-
-    whole: Path
-    number: int
-    count: int
+    whole: Path  # name of the whole dump: `activations.safetensors`
+    number: int  # 1 to `count`
+    count: int  # shards of the dump
 
     @property
     def path(self) -> Path:
@@ -53,11 +47,7 @@ def parse_shard(path: Path) -> Shard | None:
 
 
 def list_names(directory: Path) -> set[str]:
-    """List a directory, which may be missing.
-
-    Raises:
-        OutputError: it cannot be listed.
-    """
+    """List a directory, which may be missing; OutputError where it cannot be listed."""
     with OutputError.when(f"cannot list {directory}"), suppress(FileNotFoundError):
         return set(os.listdir(directory))  # noqa: PTH208 -- names, not paths
     return set()
@@ -66,15 +56,9 @@ def list_names(directory: Path) -> set[str]:
 def list_shards(
     whole: Path, ending: str = "", names: Iterable[str] | None = None
 ) -> Mapping[Shard, Path]:
-    """Find the shards of a dump in its directory, in order.
+    """Find the shards of a dump in its directory, or among `names`, in order.
 
-    Args:
-        whole: the name of the whole dump.
-        ending: what follows the name of a finished shard: `.partial` lists unfinished ones.
-        names: the names in the directory; None lists it.
-
-    Raises:
-        OutputError: the directory cannot be listed.
+    `ending` follows the name of a finished shard: `.partial` lists unfinished ones.
     """
     found = {}
     for name in list_names(whole.parent) if names is None else names:

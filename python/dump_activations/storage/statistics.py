@@ -28,27 +28,16 @@ TensorStatistics = dict[str, Array]
 
 @dataclass(frozen=True)
 class Moments:
-    """Mergeable state of some vectors of one tensor, all float64.
+    """Mergeable state of some vectors of one tensor, all float64."""
 
-    Attributes:
-        count: vectors per layer, (L,).
-        mean: (L, F).
-        m2: sum of squared deviations from the mean, (L, F).
-        min: (L, F); NaN where there is a NaN.
-        max: (L, F); NaN where there is a NaN.
-        count_abs_gt_6: elements beyond 6 in magnitude, (L, F).
-        norm_mean: mean of the vectors' norms, (L,).
-        mean_squared_norm: mean of their squares, (L,).
-    """
-
-    count: Array
-    mean: Array
-    m2: Array
-    min: Array
-    max: Array
-    count_abs_gt_6: Array
-    norm_mean: Array
-    mean_squared_norm: Array
+    count: Array  # vectors per layer, (L,)
+    mean: Array  # (L, F)
+    m2: Array  # sum of squared deviations from the mean, (L, F)
+    min: Array  # (L, F); NaN where there is a NaN
+    max: Array  # (L, F); NaN where there is a NaN
+    count_abs_gt_6: Array  # elements beyond 6 in magnitude, (L, F)
+    norm_mean: Array  # mean of the vectors' norms, (L,)
+    mean_squared_norm: Array  # mean of their squares, (L,)
 
     def __add__(self, following: "Moments") -> "Moments":
         """Return the moments of these vectors and the following ones, by Chan's rule."""
@@ -87,7 +76,7 @@ class Statistic(NamedTuple):
     description: str
     per_feature: bool = True
 
-    def shape(self, *, layers: int | None, width: int) -> tuple[int, ...]:
+    def shape(self, layers: int | None, width: int) -> tuple[int, ...]:
         """Return the shape of the stored tensor."""
         axes = () if layers is None else (layers,)
         return (*axes, width) if self.per_feature else axes or (1,)
@@ -110,24 +99,9 @@ def statistics_specs(tensor: str, *, layers: int | None, width: int) -> list[Ten
 
     `layers` is None for a tensor without their axis.
     """
-    return [
-        TensorSpec(
-            f"{STATISTICS_PREFIX}{tensor}/{each.name}",
-            "float64",
-            each.shape(layers=layers, width=width),
-        )
-        for each in STATISTICS
-    ]
-
-
-def _statistics(moments: Moments, *, layers: int | None, width: int) -> TensorStatistics:
-    found = {}
-    for each in STATISTICS:
-        values: Array = getattr(moments, each.name)
-        # Zeros are positive and NaN is one value: which one comes first differs by processor.
-        values = np.where(np.isnan(values), np.nan, values + 0.0)
-        found[each.name] = values.reshape(each.shape(layers=layers, width=width))
-    return found
+    prefix = f"{STATISTICS_PREFIX}{tensor}/"
+    shapes = {each.name: each.shape(layers, width) for each in STATISTICS}
+    return [TensorSpec(prefix + name, "float64", shape) for name, shape in shapes.items()]
 
 
 @dataclass(frozen=True)
@@ -156,18 +130,20 @@ class Vectors:
 
     def statistics(self, moments: Moments) -> TensorStatistics:
         """Return the statistics as they are stored."""
-        return _statistics(moments, layers=self.layers, width=self.shape[-1])
+        found = {}
+        for each in STATISTICS:
+            values: Array = getattr(moments, each.name)
+            # Zeros are positive and NaN is one value: which one comes first differs by processor.
+            values = np.where(np.isnan(values), np.nan, values + 0.0)
+            found[each.name] = values.reshape(each.shape(self.layers, self.shape[-1]))
+        return found
 
 
 class RunningStatistics:
     """Statistics of tensors whose batches arrive in any order, from any thread.
 
     Batches are merged in their order, so that the bits depend on nothing else. Of the tensors of a
-    file, those with statistics among them are measured.
-
-    Attributes:
-        names: tensors that have statistics.
-        next_batch: the first batch that is not merged yet.
+    file, those with statistics among them, `names`, are measured.
     """
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
@@ -182,7 +158,7 @@ class RunningStatistics:
         self._merged: dict[str, Moments] = {}
         self._pending: dict[int, Mapping[str, Moments]] = {}
         self.names = list(self._vectors)
-        self.next_batch = 0
+        self.next_batch = 0  # the first that is not merged yet
 
     def measure(self, name: str, data: NDArray[np.uint8]) -> Moments:
         """Return the moments of a batch's rows, uint8 (nbytes,), without the interpreter."""
@@ -226,5 +202,5 @@ def merge_stored(stored: Sequence[TensorStatistics]) -> TensorStatistics:
     if len(stored) == 1:  # as it is, to the bit
         return stored[0]
     *layers, width = stored[0]["mean"].shape
-    merged = reduce(add, map(moments, stored))
-    return _statistics(merged, layers=layers[0] if layers else None, width=width)
+    vectors = Vectors("float64", layers[0] if layers else None, (width,))
+    return vectors.statistics(reduce(add, map(moments, stored)))

@@ -8,8 +8,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, filterfalse
-from typing import Any, BinaryIO
+from itertools import accumulate, pairwise
+from typing import Any, BinaryIO, NamedTuple
 
 from dump_activations.dtypes import DTYPES, READABLE_DTYPES, STATISTICS_PREFIX, TensorSpec
 
@@ -31,17 +31,12 @@ _MAX_AXES = 64  # of NumPy and torch
 
 @dataclass(frozen=True)
 class Layout:
-    """The bytes of a file that is written.
+    """The bytes of a file that is written."""
 
-    Attributes:
-        size: bytes of the whole file.
-        offsets: offset of each tensor's data in bytes, by name.
-        skeleton: (offset, bytes) of everything else, to be written in this order: no reader takes
-            the file for a finished one before the last.
-    """
-
-    size: int
-    offsets: Mapping[str, int]
+    size: int  # bytes of the whole file
+    offsets: Mapping[str, int]  # of each tensor's data, in bytes
+    # Everything else, by offset, to be written in this order: no reader takes the file for a
+    # finished one before the last.
     skeleton: tuple[tuple[int, bytes], ...]
 
 
@@ -49,8 +44,8 @@ class Layout:
 class StoredTensor:
     """A tensor in a file that is read.
 
-    `offset` is the start of its data in bytes; None if the data is compressed, not in C order, or
-    in several shards. `dtype` is NumPy's name, or the format's own for one that cannot be read.
+    `offset` is in bytes, or None: compressed data, not in C order, or in several shards. `dtype` is
+    NumPy's name, or the format's own for one that cannot be read.
     """
 
     name: str
@@ -60,8 +55,7 @@ class StoredTensor:
     offset: int | None
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(NamedTuple):
     """All tensors by name, in the order in which the format lists them, and the metadata."""
 
     tensors: dict[str, StoredTensor]
@@ -70,21 +64,15 @@ class Contents:
 
 @dataclass(frozen=True)
 class Format:
-    """A file format.
-
-    Attributes:
-        name: its name.
-        suffix: its suffix, lowercase.
-        dtypes: names of the dtypes that it holds.
-        layout: (tensors, metadata, CRC-32 of each tensor or None while unknown) -> Layout. Size and
-            offsets do not depend on the CRCs, nor on values of the metadata of equal length.
-        read: (file, its size in bytes) -> Contents. Reads headers only.
-    """
+    """A file format."""
 
     name: str
-    suffix: str
-    dtypes: frozenset[str]
+    suffix: str  # lowercase
+    dtypes: frozenset[str]  # names of the dtypes that it may hold
+    # (tensors, metadata, CRC-32 of each tensor or None while unknown). Size and offsets do not
+    # depend on the CRCs, nor on values of the metadata of equal length.
     layout: Callable[[Sequence[TensorSpec], Mapping[str, str], Mapping[str, int] | None], Layout]
+    # (file, its size in bytes). Reads headers only.
     read: Callable[[BinaryIO, int], Contents]
 
 
@@ -101,11 +89,8 @@ def storage_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
         row_alignment = min(spec.row_nbytes & -spec.row_nbytes, ALIGNMENT)
         return -DTYPES[spec.dtype].nbytes, -row_alignment
 
-    def is_statistic(spec: TensorSpec) -> bool:
-        return spec.name.startswith(STATISTICS_PREFIX)
-
-    statistics = [*filter(is_statistic, specs)]
-    ordered = sorted(filterfalse(is_statistic, specs), key=key)
+    statistics = [spec for spec in specs if spec.name.startswith(STATISTICS_PREFIX)]
+    ordered = sorted((spec for spec in specs if spec not in statistics), key=key)
     ends = accumulate((spec.nbytes for spec in ordered), initial=0)
     place = max(number for number, end in enumerate(ends) if end % _STATISTICS_ALIGNMENT == 0)
     return [*ordered[:place], *statistics, *ordered[place:]]
@@ -148,11 +133,8 @@ def text_metadata(metadata: Any) -> dict[str, str]:
 
 
 def is_shape(value: Any) -> bool:
-    """Return whether a value is a shape of at most 64 axes, with lengths of at most 63 bits.
-
-    The product of larger ones would take minutes.
-    """
-    return (
+    """Return whether a value is a shape of at most 64 axes, with lengths of at most 63 bits."""
+    return (  # of larger lengths the product would take minutes
         isinstance(value, (list, tuple))
         and len(value) <= _MAX_AXES
         and all(type(length) is int and 0 <= length < 1 << 63 for length in value)
@@ -166,9 +148,4 @@ def data_ranges(tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
 
 def are_disjoint(ranges: Iterable[tuple[int, int]]) -> bool:
     """Return whether no two ranges, (start, stop), overlap."""
-    end = 0
-    for start, stop in sorted(ranges):
-        if start < end:
-            return False
-        end = stop
-    return True
+    return all(stop <= start for (_, stop), (start, _) in pairwise(sorted(ranges)))

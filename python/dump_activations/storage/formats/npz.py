@@ -69,7 +69,11 @@ def read(file: BinaryIO, size: int) -> Contents:
     for member in read_members(file, size).values():
         array = _stored_array(read_head(file, member, MAX_HEADER_NBYTES), member)
         if array.name == "metadata" and array.dtype.startswith("<U") and not array.shape:
-            metadata = _metadata(file, member, array.nbytes)
+            if member.nbytes > _MAX_METADATA_NBYTES:
+                raise ValueError("its metadata is larger than a dump's")
+            content = read_head(file, member, member.nbytes)
+            text = content[member.nbytes - array.nbytes :].decode("utf-32-le")
+            metadata = text_metadata(parse_json(text.rstrip("\0")))
         elif array.name in tensors:
             raise ValueError(f"it has two arrays {array.name}")
         else:
@@ -95,24 +99,10 @@ def _stored_array(head: bytes, member: StoredMember) -> StoredTensor:
     nbytes = member.nbytes - stream.tell()
     if descr.hasobject or not is_shape(shape) or not fits(dtype, shape, nbytes):
         raise ValueError(f"its array {member.name} is damaged, or holds objects")
-    is_plain = member.offset is not None and (not is_fortran or len(shape) < 2)
+    is_plain = not member.is_packed and (not is_fortran or len(shape) < 2)
     offset = member.start + stream.tell() if is_plain else None
     return StoredTensor(member.name.removesuffix(".npy"), dtype, shape, nbytes, offset)
 
 
-def _metadata(file: BinaryIO, member: StoredMember, nbytes: int) -> dict[str, str]:
-    """Read the text of a 0-d array, the last `nbytes` bytes of a member."""
-    if member.nbytes > _MAX_METADATA_NBYTES:
-        raise ValueError("its metadata is larger than a dump's")
-    content = read_head(file, member, member.nbytes)
-    text = content[member.nbytes - nbytes :].decode("utf-32-le")
-    return text_metadata(parse_json(text.rstrip("\0")))
-
-
-FORMAT = Format(
-    "npz",
-    ".npz",
-    frozenset(name for name, dtype in DTYPES.items() if dtype.npy is not None),
-    layout,
-    read,
-)
+_WRITABLE = frozenset(name for name, dtype in DTYPES.items() if dtype.npy is not None)
+FORMAT = Format("npz", ".npz", _WRITABLE, layout, read)

@@ -10,10 +10,12 @@ There is no `.format_version` record: with it, torch.load(mmap=True) may compute
 by the padding rules of torch's own writer instead of reading them from the archive.
 """
 
+import operator
 import pickle
 import pickletools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -74,14 +76,10 @@ def _tensor(spec: TensorSpec, key: str) -> bytes:
         _text("cpu"),
         _int(spec.numel),
     )
+    shape, strides = (_tuple(*map(_int, each)) for each in (spec.shape, _strides(spec.shape)))
     no_hooks = _global(_ORDERED_DICT) + pickle.EMPTY_TUPLE + pickle.REDUCE
     arguments = _tuple(
-        storage + pickle.BINPERSID,
-        _int(0),
-        _tuple(*map(_int, spec.shape)),
-        _tuple(*map(_int, _strides(spec.shape))),
-        pickle.NEWFALSE,
-        no_hooks,
+        *(storage + pickle.BINPERSID, _int(0), shape, strides, pickle.NEWFALSE, no_hooks)
     )
     return _global(_REBUILD_TENSOR) + arguments + pickle.REDUCE
 
@@ -112,10 +110,7 @@ def _int(value: int) -> bytes:
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the elements between neighbours along each axis of a C-order tensor."""
-    strides = [1]
-    for length in shape[:0:-1]:
-        strides.append(strides[-1] * length)
-    return tuple(reversed(strides))
+    return (*accumulate(shape[:0:-1], operator.mul, initial=1),)[::-1]
 
 
 def read(file: BinaryIO, size: int) -> Contents:
@@ -134,8 +129,8 @@ def read(file: BinaryIO, size: int) -> Contents:
         member = members.get(f"{root}/data/{tensor.key}")
         if member is None or not fits(tensor.dtype, tensor.shape, member.nbytes):
             raise ValueError(f"its tensor {name!r} has no storage of its size")
-        nbytes, offset = member.nbytes, member.offset
-        tensors[name] = StoredTensor(name, tensor.dtype, tensor.shape, nbytes, offset)
+        offset = None if member.is_packed else member.start
+        tensors[name] = StoredTensor(name, tensor.dtype, tensor.shape, member.nbytes, offset)
     return Contents(tensors, metadata)
 
 

@@ -8,17 +8,13 @@ from dump_activations.errors import InvalidArgumentError
 from dump_activations.storage.formats import npz, pt, safetensors
 from dump_activations.storage.formats.layout import Format
 
-_ALL: tuple[Format, ...] = (safetensors.FORMAT, pt.FORMAT, npz.FORMAT)
-
-FORMATS: dict[str, Format] = {file_format.suffix: file_format for file_format in _ALL}
+FORMATS: dict[str, Format] = {
+    each.suffix: each for each in (safetensors.FORMAT, pt.FORMAT, npz.FORMAT)
+}
 
 
 def format_of(path: Path, dtypes: Iterable[str] = ()) -> Format:
-    """Return the format that a file's suffix selects, in lower or upper case.
-
-    Raises:
-        InvalidArgumentError: another suffix, or a format that cannot hold one of `dtypes`.
-    """
+    """Return the format that a file's suffix selects, or raise InvalidArgumentError."""
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         *others, last = FORMATS

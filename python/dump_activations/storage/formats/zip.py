@@ -9,17 +9,11 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from dump_activations import _rust
 from dump_activations.dtypes import TensorSpec
-from dump_activations.storage.formats.layout import (
-    ALIGNMENT,
-    Layout,
-    are_disjoint,
-    read_exactly,
-)
+from dump_activations.storage.formats.layout import ALIGNMENT, Layout, are_disjoint, read_exactly
 
 MAX_DIRECTORY_NBYTES = 1 << 20
 """Largest directory that is read: some 10,000 members. A dump has some hundred."""
@@ -53,10 +47,7 @@ class Member(NamedTuple):
 
 
 def zip_layout(members: Sequence[Member], crc32s: Mapping[str, int] | None) -> Layout:
-    """Lay out an archive.
-
-    Every size and offset is in zip64 form, so that the layout does not depend on sizes.
-    """
+    """Lay out an archive, all in zip64 form, so that nothing depends on sizes."""
     assert len({member.name for member in members}) == len(members)
     position = 0
     offsets: dict[str, int] = {}
@@ -110,22 +101,17 @@ def _headers(
 
 def _end_records(count: int, directory_offset: int, directory_nbytes: int) -> bytes:
     zip64_end = _ZIP64_END.pack(
-        b"PK\x06\x06",
-        _ZIP64_END.size - 12,  # bytes after this field
+        *(b"PK\x06\x06", _ZIP64_END.size - 12),  # bytes after this field
         *(_VERSION, _VERSION),
         *(0, 0),  # this disk, and the directory's
-        count,
-        count,
-        directory_nbytes,
-        directory_offset,
+        *(count, count, directory_nbytes, directory_offset),
     )
     locator = _ZIP64_LOCATOR.pack(b"PK\x06\x07", 0, directory_offset + directory_nbytes, 1)
     end = _END.pack(b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, _IN_ZIP64, _IN_ZIP64, 0)
     return zip64_end + locator + end
 
 
-@dataclass(frozen=True)
-class StoredMember:
+class StoredMember(NamedTuple):
     """A member of an archive that is read: `nbytes` of content, in `packed_nbytes` from `start`."""
 
     name: str
@@ -134,19 +120,9 @@ class StoredMember:
     packed_nbytes: int
     is_packed: bool
 
-    @property
-    def offset(self) -> int | None:
-        """Offset of its content in the file; None if it is compressed."""
-        return None if self.is_packed else self.start
-
 
 def read_members(file: BinaryIO, size: int) -> dict[str, StoredMember]:
-    """List the members of an archive by name, in the order of its directory.
-
-    Raises:
-        ValueError: the file is not an archive, or a member is encrypted, compressed in another way
-            than by deflation, or overlaps another member or the directory.
-    """
+    """List the members of an archive by name, in the order of its directory."""
     try:
         archive = zipfile.ZipFile(_DirectoryFile(file))
     except _NO_ARCHIVE as error:
@@ -167,11 +143,7 @@ def read_members(file: BinaryIO, size: int) -> dict[str, StoredMember]:
 
 
 def read_head(file: BinaryIO, member: StoredMember, nbytes: int) -> bytes:
-    """Read at most the first `nbytes` bytes of a member's content, without its checksum.
-
-    Raises:
-        ValueError: the member is damaged.
-    """
+    """Read at most the first `nbytes` bytes of a member's content, without its checksum."""
     if not member.is_packed:
         return read_exactly(file, member.start, min(nbytes, member.nbytes))
     # Incompressible data grows by an eighth at most.

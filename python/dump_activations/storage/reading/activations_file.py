@@ -279,11 +279,7 @@ class ActivationsFile:
             raise InvalidArgumentError(
                 f"{option('labels')} must be labels of the file, {has}; got {others[0]!r}"
             )
-        return BoardValues(
-            len(self),
-            array.read,
-            {name: self[LABEL_PREFIX + name].numpy for name in names},
-        )
+        return BoardValues(array, {name: self[LABEL_PREFIX + name] for name in names})
 
     @overload
     def cells(
@@ -424,27 +420,23 @@ class _Labels(Mapping[str, NDArray[Any]]):
 
     def __init__(self, acts: ActivationsFile) -> None:
         self._acts = acts
-        # None stands for a label that is not read yet.
-        self._read: dict[str, NDArray[Any] | None] = {
-            name.removeprefix(LABEL_PREFIX): None
-            for name in acts.tensor_names()
-            if name.startswith(LABEL_PREFIX)
-        }
+        names = [name for name in acts.tensor_names() if name.startswith(LABEL_PREFIX)]
+        self._names = [name.removeprefix(LABEL_PREFIX) for name in names]
+        self._read: dict[str, NDArray[Any]] = {}
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._read:
+        if name not in self._names:
             has = ", ".join(self) or "none"
             raise MissingKeyError(f"no label {name!r}; the labels are {has}")
-        values = self._read[name]
-        if values is None:
-            values = self._read[name] = self._acts.read_numpy(LABEL_PREFIX + name)
-        return values
+        if name not in self._read:
+            self._read[name] = self._acts.read_numpy(LABEL_PREFIX + name)
+        return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._read)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._read)
+        return len(self._names)
 
     def __repr__(self) -> str:
         names = list(self)[:_MOST_KEYS]

@@ -5,6 +5,7 @@ Shape letters: N boards in all files, R rows asked for, L layers kept.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,7 @@ class ActivationArray:
     @property
     def nbytes(self) -> int:
         """Bytes of all values."""
-        boards = self._files.boards if self._key.of_boards else 1
-        return boards * self._key.nbytes
+        return math.prod(self.shape) * READABLE_DTYPES[self._key.dtype].nbytes
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -150,18 +150,16 @@ class ActivationArray:
                 f"{switch('verify')}: digests cover whole tensors; leave out "
                 f"{option('layer' if rows is None else 'rows')}"
             )
-        shape = self._key.shape(len(numbers))
+        shape, dtype = self._key.shape(len(numbers)), self.dtype
         if out is None:
-            out = torch.empty(shape, dtype=self.dtype, device="cpu")
-        elif (out.shape, out.dtype, out.device.type) != (shape, self.dtype, "cpu") or not (
-            out.is_contiguous()
-        ):
+            out = torch.empty(shape, dtype=dtype, device="cpu")
+        fits = (out.shape, out.dtype, out.device.type) == (shape, dtype, "cpu")
+        if not fits or not out.is_contiguous():
             raise InvalidArgumentError(
-                f"{option('out')} must be a contiguous tensor of {self.dtype} {shape} on the host; "
+                f"{option('out')} must be a contiguous tensor of {dtype} {shape} on the host; "
                 f"got {out.dtype} {tuple(out.shape)} on {out.device}"
             )
-        data = out.detach().view(-1).view(torch.uint8).numpy()
-        self._fill(numbers, data, verify=verify)
+        self._fill(numbers, out.detach().view(-1).view(torch.uint8).numpy(), verify=verify)
         return out
 
     def numpy(self, rows: Rows = None) -> NDArray[Any]:
@@ -180,13 +178,36 @@ class ActivationArray:
         return np.asarray(self.numpy(), dtype)
 
     def _row_numbers(self, rows: Rows) -> NDArray[np.int64]:
-        if self._key.of_boards:
-            return row_numbers(rows, self._files.boards, self._files)
-        if rows is not None:
+        """Return the numbers of rows from 0 on, int64 (R,)."""
+        boards = self._files.boards
+        if not self._key.of_boards:
+            if rows is None:
+                return np.zeros(1, np.int64)
             raise InvalidArgumentError(
                 f"{option('rows')} must be left out: {self._key.name} has no axis of boards"
             )
-        return np.zeros(1, np.int64)
+        if rows is None or isinstance(rows, slice):
+            return np.arange(*(rows or slice(None)).indices(boards))
+        numbers = np.asarray(rows)
+        if numbers.shape == (0,):
+            return np.empty(0, np.int64)
+        if numbers.dtype == bool and numbers.shape == (boards,):
+            return np.flatnonzero(numbers)
+        if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
+            got = f"{numbers.dtype} {numbers.shape}" if numbers.ndim else f"a scalar, {rows!r}"
+            raise InvalidArgumentError(
+                f"{option('rows')} must be a 1-D integer array or a boolean mask of length "
+                f"{boards}; got {got}"
+            )
+        outside = (numbers < -boards) | (numbers >= boards)
+        if outside.any():
+            at = int(np.argmax(outside))
+            raise RowIndexError(
+                f"{option('rows')}: row {numbers[at]} at position {at} is not in {self._files}, "
+                f"which has {boards} boards"
+            )
+        numbers = numbers.astype(np.int64)
+        return np.where(numbers < 0, numbers + boards, numbers)
 
     def _fill(self, numbers: NDArray[np.int64], out: NDArray[np.uint8], *, verify: bool) -> None:
         parts = self._key.parts
@@ -200,37 +221,6 @@ class ActivationArray:
                 self._files.check_digest(part.tensor, into.reshape(-1))
             if len(parts) > 1:
                 rows[:, at] = into
-
-
-def row_numbers(rows: Rows, boards: int, of: object) -> NDArray[np.int64]:
-    """Return the numbers of rows `of` a file of `boards` boards, from 0 on, int64 (R,).
-
-    Raises:
-        InvalidArgumentError: rows are not integers (R,), and not a mask of all boards.
-        RowIndexError: a row is out of range.
-    """
-    if rows is None or isinstance(rows, slice):
-        return np.arange(*(rows or slice(None)).indices(boards))
-    numbers = np.asarray(rows)
-    if numbers.shape == (0,):
-        return np.empty(0, np.int64)
-    if numbers.dtype == bool and numbers.shape == (boards,):
-        return np.flatnonzero(numbers)
-    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
-        got = f"{numbers.dtype} {numbers.shape}" if numbers.ndim else f"a scalar, {rows!r}"
-        raise InvalidArgumentError(
-            f"{option('rows')} must be a 1-D integer array or a boolean mask of length {boards}; "
-            f"got {got}"
-        )
-    outside = (numbers < -boards) | (numbers >= boards)
-    if outside.any():
-        at = int(np.argmax(outside))
-        raise RowIndexError(
-            f"{option('rows')}: row {numbers[at]} at position {at} is not in {of}, which has "
-            f"{boards} boards"
-        )
-    numbers = numbers.astype(np.int64)
-    return np.where(numbers < 0, numbers + boards, numbers)
 
 
 def _number(index: Any) -> int | None:

@@ -4,15 +4,14 @@ Shape letters: R boards asked for.
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dump_activations.storage.reading.array import Rows, row_numbers
+from dump_activations.storage.reading.array import ActivationArray, Rows
 
 Item = tuple[Tensor, dict[str, Any]]
 """The values of one board or of several, and their labels."""
@@ -21,18 +20,12 @@ Item = tuple[Tensor, dict[str, Any]]
 class BoardValues(Dataset[Item]):
     """A dataset of `(activation, {label: value})`, one per board, as `ActivationsFile.boards`."""
 
-    def __init__(
-        self,
-        boards: int,
-        read: Callable[[NDArray[np.int64]], Tensor],
-        read_labels: Mapping[str, Callable[[NDArray[np.int64]], NDArray[Any]]],
-    ) -> None:
-        self._boards = boards
-        self._read = read
-        self._read_labels = read_labels
+    def __init__(self, values: ActivationArray, labels: Mapping[str, ActivationArray]) -> None:
+        self._values = values
+        self._labels = labels
 
     def __len__(self) -> int:
-        return self._boards
+        return len(self._values)
 
     def __getitem__(self, rows: SupportsIndex | slice | ArrayLike) -> Item:
         """Read one board by its number; or a batch, (R, ...), by a slice, numbers or a mask.
@@ -55,11 +48,5 @@ class BoardValues(Dataset[Item]):
         ]
 
     def _batch(self, rows: Rows) -> Item:
-        if not isinstance(rows, slice):
-            rows = np.asarray(rows)
-            if rows.dtype.kind == "i":
-                rows = np.where((rows < 0) & (rows >= -self._boards), rows + self._boards, rows)
-        numbers = row_numbers(rows, self._boards, "the dataset")
-        return self._read(numbers), {
-            name: read(numbers) for name, read in self._read_labels.items()
-        }
+        labels = {name: of_label.numpy(rows) for name, of_label in self._labels.items()}
+        return self._values.read(rows), labels

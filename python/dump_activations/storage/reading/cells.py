@@ -30,12 +30,17 @@ from dump_activations import _rust
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.storage.parallel import closed_at_exit
-from dump_activations.storage.reading.epochs import Epochs
 
 Values = TypeVar("Values", Tensor, dict[str, Tensor])
 
 KeyedCells = tuple[dict[str, Tensor], Tensor, Tensor]
 """Values by key, rows and cells, as in a `CellBatch`."""
+
+_MOST_WORKERS = 1023
+# Each process has a word: epochs begun, and the loop over the loader in which it began the last.
+# Both are in one word, so that a process never sees one without the other.
+_LOOP_BITS = 39
+_LOOPS = (1 << _LOOP_BITS) - 1
 
 
 class CellArguments(TypedDict, total=False):
@@ -70,29 +75,18 @@ class CellBatch(NamedTuple, Generic[Values]):
 
 @dataclass(frozen=True)
 class CellOrder:
-    """The order of an epoch, and the share of it that a process takes.
+    """The order of an epoch, and the share of it that a process takes."""
 
-    Attributes:
-        cells: all cells.
-        nbytes: bytes per cell, of all keys.
-        window: bytes per window, at least one batch.
-        batch_size: cells per batch; the last may have fewer.
-        seed, epoch: seeds of the permutations.
-        rank, world_size: number of this process, and the processes that share the batches.
-        drop_last: leave out a short last batch, and batches that not every rank would have.
-        shuffle_boards: take the boards in a random order before windows are cut.
-    """
-
-    cells: int
-    nbytes: int
-    window: int
-    batch_size: int
+    cells: int  # all cells
+    nbytes: int  # bytes per cell, of all keys
+    window: int  # bytes per window, at least one batch
+    batch_size: int  # cells per batch; the last may have fewer
     seed: int
     epoch: int
-    rank: int
-    world_size: int
-    drop_last: bool
-    shuffle_boards: bool = False
+    rank: int  # number of this process
+    world_size: int  # processes that share the batches
+    drop_last: bool  # leave out a short last batch, and batches that not every rank would have
+    shuffle_boards: bool = False  # take the boards in a random order before windows are cut
 
     def __post_init__(self) -> None:
         for name, least in {"seed": 0, "epoch": 0, "rank": 0, "batch_size": 1}.items():
@@ -149,6 +143,74 @@ class CellOrder:
         return out
 
 
+class Epochs:
+    """Epochs begun by the main process and its workers, and the position of this process.
+
+    A `DataLoader` makes workers from the dataset of the main process, for every epoch unless they
+    persist. So the epochs begun are counted in memory that all these processes share.
+    """
+
+    position: tuple[int, int]  # the epoch and the batch that come next in this process
+
+    def __init__(self, epoch: int) -> None:
+        self._words = torch.zeros(1 + _MOST_WORKERS, dtype=torch.int64).share_memory_()
+        self._loops = 0  # of this worker, which may persist
+        self.load(epoch, 0)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._words.share_memory_()  # which a pickle does not, outside of `multiprocessing`
+
+    def load(self, epoch: int, batch: int) -> None:
+        """Let the next loop begin in an epoch at a batch; in a worker, its own loop."""
+        self.position = (epoch, batch)
+        self._loaded = None if get_worker_info() is None else self.position
+        if self._loaded is None:
+            self._first = self.position
+            self._words.zero_()
+
+    def begin(self) -> tuple[int, int]:
+        """Begin an epoch, one for all workers of a loop; return its number and first batch."""
+        worker, place, loop = get_worker_info(), 0, 0
+        if worker is not None:
+            place = 1 + worker.id
+            if place > _MOST_WORKERS:
+                raise InvalidArgumentError(f"num_workers must be at most {_MOST_WORKERS}")
+            loop = hash((worker.seed - worker.id, self._loops)) & _LOOPS
+            self._loops += 1
+        if self._loaded is not None:
+            self.position, self._loaded = self._loaded, None
+            count = max(self.position[0] - self._first[0], 0) + 1
+        else:
+            count = self._next_count(place, loop)
+            first_batch = self._first[1] if count == 1 else 0
+            self.position = (self._first[0] + count - 1, first_batch)
+        self._words[place] = count << _LOOP_BITS | loop
+        return self.position
+
+    def _next_count(self, place: int, loop: int) -> int:
+        """Return the count of the epoch that another worker began in this loop, or the next one.
+
+        A loop has the seed that the loader gave its workers. Where a program seeds every loop
+        alike, only a higher count than this worker's is of this loop.
+        """
+        words: list[int] = self._words.tolist()
+        own = words[place] >> _LOOP_BITS if words[place] & _LOOPS == loop else 0
+        in_loop = [word >> _LOOP_BITS for word in words[1:] if word & _LOOPS == loop]
+        if place and max(in_loop, default=0) > own:
+            return max(in_loop)
+        return (max(words) >> _LOOP_BITS) + 1
+
+    def check_own(self) -> None:
+        """Raise InvalidArgumentError where workers, not this process, began the last epoch."""
+        words: list[int] = self._words.tolist()
+        if get_worker_info() is None and max(words[1:]) >> _LOOP_BITS > words[0] >> _LOOP_BITS:
+            raise InvalidArgumentError(
+                "state_dict: workers of a DataLoader iterate, each at a position of its own; use "
+                "torchdata's StatefulDataLoader and its state_dict, or num_workers=0"
+            )
+
+
 def rows_and_cells(numbers: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """Split numbers of cells into boards and the cells of these."""
     return torch.from_numpy(numbers // CELLS), torch.from_numpy(numbers & CELLS - 1)
@@ -160,23 +222,16 @@ class Cells(IterableDataset[CellBatch[Values]]):
     Every `iter()` begins the next epoch, of exactly `len()` batches; leaving a loop early ends its
     epoch. After `load_state_dict` the first loop is the rest of that epoch. Workers of a
     `DataLoader`, which needs `batch_size=None`, share the batches in the same order.
-
-    Args:
-        order: the order of the first epoch.
-        source: a text that tells the source of the cells from others, for a state.
-        single: hand out the values of a single key, not a dict.
-        epochs: epochs per loop; None for loops without an end.
-        dtype: dtype of the values; None for the stored one.
     """
 
     def __init__(
         self,
-        order: CellOrder,
-        source: str,
+        order: CellOrder,  # of the first epoch
+        source: str,  # tells the source of the cells from others, for a state
         *,
-        single: bool,
-        epochs: int | None,
-        dtype: torch.dtype | None,
+        single: bool,  # The values are a key's, not a dict.
+        epochs: int | None,  # per loop; None for loops without an end
+        dtype: torch.dtype | None,  # of the values; None for the stored one
     ) -> None:
         if epochs is not None and epochs < 1:
             raise InvalidArgumentError(
@@ -211,11 +266,7 @@ class Cells(IterableDataset[CellBatch[Values]]):
         return self._loop_epochs * len(self._share(0, self._order.rank, self._order.world_size))
 
     def __iter__(self) -> Iterator[CellBatch[Values]]:
-        """Yield the batches of the next epoch, or the rest of a loaded one.
-
-        Raises:
-            OutputError: A row cannot be read, or a file was changed.
-        """
+        """Yield the batches of the next epoch, or the rest of a loaded one."""
         return closed_at_exit(self._loop(*self._epochs.begin()))
 
     def _loop(self, epoch: int, start: int) -> Generator[CellBatch[Values], None, None]:
@@ -229,12 +280,12 @@ class Cells(IterableDataset[CellBatch[Values]]):
         step = order.world_size * workers
         batches = self._share(start, order.rank + order.world_size * number, step)
         if not batches:
-            self._epochs.move(epoch + 1, 0)
+            self._epochs.position = (epoch + 1, 0)
         feed = self._read(order, batches)
         try:
             for taken, (values, rows, cells) in enumerate(feed, start=1):
                 is_last = taken == len(batches)
-                self._epochs.move(*((epoch + 1, 0) if is_last else (epoch, start + taken * step)))
+                self._epochs.position = (epoch + 1, 0) if is_last else (epoch, start + taken * step)
                 typed = {key: each.to(self._dtype or each.dtype) for key, each in values.items()}
                 [value] = typed.values() if self._single else [typed]
                 yield CellBatch(cast("Values", value), rows, cells)
@@ -250,20 +301,15 @@ class Cells(IterableDataset[CellBatch[Values]]):
         Raises:
             InvalidArgumentError: Workers of a `DataLoader` iterate: each has a position of its own.
         """
-        epoch, batch = self._epochs.position()
+        self._epochs.check_own()
+        epoch, batch = self._epochs.position
         moving = {"seed": self._order.seed, "epoch": epoch, "batch": batch}
         return {**moving, "window": self._order.window_batches, **self._fixed()}
 
     def _fixed(self) -> dict[str, Any]:
         """Return the parts of a state that must be these."""
-        order = self._order
-        shuffled = {"shuffle_boards": order.shuffle_boards}
-        return {
-            "batch_size": order.batch_size,
-            "cells": order.cells,
-            "file": self._source,
-            **shuffled,
-        }
+        of_order = ("batch_size", "cells", "shuffle_boards")
+        return {name: getattr(self._order, name) for name in of_order} | {"file": self._source}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next loop begin at a state's position, with its seed and window.

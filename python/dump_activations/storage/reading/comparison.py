@@ -27,22 +27,13 @@ _DERIVED = frozenset({"fingerprint", INTEGRITY_KEY})
 
 @dataclass(frozen=True)
 class Difference:
-    """How the values of two tensors of one shape differ; NaN is equal to NaN.
+    """How the values of two tensors of one shape differ; NaN is equal to NaN."""
 
-    Attributes:
-        elements: elements that differ.
-        nonfinite: how many of them are NaN or infinite in one file or both.
-        largest: largest absolute difference of the others; 0.0 if there are none.
-        relative: largest difference of an element, divided by its larger value.
-        place: indices of the first element with the largest difference; None if no finite element
-            differs.
-    """
-
-    elements: int = 0
-    nonfinite: int = 0
-    largest: float = 0.0
-    relative: float = 0.0
-    place: tuple[int, ...] | None = None
+    elements: int = 0  # elements that differ
+    nonfinite: int = 0  # how many of them are NaN or infinite in a file
+    largest: float = 0.0  # largest absolute difference of the others; 0.0 without any
+    relative: float = 0.0  # largest difference of an element, divided by its larger value
+    place: tuple[int, ...] | None = None  # first element with the largest; None without any
 
     def __add__(self, following: "Difference") -> "Difference":
         """Join the differences of two chunks of a tensor, one after the other."""
@@ -77,15 +68,10 @@ class TensorPair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences of two dumps.
+    """The differences of two dumps."""
 
-    Attributes:
-        metadata: key -> its text in each dump, or None; only keys that differ.
-        tensors: all tensors of both.
-    """
-
-    metadata: Mapping[str, tuple[str | None, str | None]]
-    tensors: list[TensorPair]
+    metadata: Mapping[str, tuple[str | None, str | None]]  # texts that differ
+    tensors: list[TensorPair]  # all tensors of both
 
     @property
     def is_equal(self) -> bool:
@@ -107,9 +93,6 @@ def compare(
     With a tolerance, floating values are equal if |a - b| <= atol + rtol * max(|a|, |b|), and so
     are tensors of different floating dtypes. `progress` is called in this thread with the elements
     done and the elements in all.
-
-    Raises:
-        OutputError: a file cannot be read, or its values cannot be compared.
     """
     dumps = (first, second)
     # Each of several shards has statistics of its own.
@@ -172,8 +155,6 @@ def _difference(
         both_nan = (first != first) & (second != second)  # noqa: PLR0124 -- of integers too
         nonfinite = int(np.count_nonzero(~finite) - np.count_nonzero(both_nan))
         places, first, second = places[finite], first[finite], second[finite]
-    if not len(places):
-        return Difference(nonfinite, nonfinite)
     if first.dtype == second.dtype and first.dtype.kind in "iub":  # exact, and rounded once
         exact = np.maximum(first, second).astype(np.uint64)
         distances = (exact - np.minimum(first, second).astype(np.uint64)).astype(np.float64)
@@ -184,8 +165,8 @@ def _difference(
         rtol, atol = tolerance
         beyond = distances > atol + rtol * larger
         places, distances, larger = places[beyond], distances[beyond], larger[beyond]
-        if not len(places):
-            return Difference(nonfinite, nonfinite)
+    if not len(places):
+        return Difference(nonfinite, nonfinite)
     np.divide(distances, larger, out=larger)
     i = int(np.argmax(distances))
     return Difference(

@@ -30,9 +30,6 @@ def find_damage(
     `METADATA_NAME` and `STRUCTURE` are among them if other bytes are damaged. `INTEGRITY_KEY` alone
     is returned if the digests are damaged, or of other tensors: nothing can be compared then.
     `progress` is called in this thread with the bytes read and the bytes in all.
-
-    Raises:
-        OutputError: a file cannot be read, or carries no digests.
     """
     files = {file.path: (file, _written_specs(file)) for file in dump.files}
     lengths = {

@@ -47,12 +47,7 @@ _OF_THE_MODEL = ("weights_sha256", "layers", "precision")
 class DumpFiles:
     """Finished files that hold the same tensors, whose rows are counted through all of them.
 
-    Each read opens the files again.
-
-    Attributes:
-        paths: of each dump, the file, or the name of the whole.
-        files: the files, in the order of their boards.
-        metadata: of the dump; of several, the first's.
+    `paths` are files or names of wholes, one per dump. Each read opens the files again.
     """
 
     def __init__(
@@ -102,15 +97,13 @@ class DumpFiles:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Tensors of all files by name. One of boards has no offset where there are several."""
-        if len(self.files) == 1:
-            return self.files[0].tensors
-        return {name: self._joined(tensor) for name, tensor in self.files[0].tensors.items()}
-
-    def _joined(self, tensor: StoredTensor) -> StoredTensor:
-        if not self.catalog.find(tensor.name).of_boards:
-            return tensor
-        nbytes = sum(file.tensors[tensor.name].nbytes for file in self.files)
-        return replace(tensor, shape=(self.boards, *tensor.shape[1:]), nbytes=nbytes, offset=None)
+        found = dict(self.files[0].tensors)
+        for name, first in found.items() if len(self.files) > 1 else ():
+            if self.catalog.find(name).of_boards:
+                shape = (self.boards, *first.shape[1:])
+                nbytes = sum(file.tensors[name].nbytes for file in self.files)
+                found[name] = replace(first, shape=shape, nbytes=nbytes, offset=None)
+        return found
 
     @cached_property
     def digests(self) -> dict[str, Digest]:
@@ -126,11 +119,7 @@ class DumpFiles:
         return {name: replace(digest, nbytes=0) for name, digest in found.items()}
 
     def files_of(self, name: str) -> list[Inspection]:
-        """Return the files that a tensor is read from: the first, where it has no axis of boards.
-
-        Raises:
-            InvalidArgumentError: another file has none of its dtype and shape.
-        """
+        """Return the files that hold a tensor: the first, where it has no axis of boards."""
         if len(self.files) == 1 or not self.catalog.find(name).of_boards:
             return self.files[:1]
         first = self.files[0].tensors[name]
@@ -153,10 +142,6 @@ class DumpFiles:
         """Read a part of rows, or of `per_row` cells of each row, into `out`, uint8 (R, nbytes).
 
         `numbers`, int64 (R,), count rows or cells through all files. `cancel` ends the read.
-
-        Raises:
-            InvalidArgumentError: not all files have the tensor.
-            OutputError: a row cannot be read, or a file was changed.
         """
         touched: Iterable[int] = range(len(self.files))
         if len(numbers) < len(self.files):
@@ -166,11 +151,14 @@ class DumpFiles:
             numbers = numbers + ((part.of - 1) * (numbers // per_row) + part.at) * per_row
         self._check_unchanged(touched)
         if out.size:
+            nbytes = out.shape[1]
             stored = self._open.get((part.tensor, parts))
             if stored is None:
-                stored = self._open[part.tensor, parts] = self._stored(part.tensor, parts)
+                places = self._places(part.tensor)
+                stored = _rust.StoredTensor(part.tensor, places, parts, nbytes)
+                self._open[part.tensor, parts] = stored
             if self._is_remote:
-                self._fetch(part.tensor, parts, numbers)
+                self._fetch(part.tensor, parts, nbytes, numbers)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
             self._check_unchanged(touched)
 
@@ -178,18 +166,23 @@ class DumpFiles:
     def _is_remote(self) -> bool:
         return any(is_mirror(file.path) for file in self.files)
 
-    def _fetch(self, name: str, parts: int, numbers: NDArray[np.int64]) -> None:
-        """Make parts of rows local, which may be holes in the files' local copies."""
+    def _places(self, name: str) -> list[tuple[Path, int, int]]:
+        """Return the files that hold a tensor, with its offset and its rows in each."""
+        of_boards = self.catalog.find(name).of_boards
+        return [
+            (file.path, offset_in(file, name), file.catalog.boards if of_boards else 1)
+            for file in self.files_of(name)
+        ]
+
+    def _fetch(self, name: str, parts: int, nbytes: int, numbers: NDArray[np.int64]) -> None:
+        """Make parts of rows local, of `nbytes` each, which may be holes in local copies."""
         spans: dict[Path, Ranges] = {}
         numbers, first = np.unique(numbers), 0
-        for file in self.files_of(name):
-            tensor = file.tensors[name]
-            of_boards = self.catalog.find(name).of_boards
-            end = first + (tensor.shape[0] if of_boards else 1) * parts
-            nbytes = tensor.nbytes // (end - first)
+        for path, offset, rows in self._places(name):
+            end = first + rows * parts
             inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)]
-            begins = offset_in(file, name) + (inside - first) * nbytes
-            spans[file.path] = (begins, begins + nbytes)
+            begins = offset + (inside - first) * nbytes
+            spans[path] = (begins, begins + nbytes)
             first = end
         fetch(spans)
 
@@ -199,16 +192,6 @@ class DumpFiles:
             if found is not self.files[i]:
                 self.files[i] = found
                 self._open = {}  # which would refuse another inode number
-
-    def _stored(self, name: str, parts: int) -> _rust.StoredTensor:
-        of_boards = self.catalog.find(name).of_boards
-        places, nbytes = [], 0
-        for file in self.files_of(name):
-            tensor = file.tensors[name]
-            places.append((file.path, offset_in(file, name), tensor.shape[0] if of_boards else 1))
-            nbytes += tensor.nbytes
-        rows = sum(rows for _, _, rows in places)
-        return _rust.StoredTensor(name, places, parts, nbytes // (rows * parts))
 
     def read_span(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
         """Fill `out`, (n,), with a stored tensor's bytes from `start` on, through all files."""
@@ -234,24 +217,16 @@ class DumpFiles:
 def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
     """Read the headers of a dump: of the file of this name, or else of all its shards.
 
-    Several dumps are read as one, with the metadata of the first.
-
-    Raises:
-        InvalidArgumentError: a suffix names no format, or the dumps do not belong together.
-        OutputError: a file cannot be read or is not of its format, a shard is missing, or the
-            shards do not belong together.
+    Several dumps are read as one, with the metadata of the first. InvalidArgumentError where they
+    do not belong together, OutputError where a file or a shard of one is wrong or missing.
     """
     local = [input_path(path) if is_url(path) else Path(path).expanduser() for path in paths]
     dumps = [_inspect_one(path) for path in local]
     if len(dumps) == 1:
         return dumps[0]
-    joined = DumpFiles(
-        [dump.path for dump in dumps],
-        [file for dump in dumps for file in dump.files],
-        dumps[0].metadata,
-    )
-    first = joined.files[0]
-    for file in joined.files:
+    files = [file for dump in dumps for file in dump.files]
+    first, of_model = files[0], dict[str, str | None]()
+    for file in files:
         apart = f"{file.path} cannot be read as one with {first.path}"
         if file.catalog.keys != first.catalog.keys:
             raise InvalidArgumentError(
@@ -259,10 +234,10 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
             )
         for name in _OF_THE_MODEL:
             theirs = file.metadata.get(name)
-            ours = joined.metadata.get(name, theirs)
+            ours = of_model[name] = of_model.get(name) or theirs
             if theirs not in (ours, None):
                 raise InvalidArgumentError(f"{apart}: its {name} is {theirs}, not {ours}")
-    return joined
+    return DumpFiles([dump.path for dump in dumps], files, dumps[0].metadata)
 
 
 def _inspect_one(path: Path) -> DumpFiles:
@@ -283,19 +258,12 @@ def _inspect_one(path: Path) -> DumpFiles:
 
 @dataclass(frozen=True)
 class DumpShards:
-    """The shards of one dump in its directory.
+    """The shards of one dump in its directory."""
 
-    Attributes:
-        whole: the name of the whole dump.
-        count: shards of the dump.
-        finished: paths of the finished shards, in order.
-        partial: paths of the unfinished ones that are there, in order.
-    """
-
-    whole: Path
-    count: int
-    finished: Mapping[Shard, Path]
-    partial: Mapping[Shard, Path]
+    whole: Path  # name of the whole dump
+    count: int  # shards of the dump
+    finished: Mapping[Shard, Path]  # in order
+    partial: Mapping[Shard, Path]  # unfinished ones that are there, in order
 
     @cached_property
     def boards(self) -> tuple[int, int | None]:
@@ -312,11 +280,7 @@ class DumpShards:
 
 
 def find_shards(whole: Path) -> DumpShards | None:
-    """List the shards of a dump, finished or not; None if there are none.
-
-    Raises:
-        OutputError: the directory cannot be listed, or has shards of dumps of different counts.
-    """
+    """List the shards of a dump, finished or not; None if there are none."""
     finished, partial = list_shards(whole), list_shards(whole, ".partial")
     first_of = {shard.count: path for shard, path in reversed(list((finished or partial).items()))}
     if len(first_of) > 1:

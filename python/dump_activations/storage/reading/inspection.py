@@ -1,9 +1,10 @@
 """Inspection: the headers of one finished file, and whether it is still the same file."""
 
+import operator
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from dump_activations.errors import OutputError, check_ordinary
 from dump_activations.remote.mirror import is_mirror, open_binary
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest, parse_integrity
-from dump_activations.storage.formats.layout import Contents, Format, StoredTensor
+from dump_activations.storage.formats.layout import Format, StoredTensor
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.reading.keys import Catalog
 
@@ -26,31 +27,14 @@ _LONGEST_REASON = 300
 
 @dataclass(frozen=True)
 class Inspection:
-    """A file and its contents.
-
-    Attributes:
-        path: the file.
-        format: its format.
-        size: its bytes.
-        contents: tensors and metadata.
-        stamp: inode number and time in ns.
-    """
+    """A file and its contents."""
 
     path: Path
     format: Format
-    size: int
-    contents: Contents
-    stamp: tuple[int, int]
-
-    @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """Tensors by name."""
-        return self.contents.tensors
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The file's own metadata."""
-        return self.contents.metadata
+    size: int  # bytes
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]  # the file's own
+    stamp: tuple[int, int]  # inode number, and time in ns
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -67,12 +51,7 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Read the headers of one file.
-
-    Raises:
-        InvalidArgumentError: the suffix names no format.
-        OutputError: the file cannot be read, or is not of its format.
-    """
+    """Read the headers of one file; OutputError where it is not of its format."""
     path = Path(path)
     file_format = format_of(path)
     with _open(path) as file:
@@ -82,7 +61,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         except ValueError as error:
             reason = str(error)[:_LONGEST_REASON]  # it may quote the file
             raise OutputError(f"{path} is not a whole {file_format.name} file: {reason}") from None
-    return Inspection(path, file_format, status.st_size, contents, _stamp(status))
+    return Inspection(path, file_format, status.st_size, *contents, _stamp(status))
 
 
 @contextmanager
@@ -120,26 +99,18 @@ def inspect_again(file: Inspection) -> Inspection:
 def _same_again(file: Inspection, status: os.stat_result) -> Inspection:
     """Compare a file's headers where its time or inode number is new.
 
-    A new time or inode number alone is not a change: `touch` and network mounts renew them. So a
-    byte changed in place, under the same header and size, is not noticed. If both
+    A new time or inode number alone is not a change: `touch` and network mounts renew them. If both
     are new, only digests in an equal header prove that the content is the same.
     """
     # A mirror's time changes with each block. Each request checks the remote file's version.
     if _stamp(status) == file.stamp or is_mirror(file.path):
         return file
-    try:
+    with suppress(OutputError):
         found = inspect(file.path)
-    except OutputError:
-        found = None
-    if (
-        found is None
-        or (found.size, found.contents) != (file.size, file.contents)
-        or (
-            not file.digests and found.stamp[0] != file.stamp[0] and found.stamp[1] != file.stamp[1]
-        )
-    ):
-        raise OutputError(f"{file.path} was replaced or changed since it was opened")
-    return found
+        both_are_new = all(map(operator.ne, found.stamp, file.stamp))
+        if replace(found, stamp=file.stamp) == file and (file.digests or not both_are_new):
+            return found
+    raise OutputError(f"{file.path} was replaced or changed since it was opened")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

@@ -5,14 +5,13 @@ Shape letters: N boards, L layers kept.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dump_activations.dtypes import LABEL_PREFIX, READABLE_DTYPES, STATISTICS_PREFIX, TensorSpec
+from dump_activations.dtypes import LABEL_PREFIX, STATISTICS_PREFIX, TensorSpec
 from dump_activations.errors import (
     InvalidArgumentError,
     MissingKeyError,
@@ -45,35 +44,20 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Key:
-    """An activation key, one layer of it, or one stored tensor by its own name.
+    """An activation key, one layer of it, or one stored tensor by its own name."""
 
-    Attributes:
-        name: the key, or the tensor's name.
-        dtype: NumPy's name of it.
-        value: shape of one board's value per layer, or of a whole tensor without boards.
-        parts: where the values are stored: in one tensor, or each layer in its own.
-        layers: numbers of the layers in the order of their axis; None without that axis.
-        in_model: layers of the model, kept or not; None if the file does not say.
-        of_boards: whether the first axis is the boards.
-    """
-
-    name: str
-    dtype: str
-    value: tuple[int, ...]
-    parts: tuple[Part, ...]
-    layers: tuple[int, ...] | None = None
-    in_model: int | None = None
-    of_boards: bool = True
+    name: str  # the key, or the tensor's name
+    dtype: str  # NumPy's name
+    value: tuple[int, ...]  # of one board per layer, or of a whole tensor without boards
+    parts: tuple[Part, ...]  # one tensor, or a tensor per layer
+    layers: tuple[int, ...] | None = None  # numbers of the layers along their axis; None without it
+    in_model: int | None = None  # layers of the model, kept or not; None if unknown
+    of_boards: bool = True  # the first axis is the boards
 
     @property
     def is_split(self) -> bool:
         """True where each layer is a tensor of its own."""
         return self.layers is not None and self.parts[0].tensor != self.name
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one board's value, or of a whole tensor without boards."""
-        return math.prod(self.shape(1)) * READABLE_DTYPES[self.dtype].nbytes
 
     def shape(self, boards: int) -> tuple[int, ...]:
         """Shape of the values of a number of boards."""
@@ -81,11 +65,7 @@ class Key:
         return (*((boards,) if self.of_boards else ()), *layers, *self.value)
 
     def layer(self, number: int) -> Key:
-        """Return one layer by its number in the model; negative ones count from its last.
-
-        Raises:
-            InvalidArgumentError: the key does not have the layer.
-        """
+        """Return one layer by its number in the model; negative ones count from its last."""
         layers = self.layers or ()
         counted = number + (self.in_model or 0) if number < 0 else number
         if counted in layers:
@@ -109,13 +89,7 @@ class Key:
 
 
 class Catalog:
-    """Everything that can be read from a file, by name.
-
-    Attributes:
-        boards: N.
-        keys: activation keys by name; a split key is one key.
-        tensors: stored tensors by name.
-    """
+    """Everything that can be read from a file: `boards`, `keys` and `tensors` by name."""
 
     def __init__(
         self,
@@ -139,11 +113,7 @@ class Catalog:
         return sorted({layer for key in self.keys.values() for layer in key.layers or ()})
 
     def find(self, name: str) -> Key:
-        """Find a key, or a layer of it, by any name that `outputs` takes, or a tensor by its own.
-
-        Raises:
-            MissingKeyError: the file has neither; the text names those it has.
-        """
+        """Find a key, a layer of one, or a tensor, by any name that `outputs` takes or its own."""
         if name in self.keys:
             return self.keys[name]
         if name in self.tensors:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS, READABLE_DTYPES
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
+from dump_activations.storage.formats.layout import Contents
 from dump_activations.storage.reading.cells import (
     CellOrder,
     Cells,
@@ -23,11 +24,10 @@ from dump_activations.storage.reading.cells import (
     rows_and_cells,
 )
 from dump_activations.storage.reading.dump_files import DumpFiles
-from dump_activations.storage.reading.inspection import Inspection
 from dump_activations.storage.reading.keys import Key, Part
 
-Window = tuple[dict[str, Tensor], NDArray[np.int64]]
-"""The values of a window's cells by key, (M, D), and the cells, int64 (M,)."""
+# The values of a window's cells by key, (M, D), and the cells, int64 (M,).
+_Window = tuple[dict[str, Tensor], NDArray[np.int64]]
 
 # Keys with a value per pair of cells, whose first axis is attention heads.
 _OF_PAIRS = frozenset({"attn_scores", "attn_pattern"})
@@ -69,7 +69,11 @@ class StoredCells(Cells[Values]):
         device: str | torch.device | None,
         **loop: Any,
     ) -> None:
-        super().__init__(order, " ".join(map(_identity, files.files)), **loop)
+        identities = [
+            file.metadata.get("fingerprint") or repr(Contents(file.tensors, file.metadata))
+            for file in files.files
+        ]
+        super().__init__(order, " ".join(identities), **loop)
         self._files = files
         self._values = values
         self._device = _device(device)
@@ -86,7 +90,7 @@ class StoredCells(Cells[Values]):
         cancel = _rust.Cancel()
         reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cells")
 
-        def read(window: int, batches: list[int]) -> Window:
+        def read(window: int, batches: list[int]) -> _Window:
             cells = order.read(window, batches)
             values = {name: self._new(name, len(cells), of) for name, of in self._values.items()}
             for name, of in self._values.items():
@@ -94,7 +98,7 @@ class StoredCells(Cells[Values]):
                 self._files.read(of.part, cells, out, per_row=CELLS, cancel=cancel)
             return values, cells
 
-        def start() -> Future[Window] | None:
+        def start() -> Future[_Window] | None:
             window, batches = next(windows, (0, []))
             if not batches:
                 return None
@@ -103,7 +107,7 @@ class StoredCells(Cells[Values]):
             except RuntimeError:  # The program ends, and no thread can start.
                 if threading.current_thread().daemon:
                     return None  # The interpreter would end this thread inside of the read.
-                done: Future[Window] = Future()
+                done: Future[_Window] = Future()
                 done.set_result(read(window, batches))
                 return done
 
@@ -210,11 +214,6 @@ def _finish_copy(batch: KeyedCells, copied: torch.cuda.Event, device: torch.devi
     """Let the caller's stream wait for the copy."""
     torch.cuda.current_stream(device).wait_event(copied)
     return batch
-
-
-def _identity(file: Inspection) -> str:
-    """Return a text that tells a file from others, for a state."""
-    return file.contents.metadata.get("fingerprint") or repr(file.contents)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

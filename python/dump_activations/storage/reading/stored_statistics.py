@@ -31,9 +31,6 @@ def stored_statistics(dump: DumpFiles) -> dict[str, TensorStatistics]:
     """Return the statistics that files hold by tensor, merged in the order of the files.
 
     Tensors that lack a statistic in one of the files are left out.
-
-    Raises:
-        OutputError: they cannot be read.
     """
     first, *others = [_stored_in(file) for file in dump.files]
     return {
@@ -55,10 +52,9 @@ def _stored_in(file: Inspection) -> dict[str, TensorStatistics]:
         specs = statistics_specs(tensor, layers=layers[0] if layers else None, width=width)
         if not {(spec.name, spec.dtype, spec.shape) for spec in specs} <= there:
             continue
-        found[tensor] = {
-            each.name: np.empty(spec.shape) for each, spec in zip(STATISTICS, specs, strict=True)
-        }
-        for spec, values in zip(specs, found[tensor].values(), strict=True):
+        found[tensor] = {}
+        for each, spec in zip(STATISTICS, specs, strict=True):
+            values = found[tensor][each.name] = np.empty(spec.shape)
             read_span(file, spec.name, 0, values.reshape(-1).view(np.uint8))
     return found
 
@@ -70,9 +66,6 @@ def compute_statistics(
 
     They agree with `dump(stats=True)` to rounding, and do not depend on `threads` or shards.
     `progress` is called in this thread with bytes read and bytes in all, and may raise.
-
-    Raises:
-        OutputError: the dump cannot be read, or its tensors have no axis of boards.
     """
     vectors, lengths = {}, {}
     for key in dump.catalog.keys.values():
@@ -94,11 +87,7 @@ def compute_statistics(
 
 
 def key_statistics(key: Key, stored: Mapping[str, TensorStatistics]) -> TensorStatistics:
-    """Return the stored statistics of a key, of all its layers or of one.
-
-    Raises:
-        InvalidArgumentError: the key has no statistics.
-    """
+    """Return the stored statistics of a key, of all its layers or of one."""
     found = [stored[part.tensor] for part in key.parts if part.tensor in stored]
     of_layers = (len(key.layers or ()) or key.parts[0].of, *key.value[-1:])
     shapes = {each["mean"].shape for each in found}
@@ -114,9 +103,5 @@ def key_statistics(key: Key, stored: Mapping[str, TensorStatistics]) -> TensorSt
             return values if key.layers is not None else values[part.at]
         return values if each.per_feature else values[0]
 
-    return {
-        each.name: np.stack([of_part(part, each) for part in key.parts])
-        if key.is_split
-        else of_part(key.parts[0], each)
-        for each in STATISTICS
-    }
+    found_of = {each.name: [of_part(part, each) for part in key.parts] for each in STATISTICS}
+    return {name: np.stack(of) if key.is_split else of[0] for name, of in found_of.items()}

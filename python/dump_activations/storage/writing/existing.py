@@ -69,7 +69,7 @@ def find_existing(target: Path) -> Existing | None:
         inspection = inspect(target)
     except OutputError:
         return Existing(target, found, {}, {})
-    return Existing(target, found, inspection.contents.metadata, inspection.digests)
+    return Existing(target, found, inspection.metadata, inspection.digests)
 
 
 def choose_shards(work: Work, size: int | None, *, share: bool) -> int | None:
