@@ -36,7 +36,7 @@ ARROWS = {
     "remote": LEAVES,
     "storage.writing": (
         *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
-        *("storage.reading", "storage.shards", "storage.statistics"),
+        *("remote", "storage.reading", "storage.shards", "storage.statistics"),
     ),
     "storage.reading": (
         *(*LEAVES, "_rust", "model.activations", "storage.digests", "storage.formats"),

@@ -24,7 +24,6 @@ from dump_activations.errors import (
     Note,
     OutputError,
     VocabularyError,
-    locate,
     note,
     option,
     size_text,
@@ -47,6 +46,7 @@ from dump_activations.pipeline.plan import (
 from dump_activations.pipeline.run import Run, Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
 from dump_activations.progress import Count, Phase, begin, counted, shown_progress
+from dump_activations.remote.upload import DEFAULT_SHARD_NBYTES, output_path, uploads_of
 from dump_activations.storage.statistics import statistics_specs
 from dump_activations.storage.writing.existing import choose_shards
 from dump_activations.storage.writing.output import OutputFile
@@ -99,7 +99,8 @@ def dump(
         init: a checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`; or a
             loaded Encoder.
         dataset: a dataset of steps, or its directory.
-        output: the output's path; its suffix, `.safetensors`, `.pt` or `.npz`, selects the format.
+        output: the output's path, or its URL in a bucket or on the hub; its suffix,
+            `.safetensors`, `.pt` or `.npz`, selects the format.
         outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
         layers: layers to keep, as Python indexes them: -1, [0, 3] or "0,3,-1,4:8"; None keeps
             all.
@@ -137,7 +138,7 @@ def dump(
             under the output's name then, and an existing one is left as it was.
     """
     options = DumpOptions.of(locals())
-    return dump_to_file(init, dataset, locate(output, "output"), options)
+    return dump_to_file(init, dataset, output_path(output), options)
 
 
 def preview(
@@ -208,7 +209,7 @@ class _Call:
             summary = Summary(keys=keys, setup_seconds=time.perf_counter() - self.started)
         return replace(
             summary,
-            output=self.path,
+            output=output.url or self.path,
             resumed_boards=sum(file.rows for file in output.files) - summary.boards,
             bytes_written=sum(each.size for each in output.finished.values()),
             nonfinite=_nonfinite(output, warn_of_them=is_run),
@@ -273,7 +274,8 @@ class _Call:
                 yield from map(file.work.run_rows_of, file.missing)
                 if not file.missing:
                     output.commit(file)
-                file = output.take()
+                # A remote output has room for one file at a time: the one before it is uploaded.
+                file = output.take() if output.url is None else None
 
         def advance(boards: int) -> None:
             nonlocal done
@@ -356,11 +358,11 @@ class _Call:
             if not output.missing:
                 error.add_note(f"{output.files_are} complete")
             elif kept:
-                n = sum(file.rows for file in output.files)
+                n, where = sum(file.rows for file in output.files), output.url or self.path
                 error.add_note(
                     Note(
-                        f"{kept:,} of {n:,} boards of {self.path} are kept; the same call again "
-                        "does the rest"
+                        f"{kept:,} of {n:,} boards of {where} are kept; the same call again does "
+                        "the rest"
                     )
                 )
             raise
@@ -395,6 +397,8 @@ def _look(
     share = place.size > 1 or options.shards is not None
     assert not isinstance(options.shard_size, str)
     shards = choose_shards(work, options.shard_size, share=share)
+    if shards is None and uploads_of(work.whole.parent) is not None:
+        shards = work.count_shards(DEFAULT_SHARD_NBYTES)
     files = work.files(shards)
     largest_nbytes = max(files[0].tensor_nbytes, files[-1].tensor_nbytes)
     if options.shard_size is not None and largest_nbytes > options.shard_size:
@@ -407,7 +411,7 @@ def _look(
             )
         files = files[options.shards.start - 1 : options.shards.stop - 1]
     output = Output(files, place=place, overwrite=options.overwrite, check=check)
-    for replaced in output.replaced:
+    for replaced in output.replaced if output.url is None else ():
         check_output(replaced, [STORAGE_DTYPES[options.dtype].name], inputs=plan.input_files)
     return output
 
@@ -445,7 +449,7 @@ def _preview(plan: Plan, path: Path, output: Output) -> Preview:
     ]
     shards = {file.target: file.rows for file in output.files if file.shard is not None}
     free_nbytes = free_space([file.target for file in output.missing or output.files])
-    return Preview(plan, specs, path, free_nbytes, shards)
+    return Preview(plan, specs, output.url or path, free_nbytes, shards)
 
 
 def _note_mixture(output: Output) -> None:

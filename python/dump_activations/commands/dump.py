@@ -10,6 +10,7 @@ import os
 import time
 from dataclasses import Field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,6 +37,7 @@ from dump_activations.dtypes import STORAGE_DTYPES
 from dump_activations.errors import (
     InvalidArgumentError,
     OutputError,
+    is_url,
     locate,
     option,
     shape_text,
@@ -52,7 +54,6 @@ from dump_activations.progress import Reporter, begin, reported_to, shown_progre
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from dump_activations.model.config import EncoderConfig
     from dump_activations.pipeline.options import Options
@@ -225,11 +226,13 @@ def dump_activations(
         return
     inputs = _sources(init, dataset, use_demo=use_demo)
     options = DumpOptions.of(flags)
-    path = locate(output, "output")
+    path = Path(output)
     if options.write:
+        from dump_activations.remote.upload import output_path
         from dump_activations.storage.writing.paths import check_output
 
-        indices = [] if options.indices is None else [locate(flags["indices"], "indices")]
+        path, given = output_path(output), flags["indices"]
+        indices = [] if given is None or is_url(given) else [locate(given, "indices")]
         check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
     if nproc_per_node is not None and not context.params["dry_run"] and "RANK" not in os.environ:
         context.exit(launch(context.obj, nproc_per_node))

@@ -251,14 +251,14 @@ class Preview:
     """The output of a plan, known before any forward pass.
 
     Attributes:
-        output: the file, or the name of its shards; None if nothing is written.
+        output: the file, or the name or URL of its shards; None if nothing is written.
         free_nbytes: free space of the disk; None if it is unknown or nothing is written.
         shards: boards of each shard to write, in order; empty for one file.
     """
 
     plan: Plan
     tensors: Sequence[TensorSpec]
-    output: Path | None = None
+    output: Path | str | None = None
     free_nbytes: int | None = None
     shards: Mapping[Path, int] = field(default_factory=dict)
 

@@ -58,7 +58,7 @@ class Summary:
     """The work that this process did in a run. Times are in seconds.
 
     Attributes:
-        output: the file, or the name of its shards; None if nothing was written.
+        output: the file, or the name or URL of its shards; None if nothing was written.
         keys: activation keys that were captured.
         boards: boards that went through the model.
         resumed_boards: the other boards of the output, which earlier runs or other processes wrote.
@@ -74,7 +74,7 @@ class Summary:
             with any.
     """
 
-    output: Path | None = None
+    output: Path | str | None = None
     keys: tuple[str, ...] = ()
     boards: int = 0
     resumed_boards: int = 0

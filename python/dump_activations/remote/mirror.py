@@ -17,7 +17,6 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,20 +52,52 @@ def view_of(location: Location, files: Sequence[RemoteFile]) -> Path:
     Raises:
         RemoteError: the cache cannot be written, or belongs to another user.
     """
-    root = _cache()
-    _locations[location.url, location.commit] = location
     versions = json.dumps([location.url, location.commit, *files])
-    scheme, _, rest = location.url.partition("://")
-    view = root / "views" / scheme / rest / _key(versions)
-    with RemoteError.when(_CANNOT_WRITE.format(root)):
-        view.mkdir(parents=True, exist_ok=True)
-        _make_room(root)
-        for file in files:
-            mirror = root / "files" / _key(json.dumps([location.url, location.commit, *file]))
-            _create(mirror, location, file)
-            if not (view / file.name).is_symlink():
-                _link(view / file.name, mirror)
+    view = cache_directory("views", location.url, _key(versions))
+    _make_room(_cache())
+    for file in files:
+        if (view / file.name).is_symlink():
+            _mirror_of(location, file)  # It is in use again.
+        else:
+            become_mirror(view / file.name, location, file)
     return view
+
+
+def cache_directory(kind: str, url: str, name: str = "") -> Path:
+    """Make a directory of the cache that stands for a remote one.
+
+    Raises:
+        RemoteError: the cache cannot be written, or belongs to another user.
+    """
+    root = _cache()
+    scheme, _, rest = url.partition("://")
+    directory = Path(os.path.realpath(root / kind / scheme / rest / name))
+    with RemoteError.when(_CANNOT_WRITE.format(root)):
+        directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def become_mirror(path: Path, location: Location, file: RemoteFile) -> None:
+    """Put a link to the mirror of a remote file in a path's place.
+
+    Raises:
+        RemoteError: the cache cannot be written.
+    """
+    mirror, link = _mirror_of(location, file), _beside(path, f".{os.getpid()}")
+    with RemoteError.when(_CANNOT_WRITE.format(path)):
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(mirror, path.parent))
+        link.replace(path)
+    _mirror_at.cache_clear()
+
+
+def _mirror_of(location: Location, file: RemoteFile) -> Path:
+    """Return the mirror of a remote file, made where there is none."""
+    _locations[location.url, location.commit] = location
+    mirror = _cache() / "files" / _key(json.dumps([location.url, location.commit, *file]))
+    with RemoteError.when(_CANNOT_WRITE.format(mirror)):
+        _create(mirror, location, file)
+    return mirror
 
 
 def fetch(ranges: Mapping[Path, Ranges]) -> None:
@@ -193,6 +224,7 @@ class _Mirror:
                 while data:
                     written = os.pwrite(fd, data, start)
                     data, start = data[written:], start + written
+                _set_time(fd, self.file)
             finally:
                 os.close(fd)
             self._mark(first, stop)
@@ -272,6 +304,7 @@ def _create(mirror: Path, location: Location, file: RemoteFile) -> None:
     for path, size in ((mirror, file.size), (_beside(mirror, ".blocks"), 0)):
         with path.open("ab") as made:
             made.truncate(size)
+    _set_time(mirror, file)
     # The description comes last: without it the other two are not a mirror yet.
     text = json.dumps({"url": location.url, "commit": location.commit, "file": file._asdict()})
     temporary = _beside(mirror, f".{os.getpid()}")
@@ -279,9 +312,9 @@ def _create(mirror: Path, location: Location, file: RemoteFile) -> None:
     temporary.replace(described)
 
 
-def _link(view: Path, mirror: Path) -> None:
-    with suppress(FileExistsError):  # Another process made it.
-        view.symlink_to(os.path.relpath(mirror, view.parent))
+def _set_time(mirror: Path | int, file: RemoteFile) -> None:
+    """Give a mirror the remote file's time: blocks that are read change nothing of its content."""
+    os.utime(mirror, (file.modified or 0,) * 2)
 
 
 def _make_room(root: Path) -> None:

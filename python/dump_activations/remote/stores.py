@@ -44,7 +44,7 @@ _LARGEST_PAGE = 64 << 20
 _QUERY = re.compile(r"\?\S*")
 _ANSWERS = {
     "401": "log in, or check the credentials",
-    "403": "check that the credentials may read it",
+    "403": "check that the credentials allow it",
     "429": "the server asks for a pause: try again later",
     "500": "try again later",
     "503": "the server is overloaded: try again later",
@@ -134,8 +134,10 @@ class Location:
             endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
             options["client_options"]["allow_http"] = endpoint.startswith("http://")
             bucket, _, path = shown.partition("://")[2].partition("/")
-            if scheme == "s3" and (provider := _profile()) is not None:
-                options["credential_provider"] = provider
+            if scheme == "s3":
+                options["checksum_algorithm"] = "sha256"  # of what is written
+                if (provider := _profile()) is not None:
+                    options["credential_provider"] = provider
             store = from_url(f"{scheme}://{bucket}", **options)
             return cls(shown, store, f"{path}/" if path else "")
 
@@ -144,10 +146,7 @@ class Location:
         from huggingface_hub import HfApi, constants, get_token
         from obstore.store import HTTPStore
 
-        match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", shown)
-        if match is None:
-            raise InvalidArgumentError(f"{shown}: the address of a dataset must be {_HUB_FORM}")
-        repo, revision, path = match[1], unquote(match[2] or "main"), match[3] or ""
+        repo, revision, path = _repository(shown)
         if commit is None:
             with _errors(shown):
                 info = HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT)
@@ -219,6 +218,47 @@ class Location:
             )
         return data
 
+    def write(self, name: str, data: Path | bytes) -> None:
+        """Write a file of the directory, which appears there when it is whole.
+
+        S3 and the hub compare checksums of what they receive.
+
+        Raises:
+            RemoteError: the server refuses, or does not answer.
+        """
+        import obstore
+
+        with _errors(f"{self.url}/{name}"):
+            if self.commit is None:
+                obstore.put(self.store, self.prefix + name, data)
+                return
+            from huggingface_hub import HfApi
+
+            repo, revision, _ = _repository(self.url)
+            HfApi().upload_file(
+                path_or_fileobj=data,
+                path_in_repo=self.prefix + name,
+                repo_id=repo,
+                repo_type="dataset",
+                revision=revision,
+                commit_message=f"Add {name}",
+            )
+
+    @staticmethod
+    def make_repository(url: str) -> None:
+        """Make the private dataset on the hub that a URL names.
+
+        Raises:
+            RemoteError: the hub refuses, or does not answer.
+        """
+        from huggingface_hub import HfApi
+
+        shown = without_secrets(url)
+        with _errors(shown):
+            HfApi().create_repo(
+                _repository(shown)[0], repo_type="dataset", private=True, exist_ok=True
+            )
+
     def _list_bucket(self) -> Iterator[RemoteFile]:
         import obstore
 
@@ -230,9 +270,7 @@ class Location:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
-        repo = self.url.removeprefix("hf://datasets/")
-        repo = "/".join(repo.split("/")[:2]).partition("@")[0]
-        path = self.prefix.rstrip("/") or None
+        repo, path = _repository(self.url)[0], self.prefix.rstrip("/") or None
         api = HfApi()
         for each in api.list_repo_tree(repo, path, revision=self.commit, repo_type="dataset"):
             if isinstance(each, RepoFile):
@@ -301,6 +339,14 @@ class _Links(HTMLParser):
         name = unquote(urlsplit(target or "").path).removeprefix("./")
         if name and "/" not in name:
             self.names.append(name)
+
+
+def _repository(url: str) -> tuple[str, str, str]:
+    """Split the URL of a directory on the hub into repository, revision and path."""
+    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", url)
+    if match is None:
+        raise InvalidArgumentError(f"{url}: the address of a dataset must be {_HUB_FORM}")
+    return match[1], unquote(match[2] or "main"), match[3] or ""
 
 
 def _described(name: str, meta: Any) -> RemoteFile:

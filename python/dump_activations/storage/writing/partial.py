@@ -190,6 +190,8 @@ class Partial:
         os.fsync(self.fd)
         with suppress(FileNotFoundError):
             found = self.target.lstat()
+            with suppress(FileNotFoundError):  # A remote file is a link to its mirror.
+                found = self.target.stat()
             if content(found) != replaced:
                 raise OutputError(
                     f"{self.target} appeared or changed while it was being written; move it away, "

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from dump_activations.errors import OutputError, note, option, size_text
+from dump_activations.progress import begin
+from dump_activations.remote.upload import MOST_LOCAL, uploads_of
 from dump_activations.storage.shards import list_names, list_shards
 from dump_activations.storage.writing.existing import (
     Existing,
@@ -91,6 +93,7 @@ class Output:
         self._overwrite = overwrite
         self._check = check
         self.finished: dict[Path, Existing] = {}
+        self._uploads = uploads_of(self._directory)
         self._start = place.rank * len(self.files) // place.size
         for file in self.files:
             if not self._is_finished(file, at_start=True):
@@ -108,6 +111,11 @@ class Output:
         return self._count_boards() - self._own_boards
 
     @property
+    def url(self) -> str | None:
+        """Where the output is uploaded to; None for a local one."""
+        return None if self._uploads is None else self._uploads.url_of(self.files[0].work.whole)
+
+    @property
     def missing(self) -> list[FileWork]:
         """Files that were not finished when this process looked last."""
         return [file for file in self.files if file.target not in self.finished]
@@ -118,10 +126,14 @@ class Output:
         Raises:
             OutputError: the file cannot be made, or another process writes other work there.
         """
-        if not self._mount.has_locks and self._place.size > 1:
+        has_locks = self._mount.has_locks and self._uploads is None
+        if not has_locks and self._place.size > 1:
             # This process has no other files from now on, so it returns after its share.
             self.files = self.files[self._place.rank :: self._place.size]
             self._place, self._start = Place(), 0
+        if self._uploads is not None:
+            self._uploads.wait(self._check, MOST_LOCAL - 1)
+            self._uploads.refresh(self.files[0].work.whole.stem)
         under_way = {each.work for each in self.open_files}
         for file in [*self.files[self._start :], *self.files[: self._start]]:
             if file in under_way or file.target in self.finished or self._is_finished(file):
@@ -160,6 +172,8 @@ class Output:
         self.open_files.remove(file)
         if self._is_finished(file.work):
             self._own_boards += file.work.rows
+            if self._uploads is not None:
+                self._uploads.start(file.work.target, file.work.work.whole)
 
     def suspend(self, *, discard: bool = False) -> int:
         """Leave the open files for a later run, or discard them; return the boards that are kept.
@@ -171,7 +185,10 @@ class Output:
         return self._count_boards() + sum(kept)
 
     def tidy(self) -> None:
-        """Remove journals next to finished files, which a kill after the rename leaves there."""
+        """Remove journals next to finished files, which a kill after the rename leaves there.
+
+        Where the output is remote, the finished files are uploaded then.
+        """
         names = list_names(self._directory)
         for file in self.files:
             if journal_path(file.target).name in names and file.target in self.finished:
@@ -183,6 +200,11 @@ class Output:
                         partial.remove()
                     else:
                         partial.close()
+        if self._uploads is not None:
+            begin("uploading the output")
+            for file in self.files:
+                self._uploads.start(file.target, file.work.whole)
+            self._uploads.wait(self._check, 0)
 
     @cached_property
     def _mount(self) -> Mount:
@@ -302,16 +324,15 @@ class Output:
     def files_are(self) -> str:
         """The beginning of a sentence about the files: "activations.pt is"."""
         shards = [each.shard for each in self.files if each.shard is not None]
-        name = str(self.files[0].work.whole)
+        name = self.url or str(self.files[0].work.whole)
         if shards and len(shards) < shards[0].count:
             return f"shards {shards[0].number} to {shards[-1].number} of {name} are"
         return f"{name} is"
 
     def check_space(self) -> None:
         """Raise OutputError where the disk has no room for the missing files."""
-        check_space(
-            [each.target for each in self.missing], sum(f.tensor_nbytes for f in self.missing)
-        )
+        files = self.missing if self._uploads is None else self.missing[:MOST_LOCAL]
+        check_space([each.target for each in files], sum(each.tensor_nbytes for each in files))
 
     def notes(self) -> Iterator[str]:
         """Describe what becomes of finished files that are there."""

@@ -1,0 +1,156 @@
+"""Outputs behind a URL: shards are written in the cache, and uploaded once they are whole.
+
+The directory in the cache stands for the remote one. A shard that is uploaded becomes a link to its
+mirror there, as in a view, and so do the shards that others uploaded. Whatever looks for finished
+shards in a directory then finds all of them, and their bytes take no local space.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+
+from dump_activations.errors import InvalidArgumentError, RemoteError, is_url, locate, note, option
+from dump_activations.remote.mirror import become_mirror, cache_directory
+from dump_activations.remote.stores import Location, RemoteNotFoundError, without_secrets
+
+DEFAULT_SHARD_NBYTES = 4_000_000_000
+_WRITABLE = ("s3://", "gs://", "az://", "hf://")
+MOST_LOCAL = 2
+"""Shards that take local space: one is written while another is uploaded."""
+
+_POLL_SECONDS = 0.2
+_CARD = """---
+tags:
+- dump-activations
+---
+
+# Activations
+
+Activations of a 2048 transformer, written by dump-activations.
+
+```python
+from dump_activations import ActivationsFile
+
+acts = ActivationsFile("{url}")
+```
+"""
+
+
+def output_path(output: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of an output: of a file in the cache, where a URL is given.
+
+    Raises:
+        InvalidArgumentError: the path is empty, or nothing can be written at the URL.
+        RemoteError: the server refuses or does not answer, or the cache cannot be written.
+    """
+    if not is_url(output):
+        return locate(output, "output")
+    url = os.fspath(output).rstrip("/")
+    parent, _, name = url.rpartition("/")
+    if not url.lower().startswith(_WRITABLE):
+        raise InvalidArgumentError(
+            f"{without_secrets(url)}: {option('output')} must be a path, or a URL that begins with "
+            f"{', '.join(_WRITABLE)}"
+        )
+    directory = cache_directory("outputs", without_secrets(parent))
+    uploads = _uploads.setdefault(directory, Uploads(parent, directory))
+    uploads.refresh(Path(name).stem)
+    return directory / name
+
+
+def uploads_of(directory: Path) -> "Uploads | None":
+    """Return the uploads of an output's directory; None for a directory that is local only."""
+    return _uploads.get(directory)
+
+
+class Uploads:
+    """The uploads from a directory of the cache to a remote one."""
+
+    def __init__(self, url: str, directory: Path) -> None:
+        self._url = url
+        self._directory = directory
+        self._under_way: dict[Path, Future[None]] = {}
+
+    def url_of(self, path: Path) -> str:
+        """Return the URL of a file of the directory, without secrets."""
+        return f"{without_secrets(self._url)}/{path.name}"
+
+    def refresh(self, stem: str) -> None:
+        """Link the files that begin with a stem and are there by now; drop links of those gone.
+
+        Raises:
+            RemoteError: the server refuses or does not answer, or the cache cannot be written.
+        """
+        location = self._connect()
+        try:
+            files = location.list(lambda name: name.startswith(stem))
+        except RemoteNotFoundError:
+            files = []
+        there = {self._directory / file.name: file for file in files}
+        for path in self._directory.glob(f"{stem}*"):
+            if path.is_symlink() and path not in there:
+                path.unlink(missing_ok=True)
+        for path, file in there.items():
+            if path.is_symlink() or not path.exists():  # A file is still to be uploaded.
+                become_mirror(path, location, file)
+
+    def start(self, path: Path, whole: Path) -> None:
+        """Upload a finished file of the dump `whole`, in the background, if it is not there yet."""
+        if path.is_symlink() or path in self._under_way:
+            return
+        done: Future[None] = Future()
+        self._under_way[path] = done
+
+        def upload() -> None:
+            try:
+                self._upload(path, whole)
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        # A program that is interrupted does not wait for it.
+        Thread(target=upload, name="upload", daemon=True).start()
+
+    def wait(self, check: Callable[[], object], most: int) -> None:
+        """Wait until at most some uploads are under way.
+
+        Raises:
+            RemoteError: an upload failed. Its file is kept.
+        """
+        while len(self._under_way) > most:
+            for path, done in list(self._under_way.items()):
+                check()
+                with suppress(TimeoutError):
+                    error = done.exception(_POLL_SECONDS)
+                    del self._under_way[path]
+                    if error is not None:
+                        raise error
+
+    def _connect(self) -> Location:
+        try:
+            return Location.of(self._url)
+        except RemoteNotFoundError:
+            # A bucket is found missing by its first request, a repository at once.
+            Location.make_repository(self._url)
+            note(f"made a private dataset for {without_secrets(self._url)}")
+            return Location.of(self._url)
+
+    def _upload(self, path: Path, whole: Path) -> None:
+        location = self._connect()
+        try:
+            location.write(path.name, path)
+            if location.commit is not None and location.head("README.md") is None:
+                location.write("README.md", _CARD.format(url=self.url_of(whole)).encode())
+            location = self._connect()
+            found = location.head(path.name)
+            if found is None or found.size != path.stat().st_size:
+                raise RemoteError(f"{self.url_of(path)} is not whole there")
+        except RemoteError as error:
+            raise RemoteError(f"{error}; {path} is kept, and the same call uploads it") from error
+        become_mirror(path, location, found)
+
+
+_uploads: dict[Path, Uploads] = {}

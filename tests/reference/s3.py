@@ -1,0 +1,136 @@
+"""A server on the loopback in the shape of S3: objects, uploads in parts, lists, ranges, faults."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from base64 import b64encode
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+class S3:
+    """Serves objects of any bucket from memory.
+
+    Attributes:
+        objects: content by `bucket/key`.
+        requests: what was asked for, `PUT bucket/key`.
+        refusal: a status and a code, (403, "AccessDenied"), that all requests to write get.
+        before_answer: called before each answer.
+    """
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.parts: dict[str, dict[int, bytes]] = {}
+        self.requests: list[str] = []
+        self.refusal: tuple[int, str] | None = None
+        self.before_answer: Callable[[str], object] = lambda request: None
+        handler = type("BoundHandler", (_Handler,), {"s3": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    s3: S3
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+    def _answer(self) -> None:
+        url = urlsplit(self.path)
+        self.name = unquote(url.path).strip("/")
+        self.query = {name: values[0] for name, values in parse_qs(url.query, True).items()}
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        request = f"{self.command} {self.name}"
+        self.s3.requests.append(request)
+        self.s3.before_answer(request)
+        if self.command in ("PUT", "POST") and self.s3.refusal is not None:
+            status, code = self.s3.refusal
+            self._send(status, f"<Error><Code>{code}</Code></Error>".encode())
+        elif self.command in ("PUT", "POST"):
+            self._write()
+        elif "list-type" in self.query:
+            self._list()
+        elif self.name not in self.s3.objects:
+            self._send(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        else:
+            self._read()
+
+    do_GET = do_HEAD = do_PUT = do_POST = _answer
+
+    def do_DELETE(self) -> None:
+        self._send(204)
+
+    def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _write(self) -> None:
+        digest = self.headers.get("x-amz-checksum-sha256")
+        if digest and digest != b64encode(hashlib.sha256(self.body).digest()).decode():
+            self._send(400, b"<Error><Code>BadDigest</Code></Error>")
+            return
+        upload = self.query.get("uploadId", "")
+        if "uploads" in self.query:
+            upload = f"upload-{len(self.s3.parts)}"
+            self.s3.parts[upload] = {}
+            text = f"<UploadId>{upload}</UploadId>"
+            self._send(200, f"<InitiateMultipartUploadResult>{text}"
+                       "</InitiateMultipartUploadResult>".encode())  # fmt: skip
+        elif self.command == "POST":
+            parts = self.s3.parts.pop(upload)
+            self.s3.objects[self.name] = b"".join(parts[number] for number in sorted(parts))
+            self._send(200, b"<CompleteMultipartUploadResult><ETag>&quot;whole&quot;</ETag>"
+                       b"</CompleteMultipartUploadResult>")  # fmt: skip
+        else:
+            if upload:
+                self.s3.parts[upload][int(self.query["partNumber"])] = self.body
+            else:
+                self.s3.objects[self.name] = self.body
+            self._send(200, ETag=_etag(self.body))
+
+    def _list(self) -> None:
+        prefix = f"{self.name}/{self.query.get('prefix', '')}"
+        found = [name for name in sorted(self.s3.objects) if name.startswith(prefix)]
+        rows = [
+            f"<Contents><Key>{name.partition('/')[2]}</Key>"
+            f"<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<ETag>{_etag(self.s3.objects[name]).replace(chr(34), '&quot;')}</ETag>"
+            f"<Size>{len(self.s3.objects[name])}</Size></Contents>"
+            for name in found
+            if "/" not in name.removeprefix(prefix)
+        ]
+        text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{''.join(rows)}"
+        self._send(200, f"{text}</ListBucketResult>".encode())
+
+    def _read(self) -> None:
+        content = self.s3.objects[self.name]
+        about = {"ETag": _etag(content), "Last_Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if span is None:
+            self._send(200, content, **about)
+            return
+        start, stop = int(span[1]), min(int(span[2]) + 1, len(content))
+        place = f"bytes {start}-{stop - 1}/{len(content)}"
+        self._send(206, content[start:stop], Content_Range=place, **about)
+
+
+def _etag(content: bytes) -> str:
+    return f'"{hashlib.md5(content).hexdigest()}"'

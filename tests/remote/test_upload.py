@@ -1,0 +1,217 @@
+"""Dumps to buckets and to the hub: the bytes of local ones, whole or absent after any failure."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import HfApi
+
+from dump_activations import ActivationsFile, OutputError, dump
+from dump_activations.errors import DumpActivationsError, InvalidArgumentError
+from dump_activations.remote import mirror, stores, upload
+from reference.s3 import S3
+
+pytest.importorskip("obstore")
+
+URL = "s3://bucket/runs/a.safetensors"
+RUN = {
+    **{"outputs": "layer_outputs", "labels": "move_dir", "stats": True},
+    **{"n_samples": 160, "batch_size": 20, "device": "cpu", "allow_cpu": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(mirror.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(upload, "_uploads", {})
+    monkeypatch.setattr(mirror, "_locations", {})
+    monkeypatch.setattr(upload, "_POLL_SECONDS", 0.01)
+    return tmp_path / "cache" / "outputs" / "s3" / "bucket" / "runs"
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    server = S3()
+    settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "here"}
+    for name, value in {**settings, "ENDPOINT_URL": server.url}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def run(demo_checkpoint, demo_dataset):
+    def run(output=URL, **options):
+        options = {"shard_size": 300_000, **RUN, **options}
+        return dump(demo_checkpoint, demo_dataset, output, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, demo_checkpoint, demo_dataset):
+    """Return the bytes of the shards of a local dump, by name."""
+    path = tmp_path_factory.mktemp("local") / "a.safetensors"
+    dump(demo_checkpoint, demo_dataset, path, shard_size=300_000, **RUN)
+    return {each.name: each.read_bytes() for each in path.parent.iterdir()}
+
+
+def found(s3):
+    return {name.removeprefix("bucket/runs/"): each for name, each in s3.objects.items()}
+
+
+def local_files(directory):
+    return [each for each in directory.iterdir() if not each.is_symlink()]
+
+
+def test_shards_are_those_of_a_local_dump_and_read_back(s3, run, cache, expected, tmp_path):
+    summary = run()
+    assert found(s3) == expected
+    assert len(expected) == summary.shards_written > 3
+    assert str(summary.output) == URL
+    assert local_files(cache) == []
+    run(tmp_path / "whole.safetensors", shard_size=None)
+    there, here = ActivationsFile(URL), ActivationsFile(tmp_path / "whole.safetensors")
+    for key in ("layer_outputs", "boards", "indices"):
+        assert torch.equal(there.read(key), here.read(key))
+    np.testing.assert_array_equal(there.labels["move_dir"], here.labels["move_dir"])
+
+
+def test_at_most_two_shards_are_local(s3, run, cache):
+    counts = []
+    s3.before_answer = lambda request: counts.append(
+        len([each for each in local_files(cache) if ".journal" not in each.name])
+    )
+    run()
+    assert max(counts) == upload.MOST_LOCAL
+
+
+def test_a_large_shard_is_uploaded_in_parts(s3, run, expected):
+    run(n_samples=500, shard_size=None)
+    assert list(found(s3)) == ["a-00001-of-00001.safetensors"]
+    assert len([each for each in s3.requests if each.startswith("POST")]) == 2
+    assert len(ActivationsFile(URL)) == 500
+
+
+def test_a_later_call_finds_what_is_there_without_the_cache(s3, run, tmp_path, monkeypatch):
+    run()
+    before = dict(s3.objects)
+    monkeypatch.setenv(mirror.CACHE_VARIABLE, str(tmp_path / "another"))
+    del s3.objects["bucket/runs/a-00002-of-00008.safetensors"]
+    monkeypatch.setattr(upload, "_uploads", {})
+    summary = run()
+    assert (summary.shards_written, summary.resumed_boards) == (1, 140)
+    assert s3.objects == before
+
+
+def test_each_rank_writes_its_share(s3, run, expected, demo_checkpoint, demo_dataset):
+    command = [sys.executable, "-m", "dump_activations", "--init", demo_checkpoint]
+    command += ["--dataset", demo_dataset, "-o", URL, "--shard-size", "300000", "--n-samples=160"]
+    command += ["--outputs=layer_outputs", "--labels=move_dir", "--stats", "--batch-size=20"]
+    command += ["--device=cpu", "--allow-cpu"]
+    for rank in "01":
+        environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        assert len(s3.objects) == [4, 8][int(rank)]
+    assert found(s3) == expected
+
+
+def test_other_work_is_refused_and_replaced_when_asked(s3, run, expected):
+    run(seed=5)
+    before = dict(s3.objects)
+    with pytest.raises(OutputError, match="differs in seed"):
+        run()
+    assert s3.objects == before
+    run(overwrite=True)
+    assert found(s3) == expected
+
+
+def test_a_refused_upload_keeps_its_shard_and_the_same_call_uploads_it(s3, run, cache, expected):
+    s3.before_answer = lambda request: setattr(
+        s3, "refusal", (403, "AccessDenied") if "00003" in request else None
+    )
+    with pytest.raises(DumpActivationsError, match=r"00003.*403 AccessDenied.*is kept") as error:
+        run()
+    assert "a-00003-of-00008.safetensors" not in found(s3)
+    assert (cache / "a-00003-of-00008.safetensors").is_file()
+    assert "the same call" in " ".join([str(error.value), *error.value.__notes__])
+    s3.before_answer, s3.refusal = lambda request: None, None
+    run()
+    assert found(s3) == expected
+
+
+def test_a_kill_leaves_whole_shards_and_the_same_call_does_the_rest(
+    s3, expected, demo_checkpoint, demo_dataset, pytestconfig
+):
+    rng = np.random.default_rng(4)
+    program = f"""
+from dump_activations import dump
+print("begins", flush=True)
+dump({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, {URL!r}, shard_size=300_000, **{RUN!r})
+"""
+    for _ in range(2 * pytestconfig.getoption("faults")):
+        s3.objects.clear()
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(rng.uniform(0.2, 1.2))
+            process.send_signal(signal.SIGKILL)
+        assert found(s3).items() <= expected.items()
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+        assert found(s3) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("https://host/a.safetensors", "output must be a path, or a URL that begins with s3://"),
+        ("ftp://host/a.safetensors", "output must be a path, or a URL that begins with s3://"),
+        ("s3://bucket/a.parquet", "a.parquet"),
+        ("hf://models/org/name/a.pt", "the address of a dataset must be hf://datasets/"),
+    ],
+)
+def test_urls_that_cannot_be_written(s3, run, url, error):
+    with pytest.raises(InvalidArgumentError, match=error):
+        run(url)
+
+
+def test_the_hub_gets_a_private_dataset_with_a_card(s3, run, expected, monkeypatch):
+    calls, there = [], {}
+
+    class Api:
+        def create_repo(self, repo, **options):
+            calls.append((repo, options["private"]))
+            there[".gitattributes"] = b""
+
+        def dataset_info(self, repo, **options):
+            if not there:
+                raise FileNotFoundError
+            return type("Info", (), {"sha": str(len(calls))})
+
+        def upload_file(self, *, path_or_fileobj, path_in_repo, **options):
+            assert options["repo_id"] == "org/name"
+            data = path_or_fileobj
+            there[path_in_repo] = data if isinstance(data, bytes) else data.read_bytes()
+
+    assert HfApi.create_repo  # The names are the client's.
+    assert HfApi.upload_file
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr(
+        stores.Location, "list",
+        lambda self, wanted: [
+            stores.RemoteFile(name, len(data)) for name, data in there.items() if wanted(name)
+        ],
+    )  # fmt: skip
+    monkeypatch.setattr(
+        stores.Location, "head",
+        lambda self, name: stores.RemoteFile(name, len(there[name])) if name in there else None,
+    )  # fmt: skip
+    run("hf://datasets/org/name/a.safetensors")
+    card = there.pop("README.md").decode()
+    assert calls == [("org/name", True)]
+    assert 'ActivationsFile("hf://datasets/org/name/a.safetensors")' in card
+    assert {name: there[name] for name in expected} == expected
