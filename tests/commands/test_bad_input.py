@@ -430,8 +430,9 @@ def test_paths_that_lead_nowhere(path, reason, flag, place, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-@pytest.mark.parametrize("allow_cpu", [True, None])
+@pytest.mark.parametrize(
+    ("device", "allow_cpu"), [("cuda", None), ("cuda:0", None), ("cuda:0", True)]
+)
 def test_cuda_where_there_is_none(device, allow_cpu, place, capsys):
     names = ["--device", device, "--allow-cpu"]
     place.run(capsys, code=1, names=names, device=device, allow_cpu=allow_cpu)

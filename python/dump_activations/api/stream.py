@@ -139,7 +139,7 @@ def stream(
         batch_size: boards per forward pass.
         dtype: storage dtype of floating tensors.
         device: compute device: cuda, cuda:N, or cpu with `allow_cpu`.
-        allow_cpu: accept a device that is not CUDA.
+        allow_cpu: run on the CPU where there is no GPU.
         random_init: give the checkpoint's architecture untrained weights, as a control.
         precision: arithmetic of the forward pass; tf32 on CUDA only.
         compile: run the model through torch.compile.

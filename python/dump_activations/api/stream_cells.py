@@ -59,7 +59,7 @@ def stream_cells(
     steps: slice | str | None = None,
     where: str | Expression | None = None,
     boards_per_pass: int = 1024,
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    dtype: Literal["fp32", "fp16", "bf16"] | torch.dtype = "fp32",
     device: str | torch.device = "cuda",
     allow_cpu: bool = False,
     random_init: bool = False,
@@ -95,9 +95,9 @@ def stream_cells(
         steps: steps to take in their order instead of a sample. A window then holds few games.
         where: take only steps that match this expression, such as "max_rank >= 11".
         boards_per_pass: boards per forward pass.
-        dtype: dtype of the values.
+        dtype: dtype of the values, by its name or torch's dtype.
         device: compute device, where the values are: cuda, cuda:N, or cpu with `allow_cpu`.
-        allow_cpu: accept a device that is not CUDA.
+        allow_cpu: run on the CPU where there is no GPU.
         random_init: give the checkpoint's architecture untrained weights, as a control.
         precision: arithmetic of the forward pass; tf32 on CUDA only.
         compile: run the model through torch.compile.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from dump_activations import demo
 from dump_activations.commands.console import (
@@ -22,7 +21,6 @@ from dump_activations.commands.console import (
     Table,
     common_options,
     mode,
-    print_line,
     show,
 )
 from dump_activations.commands.process import (
@@ -257,11 +255,7 @@ def _run(
         from dump_activations.dataset.dataset import StepsDataset
         from dump_activations.pipeline.device import lack_of_cuda, share_cores
         from dump_activations.storage.writing.shards import Place
-    is_default = context.get_parameter_source("device") is ParameterSource.DEFAULT
-    if options.allow_cpu and is_default and (reason := lack_of_cuda()):
-        print_line("note", f"no CUDA device ({reason}): running on the CPU")
-        options = replace(options, device="cpu")
-    elif options.device == "cuda" and launched.world_size > 1:
+    if options.device == "cuda" and launched.world_size > 1 and not lack_of_cuda():
         options = replace(options, device=f"cuda:{launched.local_rank}")
     begin("opening the dataset")
     init, dataset = inputs[0], StepsDataset(inputs[1])

@@ -77,7 +77,7 @@ def _option(
     on by default. `check` gives the value as the run has it, or refuses it. `choices` are all
     values that it takes.
     """
-    check = _one_of(choices) if choices else check
+    check = check or (_one_of(choices) if choices else None)
     shown = {"group": group, "text": text, "choices": tuple(choices), "check": check}
     return field(default=default, metadata=shown)
 
@@ -107,6 +107,13 @@ def _one_of(choices: Collection[str]) -> _Check:
         return value
 
     return check
+
+
+def _dtype(name: str, value: Any) -> Any:
+    """Return the name of a storage dtype. A dtype of torch stands for itself."""
+    of_torch = {f"torch.{each.name}": short for short, each in STORAGE_DTYPES.items()}
+    short = value if isinstance(value, str) else of_torch.get(str(value), value)
+    return _one_of(STORAGE_DTYPES)(name, short)
 
 
 def _hint(value: object, choices: Collection[str]) -> str:
@@ -256,7 +263,11 @@ class Options:
         COMPUTE, "boards per forward pass", default=1024, check=_whole_from(1)
     )
     dtype: str = _option(
-        KEEP, "storage dtype of floating-point tensors", default="fp32", choices=STORAGE_DTYPES
+        KEEP,
+        "storage dtype of floating-point tensors",
+        default="fp32",
+        check=_dtype,
+        choices=STORAGE_DTYPES,
     )
     device: str = _option(
         COMPUTE,

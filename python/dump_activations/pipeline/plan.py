@@ -21,7 +21,14 @@ from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dataset.sampling import StepIndices
 from dump_activations.dtypes import CELLS, LABEL_PREFIX, STORAGE_DTYPES, TensorSpec
-from dump_activations.errors import IndicesError, InvalidArgumentError, option, size_text, warn
+from dump_activations.errors import (
+    IndicesError,
+    InvalidArgumentError,
+    note,
+    option,
+    size_text,
+    warn,
+)
 from dump_activations.model.activations import (
     Activation,
     BoardActivation,
@@ -33,7 +40,7 @@ from dump_activations.model.activations import (
 )
 from dump_activations.model.checkpoint import preferred_files, prepare_model
 from dump_activations.model.encoder import Encoder
-from dump_activations.pipeline.device import DeviceAdvice, current, find_device
+from dump_activations.pipeline.device import DeviceAdvice, current, find_device, lack_of_cuda
 from dump_activations.pipeline.options import Options
 
 # Flash attention puts boards on an axis of CUDA's grid that is no longer than this.
@@ -128,6 +135,9 @@ def make_plan(
     Raises:
         DumpActivationsError: names what is wrong with the call, a file or the machine.
     """
+    if options.allow_cpu and options.device == "cuda" and (reason := lack_of_cuda()):
+        note(f"no CUDA device ({reason}): running on the CPU")
+        options = replace(options, device="cpu")
     device = find_device(options.device)
     if device.type == "cuda" and options.batch_size > _LARGEST_CUDA_BATCH:
         raise InvalidArgumentError(
