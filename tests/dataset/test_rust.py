@@ -70,22 +70,22 @@ CALLS = [
         f"dataset.read_{what}({arguments})"
         for what, width in [("boards", 16), ("rows", 46)]
         for arguments in [
-            f"STEPS.astype(np.int32), u8(3, {width})",
-            f"STEPS.astype('>i8'), u8(3, {width})",
-            f"STEPS[:, None], u8(3, {width})",
-            f"np.arange(6)[::2], u8(3, {width})",
-            f"shared(np.int64, 3), u8(3, {width})",
-            f"np.array([0, -1, 2]), u8(3, {width})",
-            f"np.array([0, ROWS, 2]), u8(3, {width})",
-            f"np.array([0, 2**63 - 1, -(2**63)]), u8(3, {width})",
-            f"STEPS, np.empty((3, {width}), np.int8)",
-            f"STEPS, u8(4, {width})",
-            f"STEPS, u8(3, {width - 1})",
-            "STEPS, u8(3, 0)",
-            f"STEPS, u8({3 * width})",
-            f"STEPS, u8(6, {width})[::2]",
-            f"STEPS, u8({width}, 3).T",
-            f"STEPS, read_only(u8(3, {width}))",
+            *(
+                f"{steps}, u8(3, {width})"
+                for steps in [
+                    *("STEPS.astype(np.int32)", "STEPS.astype('>i8')", "STEPS[:, None]"),
+                    *("np.arange(6)[::2]", "shared(np.int64, 3)", "np.array([0, -1, 2])"),
+                    *("np.array([0, ROWS, 2])", "np.array([0, 2**63 - 1, -(2**63)])"),
+                ]
+            ),
+            *(
+                f"STEPS, {out}"
+                for out in [
+                    *(f"np.empty((3, {width}), np.int8)", f"u8(4, {width})", f"u8(3, {width - 1})"),
+                    *("u8(3, 0)", f"u8({3 * width})", f"u8(6, {width})[::2]", f"u8({width}, 3).T"),
+                    f"read_only(u8(3, {width}))",
+                ]
+            ),
             f"DATA[:24].view(np.int64), DATA[: 3 * {width}].reshape(3, {width})",
         ]
     ),

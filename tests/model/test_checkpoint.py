@@ -196,18 +196,13 @@ class Evil:
         return (os.mkdir, (str(self.path),))
 
 
-@pytest.mark.parametrize("form", ["torch", "pickle", "nested"])
-def test_code_in_a_bundle_does_not_run(form, tmp_path):
+@pytest.mark.parametrize("save", [torch.save, lambda it, to: to.write_bytes(pickle.dumps(it))])
+@pytest.mark.parametrize("place", ["resume", "model"])
+def test_code_in_a_bundle_does_not_run(save, place, tmp_path):
     canary, path = tmp_path / "canary", tmp_path / "evil.pt"
-    content = bundle(random_state_dict(BASE), config_json(BASE)) | {"resume": Evil(canary)}
-    match form:
-        case "torch":
-            torch.save(content, path)
-        case "pickle":
-            path.write_bytes(pickle.dumps(content))
-        case "nested":
-            content["model"]["blocks.0.attn.wq.weight"] = Evil(canary)
-            torch.save(content, path, _use_new_zipfile_serialization=False)
+    content = bundle(random_state_dict(BASE), config_json(BASE))
+    content[place]["blocks.0.attn.wq.weight"] = Evil(canary)
+    save(content, path)
     refused(path)
     assert not canary.exists()
 
@@ -521,41 +516,19 @@ def test_the_tokenizer_next_to_a_checkpoint_is_kept_as_text(tmp_path):
         assert load_encoder(tmp_path).tokenizer is None
 
 
-def _bundle_with_its_own_config(root):
-    base(root, seed=1, layer_norm_eps=0.5)
-    save_weights(root / "best.pt", random_state_dict(BASE), config_json(BASE))
-    return root / "best.pt"
-
-
-def _safetensors_and_a_bundle(root):
-    save_weights(root / "model.safetensors", random_state_dict(BASE), {})
-    save_weights(root / "model.pt", random_state_dict(BASE, seed=1), config_json(BASE))
-    return root
-
-
-def _bundle_with_nulls(root):
-    base(root, weights="model-stable.pt")
-    torch.save(GOOD | {"encoder_config": {"layer_norm_eps": None}}, root / "model.pt")
-    return root
-
-
-def _bundle_with_an_empty_config(root):
+def test_the_config_is_found(tmp_path):
+    """In a bundle, next to safetensors, where one has nulls, where `encoder_config` is empty."""
+    own, other, nulls, old = (tmp_path / name for name in ("own", "other", "nulls", "old.pt"))
+    base(own, seed=1, layer_norm_eps=0.5)
+    save_weights(own / "best.pt", GOOD["model"], config_json(BASE))
+    save_weights(other / "model.safetensors", GOOD["model"], {})
+    save_weights(other / "model.pt", random_state_dict(BASE, seed=1), config_json(BASE))
+    base(nulls, weights="model-stable.pt")
+    torch.save(GOOD | {"encoder_config": {"layer_norm_eps": None}}, nulls / "model.pt")
     config = {"encoder_config": {}, "training_config": {"encoder": config_json(BASE)}}
-    torch.save(GOOD | config, root / "old.pt")
-    return root / "old.pt"
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        _bundle_with_its_own_config,
-        _safetensors_and_a_bundle,
-        _bundle_with_nulls,
-        _bundle_with_an_empty_config,
-    ],
-)
-def test_the_config_is_found(make, tmp_path):
-    assert_loads_as(load_encoder(make(tmp_path)), GOOD["model"])
+    torch.save(GOOD | config, old)
+    for init in (own / "best.pt", other, nulls, old):
+        assert_loads_as(load_encoder(init), GOOD["model"])
 
 
 @pytest.mark.parametrize(

@@ -63,41 +63,6 @@ def test_more_keys_change_no_bit_of_the_others(sinks, dataset):
         assert torch.equal(streamed(sinks, dataset, outputs=key)[key], together[key]), key
 
 
-PLAIN_HOOKS = {
-    "resid_pre": ("", "input"),
-    "attn_norm": (".attn_norm", "output"),
-    "attn_q": (".attn.q_norm", "output"),
-    "attn_k": (".attn.k_norm", "output"),
-    "attn_v": (".attn.wv", "output"),
-    "attn_z": (".attn.wo", "input"),
-    "attn_out": (".attn.wo", "output"),
-    "resid_mid": (".mlp_norm", "input"),
-    "mlp_input": (".mlp_norm", "output"),
-    "mlp_pre": (".mlp.w_gate", "output"),
-    "mlp_pre_linear": (".mlp.w_up", "output"),
-    "mlp_post": (".mlp.w_down", "input"),
-    "mlp_out": (".mlp.w_down", "output"),
-    "layer_outputs": ("", "output"),
-}
-
-
-def test_a_key_is_what_a_plain_hook_sees(demo_checkpoint, dataset):
-    model = load_encoder(demo_checkpoint)
-    found = streamed(model, dataset, outputs=[*PLAIN_HOOKS], batch_size=N)
-    seen = {key: [] for key in PLAIN_HOOKS}
-    for key, (name, at) in PLAIN_HOOKS.items():
-        for layer in range(model.config.num_hidden_layers):
-            model.get_submodule(f"blocks.{layer}{name}").register_forward_hook(
-                lambda _, inputs, output, key=key, at=at: seen[key].append(
-                    inputs[0] if at == "input" else output
-                )
-            )
-    with torch.inference_mode():
-        model(torch.from_numpy(dataset.boards))
-    for key, values in seen.items():
-        assert torch.equal(found[key], torch.stack(values, dim=1).view(found[key].shape)), key
-
-
 def test_scores_and_pattern_are_of_fp32_where_the_forward_is_not(sinks, dataset):
     found = streamed(sinks, dataset, outputs="attn_*", precision="bf16")
     assert torch.equal(found["attn_q"], found["attn_q"].bfloat16().float())

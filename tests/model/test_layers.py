@@ -16,6 +16,7 @@ from dump_activations import (
     load_encoder,
     stream,
 )
+from dump_activations.commands.inspect import main
 from dump_activations.model.activations import find_layers
 from reference.dumps import FORMATS, read_dump
 
@@ -81,7 +82,7 @@ def test_a_file_holds_the_chosen_layers_stacked_or_split(suffix, model, demo_dat
     assert torch.equal(split.tensors["pooled"], everything.tensors["pooled"])
 
 
-def test_an_alias_with_a_layer_is_stored_as_the_layer(model, demo_dataset, tmp_path):
+def test_an_alias_with_a_layer_is_stored_as_the_layer(model, demo_dataset, tmp_path, capsys):
     names = "blocks.2.hook_resid_post,hook_embed,blocks.0.hook_resid_pre,blocks.3.attn.hook_q"
     cpu_dump(model, demo_dataset, tmp_path / "some.safetensors", outputs=names)
     keys = ["layer_outputs", "resid_pre", "attn_q"]
@@ -94,7 +95,11 @@ def test_an_alias_with_a_layer_is_stored_as_the_layer(model, demo_dataset, tmp_p
         key, layer = name.split(".")
         assert torch.equal(some.tensors[name], everything.tensors[key][:, int(layer)]), name
     acts = ActivationsFile(tmp_path / "some.safetensors")
-    assert torch.equal(acts.read("layer_outputs", layer=2), some.tensors["layer_outputs.2"])
+    for name in ("layer_outputs.2", "blocks.2.hook_resid_post"):
+        assert torch.equal(acts[name][:], some.tensors["layer_outputs.2"])
+    assert torch.equal(acts["hook_resid_post"][:, 0], some.tensors["layer_outputs.2"])
+    assert main([str(tmp_path / "some.safetensors")]) == 0
+    assert "boards, 3 of 4 layers," in capsys.readouterr().out.splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -95,19 +95,9 @@ def sharded(model):
     return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
 
 
-def truncated(model):
-    del model.blocks[1:]
-    return model
-
-
-def pruned(model):
-    prune.l1_unstructured(model.blocks[0].mlp.w_up, "weight", amount=0.5)
-    return model
-
-
-def on_meta(model):
-    with torch.device("meta"):
-        return Encoder(model.config)
+def changed(change):
+    """Return what changes a model and returns it."""
+    return lambda model: (change(model), model)[1]
 
 
 REFUSED = {
@@ -120,13 +110,16 @@ REFUSED = {
         "is a TopLevelTracedModule",
     ),
     "FSDP2": (sharded, "tok_emb.weight must be a plain tensor with values; got a DTensor"),
-    "meta": (on_meta, "got a Parameter on meta"),
+    "meta": (lambda model: model.to("meta"), "got a Parameter on meta"),
     "quantised": (
         lambda model: quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8),
         "blocks.0.attn.wq",
     ),
-    "pruned": (pruned, "missing blocks.0.mlp.w_up.weight"),
-    "two of four blocks": (truncated, "missing blocks.1."),
+    "pruned": (
+        changed(lambda model: prune.l1_unstructured(model.blocks[0].mlp.w_up, "weight", 0.5)),
+        "missing blocks.0.mlp.w_up.weight",
+    ),
+    "one block": (changed(lambda model: model.blocks.__delitem__(slice(1, None))), "blocks.1."),
 }
 
 

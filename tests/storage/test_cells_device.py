@@ -8,7 +8,7 @@ from simulated.policies import at_random, first, greedy, lazy
 from simulated_device import simulated
 
 from dump_activations import ActivationsFile, DeviceError
-from dump_activations.storage.reading import stored_cells
+from dump_activations.storage.reading import cells as reading
 
 OPTIONS = {"batch_size": 64, "window": 3 * 64 * 40}
 POLICIES = {
@@ -48,7 +48,7 @@ def test_the_values_are_those_on_the_host(acts, policy):
 
 def test_values_are_wrong_where_no_stream_waits_for_the_copy(acts, monkeypatch):
     expected = torch.cat([b.values["hidden"] * 2 for b in acts.cells(["hidden"], **OPTIONS)])
-    monkeypatch.setattr(stored_cells, "_finish_copy", lambda batch, *_: batch)
+    monkeypatch.setattr(reading, "_finish_copy", lambda batch, *_: batch)
     with simulated(lazy):
         found = used_on_the_device(acts.cells(["hidden"], device="cuda:0", **OPTIONS))
     assert not torch.equal(found, expected)
@@ -60,7 +60,7 @@ WAIT = "stream.wait_stream(torch.cuda.current_stream(device))"
 @pytest.mark.parametrize("waits", [True, False])
 def test_memory_is_copied_into_after_the_callers_work_on_it(waits, acts, monkeypatch):
     """Memory of a batch that was let go of is the next one's, while work on it is still queued."""
-    in_other_words(stored_cells, "_start_copy", (WAIT, WAIT if waits else "pass"))(monkeypatch)
+    in_other_words(reading, "_start_copy", (WAIT, WAIT if waits else "pass"))(monkeypatch)
     expected = torch.cat([b.values["hidden"].sum(1) for b in acts.cells(["hidden"], **OPTIONS)])
     with simulated(first(1)):
         cells = acts.cells(["hidden"], device="cuda:0", **OPTIONS)
@@ -76,7 +76,7 @@ LEFT = "_finish_copy(*ahead, device)\n        batches.close()"
 @pytest.mark.parametrize("waits", [True, False])
 def test_memory_that_was_copied_ahead_is_the_callers_after_the_copy(waits, acts, monkeypatch):
     change = (LEFT, LEFT if waits else "pass\n        batches.close()")
-    in_other_words(stored_cells, "_on_device", change)(monkeypatch)
+    in_other_words(reading, "_on_device", change)(monkeypatch)
     with simulated(lazy) as device:
         cells = iter(acts.cells(["hidden"], device="cuda:0", **OPTIONS))
         values = next(cells).values["hidden"]

@@ -4,7 +4,7 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -78,24 +78,36 @@ def digests(names: list[str]) -> str:
     return json.dumps({name: {"crc32": "0" * 8, "nan": 0, "inf": 0} for name in names})
 
 
+def case(suffix: str) -> Callable[[Callable[[Path], None]], None]:
+    return lambda make: CASES.append(pytest.param(suffix, make, id=make.__name__))
+
+
+CASES: list = []
+
+
+@case(".pt")
 def keys_that_take_the_whole_stack_to_hash(path: Path) -> None:
     write_pt(path, dictionary(b")" + b"\x85" * 900_000 + b"N"))
 
 
+@case(".pt")
 def a_tensor_that_is_altered(path: Path) -> None:
     altered = tensor("0", 1, b"K\1\x85") + b"}(" + text("shape") + b"Nub"
     write_pt(path, dictionary(text("hidden") + altered), 1)
 
 
+@case(".pt")
 def a_pickle_of_empty_lists(path: Path) -> None:
     write_pt(path, b"\x80\x02" + b"]" * HUGE + b".")
 
 
+@case(".pt")
 def a_tensor_of_a_million_axes(path: Path) -> None:
     shape = b"(" + b"K\x09" * 400_000 + b"t"
     write_pt(path, dictionary(text("hidden") + tensor("0", 1, shape)), 1)
 
 
+@case(".pt")
 def tensors_in_one_storage(path: Path) -> None:
     names = [f"t{i}" for i in range(400)]
     nbytes = 1 << 30
@@ -105,14 +117,17 @@ def tensors_in_one_storage(path: Path) -> None:
     write_pt(path, dictionary(b"".join(items)), nbytes)
 
 
+@case(".safetensors")
 def a_header_of_lists(path: Path) -> None:
     write_safetensors(path, b'{"a":[' + b"[]," * (HUGE // 3) + b"0]}")
 
 
+@case(".safetensors")
 def a_header_of_the_largest_size(path: Path) -> None:
     write_safetensors(path, b'{"a":[' + b'{"":[]},' * 262_000 + b"0]}")
 
 
+@case(".safetensors")
 def a_header_larger_than_the_file(path: Path) -> None:
     path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
 
@@ -121,14 +136,17 @@ def entry(shape: list[int], begin: int, end: int) -> dict[str, object]:
     return {"dtype": "U8", "shape": shape, "data_offsets": [begin, end]}
 
 
+@case(".safetensors")
 def a_shape_of_huge_axes(path: Path) -> None:
     write_safetensors(path, {"hidden": entry([10**4000] * 400, 0, 8)}, 8)
 
 
+@case(".safetensors")
 def a_tensor_before_the_data(path: Path) -> None:
     write_safetensors(path, {"hidden": entry([8], -8, 0)}, 8)
 
 
+@case(".safetensors")
 def overlapping_tensors(path: Path) -> None:
     names = [f"t{i}" for i in range(8000)]
     metadata = {"integrity": digests(names)}
@@ -137,16 +155,19 @@ def overlapping_tensors(path: Path) -> None:
     write_safetensors(path, {"__metadata__": metadata, **entries}, nbytes)
 
 
+@case(".safetensors")
 def a_digest_of_infinitely_many(path: Path) -> None:
     table = '{"hidden": {"crc32": "-1", "nan": Infinity, "inf": 1e999}}'
     metadata = {"integrity": table}
     write_safetensors(path, {"__metadata__": metadata, "hidden": entry([8], 0, 8)}, 8)
 
 
+@case(".npz")
 def repeated_members(path: Path) -> None:
     write_npz(path, *[("hidden", npy("8,", bytes(8)))] * 2)
 
 
+@case(".npz")
 def overlapping_members(path: Path) -> None:
     """Name one member 9,000 times in the directory."""
     write_npz(path, ("hidden", npy("8,", bytes(8))))
@@ -158,6 +179,7 @@ def overlapping_members(path: Path) -> None:
     path.write_bytes(content[:start] + b"".join(records) + end)
 
 
+@case(".npz")
 def a_member_that_holds_the_directory(path: Path) -> None:
     """Let the data of the only array reach into the directory behind it."""
     write_npz(path, ("hidden", npy("28,", bytes(8))))
@@ -167,6 +189,7 @@ def a_member_that_holds_the_directory(path: Path) -> None:
     path.write_bytes(content.replace(honest, grown))
 
 
+@case(".npz")
 def a_directory_of_many_members(path: Path) -> None:
     record, count = b"PK\1\2".ljust(46, b"\0"), HUGE // 46
     nbytes = 46 * count
@@ -176,6 +199,7 @@ def a_directory_of_many_members(path: Path) -> None:
     path.write_bytes(record * count + end)
 
 
+@case(".npz")
 def metadata_that_inflates(path: Path) -> None:
     count = 24_000_000  # characters
     content = npy("", b"[\0\0\0]\0\0\0,\0\0\0" * (count // 3), f"<U{count}")
@@ -183,42 +207,8 @@ def metadata_that_inflates(path: Path) -> None:
         archive.writestr("metadata.npy", content)
 
 
-CASES = {
-    ".pt": [
-        keys_that_take_the_whole_stack_to_hash,
-        a_tensor_that_is_altered,
-        a_pickle_of_empty_lists,
-        a_tensor_of_a_million_axes,
-        tensors_in_one_storage,
-    ],
-    ".safetensors": [
-        a_header_of_lists,
-        a_header_of_the_largest_size,
-        a_header_larger_than_the_file,
-        a_shape_of_huge_axes,
-        a_tensor_before_the_data,
-        overlapping_tensors,
-        a_digest_of_infinitely_many,
-    ],
-    ".npz": [
-        repeated_members,
-        overlapping_members,
-        a_member_that_holds_the_directory,
-        a_directory_of_many_members,
-        metadata_that_inflates,
-    ],
-}
-
-
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize(
-    ("suffix", "make"),
-    [
-        pytest.param(suffix, make, id=make.__name__)
-        for suffix, makers in CASES.items()
-        for make in makers
-    ],
-)
+@pytest.mark.parametrize(("suffix", "make"), CASES)
 def test_it_ends_soon_and_in_little_memory(server, tmp_path, suffix, make):
     path = tmp_path / f"x{suffix}"
     make(path)

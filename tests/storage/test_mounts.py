@@ -126,17 +126,6 @@ def test_a_mount_that_cannot_hold_a_dump_is_named_before_any_board(run, tmp_path
     assert names_in(target.parent) == []
 
 
-def test_the_command_names_such_a_mount_and_computes_nothing(run, tmp_path):
-    target = tmp_path / "mount" / "x.npz"
-    command = ("-m", "dump_activations", "--demo", "--n-samples", 8, "--output", target)
-    result = run({"MOUNT_PWRITE": "ignored"}, *command)
-    *notes, line = result.stderr.splitlines()
-    assert result.returncode == 1
-    assert line.startswith(f"error: {target.parent} cannot hold a dump")
-    assert all(note.startswith("note: ") for note in notes)
-    assert names_in(target.parent) == []
-
-
 @pytest.mark.parametrize("limit", [0, OSError(errno.ENOSYS, "not here")], ids=["zero", "none"])
 def test_a_mount_without_a_limit_on_names(tmp_path, monkeypatch, limit):
     def pathconf(*_):

@@ -1,7 +1,6 @@
 """The life of an output file: built next to its target, refused, committed or left."""
 
 import ctypes
-import errno
 import mmap
 import os
 import subprocess
@@ -25,7 +24,6 @@ from output_support import (
     names_in,
     no_new_descriptors,
     open_file,
-    open_output,
     small_dump,
     write_batches,
     write_dump,
@@ -68,25 +66,6 @@ def test_a_file_without_a_batch_or_discarded_leaves_nothing(target, batches):
     assert target.read_text() == "old"
 
 
-@pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=["", "overwrite"])
-def test_a_second_dump_to_one_target_is_refused(target, options):
-    with open_file(target, DUMP) as file:
-        with (
-            no_new_descriptors(),
-            pytest.raises(OutputError, match=r"another dump to .*x\.pt is running"),
-        ):
-            open_file(target, DUMP, **options)
-        finish(file, DUMP)
-    assert open_output(target, DUMP).missing == []
-
-
-def test_an_incomplete_file_is_not_committed(target):
-    with open_file(target, DUMP) as file:
-        write_batches(file, DUMP, DUMP.first_rows)
-        with pytest.raises(AssertionError, match="was not written whole"):
-            file.commit()
-
-
 def test_links_are_followed_and_directories_made(tmp_path):
     link, real = tmp_path / "x.npz", tmp_path / "not" / "there" / "real.NPZ"
     link.symlink_to(real)
@@ -127,11 +106,6 @@ def test_a_target_that_cannot_be_written_is_refused(tmp_path, make, name, reason
             use()
         assert "\n" not in str(caught.value)
     assert names_in(tmp_path) == before
-
-
-def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
-    with pytest.raises(InvalidArgumentError, match="bfloat16"):
-        check_output(tmp_path / "x.npz", ["bfloat16"])
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -244,19 +218,6 @@ def test_a_large_span_goes_past_the_page_cache_with_the_same_bytes(target, monke
     monkeypatch.setattr(_rust, "supports_direct", lambda _fd: False)
     other = write_dump(target.with_name("other.pt"), LARGE)
     assert target.read_bytes() == other.read_bytes()
-
-
-def test_an_error_is_one_line_with_the_systems_reason(target, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(_rust, "reserve", refuse)
-    with no_new_descriptors(), pytest.raises(OutputError) as caught:
-        open_file(target, DUMP)
-    assert str(caught.value).endswith("x.pt: No space left on device")
-    assert caught.value.errno == errno.ENOSPC
-    assert isinstance(caught.value, OSError)
-    assert names_in(target.parent) == []
 
 
 def test_the_name_of_the_lock_goes_last(target, monkeypatch):

@@ -23,38 +23,12 @@ from dump_activations.storage.digests import Digest, integrity_text, parse_integ
 from dump_activations.storage.formats.pt import dump_pickle
 from dump_activations.storage.formats.registry import FORMATS, format_of
 from output_support import SUFFIXES, dumps, make_dump, small_dump, write_dump
+from reference.dumps import read_dump
 
 NUMPY_DTYPES = [dtype for dtype in DTYPES if dtype != "bfloat16"]
 SUFFIX_AND_DUMP = st.sampled_from(SUFFIXES).flatmap(
     lambda suffix: st.tuples(st.just(suffix), dumps(NUMPY_DTYPES) if suffix == ".npz" else dumps())
 )
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def read_pt(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    content = torch.load(path, weights_only=True)
-    mapped = torch.load(path, weights_only=True, mmap=True)
-    assert content.keys() == mapped.keys()
-    metadata = content.pop("metadata")
-    for name, tensor in content.items():
-        assert same_bits(tensor, mapped[name])
-    return content, metadata
-
-
-def read_npz(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    metadata = arrays.pop("metadata")
-    assert metadata.shape == ()
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return tensors, json.loads(metadata.item())
-
-
-READERS = {".safetensors": read_safetensors, ".pt": read_pt, ".npz": read_npz}
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -70,21 +44,21 @@ def test_the_ordinary_reader_finds_every_tensor(drawn, random, threads):
     random.shuffle(order)
     with tempfile.TemporaryDirectory() as directory:
         path = write_dump(Path(directory) / f"x{suffix}", dump, order=order, threads=threads)
-        tensors, metadata = READERS[suffix](path)
+        found = read_dump(path)
+        tensors, metadata = found.tensors, dict(found.metadata)
+        mapped = torch.load(path, weights_only=True, mmap=True) if suffix == ".pt" else tensors
         assert tensors.keys() == dump.data.keys()
         for spec in dump.specs:
             values = torch.from_numpy(dump.data[spec.name]).view(getattr(torch, spec.dtype))
-            assert same_bits(tensors[spec.name], values.reshape(spec.shape)), spec
+            for each in (tensors, mapped):
+                assert same_bits(each[spec.name], values.reshape(spec.shape)), spec
         integrity = json.loads(metadata.pop("integrity"))
         assert len(metadata.pop("fingerprint")) == 64
         assert metadata.pop("computed_by")
         assert metadata == dump.metadata
         for name, data in dump.data.items():
-            nan, inf = (
-                int(found.sum()) for found in (tensors[name].isnan(), tensors[name].isinf())
-            )
-            expected = {"crc32": f"{zlib.crc32(data):08x}", "nan": nan, "inf": inf}
-            assert integrity[name] == expected
+            counts = {"nan": tensors[name].isnan().sum(), "inf": tensors[name].isinf().sum()}
+            assert integrity[name] == {"crc32": f"{zlib.crc32(data):08x}", **counts}
         if suffix != ".safetensors":
             assert zipfile.ZipFile(path).testzip() is None
 
@@ -139,6 +113,15 @@ def test_the_layout_does_not_depend_on_digests(drawn, data):
     first = layout(dump.specs, {**dump.metadata, "integrity": first_text}, None)
     final = layout(dump.specs, {**dump.metadata, "integrity": final_text}, crc32s)
     assert (first.size, first.offsets) == (final.size, final.offsets)
+
+
+def test_the_digests_text_is_as_long_whatever_is_counted():
+    specs = [TensorSpec("a", "float16", (123_456_789,)), TensorSpec("b", "float32", (10**12, 3))]
+    counts = [Digest(), *(Digest(0, 2**32 - 1, n, n) for n in (9, 10, specs[0].numel))]
+    known = [None, *(dict.fromkeys("ab", count) for count in counts)]
+    texts = [integrity_text(specs, {"x": "y"}, digests) for digests in known]
+    assert len({len(text) for text in texts}) == 1
+    assert parse_integrity(texts[-1])["b"].nan == specs[0].numel
 
 
 @pytest.mark.parametrize("length", [2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40])
@@ -210,7 +193,7 @@ def test_metadata_that_is_not_utf_8(tmp_path, suffix):
         batch_rows=2,
         metadata={"checkpoint": undecodable},
     )
-    _tensors, metadata = READERS[suffix](write_dump(tmp_path / f"x{suffix}", dump))
+    metadata = read_dump(write_dump(tmp_path / f"x{suffix}", dump)).metadata
     assert metadata["checkpoint"] == "caf\\udce9"
 
 

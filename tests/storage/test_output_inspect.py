@@ -153,19 +153,13 @@ def test_damaged_digests_say_nothing_of_the_tensors(files, capsys, suffix):
         assert {rows[spec.name] for spec in DUMP.specs} == {"unknown"}
 
 
+WRONG_CALLS = [[], ["x.pt", "y.pt"], ["x.pt", "--verfy"], ["x.bin"], ["y.npz.partial"]]
+WRONG_FILES = [["missing.pt"], ["directory.npz"], ["text.safetensors", "--json"]]
+WRONG_FILES += [[f"{kind}{suffix}"] for kind in ("empty", "unfinished") for suffix in SUFFIXES]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        ([], 2),
-        (["x.pt", "y.pt"], 2),
-        (["x.pt", "--verfy"], 2),
-        (["x.bin"], 2),
-        (["y.npz.partial"], 2),
-        (["missing.pt"], 1),
-        (["directory.npz"], 1),
-        (["text.safetensors", "--json"], 1),
-        *(([f"{kind}{suffix}"], 1) for kind in ("empty", "unfinished") for suffix in SUFFIXES),
-    ],
+    ("arguments", "code"), [*((w, 2) for w in WRONG_CALLS), *((w, 1) for w in WRONG_FILES)]
 )
 def test_wrong_calls_and_files_end_in_one_line(tmp_path, monkeypatch, capsys, arguments, code):
     monkeypatch.chdir(tmp_path)
@@ -182,20 +176,6 @@ def test_wrong_calls_and_files_end_in_one_line(tmp_path, monkeypatch, capsys, ar
     assert len(errors.splitlines()) == 1
     if len(arguments) == 1:
         assert arguments[0] in errors
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_replaced_by_a_shorter_one(tmp_path, suffix):
-    """It is replaced after its headers were read."""
-    path = write_dump(tmp_path / f"x{suffix}", DUMP)
-    dump = inspect_dump(path)
-    write_dump(path, small_dump(rows=5), overwrite=True)
-    with pytest.raises(OutputError, match="was replaced or changed"):
-        find_damage(dump, threads=2)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(OutputError, match="not an ordinary file"):
-        find_damage(dump, threads=2)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -3,12 +3,8 @@
 import json
 import os
 import resource
-import signal
-import subprocess
-import sys
 import tempfile
 import zlib
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dump_activations import _rust
-from dump_activations.errors import OutputError
 from dump_activations.storage.writing.paths import journal_path, partial_path
 from output_support import (
     SUFFIXES,
@@ -144,33 +139,6 @@ def test_a_partial_file_that_cannot_be_resumed_is_started_over(tmp_path, spoil, 
     assert names_in(tmp_path) == []
 
 
-def test_overwrite_drops_a_leftover(tmp_path):
-    target = tmp_path / "x.safetensors"
-    interrupt(target, DUMP, DUMP.first_rows[:5])
-    other = small_dump(rows=12, batch_rows=5)
-    write_dump(target, other, overwrite=True)
-    assert target.read_bytes() == unbroken_bytes(".safetensors", other)
-    assert names_in(tmp_path) == [target.name]
-
-
-def test_other_work_is_not_resumed_and_named(tmp_path):
-    target = tmp_path / "x.pt"
-    interrupt(target, DUMP, DUMP.first_rows[:5])
-    before = [path_of(target).read_bytes() for path_of in (partial_path, journal_path)]
-    seed = replace(DUMP, metadata=DUMP.metadata | {"seed": "7"})
-    for dump, identity, named in [
-        (DUMP, "other", "work (work there, other here);"),
-        (seed, "work", "seed (0 there, 7 here);"),
-        (small_dump(rows=95, batch_rows=5), "work", "batch_size (4 there, 5 here);"),
-        (small_dump(rows=96), "work", "the tensors (split_layers);"),
-    ]:
-        with no_new_descriptors(), pytest.raises(OutputError) as caught:
-            open_file(target, dump, identity=identity)
-        assert f"x.pt.partial is of other work, which differs in {named}" in str(caught.value)
-        assert "--overwrite" in caught.value.flags_text
-    assert before == [path_of(target).read_bytes() for path_of in (partial_path, journal_path)]
-
-
 def test_the_same_tensors_in_another_format_are_other_work(tmp_path):
     works = [work_of(tmp_path / f"x{suffix}", DUMP) for suffix in SUFFIXES]
     assert len({work.fingerprint for work in works}) == len(SUFFIXES)
@@ -278,29 +246,3 @@ def test_an_interruption_ends_the_reading_back(tmp_path, monkeypatch):
     assert len(reads) < len(dump.first_rows) * len(dump.batched)
     with open_file(target, dump) as file:
         assert file.resumed_rows == dump.rows
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_killed_run_is_resumed_from_its_journal(tmp_path, suffix):
-    target = tmp_path / f"x{suffix}"
-    script = """
-import os, signal, sys, time
-from pathlib import Path
-from dump_activations.storage.writing import journal
-from output_support import open_file, small_dump, write_batches
-journal.SYNC_INTERVAL = 0
-dump = small_dump(rows=95)
-with open_file(Path(sys.argv[1]), dump) as file:
-    write_batches(file, dump, dump.first_rows[:15])
-    while not file._journal.batches:
-        time.sleep(0.001)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    killed = subprocess.run(
-        [sys.executable, "-c", script, str(target)], cwd=Path(__file__).parents[1], check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
-    with open_file(target, DUMP) as file:
-        assert 0 < file.resumed_rows <= 15 * DUMP.batch_rows
-    write_dump(target, DUMP)
-    assert target.read_bytes() == unbroken_bytes(suffix)

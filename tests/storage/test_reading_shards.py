@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dump_activations import ActivationsFile, DumpActivationsWarning, InvalidArgumentError
+from dump_activations import ActivationsFile, DumpActivationsWarning
 from dump_activations.api.step_indices import read_step_indices
 from dump_activations.commands.inspect import main
 from dump_activations.dtypes import TensorSpec
@@ -144,41 +144,33 @@ def test_a_missing_shard_is_named(whole):
             read(whole)
 
 
-def another_fingerprint(whole):
-    write_shards(whole, [3], fingerprint="another")
-
-
-def another_number(whole):
-    shutil.copy(shard_path(whole, 2), shard_path(whole, 3))
-
-
-def another_length(whole):
-    write_shards(whole, n_samples="40")
-
-
-def another_count(whole):
-    shutil.copy(shard_path(whole, 2), shard_path(whole, 2, count=8))
-
-
 def another_dtype(whole):
     arrays = tensors(*CUTS[2:])
     arrays["boards"] = arrays["boards"].astype(np.int64)
     write(shard_path(whole, 3), arrays, METADATA | {"shard": "3/3", "first_board": str(CUTS[2])})
 
 
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        (another_fingerprint, r"a-00003-of-00003.*-00001-.* their fingerprints differ"),
-        (another_number, r"a-00003-of-00003.* is not shard 3/3 .* its shard is 2/3"),
-        (another_length, r"a-00003-of-00003.* is the last shard, at board 41 of 40"),
-        (another_count, r"a-00001-of-00003.* and .*a-00002-of-00008.* are shards"),
-        (another_dtype, r"a-00003-of-00003.* has other tensors than .*a-00001-of-00003"),
-    ],
-)
-def test_shards_of_different_dumps(tmp_path, change, error):
+def copy_second(whole, *place):
+    shutil.copy(shard_path(whole, 2), shard_path(whole, *place))
+
+
+DIFFERENT = {
+    r"a-00003-of-00003.*-00001-.* their fingerprints differ": (
+        lambda whole: write_shards(whole, [3], fingerprint="another")
+    ),
+    r"a-00003-of-00003.* is not shard 3/3 .* its shard is 2/3": lambda whole: copy_second(whole, 3),
+    r"a-00003-of-00003.* is the last shard, at board 41 of 40": (
+        lambda whole: write_shards(whole, n_samples="40")
+    ),
+    r"a-00001-of-00003.* and .*a-00002-of-00008.* are sh": lambda whole: copy_second(whole, 2, 8),
+    r"a-00003-of-00003.* has other tensors than .*a-00001-of-00003": another_dtype,
+}
+
+
+@pytest.mark.parametrize("error", DIFFERENT)
+def test_shards_of_different_dumps(tmp_path, error):
     whole = write_shards(tmp_path / "a.safetensors")
-    change(whole)
+    DIFFERENT[error](whole)
     with pytest.raises(OutputError, match=error):
         ActivationsFile(whole)
 
@@ -188,13 +180,6 @@ def test_a_whole_file_next_to_shards_is_read_with_a_warning(whole):
     with pytest.warns(DumpActivationsWarning, match="a-00001-of-00003.*out of date"):
         acts = ActivationsFile(whole)
     assert acts.paths == (whole,)
-
-
-def test_no_file_and_no_shards(tmp_path):
-    with pytest.raises(OutputError, match=r"cannot read .*a.pt: No such file"):
-        ActivationsFile(tmp_path / "a.pt")
-    with pytest.raises(InvalidArgumentError, match="the suffix has to be"):
-        ActivationsFile(tmp_path / "a.bin")
 
 
 def test_inspection_lists_and_verifies_the_whole(whole, capsys):
@@ -248,11 +233,8 @@ def test_shards_compare_as_one_file(whole, single, capsys):
     changed = tensors()
     changed["layer_outputs"][30, 1, 2, 3] += 2
     other = write(single.with_name("other.npz"), changed, METADATA)
-    (pair,) = (
-        pair
-        for pair in compare(inspect_dump(other), inspect_dump(whole), threads=2).tensors
-        if not pair.is_equal
-    )
+    pairs = compare(inspect_dump(other), inspect_dump(whole), threads=2).tensors
+    (pair,) = (pair for pair in pairs if not pair.is_equal)
     assert pair.name == "layer_outputs"
     assert (pair.difference.elements, pair.difference.place) == (1, (30, 1, 2, 3))
 
@@ -273,8 +255,6 @@ def test_a_report_of_shards(whole, tmp_path):
 def test_computed_statistics_do_not_depend_on_shards(whole, single):
     dumps = (inspect_dump(whole), inspect_dump(single))
     (ours, theirs) = (compute_statistics(each, threads=2)["layer_outputs"] for each in dumps)
-    assert {name: values.tobytes() for name, values in ours.items()} == {
-        name: values.tobytes() for name, values in theirs.items()
-    }
     for name, values in ours.items():
+        assert values.tobytes() == theirs[name].tobytes()
         np.testing.assert_allclose(values, tensors()[f"stats/layer_outputs/{name}"], rtol=1e-12)

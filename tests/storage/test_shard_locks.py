@@ -11,22 +11,19 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dump_activations import _rust
 from dump_activations.errors import DumpActivationsNote, InvalidArgumentError, OutputError
-from dump_activations.storage.reading.inspection import inspect
 from dump_activations.storage.shards import Shard, list_shards, parse_shard
 from dump_activations.storage.writing import partial as partial_module
 from dump_activations.storage.writing import shards as shards_module
 from dump_activations.storage.writing.existing import choose_shards
 from dump_activations.storage.writing.paths import journal_path, partial_path
-from dump_activations.storage.writing.shards import Output, Place
+from dump_activations.storage.writing.shards import Place
 from output_support import (
-    SUFFIXES,
     missing_rows,
     names_in,
     open_output,
@@ -37,7 +34,6 @@ from output_support import (
     write_shards,
     write_whole_tensors,
 )
-from reference.dumps import read_dump
 
 DUMP = small_dump(rows=23)  # 6 batches of 4
 OTHER = replace(DUMP, metadata={"seed": "1"})
@@ -100,27 +96,6 @@ def test_names_of_shards():
     assert parse_shard(shard.path) == shard
     for name in ("x.npz", "x-00000-of-00002.npz", "x-00003-of-00002.npz", "x-1-of-2.npz"):
         assert parse_shard(Path(name)) is None
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_shards_hold_what_the_whole_file_holds(tmp_path, suffix):
-    target = tmp_path / f"x{suffix}"
-    assert write_shards(target, DUMP, 4) == [1, 2, 3, 4]
-    shards = list_shards(target)
-    assert names_in(tmp_path) == [path.name for path in shards.values()]
-    for shard, path in shards.items():
-        found = inspect(path).metadata
-        assert found["shard"] == f"{shard.number}/4"
-        assert found["first_board"] == str((shard.number - 1) * 6 // 4 * 4)
-    parts = [read_dump(path).tensors for path in shards.values()]
-    for name, data in DUMP.data.items():
-        # Tensors that do not come in batches are in each shard.
-        joined = [np.asarray(part[name]).tobytes() for part in parts]
-        assert (
-            b"".join(joined) == data.tobytes()
-            if name in DUMP.batched
-            else {*joined} == {data.tobytes()}
-        )
 
 
 # Rule 1: after the lock, the name must lead to the open file, and the final name must be absent.
@@ -342,15 +317,6 @@ def test_a_shard_of_a_process_that_ends_is_taken_over_where_it_stopped(target, m
     leaving.join()
 
 
-def test_a_shard_that_is_deleted_meanwhile_is_written_again(target):
-    write_shards(target, DUMP, 2)
-    output = open_output(target, DUMP, shards=2)
-    assert output.missing == []
-    output.files[1].target.unlink()
-    assert output.next().work.shard.number == 2
-    output.suspend()
-
-
 # Rule 8: file systems without locks, or with locks that protect nothing.
 
 
@@ -454,14 +420,6 @@ def test_a_whole_dump_next_to_shards_is_refused(target):
     target.touch()
     with pytest.raises(OutputError, match="a whole dump and for shards"):
         choose_shards(work, None, share=False)
-
-
-def test_limited_to_some_shards(target):
-    with Output(work_of(target, DUMP).files(6)[1:3]) as output:
-        while (file := output.next()) is not None:
-            write(file)
-            output.commit(file)
-    assert [shard.number for shard in list_shards(target)] == [2, 3]
 
 
 @pytest.mark.parametrize("cuts", [(None, 2), (2, None)])

@@ -47,19 +47,20 @@ def taken() -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(of) for name, of in running.tensors().items()}
 
 
+def saved(directory: Path, statistics: dict[str, torch.Tensor]) -> Path:
+    tensors = {**OTHERS, **ACTIVATIONS, **statistics}
+    save_file(tensors, directory / "x.safetensors", {"num_layers": "4", "layers": "1,3"})
+    return directory / "x.safetensors"
+
+
 @pytest.fixture(scope="module")
 def without(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("dumps") / "x.safetensors"
-    save_file({**OTHERS, **ACTIVATIONS}, path, {"num_layers": "4", "layers": "1,3"})
-    return path
+    return saved(tmp_path_factory.mktemp("dumps"), {})
 
 
 @pytest.fixture(scope="module")
 def with_them(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("dumps") / "x.safetensors"
-    tensors = {**OTHERS, **ACTIVATIONS, **taken()}
-    save_file(tensors, path, {"num_layers": "4", "layers": "1,3"})
-    return path
+    return saved(tmp_path_factory.mktemp("dumps"), taken())
 
 
 @pytest.mark.parametrize("key", ["attn_q", "layer_outputs", "pooled"])
@@ -111,13 +112,13 @@ def test_a_key_without_statistics_is_an_error(with_them, without):
     for paths in ((without, with_them), (with_them, without)):
         with pytest.raises(InvalidArgumentError, match="pooled has no statistics"):
             ActivationsFile(*paths).stats("pooled")
-    acts = ActivationsFile(with_them)
-    with pytest.raises(InvalidArgumentError, match="has layers 1, 3"):
-        acts.stats("attn_q", 2)
-    with pytest.raises(InvalidArgumentError, match="no 'attn_k' in it"):
-        acts.stats("attn_k")
-    with pytest.raises(InvalidArgumentError, match="final_ln has no statistics"):
-        acts.stats("rmsnorm_gammas/final_ln")
+    for wrong, error in {
+        ("attn_q", 2): "has layers 1, 3",
+        ("attn_k",): "no 'attn_k' in it",
+        ("rmsnorm_gammas/final_ln",): "final_ln has no statistics",
+    }.items():
+        with pytest.raises(InvalidArgumentError, match=error):
+            ActivationsFile(with_them).stats(*wrong)
 
 
 def test_a_foreign_file_has_statistics_of_its_floats(tmp_path):

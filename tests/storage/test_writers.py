@@ -166,21 +166,3 @@ def test_an_error_of_the_caller_is_not_covered_up(tmp_path):
     with open_file(tmp_path / "x.pt", MANY) as file, pytest.raises(KeyError):
         write_and_fail()
     assert slots.given_back == {0: 1}
-
-
-def test_writing_holds_nothing_that_grows(tmp_path):
-    """10^4 batches: no descriptor, thread or note is left over from the ones before."""
-
-    def held() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208
-
-    dump = small_dump(rows=10_000, batch_rows=1)
-    with open_file(tmp_path / "x.safetensors", dump) as file:
-        write_whole_tensors(file, dump)
-        with Writers(lambda _: None, threads=2) as writers:
-            before = held()
-            for batch in range(10_000):
-                writers.submit(file, batch, dump.batch(batch), done=lambda: None)
-            assert held() == before
-        assert all(not running._waiting for running in file._digests.values())
-        file.commit()

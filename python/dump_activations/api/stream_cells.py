@@ -29,12 +29,13 @@ from dump_activations.pipeline.plan import Plan, fingerprint, make_plan
 from dump_activations.storage.reading.cells import (
     CellOrder,
     Cells,
+    CellValues,
     KeyedCells,
     Values,
+    find_cells,
     rows_and_cells,
 )
 from dump_activations.storage.reading.keys import Key, Part
-from dump_activations.storage.reading.stored_cells import CellValues, find_cells
 
 Buffers = dict[str, Tensor]
 """Values by key, (M, D)."""

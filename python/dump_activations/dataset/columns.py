@@ -116,7 +116,7 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """All names, except elements of arrays."""
-        of_runs = RUN_LABELS if self._runs.exists and "run_id" in self.fields else ()
+        of_runs = RUN_LABELS if self._runs.path.exists() and "run_id" in self.fields else ()
         return list(dict.fromkeys([*self.fields, *BOARD_LABELS, *of_runs]))
 
     def find(self, name: str, *, of: str) -> Column:
@@ -140,7 +140,7 @@ class Columns:
         if name not in RUN_LABELS:
             return None
         run_id = self._field("run_id")
-        if run_id is None or run_id.kind not in "iu" or not self._runs.exists:
+        if run_id is None or run_id.kind not in "iu" or not self._runs.path.exists():
             raise InvalidArgumentError(
                 f"{option(of)}: {name!r} needs a {DATABASE} in {self.dataset.path} and an integer "
                 f"run_id in its rows; it has {', '.join(self.names)}"

@@ -69,7 +69,6 @@ class StepsDataset(_Dataset):
         InvalidArgumentError: There is no such label.
         DatasetNotFoundError: There is no such directory, or no shard in it.
         DatasetError: A shard's header, fields or size are wrong.
-
     """
 
     def __init__(self, path: str | os.PathLike[str], labels: str | Sequence[str] = ()) -> None:
@@ -216,7 +215,6 @@ class StepsDataset(_Dataset):
             InvalidArgumentError: n is below 1, the seed is negative, or the filter is wrong.
             DatasetError: The dataset has no rows.
             IndicesError: No row matches the filter.
-
         """
         return self.sample_from(self.matches(where, progress=progress), n, seed)
 
@@ -256,7 +254,6 @@ class StepsDataset(_Dataset):
         Raises:
             InvalidArgumentError: The filter cannot be parsed, or names an unknown column.
             DatasetError: A row cannot be read, or the filter divides by zero or overflows.
-
         """
         return self.matches(where, steps, progress=progress)[:]
 
@@ -300,7 +297,6 @@ class StepsDataset(_Dataset):
             IndicesError: No row, or more than one, is such a step of such a run.
             InvalidArgumentError: The rows have no `run_id` and `step_index` or `step_idx`.
             DatasetError: A row cannot be read.
-
         """
         run_ids, run_steps = step_indices(run_id), step_indices(step_index)
         if len(run_ids) != len(run_steps):
@@ -333,7 +329,6 @@ class StepsDataset(_Dataset):
             InvalidArgumentError: There is no such label, or it is not a number.
             StepIndexError: An index is negative or past the end.
             DatasetError: A row cannot be read, or a value does not fit into int64.
-
         """
         steps = step_indices(indices)
         return self.label_reader(names).read(steps, np.empty((len(steps), CELLS), np.uint8))
@@ -375,7 +370,6 @@ class StepsDataset(_Dataset):
             StepIndexError: An index is negative or past the end.
             IndicesError: The indices are not integers or not one-dimensional.
             DatasetError: A row cannot be read.
-
         """
         indices = step_indices(indices)
         if out is None:

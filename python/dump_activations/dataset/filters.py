@@ -135,20 +135,18 @@ class _Evaluation:
     first: int
 
     def value(self, node: ast.expr, reached_N: NDArray[np.bool_]) -> Any:
-        match node:
-            case ast.Name():
-                return self.columns[node.id]
-            case ast.Constant():
-                return node.value
-            case ast.BoolOp():
-                return self._joined(node, reached_N)
-            case ast.Compare():
-                return self._compared(node, reached_N)
-            case ast.UnaryOp():
-                return self._signed(node, reached_N)
-            case ast.BinOp():
-                return self._combined(node, reached_N)
-        raise AssertionError(node)
+        if isinstance(node, ast.Name):
+            return self.columns[node.id]
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.BoolOp):
+            return self._joined(node, reached_N)
+        if isinstance(node, ast.Compare):
+            return self._compared(node, reached_N)
+        if isinstance(node, ast.UnaryOp):
+            return self._signed(node, reached_N)
+        assert isinstance(node, ast.BinOp), node
+        return self._combined(node, reached_N)
 
     def _condition(self, node: ast.expr, reached_N: NDArray[np.bool_]) -> Any:
         value = self.value(node, reached_N)
@@ -269,12 +267,10 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, float) or getattr(value, "dtype", np.dtype(int)).kind == "f"
 
 
-def _is_uint64(left: Any, right: Any) -> bool:
+def _is_uint64(*values: Any) -> bool:
     """Return True if one operand is uint64 and the other one cannot be negative."""
-    is_unsigned = [
-        value.dtype.kind == "u" if np.ndim(value) else value >= 0 for value in (left, right)
-    ]
-    return all(is_unsigned) and np.uint64 in (getattr(each, "dtype", 0) for each in (left, right))
+    is_unsigned = (each.dtype.kind == "u" if np.ndim(each) else each >= 0 for each in values)
+    return all(is_unsigned) and np.uint64 in (getattr(each, "dtype", 0) for each in values)
 
 
 def _bounds(value: Any) -> tuple[int, int]:

@@ -36,25 +36,20 @@ class Runs:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / DATABASE
+        self.path = directory / DATABASE
         self._columns: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-
-    @property
-    def exists(self) -> bool:
-        """True if the file exists."""
-        return self._path.exists()
 
     def column(self, name: str) -> Callable[[NDArray[np.integer]], NDArray[np.int64]]:
         """Read a column, or raise DatasetError. Return a look-up of run ids (n,): values (n,)."""
         if name not in self._columns:
-            self._columns[name] = _read_column(self._path, name)
+            self._columns[name] = _read_column(self.path, name)
         ids, values = self._columns[name]
 
         def look_up(run_ids: NDArray[np.integer]) -> NDArray[np.int64]:
             places, is_found = find_sorted(run_ids, ids)
             if not is_found.all():
                 raise DatasetError(
-                    f"{self._path}: steps are of run {run_ids[np.argmin(is_found)]}, but its "
+                    f"{self.path}: steps are of run {run_ids[np.argmin(is_found)]}, but its "
                     f"{len(ids)} runs are numbered {ids[0]} to {ids[-1]} and have no such run"
                 )
             return values[places]

@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,12 @@ def load_encoder(
     if "://" in source:
         from dump_activations.model.hub import download_checkpoint
 
-        choose = partial(_choose_downloads, where=source, weights_required=not random_init)
+        def choose(names: Sequence[str]) -> list[str]:
+            needed = _choose_files(names, source, weights_required=not random_init)
+            if _INDEX_NAME in needed:
+                needed += filter(_SHARD_NAME.fullmatch, names)
+            return [*needed, _TOKENIZER_NAME] if _TOKENIZER_NAME in names else needed
+
         path, commit = download_checkpoint(source, choose)
         begin("loading the checkpoint")
     else:
@@ -241,14 +245,6 @@ def _choose_files(names: Sequence[str], where: str, *, weights_required: bool) -
             f"({switch('random_init')} runs the untrained model){it_has}"
         )
     return list(dict.fromkeys([*config, *weights[:1]]))
-
-
-def _choose_downloads(names: Sequence[str], where: str, *, weights_required: bool) -> list[str]:
-    """Choose the files of a repository's directory to download."""
-    needed = _choose_files(names, where, weights_required=weights_required)
-    if _INDEX_NAME in needed:
-        needed += filter(_SHARD_NAME.fullmatch, names)
-    return [*needed, _TOKENIZER_NAME] if _TOKENIZER_NAME in names else needed
 
 
 def preferred_files(directory: Path) -> list[Path]:

@@ -17,10 +17,7 @@ _SIZES = (
     *("hidden_size", "num_attention_heads", "intermediate_size"),
     *("input_vocab_size", "max_position_embeddings"),
 )
-_DIVISORS = {
-    "num_attention_heads": "hidden_size",
-    "num_key_value_heads": "num_attention_heads",
-}
+_DIVISORS = {"num_attention_heads": "hidden_size", "num_key_value_heads": "num_attention_heads"}
 # Far above any real model, and far below sizes whose products overflow.
 _LARGEST_SIZE = 1 << 20
 # So many take about a second to make.

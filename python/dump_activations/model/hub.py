@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import huggingface_hub as client
 from huggingface_hub import constants, errors
@@ -35,15 +34,8 @@ _WAYS_OUT = {
 }
 
 
-class _Location(NamedTuple):
-    """A checkpoint on the hub. `subdir` is "" for the top of the repository."""
-
-    repo_id: str
-    subdir: str
-    revision: str
-
-
-def _parse(uri: str) -> _Location:
+def _parse(uri: str) -> tuple[str, str, str]:
+    """Return repository, directory in it, "" for its top, and revision."""
     path, at, revision = uri.removeprefix(_SCHEME).partition("@")
     org, _, rest = path.rstrip("/").partition("/")
     repo, _, subdir = rest.partition("/")
@@ -56,7 +48,7 @@ def _parse(uri: str) -> _Location:
         raise InvalidArgumentError(f"{uri}: the address of a web page; give {address}")
     if (subdir and not _stays_inside(subdir)) or (at and not _stays_inside(revision)):
         raise InvalidArgumentError(f"{uri}: subdir and revision must be plain relative names")
-    return _Location(f"{org}/{repo}", subdir, revision or constants.DEFAULT_REVISION)
+    return f"{org}/{repo}", subdir, revision or constants.DEFAULT_REVISION
 
 
 def _stays_inside(path: str) -> bool:
@@ -70,32 +62,31 @@ def download_checkpoint(uri: str, choose_files: _Choice) -> tuple[Path, str]:
     the hub's own tools do. `choose_files` takes the names in the checkpoint's directory and returns
     those to download. Returns the directory that holds them, and their commit.
     """
-    location = _parse(uri)
+    repo_id, subdir, revision = _parse(uri)
     begin(f"downloading {uri}")
     try:
         with _quiet_client():
-            snapshot = _download(location, choose_files)
+            snapshot = _download(repo_id, subdir, revision, choose_files)
     except CheckpointNotFoundError:
         raise
     except errors.HFValidationError as error:
         raise InvalidArgumentError(f"{uri}: must be {_FORM}: {error}") from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointNotFoundError(
-            f"{uri}: no revision {location.revision}; the form is {_FORM}"
+            f"{uri}: no revision {revision}; the form is {_FORM}"
         ) from error
     except Exception as error:
         # The client raises errors of many libraries.
         kind, reason = _explain(error)
-        cached = _cached(location, choose_files)
+        cached = _cached(repo_id, subdir, revision, choose_files)
         if cached is None:
             raise kind(f"{uri}: {reason}; no checkpoint is cached") from error
         warn(f"{uri}: {reason}; using the cached checkpoint")
         snapshot = cached
-    return snapshot / location.subdir, snapshot.name
+    return snapshot / subdir, snapshot.name
 
 
-def _download(location: _Location, choose_files: _Choice) -> Path:
-    repo_id, subdir, revision = location
+def _download(repo_id: str, subdir: str, revision: str, choose_files: _Choice) -> Path:
     # The client waits without end unless it is given a timeout.
     timeout = constants.HF_HUB_ETAG_TIMEOUT
     info = client.HfApi().model_info(repo_id, revision=revision, timeout=timeout)
@@ -141,14 +132,14 @@ def _explain(error: Exception) -> tuple[type[CheckpointError | CheckpointNotFoun
     return CheckpointNotFoundError, f"the hub cannot be reached ({reason})"
 
 
-def _cached(location: _Location, choose_files: _Choice) -> Path | None:
+def _cached(repo_id: str, subdir: str, revision: str, choose_files: _Choice) -> Path | None:
     """Find the checkpoint in the client's cache."""
     try:
         # Without a pattern the client would miss the files that were never asked for.
         found = client.snapshot_download(
-            location.repo_id, revision=location.revision, local_files_only=True, allow_patterns=[]
+            repo_id, revision=revision, local_files_only=True, allow_patterns=[]
         )
-        choose_files([path.name for path in (Path(found) / location.subdir).iterdir()])
+        choose_files([path.name for path in (Path(found) / subdir).iterdir()])
     except (OSError, ValueError):
         return None
     return Path(found)

@@ -90,7 +90,7 @@ def storage_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
         return -DTYPES[spec.dtype].nbytes, -row_alignment
 
     statistics = [spec for spec in specs if spec.name.startswith(STATISTICS_PREFIX)]
-    ordered = sorted((spec for spec in specs if spec not in statistics), key=key)
+    ordered = sorted((s for s in specs if not s.name.startswith(STATISTICS_PREFIX)), key=key)
     ends = accumulate((spec.nbytes for spec in ordered), initial=0)
     place = max(number for number, end in enumerate(ends) if end % _STATISTICS_ALIGNMENT == 0)
     return [*ordered[:place], *statistics, *ordered[place:]]

@@ -69,13 +69,8 @@ def dump_pickle(
 
 
 def _tensor(spec: TensorSpec, key: str) -> bytes:
-    storage = _tuple(
-        _text("storage"),
-        _global(f"torch {DTYPES[spec.dtype].torch_storage}"),
-        _text(key),
-        _text("cpu"),
-        _int(spec.numel),
-    )
+    kind = _global(f"torch {DTYPES[spec.dtype].torch_storage}")
+    storage = _tuple(_text("storage"), kind, _text(key), _text("cpu"), _int(spec.numel))
     shape, strides = (_tuple(*map(_int, each)) for each in (spec.shape, _strides(spec.shape)))
     no_hooks = _global(_ORDERED_DICT) + pickle.EMPTY_TUPLE + pickle.REDUCE
     arguments = _tuple(

@@ -347,8 +347,7 @@ class ActivationsFile:
             InvalidArgumentError: A key has no axis of cells, or a number is out of range.
             DeviceError: The machine does not have the device.
         """
-        from dump_activations.storage.reading.cells import CellOrder
-        from dump_activations.storage.reading.stored_cells import StoredCells, find_cells
+        from dump_activations.storage.reading.cells import CellOrder, StoredCells, find_cells
 
         keys = (key,) if isinstance(key, str) else tuple(key)
         if not keys:

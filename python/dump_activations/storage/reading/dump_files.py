@@ -22,14 +22,14 @@ from dump_activations.errors import InvalidArgumentError, OutputError, is_url, w
 from dump_activations.remote import input_path
 from dump_activations.remote.mirror import Ranges, fetch, is_mirror
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest
-from dump_activations.storage.formats.layout import Format, StoredTensor
+from dump_activations.storage.formats.layout import StoredTensor
 from dump_activations.storage.formats.registry import format_of
 from dump_activations.storage.reading.inspection import (
     Inspection,
     inspect,
-    inspect_again,
     offset_in,
     read_span,
+    same_again,
 )
 from dump_activations.storage.reading.keys import Catalog, Part
 from dump_activations.storage.shards import Shard, list_shards
@@ -47,14 +47,16 @@ _OF_THE_MODEL = ("weights_sha256", "layers", "precision")
 class DumpFiles:
     """Finished files that hold the same tensors, whose rows are counted through all of them.
 
-    `paths` are files or names of wholes, one per dump. Each read opens the files again.
+    `paths` are files or names of wholes, one per dump; `path` and `format` are the first's. Each
+    read opens the files again.
     """
 
     def __init__(
         self, paths: Sequence[Path], files: Sequence[Inspection], metadata: Mapping[str, str]
     ) -> None:
-        self.paths = list(paths)
-        self.files = list(files)
+        self.paths, self.path = list(paths), paths[0]
+        self.files, self.format = list(files), files[0].format
+        self.size = sum(file.size for file in files)
         self.metadata = dict(metadata)
         self._open: dict[tuple[str, int], _rust.StoredTensor] = {}
 
@@ -64,21 +66,6 @@ class DumpFiles:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}
-
-    @property
-    def path(self) -> Path:
-        """Name of the dump; of several, of the first."""
-        return self.paths[0]
-
-    @property
-    def format(self) -> Format:
-        """Format of the first file."""
-        return self.files[0].format
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files)
 
     @property
     def catalog(self) -> Catalog:
@@ -188,7 +175,9 @@ class DumpFiles:
 
     def _check_unchanged(self, files: Iterable[int]) -> None:
         for i in files:
-            found = inspect_again(self.files[i])
+            path = self.files[i].path
+            with OutputError.when(f"cannot read {path}"):
+                found = same_again(self.files[i], path.stat())
             if found is not self.files[i]:
                 self.files[i] = found
                 self._open = {}  # which would refuse another inode number

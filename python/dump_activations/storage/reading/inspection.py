@@ -68,7 +68,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
 def open_again(file: Inspection) -> Iterator[BinaryIO]:
     """Open an inspected file; OutputError if it was changed."""
     with _open(file.path) as opened:
-        _same_again(file, os.fstat(opened.fileno()))
+        same_again(file, os.fstat(opened.fileno()))
         yield opened
 
 
@@ -90,14 +90,8 @@ def read_span(file: Inspection, name: str, start: int, out: NDArray[np.uint8]) -
             raise OutputError(f"{file.path} was cut short while it was read")
 
 
-def inspect_again(file: Inspection) -> Inspection:
-    """Return the inspection of a file as it is now; OutputError if it was changed."""
-    with OutputError.when(f"cannot read {file.path}"):
-        return _same_again(file, file.path.stat())
-
-
-def _same_again(file: Inspection, status: os.stat_result) -> Inspection:
-    """Compare a file's headers where its time or inode number is new.
+def same_again(file: Inspection, status: os.stat_result) -> Inspection:
+    """Return the inspection of a file as it is now; OutputError if it was changed.
 
     A new time or inode number alone is not a change: `touch` and network mounts renew them. If both
     are new, only digests in an equal header prove that the content is the same.

@@ -6,7 +6,7 @@ Shape letters: N boards, L layers kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +70,7 @@ class Key:
         counted = number + (self.in_model or 0) if number < 0 else number
         if counted in layers:
             return self.pick(layers.index(counted))
-        has = f"layers {_listed(layers)}" if layers else "no layers"
+        has = f"layers {', '.join(map(str, layers))}" if layers else "no layers"
         if layers and number < 0 and self.in_model is None:
             has += ", and the file does not say how many layers its model has"
         raise InvalidArgumentError(f"{option('layer', number)}: {self.name} has {has}")
@@ -125,7 +125,8 @@ class Catalog:
         others = [other for other in self.tensors if _split_name(other)[0] not in self.keys]
         known = [*self.keys, *others]
         raise MissingKeyError(
-            f"{self._path}: no {name!r} in it{did_you_mean(name, known)}, only {_listed(known)}"
+            f"{self._path}: no {name!r} in it{did_you_mean(name, known)}, only "
+            f"{', '.join(known) or 'nothing'}"
         )
 
     def _find_layers(self, metadata: Mapping[str, str]) -> tuple[int | None, tuple[int, ...]]:
@@ -175,7 +176,3 @@ def _split_name(name: str) -> tuple[str, int | None]:
     """Split `KEY.LAYER`; any other name has no layer."""
     key, _, layer = name.rpartition(".")
     return (key, int(layer)) if _LAYER.fullmatch(layer) and key else (name, None)
-
-
-def _listed(names: Iterable[object]) -> str:
-    return ", ".join(map(str, names)) or "nothing"
