@@ -240,7 +240,7 @@ def test_one_fails_and_the_others_finish(reason, runs):
 
 
 def test_a_signal_to_the_launcher_ends_all(runs):
-    """Other signals: tests/commands/test_launcher.py."""
+    """Other signals: tests/commands/test_process.py."""
     run = runs(".safetensors", "--n-samples=1500", "--shard-size=15MB")
     arguments = [*run.arguments, f"-o{run.target}", "--nproc-per-node=2"]
     launcher = run.server.start(arguments, run.directory.with_name("log"), cores=2)

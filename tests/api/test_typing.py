@@ -88,6 +88,12 @@ def test_a_signature_and_its_options_class_agree(function, options):
             assert get_args(parameter.annotation) == choices, name
 
 
+def test_stream_cells_takes_options_of_streams_by_their_names():
+    own = "init dataset key layer epoch epochs rank world_size window drop_last boards_per_pass"
+    taken = {*inspect.signature(dump_activations.stream_cells).parameters} - {*own.split()}
+    assert taken <= {each.name for each in fields(StreamOptions)}
+
+
 def test_every_public_name_is_there():
     names = dir(dump_activations)
     assert set(names) == {"__version__", *dump_activations.__all__}

@@ -18,10 +18,9 @@ from dump_activations import write_report
 from dump_activations.report import data
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 from reference.dumps import read_dump
+from reference.game import MOVES, describe
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
-
-MOVES = ("up", "down", "left", "right")
 
 # Section -> flags that it names where the dump lacks its values.
 WITHOUT = {
@@ -82,17 +81,7 @@ def largest_tiles(tensors):
 
 
 def legal_moves(board):
-    """Say of each move whether it changes a board, (M,): slides lists of tiles, one at a time."""
-
-    def slides(lines):
-        for line in lines:
-            tiles = [tile for tile in line if tile]
-            if list(line[: len(tiles)]) != tiles or any(np.diff(tiles) == 0):
-                return True
-        return False
-
-    cells = board.reshape(4, 4)
-    return [slides(lines) for lines in (cells.T, cells.T[:, ::-1], cells, cells[:, ::-1])]
+    return np.array(describe(tuple(board.tolist()))["legal_moves"], bool)
 
 
 def model_moves(tensors):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from dump_activations import interrupts
 from dump_activations.commands.console import (
     UnreadError,
     fresh_mode,
@@ -26,16 +27,6 @@ from dump_activations.errors import (
     InvalidArgumentError,
     OutputError,
     option,
-)
-from dump_activations.interrupts import (
-    UNREAD,
-    HeldInterrupts,
-    die_of,
-    handled_by,
-    ignore_interrupts,
-    signal_of,
-    terminate_with_parent,
-    terminated_like_interrupted,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +64,7 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
         arguments = sys.argv[1:] if arguments is None else arguments
         try:
             # `click.main` would lose the notes of an interruption.
-            with terminated_like_interrupted():
+            with interrupts.terminated_like_interrupted():
                 with written_stdout():  # --help and --version print while arguments are parsed.
                     context = command.make_context(name, [*arguments], obj=[*arguments])
                 with context:
@@ -81,7 +72,7 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
         except click.exceptions.Exit as error:
             code = error.exit_code
         except UnreadError:
-            code = UNREAD
+            code = interrupts.UNREAD
         except click.ClickException as error:
             mode.as_json |= "--json" in arguments  # Perhaps it was not reached.
             code = _failed(InvalidArgumentError.exit_code, error.format_message())
@@ -98,7 +89,7 @@ def run_command(command: click.Command, arguments: Sequence[str] | None) -> int:
 
 def interrupted(interrupt: KeyboardInterrupt) -> int:
     """Print that a command was interrupted, and return the signal's number, negative."""
-    return _failed(-signal_of(interrupt), "interrupted", interrupt)
+    return _failed(-interrupts.signal_of(interrupt), "interrupted", interrupt)
 
 
 def _failed(code: int, text: str, error: BaseException | None = None) -> int:
@@ -115,7 +106,7 @@ def leave(code: int) -> NoReturn:
     functions registered with `atexit` run. Nothing is freed: the system does it at once, and
     freeing torch's objects one by one takes a tenth of a second.
     """
-    ignore_interrupts()
+    interrupts.ignore_interrupts()
     atexit._run_exitfuncs()
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.flush()
@@ -123,13 +114,13 @@ def leave(code: int) -> NoReturn:
         with written_stdout():
             pass
     except UnreadError:
-        code = code or UNREAD
+        code = code or interrupts.UNREAD
     except OutputError as error:
         code = code or _failed(error.exit_code, error.flags_text)
     except (ValueError, AttributeError):  # stdout is closed, or cannot be flushed.
         pass
     if code < 0:
-        die_of(-code)
+        interrupts.die_of(-code)
     os._exit(abs(code))
 
 
@@ -140,7 +131,7 @@ def uncollected_imports() -> Iterator[None]:
     torch makes a million objects that live until the end. Visiting them takes a quarter of its
     import. A signal waits until the context ends: modules catch KeyboardInterrupt as they load.
     """
-    with HeldInterrupts():
+    with interrupts.HeldInterrupts():
         gc.disable()
         try:
             yield
@@ -191,7 +182,7 @@ def join_launcher() -> Launched:
             f"RANK must be below WORLD_SIZE, {place.world_size}; got {place.rank}"
         )
     if launcher:
-        terminate_with_parent(launcher)
+        interrupts.terminate_with_parent(launcher)
     return place
 
 
@@ -215,9 +206,9 @@ def launch(arguments: Sequence[str], processes: str) -> int:
         for process in started:
             process.send_signal(number)
 
-    with handled_by(send):
+    with interrupts.handled_by(send):
         try:
-            with HeldInterrupts():  # So that each process gets a signal that comes meanwhile.
+            with interrupts.HeldInterrupts():  # Each process gets a signal that comes meanwhile.
                 for rank in range(count):
                     place = {"RANK": rank, "LOCAL_RANK": rank, _LAUNCHER: os.getpid()}
                     place |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -226,7 +217,8 @@ def launch(arguments: Sequence[str], processes: str) -> int:
             while None in (codes := [process.poll() for process in started]) and not any(codes):
                 time.sleep(_POLL_SECONDS)
             code = next(filter(None, codes), 0)
-            if code < 0 and code != UNREAD and not is_interrupted:  # Such a process wrote no line.
+            # Such a process wrote no line.
+            if code < 0 and code != interrupts.UNREAD and not is_interrupted:
                 text = f"process {codes.index(code)} was ended by signal {-code}"
                 print_line("error", text)
             return code

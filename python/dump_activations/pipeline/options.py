@@ -82,16 +82,18 @@ def _option(
     return field(default=default, metadata=shown)
 
 
+def _wrong(name: str, text: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{option(name)}: {text}")
+
+
 def _whole_from(least: int) -> _Check:
     def check(name: str, value: Any) -> int:
         try:
             number = operator.index(value)  # NumPy's integers have it too.
         except TypeError:
-            raise InvalidArgumentError(
-                f"{option(name)}: must be a whole number, not {value!r}"
-            ) from None
+            raise _wrong(name, f"must be a whole number, not {value!r}") from None
         if number < least:
-            raise InvalidArgumentError(f"{option(name)}: must be {least} or more, not {number}")
+            raise _wrong(name, f"must be {least} or more, not {number}")
         return number
 
     return check
@@ -100,10 +102,8 @@ def _whole_from(least: int) -> _Check:
 def _one_of(choices: Collection[str]) -> _Check:
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, str) or value not in choices:
-            raise InvalidArgumentError(
-                f"{option(name)}: {value!r} is not one of {', '.join(choices)}"
-                f"{_hint(value, choices)}"
-            )
+            listed = ", ".join(choices)
+            raise _wrong(name, f"{value!r} is not one of {listed}{_hint(value, choices)}")
         return value
 
     return check
@@ -117,8 +117,7 @@ def _dtype(name: str, value: Any) -> Any:
 
 
 def _hint(value: object, choices: Collection[str]) -> str:
-    other_name = _OTHER_NAMES.get(str(value).lower(), str(value))
-    return did_you_mean(other_name, choices)
+    return did_you_mean(_OTHER_NAMES.get(str(value).lower(), str(value)), choices)
 
 
 def _keys(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
@@ -126,9 +125,7 @@ def _keys(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     try:
         keys = split_names(value)
     except (AttributeError, TypeError):
-        raise InvalidArgumentError(
-            f"{option(name)}: {value!r} is not a list of activation keys"
-        ) from None
+        raise _wrong(name, f"{value!r} is not a list of activation keys") from None
     keys = tuple("*" if key == "all" else key for key in keys)
     find_activations(keys)
     return keys
@@ -145,11 +142,10 @@ def _steps(name: str, value: str | slice | None) -> slice | None:
             raise TypeError
         width = range(1)[value].step  # Python's own check of the three.
     except (TypeError, ValueError):
-        raise InvalidArgumentError(
-            f"{option(name)}: {value!r} is no START:STOP or START:STOP:STEP of whole numbers"
-        ) from None
+        text = f"{value!r} is no START:STOP or START:STOP:STEP of whole numbers"
+        raise _wrong(name, text) from None
     if width < 1:
-        raise InvalidArgumentError(f"{option(name)}: steps are taken in their order, not backwards")
+        raise _wrong(name, "steps are taken in their order, not backwards")
     return value
 
 
@@ -160,9 +156,8 @@ def _size(name: str, value: int | str | None) -> int | None:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kMGT]?B)?", str(value).strip())
     nbytes = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
     if isinstance(value, bool) or nbytes < 1:
-        raise InvalidArgumentError(
-            f"{option(name)}: must be a size such as 4GB, 500MB or a number of bytes; got {value!r}"
-        )
+        text = f"must be a size such as 4GB, 500MB or a number of bytes; got {value!r}"
+        raise _wrong(name, text)
     return nbytes
 
 
@@ -173,10 +168,8 @@ def _shards(name: str, value: int | str | range | None) -> range | None:
     match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", str(value).strip())
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if isinstance(value, bool) or not 1 <= first <= last:
-        raise InvalidArgumentError(
-            f"{option(name)}: must be a shard's number or a range such as 1-20, counted from 1; "
-            f"got {value!r}"
-        )
+        text = "must be a shard's number or a range such as 1-20, counted from 1"
+        raise _wrong(name, f"{text}; got {value!r}")
     return range(first, last + 1)
 
 
@@ -184,17 +177,13 @@ def _device(name: str, value: object) -> str:
     text = str(value)
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
         hint = _hint(text, ("cuda", "cpu", "cuda:0"))
-        raise InvalidArgumentError(
-            f"{option(name)}: {text!r} is neither cuda, cuda:N nor cpu{hint}"
-        )
+        raise _wrong(name, f"{text!r} is neither cuda, cuda:N nor cpu{hint}")
     return text
 
 
 def _progress(name: str, value: Any) -> Count | bool:
     if value is not None and not isinstance(value, bool) and not callable(value):
-        raise InvalidArgumentError(
-            f"{option(name)}: must be True for a bar, or a function; got {value!r}"
-        )
+        raise _wrong(name, f"must be True for a bar, or a function; got {value!r}")
     return value or False
 
 
@@ -302,23 +291,15 @@ class Options:
                 object.__setattr__(self, each.name, check(each.name, getattr(self, each.name)))
         for other in ("steps", "where"):
             if self.indices is not None and getattr(self, other) is not None:
-                raise InvalidArgumentError(
-                    f"{option('indices')}: contradicts {option(other)}; leave out one of them"
-                )
+                raise _wrong("indices", f"contradicts {option(other)}; leave out one of them")
         if self.layers is not None and any(map(split_layer_alias, self.outputs)):
-            raise InvalidArgumentError(
-                f"{option('layers')}: contradicts a key of {option('outputs')} that names its "
-                "layer; leave out one of them"
-            )
+            text = f"contradicts a key of {option('outputs')} that names its layer"
+            raise _wrong("layers", f"{text}; leave out one of them")
         if self.device == "cpu" and not self.allow_cpu:
-            raise InvalidArgumentError(
-                f"{option('device')}: cpu is not a CUDA device; {switch('allow_cpu')} runs "
-                "on the CPU all the same"
-            )
+            way_out = f"{switch('allow_cpu')} runs on the CPU all the same"
+            raise _wrong("device", f"cpu is not a CUDA device; {way_out}")
         if self.device == "cpu" and self.precision == "tf32":
-            raise InvalidArgumentError(
-                f"{option('precision')}: tf32 is CUDA's; use fp32 or bf16 on the CPU"
-            )
+            raise _wrong("precision", "tf32 is CUDA's; use fp32 or bf16 on the CPU")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -34,16 +34,7 @@ from dump_activations.pipeline.device import (
 )
 from dump_activations.pipeline.feed import BoardBatch, feed_boards
 from dump_activations.pipeline.plan import Plan
-from dump_activations.pipeline.transfer import (
-    HOST_SLOTS,
-    ActivationBatch,
-    Buffers,
-    cut,
-    mapped,
-    ring,
-    shapes_of,
-    slot_nbytes,
-)
+from dump_activations.pipeline.transfer import ActivationBatch, Buffers, cut, host_ring
 from dump_activations.progress import Chunk, Stopwatch
 
 # Boards in a chunk on the CPU: its temporaries stay in a core's cache and in the heap, while those
@@ -219,10 +210,7 @@ class Run:
                 exits.callback(self._cuda.close)
                 self._computing, self._copying = self._cuda.computing, self._cuda.copying
             else:
-                shapes, dtype = shapes_of(plan, rows), plan.storage_dtype
-                count = min(HOST_SLOTS, -(-len(plan.indices) // rows))
-                memory = mapped(count * slot_nbytes(shapes, dtype))
-                self._free = ring(memory, shapes, dtype, count)
+                self._free = host_ring(plan, rows)
             self._set_up = (0.0, 0.0)
             if not self._is_chunked:
                 self._warm_up(rows, is_graphed=is_graphed)

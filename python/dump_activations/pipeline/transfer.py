@@ -53,6 +53,13 @@ class ActivationBatch:
     release: Callable[[], object] = lambda: None
 
 
+def host_ring(plan: Plan, rows: int) -> Ring:
+    """Map slots in host memory, where the model runs and the consumer reads them."""
+    shapes, dtype = shapes_of(plan, rows), plan.storage_dtype
+    count = min(HOST_SLOTS, -(-len(plan.indices) // rows))
+    return ring(mapped(count * slot_nbytes(shapes, dtype)), shapes, dtype, count)
+
+
 def mapped(nbytes: int, advice: int = mmap.MADV_NORMAL) -> Tensor:
     """Map memory, uint8 (nbytes,), that starts on a page and takes none until it is written to."""
     try:
