@@ -23,7 +23,7 @@ ARROWS = {
     "__main__": ("commands",),
     "commands": (
         *LEAVES,
-        *("api", "demo", "model", "pipeline", "dataset", "remote", "report", "storage"),
+        *("_rust", "api", "demo", "model", "pipeline", "dataset", "remote", "report", "storage"),
     ),
     "__init__": (
         *(*LEAVES, "_rust", "api", "demo", "model", "pipeline", "dataset", "report"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from dump_activations.errors import InvalidArgumentError
 from dump_activations.pipeline.options import DumpOptions, StreamOptions
@@ -18,6 +19,7 @@ from dump_activations.pipeline.options import DumpOptions, StreamOptions
         *(("layers", given, (-1,)) for given in (-1, [-1], "-1", np.int64(-1))),
         *(("layers", given, (0, 1)) for given in ([0, 1], (0, 1), "0,1", range(2), np.arange(2))),
         *(("layers", given, (slice(2),)) for given in (slice(2), [slice(2)], ":2")),
+        *[("dtype", torch.float16, "fp16"), ("dtype", torch.bfloat16, "bf16")],
         *(("labels", given, ("a", "b")) for given in ("a,b", ["a", "b"], "a, b,a")),
     ],
 )
@@ -31,7 +33,13 @@ def test_values(name, given, value):
         *(("steps", given) for given in ("::-1", "5:1:-1", slice(None, None, -1), ":x", "1", 1.5)),
         *(("steps", given) for given in ("1:2:3:4", "::0", 5)),
         *(("layers", given) for given in (0.5, "", "x", [], [0.5], "0:4:0")),
-        *[("progress", 3), ("n_samples", None), ("dtype", ["fp32"]), ("precision", None)],
+        *[
+            ("progress", 3),
+            ("n_samples", None),
+            ("dtype", ["fp32"]),
+            ("dtype", torch.int8),
+            ("precision", None),
+        ],
         *[("outputs", [1]), ("outputs", None)],
         *(("shards", given) for given in (True, range(2, 2), range(1, 9, 2))),
         *(("shard_size", given) for given in (True, 0.5, "1 kilobyte", -3)),

@@ -280,6 +280,13 @@ def test_workers_read_when_they_are_spawned(web, demo_dataset):
     np.testing.assert_array_equal(boards, StepsDataset(demo_dataset).read_boards(range(640)))
 
 
+def test_a_program_that_ends_after_its_last_read_ends_quietly(web):
+    program = "import sys; from dump_activations import StepsDataset as S; S(sys.argv[1])[5]"
+    for _ in range(6):
+        command = [sys.executable, "-c", program, f"{web.url}/dataset"]
+        subprocess.run(command, check=True, timeout=60)
+
+
 def test_a_forked_worker_is_told_to_be_spawned(web):
     ds = StepsDataset(f"{web.url}/dataset")
 
@@ -390,7 +397,7 @@ def test_the_token_stays_with_the_hub(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
     monkeypatch.setenv("HF_TOKEN", "secret")
     location = stores.Location.of("hf://datasets/org/name", "commit")
-    (data,) = stores.run_all([location.read(stores.RemoteFile("file", 9), 0, 4)])
+    data = location.read(stores.RemoteFile("file", 9), 0, 4)
     assert bytes(data) == b"data"
     assert hub.credentials == "Bearer secret"
     assert elsewhere.credentials is None

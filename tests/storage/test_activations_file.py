@@ -196,7 +196,9 @@ def test_representations_are_short_and_have_no_addresses(make, tmp_path):
     large = ActivationsFile(tmp_path / "a.safetensors")
     assert large.seed is None
     assert large.checkpoint is None
-    for text in map(repr, (acts, acts.labels, acts[STACKED], large, large.labels, large["a\x1b"])):
+    boards, cells = acts.boards(STACKED, 1, labels="move_dir"), acts.cells("final_hidden")
+    each = (acts, acts.labels, acts[STACKED], large, large.labels, large["a\x1b"], boards, cells)
+    for text in map(repr, each):
         assert len(text.splitlines()) <= 20
         assert "0x" not in text
         assert "\x1b" not in text
@@ -281,7 +283,7 @@ def test_batches_of_boards(make):
     same(torch.cat(values), expected["final_hidden"])
     same(torch.cat([of_batch["move_dir"] for of_batch in labels]), expected["labels/move_dir"])
     mask = torch.arange(N) % 3 == 0
-    for rows in (slice(30, None, -3), slice(-4, None), [5, -1, 0], torch.tensor([2, 2]), mask, -1):
+    for rows in (slice(30, None, -3), slice(-4, None), [5, -1, 0], torch.tensor([2]), mask, -1):
         values, labels = boards[rows]
         numbers = np.arange(N)[rows if isinstance(rows, slice | int) else np.asarray(rows)]
         same(values, expected["final_hidden"][numbers.copy()])

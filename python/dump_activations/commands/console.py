@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from dump_activations import _rust
 from dump_activations.commands import STARTED
 from dump_activations.errors import (
     DumpActivationsNote,
@@ -122,7 +123,9 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         callback=be_quiet,
         help="Print errors and warnings only, and JSON if asked for.",
     )
-    version = click.version_option(None, "-V", "--version", package_name="dump-activations")
+    version = click.version_option(
+        _rust.__version__, "-V", "--version", message="%(prog)s, version %(version)s"
+    )
     return as_json(quiet(version(command)))
 
 

@@ -226,10 +226,9 @@ def dump_activations(
     options = DumpOptions.of(flags)
     path = Path(output)
     if options.write:
-        from dump_activations.remote.upload import output_path
         from dump_activations.storage.writing.paths import check_output
 
-        path, given = output_path(output), flags["indices"]
+        path, given = _output_path(output), flags["indices"]
         indices = [] if given is None or is_url(given) else [locate(given, "indices")]
         check_output(path, [STORAGE_DTYPES[options.dtype].name], inputs=indices)
     if nproc_per_node is not None and not context.params["dry_run"] and "RANK" not in os.environ:
@@ -238,6 +237,14 @@ def dump_activations(
         shown = _run(context, inputs, path, options, place)
     if not place.rank:
         shown()
+
+
+def _output_path(output: str) -> Path:
+    if not is_url(output):
+        return locate(output, "output")
+    from dump_activations.remote.upload import output_path  # It imports NumPy.
+
+    return output_path(output)
 
 
 def _run(

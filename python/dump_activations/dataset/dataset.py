@@ -162,8 +162,11 @@ class StepsDataset(_Dataset):
         if isinstance(index, slice):
             return self._items(np.arange(*index.indices(len(self)), dtype=np.int64))
         try:
-            step = operator.index(index)  # type: ignore[arg-type]
+            # A tensor of one step is an index in Python, but here it asks for a batch.
+            step = None if getattr(index, "ndim", 0) else operator.index(index)  # type: ignore[arg-type]
         except TypeError:
+            step = None
+        if step is None:
             return self._items(step_indices(index))  # type: ignore[arg-type]
         if not 0 <= step < len(self):
             raise StepIndexError(

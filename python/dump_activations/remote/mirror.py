@@ -17,7 +17,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,7 @@ def fetch(ranges: Mapping[Path, Ranges]) -> None:
 
         largest = max(stop - first for _, first, stop in requests) * BLOCK_NBYTES
         at_once = max(1, _NBYTES_UNDER_WAY // largest)
-        run_all([mirror.read(first, stop) for mirror, first, stop in requests], at_once)
+        run_all([partial(mirror.read, *span) for mirror, *span in requests], at_once)
 
 
 def fetch_span(path: Path, start: int, nbytes: int) -> None:
@@ -213,11 +213,11 @@ class _Mirror:
             for start in range(first, last + 1, _REQUEST_BLOCKS):
                 yield start, min(start + _REQUEST_BLOCKS, last + 1)
 
-    async def read(self, first: int, stop: int) -> None:
+    def read(self, first: int, stop: int) -> None:
         """Request blocks, write them, then their bits."""
         start = first * BLOCK_NBYTES
         end = min(stop * BLOCK_NBYTES, self.file.size)
-        data = await self.location.read(self.file, start, end)
+        data = self.location.read(self.file, start, end)
         with RemoteError.when(_CANNOT_WRITE.format(self._path)):
             fd = os.open(self._path, os.O_WRONLY)
             try:

@@ -4,16 +4,15 @@ obstore makes the requests, and takes credentials from where its stores look for
 environment, profiles, instance metadata, `hf auth login`. None is kept, printed or recorded.
 """
 
-import asyncio
 import os
 import re
-import threading
 from base64 import b64encode
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
+from functools import partial
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 from dump_activations.errors import InvalidArgumentError, RemoteError
+from dump_activations.interrupts import HeldInterrupts
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -38,6 +38,7 @@ _TIMEOUT = 30
 _BODIES = 3
 # Requests at once: over a link of 20 ms, 4,096 rows then take 2.6 s.
 _REQUESTS = 32
+_POLL_SECONDS = 0.2
 _FIRST_PROCESS = os.getpid()
 _LARGEST_PAGE = 64 << 20
 # Signed URLs carry their secret in the query, and clients quote the URL in errors.
@@ -176,19 +177,19 @@ class Location:
 
     def head(self, name: str) -> RemoteFile | None:
         """Look at one file of the directory; None where there is none."""
-        return run_all([self._head(name)])[0]
+        return run_all([lambda: self._head(name)])[0]
 
-    async def _head(self, name: str) -> RemoteFile | None:
+    def _head(self, name: str) -> RemoteFile | None:
         import obstore
 
         try:
             with _errors(f"{self.url}/{name}"):
-                found = await obstore.head_async(self.store, self.prefix + name)
+                found = obstore.head(self.store, self.prefix + name)
         except RemoteNotFoundError:
             return None
         return RemoteFile(name, found["size"]) if self.commit else _described(name, found)
 
-    async def read(self, file: RemoteFile, start: int, stop: int) -> memoryview:
+    def read(self, file: RemoteFile, start: int, stop: int) -> memoryview:
         """Read a range of a file's bytes.
 
         Raises:
@@ -199,10 +200,10 @@ class Location:
         with _errors(f"{self.url}/{file.name}"):
             for attempt in range(_BODIES):
                 try:
-                    found = await obstore.get_async(
+                    found = obstore.get(
                         self.store, self.prefix + file.name, options={"range": (start, stop)}
                     )
-                    data = memoryview(await found.bytes_async())
+                    data = memoryview(found.bytes())
                     break
                 except obstore.exceptions.GenericError as error:
                     # The client repeats requests, but not answers that are cut short.
@@ -283,48 +284,36 @@ class Location:
             page = answer.read(_LARGEST_PAGE).decode(errors="replace")
         links = _Links()
         links.feed(page)
-        heads = [self._head(name) for name in sorted(set(links.names)) if wanted(name)]
+        heads = [partial(self._head, name) for name in sorted(set(links.names)) if wanted(name)]
         yield from (found for found in run_all(heads) if found is not None)
 
 
-def run_all(works: Sequence[Coroutine[Any, Any, _T]], at_once: int = _REQUESTS) -> list[_T]:
-    """Run requests, some of them at once, and return their results in order.
+def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list[_T]:
+    """Make requests, some of them at once, and return their results in order.
 
     Raises the error of the first that fails, or what interrupts the wait.
+
+    Threads wait for them, not a loop of asyncio: the client would wake that loop from threads of
+    its own, and such a thread aborts a program that ends at the same moment.
     """
-
-    async def run() -> list[_T]:
-        slots = asyncio.Semaphore(min(at_once, _REQUESTS))
-
-        async def each(work: Coroutine[Any, Any, _T]) -> _T:
-            async with slots:
-                return await work
-
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(each(work)) for work in works]
-        return [task.result() for task in tasks]
-
-    future = asyncio.run_coroutine_threadsafe(run(), _loop(os.getpid()))
-    try:
-        return future.result()
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
-    except BaseException:
-        future.cancel()
-        raise
-
-
-@cache
-def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """Start the loop of a process. Its thread ends with the process, whatever is under way."""
-    if process != _FIRST_PROCESS:
+    if os.getpid() != _FIRST_PROCESS:
         raise RemoteError(
             "remote files cannot be read after a fork; give the DataLoader "
             "multiprocessing_context='spawn'"
         )
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="remote reads", daemon=True).start()
-    return loop
+    threads = ThreadPoolExecutor(min(at_once, _REQUESTS), thread_name_prefix="requests")
+    with HeldInterrupts() as interrupts:
+        try:
+            futures = [threads.submit(work) for work in works]
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+                for each in done:
+                    each.result()
+                interrupts.check()
+            return [each.result() for each in futures]
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 class _Links(HTMLParser):

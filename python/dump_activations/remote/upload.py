@@ -5,16 +5,21 @@ mirror there, as in a view, and so do the shards that others uploaded. Whatever 
 shards in a directory then finds all of them, and their bytes take no local space.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from dump_activations.errors import InvalidArgumentError, RemoteError, is_url, locate, note, option
-from dump_activations.remote.mirror import become_mirror, cache_directory
-from dump_activations.remote.stores import Location, RemoteNotFoundError, without_secrets
+
+if TYPE_CHECKING:
+    # A local output needs neither the clients of stores nor NumPy.
+    from dump_activations.remote.stores import Location
 
 DEFAULT_SHARD_NBYTES = 4_000_000_000
 _WRITABLE = ("s3://", "gs://", "az://", "hf://")
@@ -48,6 +53,9 @@ def output_path(output: str | os.PathLike[str]) -> Path:
     """
     if not is_url(output):
         return locate(output, "output")
+    from dump_activations.remote.mirror import cache_directory
+    from dump_activations.remote.stores import without_secrets
+
     url = os.fspath(output).rstrip("/")
     parent, _, name = url.rpartition("/")
     if not url.lower().startswith(_WRITABLE):
@@ -55,28 +63,36 @@ def output_path(output: str | os.PathLike[str]) -> Path:
             f"{without_secrets(url)}: {option('output')} must be a path, or a URL that begins with "
             f"{', '.join(_WRITABLE)}"
         )
-    directory = cache_directory("outputs", without_secrets(parent))
-    uploads = _uploads.setdefault(directory, Uploads(parent, directory))
+    shown = without_secrets(parent)
+    directory = cache_directory("outputs", shown)
+    uploads = _uploads.setdefault(directory, Uploads(parent, shown, directory))
     uploads.refresh(Path(name).stem)
     return directory / name
 
 
-def uploads_of(directory: Path) -> "Uploads | None":
+def uploads_of(directory: Path) -> Uploads | None:
     """Return the uploads of an output's directory; None for a directory that is local only."""
     return _uploads.get(directory)
 
 
 class Uploads:
-    """The uploads from a directory of the cache to a remote one."""
+    """The uploads from a directory of the cache to a remote one.
 
-    def __init__(self, url: str, directory: Path) -> None:
+    Args:
+        url: the remote directory.
+        shown: the same without user and password.
+        directory: the local one.
+    """
+
+    def __init__(self, url: str, shown: str, directory: Path) -> None:
         self._url = url
+        self._shown = shown
         self._directory = directory
         self._under_way: dict[Path, Future[None]] = {}
 
     def url_of(self, path: Path) -> str:
-        """Return the URL of a file of the directory, without secrets."""
-        return f"{without_secrets(self._url)}/{path.name}"
+        """Return the URL of a file of the directory."""
+        return f"{self._shown}/{path.name}"
 
     def refresh(self, stem: str) -> None:
         """Link the files that begin with a stem and are there by now; drop links of those gone.
@@ -84,6 +100,9 @@ class Uploads:
         Raises:
             RemoteError: the server refuses or does not answer, or the cache cannot be written.
         """
+        from dump_activations.remote.mirror import become_mirror
+        from dump_activations.remote.stores import RemoteNotFoundError
+
         location = self._connect()
         try:
             files = location.list(lambda name: name.startswith(stem))
@@ -130,15 +149,19 @@ class Uploads:
                         raise error
 
     def _connect(self) -> Location:
+        from dump_activations.remote.stores import Location, RemoteNotFoundError
+
         try:
             return Location.of(self._url)
         except RemoteNotFoundError:
             # A bucket is found missing by its first request, a repository at once.
             Location.make_repository(self._url)
-            note(f"made a private dataset for {without_secrets(self._url)}")
+            note(f"made a private dataset for {self._shown}")
             return Location.of(self._url)
 
     def _upload(self, path: Path, whole: Path) -> None:
+        from dump_activations.remote.mirror import become_mirror
+
         location = self._connect()
         try:
             location.write(path.name, path)

@@ -113,7 +113,7 @@ class ActivationArray:
             key = key.pick(others[0])
             others[0] = slice(None)
             others = others if key.layers is not None else others[1:]
-        row = _number(rows)
+        row = whole_number(rows)
         values = ActivationArray(self._files, key).read(rows if row is None else [row])
         return values[(slice(None) if row is None else 0, *others)]
 
@@ -127,7 +127,7 @@ class ActivationArray:
                 break
         rows, others = indices[0] if indices else slice(None), indices[1:]
         for at, each in enumerate(others):
-            if (number := _number(each)) is not None:
+            if (number := whole_number(each)) is not None:
                 others[at] = number
             elif not isinstance(each, slice) or (each.step is not None and each.step < 1):
                 raise InvalidArgumentError(
@@ -223,7 +223,7 @@ class ActivationArray:
                 rows[:, at] = into
 
 
-def _number(index: Any) -> int | None:
+def whole_number(index: Any) -> int | None:
     """Return an index as a number; None for any other. An array of one element is not a number."""
     if getattr(index, "ndim", 0):
         return None

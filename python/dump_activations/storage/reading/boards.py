@@ -3,7 +3,6 @@
 Shape letters: R boards asked for.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -11,7 +10,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dump_activations.storage.reading.array import ActivationArray, Rows
+from dump_activations.errors import printable
+from dump_activations.storage.reading.array import ActivationArray, Rows, whole_number
 
 Item = tuple[Tensor, dict[str, Any]]
 """The values of one board or of several, and their labels."""
@@ -27,14 +27,16 @@ class BoardValues(Dataset[Item]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __repr__(self) -> str:
+        labels = f", with {', '.join(self._labels)}" if self._labels else ""
+        return printable(f"BoardValues({self._values!r}{labels})")
+
     def __getitem__(self, rows: SupportsIndex | slice | ArrayLike) -> Item:
         """Read one board by its number; or a batch, (R, ...), by a slice, numbers or a mask.
 
         Negative numbers count from the end. Raises RowIndexError outside the file.
         """
-        try:
-            row = operator.index(rows)  # type: ignore[arg-type]
-        except TypeError:
+        if (row := whole_number(rows)) is None:
             return self._batch(rows)  # type: ignore[arg-type]
         values, labels = self._batch([row])
         return values[0], {name: of_boards[0] for name, of_boards in labels.items()}

@@ -259,6 +259,16 @@ class Cells(IterableDataset[CellBatch[Values]]):
         self._single = single
         self._epochs = Epochs(order.epoch)
 
+    def __repr__(self) -> str:
+        order, epochs = self._order, self._loop_epochs
+        batches = -(-order.cells // order.batch_size)
+        loops = "without an end" if epochs is None else f"per epoch, {epochs} per loop"
+        share = f", rank {order.rank} of {order.world_size}" if order.world_size > 1 else ""
+        return (
+            f"{type(self).__name__}({order.cells:,} cells in {batches:,} batches of "
+            f"{order.batch_size:,} {loops}{share})"
+        )
+
     @abstractmethod
     def _read(self, order: CellOrder, batches: Sequence[int]) -> Generator[KeyedCells, None, None]:
         """Yield batches, by their numbers in the order."""
