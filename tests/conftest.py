@@ -44,11 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Spread the moments of faults evenly over a run, each sampled from its own range of it."""
-    if "moment" in metafunc.fixturenames:
+    if "moment_of_run" in metafunc.fixturenames:
         count = metafunc.config.getoption("--faults")
         chance = random.Random(metafunc.function.__name__)
         moments = [(i + chance.random()) / count for i in range(count)]
-        metafunc.parametrize("moment", moments, ids="{:.3f}".format)
+        metafunc.parametrize("moment_of_run", moments, ids="{:.3f}".format)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -123,10 +123,8 @@ def test_a_dataset_that_changed_is_not_resumed_from(changed, model, rows, tmp_pa
     ],
 )
 def test_ranges_come_in_their_order(steps, expected, model, demo_dataset, tmp_path):
-    dump(
-        model, demo_dataset, tmp_path / "a.npz", **on_cpu | {"batch_size": 1024}, steps=steps,
-        n_samples=3,
-    )  # fmt: skip
+    options = on_cpu | {"batch_size": 1024, "outputs": "rmsnorm_gammas", "n_samples": 3}
+    dump(model, demo_dataset, tmp_path / "a.npz", steps=steps, **options)
     result = read_dump(tmp_path / "a.npz")
     np.testing.assert_array_equal(result.numpy("indices"), expected)
     text = f"{expected.start}:{expected.stop}:{expected.step}"
@@ -162,10 +160,8 @@ def test_streamed_batches_have_labels(model, demo_dataset, rows):
 
 def test_scans_report_rows_apart_from_boards(model, demo_dataset):
     reports = []
-    cpu_dump(
-        model, demo_dataset, write=False, n_samples=5, where="max_rank > 3",
-        scan_progress=lambda done, of: reports.append((done, of)),
-    )  # fmt: skip
+    options = {"n_samples": 5, "scan_progress": lambda done, of: reports.append((done, of))}
+    cpu_dump(model, demo_dataset, write=False, where="max_rank > 3", **options)
     assert reports[-1] == (14138, 14138)
 
 

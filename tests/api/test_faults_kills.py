@@ -67,19 +67,19 @@ def is_whole(directory: Path, target: Path, expected: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_killed(suffix, moment, runs, tmp_path):
+def test_killed(suffix, moment_of_run, runs, tmp_path):
     """Killed anywhere from before the first batch to the commit; some are killed once more."""
     expected, seconds = runs.unbroken(LONG, suffix)
-    chance = random.Random(f"{suffix} {moment}")
+    chance = random.Random(f"{suffix} {moment_of_run}")
     target = tmp_path / f"a{suffix}"
     arguments = [*LONG, f"-o{target}"]
     command = runs.start(arguments, tmp_path / "log")
-    time.sleep(moment * seconds)
+    time.sleep(moment_of_run * seconds)
     command.signal(signal.SIGKILL)
     assert command.wait() in {-signal.SIGKILL, 0}
     if chance.random() < 1 / 3:
         command = runs.start(arguments, tmp_path / "log")
-        time.sleep(chance.uniform(0, 1 - moment) * seconds)
+        time.sleep(chance.uniform(0, 1 - moment_of_run) * seconds)
         command.signal(signal.SIGKILL)
         command.wait()
     assert not target.exists() or sha256(target) == expected
@@ -90,14 +90,14 @@ def test_killed(suffix, moment, runs, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_interrupted(suffix, number, moment, runs, tmp_path):
+def test_interrupted(suffix, number, moment_of_run, runs, tmp_path):
     expected, seconds = runs.unbroken(LONG, suffix)
     target = tmp_path / f"a{suffix}"
     target.write_bytes(b"old")
     arguments = [*LONG, "--overwrite", f"-o{target}"]
     command = runs.start(arguments, tmp_path / "log")
     command.wait_until(command.log.exists)
-    time.sleep(0.02 + moment * seconds)
+    time.sleep(0.02 + moment_of_run * seconds)
     command.signal(number)
     code = command.wait(PROMPTLY)
     assert code in {0, -number}

@@ -195,13 +195,13 @@ def test_a_call_from_python_takes_no_place_from_a_launcher(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_killed(suffix, moment, runs, tmp_path):
+def test_killed(suffix, moment_of_run, runs, tmp_path):
     """Some of three processes are killed. The survivors finish, or else a later call does."""
-    chance = random.Random(f"{suffix} {moment}")
+    chance = random.Random(f"{suffix} {moment_of_run}")
     run = runs(suffix, *chance.choice([[], ["--shard-size=4MB"]]))
     group = run.start(3, sync_interval=SYNC_INTERVAL)
     killed = chance.sample(range(3), chance.randint(1, 3))
-    time.sleep(moment * run.seconds)
+    time.sleep(moment_of_run * run.seconds)
     for rank in killed:
         group.commands[rank].signal(signal.SIGKILL)
         time.sleep(0.05 * chance.random())
