@@ -280,6 +280,18 @@ def test_workers_read_when_they_are_spawned(web, demo_dataset):
     np.testing.assert_array_equal(boards, StepsDataset(demo_dataset).read_boards(range(640)))
 
 
+def test_a_scan_notes_what_it_transfers_and_the_second_one_nothing(web, recwarn):
+    ds = StepsDataset(f"{web.url}/dataset")
+    expected = sum(-(-each.path.stat().st_size // 4096) for each in ds.shards) * 4096
+    sent = web.sent
+    found = ds.find("max_rank >= 8")
+    [noted] = [str(each.message) for each in recwarn.list]
+    assert noted.startswith("a scan of 14,138 remote rows transfers ")
+    assert abs(float(noted.split()[-2]) * 1000 - (web.sent - sent)) < 20_000 < expected
+    np.testing.assert_array_equal(StepsDataset(f"{web.url}/dataset").find("max_rank >= 8"), found)
+    assert len(recwarn.list) == 1
+
+
 def test_a_program_that_ends_after_its_last_read_ends_quietly(web):
     program = "import sys; from dump_activations import StepsDataset as S; S(sys.argv[1])[5]"
     for _ in range(6):

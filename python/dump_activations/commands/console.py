@@ -105,7 +105,11 @@ def print_line(kind: Literal["error", "warning", "note"], text: str) -> None:
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command --json, --quiet and --version."""
+    """Give a command --cache-dir, --json, --quiet and --version."""
+
+    def use_cache(_context: click.Context, _option: click.Parameter, value: Any) -> None:
+        if value is not None:
+            os.environ["DUMP_ACTIVATIONS_CACHE"] = value
 
     def be_json(_context: click.Context, _option: click.Parameter, value: Any) -> None:
         mode.as_json = value
@@ -126,7 +130,14 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     version = click.version_option(
         _rust.__version__, "-V", "--version", message="%(prog)s, version %(version)s"
     )
-    return as_json(quiet(version(command)))
+    cache = click.option(
+        "--cache-dir",
+        type=click.Path(file_okay=False),
+        expose_value=False,
+        callback=use_cache,
+        help="Keep local copies of remote files there. [default: $DUMP_ACTIVATIONS_CACHE]",
+    )
+    return cache(as_json(quiet(version(command))))
 
 
 @contextmanager

@@ -165,7 +165,9 @@ _COMPLETIONS = {"outputs": ("all", *(each.key for each in ACTIVATIONS)), "device
     help="Checkpoint directory, .pt bundle, or hf://org/repo. [required]",
 )
 @click.option(
-    "--dataset", type=click.Path(), help="Directory of steps.npy or steps-*.npy. [required]"
+    "--dataset",
+    type=click.Path(),
+    help="Directory of steps.npy or steps-*.npy, or its URL. [required]",
 )
 @click.option(
     "--demo",
@@ -178,7 +180,7 @@ _COMPLETIONS = {"outputs": ("all", *(each.key for each in ACTIVATIONS)), "device
     "--output",
     default=DEFAULT_OUTPUT,
     type=click.Path(),
-    help="Output file; .safetensors, .pt or .npz selects the format.",
+    help="Output file or URL; .safetensors, .pt or .npz selects the format.",
 )
 @_options_of_dump
 @click.option(

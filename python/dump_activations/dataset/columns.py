@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.dataset import game
 from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
-from dump_activations.dataset.shards import fetch_rows, row_dtype
+from dump_activations.dataset.shards import fetch_rows, note_transfer, row_dtype
 from dump_activations.dtypes import CELLS, MOVES
 from dump_activations.errors import DatasetError, InvalidArgumentError, did_you_mean, option
 from dump_activations.interrupts import HeldInterrupts
@@ -216,6 +216,7 @@ class ColumnReader:
         It takes a chunk's rows and their values, which are valid during the call, on any thread.
         The calling thread reports progress. Where several chunks fail, the first error is raised.
         """
+        note_transfer(self._dataset, rows)
         chunks = [rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS)]
         threads = max(min(len(os.sched_getaffinity(0)), len(chunks)), 1)
         cancel, free = _rust.Cancel(), SimpleQueue[list[NDArray[np.uint8]]]()

@@ -15,9 +15,16 @@ from numpy.typing import NDArray
 
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS
-from dump_activations.errors import DatasetError, DatasetNotFoundError, is_url, warn
+from dump_activations.errors import (
+    DatasetError,
+    DatasetNotFoundError,
+    is_url,
+    note,
+    size_text,
+    warn,
+)
 from dump_activations.remote import header_nbytes, local_dataset
-from dump_activations.remote.mirror import fetch, is_mirror
+from dump_activations.remote.mirror import fetch, is_mirror, missing_nbytes
 
 # Marks of copies, in lower case: `steps-0 (1).npy`, `steps-0 copy 2.npy`, `steps-0 - Copy.npy`,
 # `steps-0 (conflicted copy ...).npy` and `steps-0.sync-conflict-....npy`.
@@ -177,6 +184,19 @@ def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None
             for shard, of_shard in zip(touched, np.split(begins, cuts[1:]), strict=True)
         }
     )
+
+
+def note_transfer(dataset: _rust.Dataset, rows: range) -> None:
+    """Note how much a read of consecutive rows of a remote dataset transfers."""
+    places = _places.get(dataset.path)
+    if places is None:
+        return
+    stops = np.append(places.firsts[1:], dataset.rows)
+    cuts = (np.clip(step, places.firsts, stops) - places.firsts for step in (rows.start, rows.stop))
+    begins, ends = (places.starts + cut * places.nbytes for cut in cuts)
+    spans = zip(np.split(begins, len(begins)), np.split(ends, len(ends)), strict=True)
+    if nbytes := missing_nbytes(dict(zip(places.paths, spans, strict=True))):
+        note(f"a scan of {len(rows):,} remote rows transfers {size_text(nbytes)}")
 
 
 def _find_places(dataset: _rust.Dataset) -> _Places:

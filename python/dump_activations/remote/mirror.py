@@ -116,6 +116,13 @@ def fetch(ranges: Mapping[Path, Ranges]) -> None:
         run_all([partial(mirror.read, *span) for mirror, *span in requests], at_once)
 
 
+def missing_nbytes(ranges: Mapping[Path, Ranges]) -> int:
+    """Count the bytes that `fetch` would transfer."""
+    found = [(mirror, span) for path, span in ranges.items() if (mirror := _mirror_at(path))]
+    missing = [span for mirror, spans in found for span in mirror.missing(*spans)]
+    return sum(stop - first for first, stop in missing) * BLOCK_NBYTES
+
+
 def fetch_span(path: Path, start: int, nbytes: int) -> None:
     """Make one range of bytes of a mirrored file local; any other file is left alone."""
     fetch({path: (np.array([start]), np.array([start + nbytes]))})
