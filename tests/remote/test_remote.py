@@ -379,14 +379,24 @@ class _Redirecting(BaseHTTPRequestHandler):
         self.wfile.write(b"data")
 
 
-def test_the_token_stays_with_the_hub(monkeypatch):
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), _Redirecting) for _ in range(2)]
-    hub, elsewhere = servers
-    for server in servers:
+@pytest.fixture
+def servers():
+    """Return a server that redirects each request, and the other one, which answers it."""
+    both = [ThreadingHTTPServer(("127.0.0.1", 0), _Redirecting) for _ in range(2)]
+    for server in both:
         server.daemon_threads = True
         Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    first, elsewhere = both
     elsewhere.target = None
-    hub.target = f"http://127.0.0.1:{elsewhere.server_address[1]}/file"
+    first.target = f"http://127.0.0.1:{elsewhere.server_address[1]}/file"
+    yield both
+    for server in both:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_token_stays_with_the_hub(servers, monkeypatch):
+    hub, elsewhere = servers
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
     monkeypatch.setenv("HF_TOKEN", "secret")
     location = stores.Location.of("hf://datasets/org/name", "commit")
@@ -394,6 +404,15 @@ def test_the_token_stays_with_the_hub(monkeypatch):
     assert bytes(data) == b"data"
     assert hub.credentials == "Bearer secret"
     assert elsewhere.credentials is None
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+
+
+@pytest.mark.parametrize("asks", ["list", "read"])
+def test_a_password_stays_with_its_server(servers, asks):
+    web, elsewhere = servers
+    location = stores.Location.of(f"http://me:a%20b@127.0.0.1:{web.server_address[1]}/dataset")
+    if asks == "list":
+        assert location.list(lambda _name: True) == []
+    else:
+        stores.run_all([location.read(stores.RemoteFile("file", 9, None, 0), 0, 4)])
+    assert web.credentials == "Basic bWU6YSBi"  # me:a b
+    assert elsewhere.credentials is None
