@@ -1,16 +1,18 @@
 """Datasets and dumps behind URLs: equal to local ones, read once, and whole after any failure."""
 
+import asyncio
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ import torch
 from huggingface_hub import constants
 from torch.utils.data import DataLoader
 
+from alarm import interrupted_soon
 from dump_activations import ActivationsFile, StepsDataset, dump
-from dump_activations.errors import DumpActivationsError
+from dump_activations.errors import DumpActivationsError, StepIndexError
 from dump_activations.remote import mirror, stores
 from reference.hub import Hub, files_under
 from reference.web import Web
@@ -121,6 +124,12 @@ def test_a_dump_is_read_as_a_local_one(web, shelf, name):
     )
     assert all(map(torch.equal, ours, theirs))
     assert torch.equal(remote.read("pooled", verify=True), local.read("pooled"))
+
+
+def test_a_remote_dump_is_joined_to_a_local_one(web, shelf):
+    both = ActivationsFile(shelf / "whole.safetensors", f"{web.url}/whole.npz")
+    pooled = ActivationsFile(shelf / "whole.npz").read("pooled")
+    assert torch.equal(both.read("pooled"), torch.cat([pooled, pooled]))
 
 
 def test_rows_of_a_dump_cost_their_blocks(web, shelf):
@@ -416,3 +425,95 @@ def test_a_password_stays_with_its_server(servers, asks):
         stores.run_all([location.read(stores.RemoteFile("file", 9, None, 0), 0, 4)])
     assert web.credentials == "Basic bWU6YSBi"  # me:a b
     assert elsewhere.credentials is None
+
+
+@pytest.mark.parametrize("steps", [[-1], [3, 10**12]])
+def test_steps_outside_are_told_as_of_a_local_dataset(web, steps):
+    with pytest.raises(StepIndexError):
+        StepsDataset(f"{web.url}/dataset").read_boards(steps)
+
+
+def test_an_interruption_cancels_the_requests():
+    cancelled = Event()
+
+    async def request():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+
+    with interrupted_soon():
+        stores.run_all([request()])
+    assert cancelled.wait(10)
+
+
+def test_a_process_keeps_the_marks_of_others(web):
+    path = min(StepsDataset(f"{web.url}/dataset").path.glob("*.npy")).resolve()
+    ours, others = mirror._Mirror(path), mirror._Mirror(path)
+    others._mark(8, 10)
+    ours._mark(12, 14)
+    bits = np.unpackbits(np.fromfile(f"{path}.blocks", np.uint8))
+    assert bits[8:16].tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
+
+
+def test_the_cache_keeps_what_was_used_last_and_is_private(cache, monkeypatch):
+    location = stores.Location.of("http://127.0.0.1:9/dumps")
+
+    def use(name):
+        view = mirror.view_of(location, [stores.RemoteFile(name, 1000, None, 0)])
+        (view / name).write_bytes(b"x" * 1000)  # takes a block of 4,096 bytes
+        return (view / name).resolve()
+
+    kept = [use(name) for name in "ab"]
+    for age, each in enumerate(kept, 1):
+        os.utime(f"{each}.json", (age, age))
+    use("a")
+    monkeypatch.setenv(mirror.SIZE_VARIABLE, "5e-6")
+    use("c")
+    assert [each.exists() for each in kept] == [True, False]
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+def test_a_mirror_is_described_when_it_is_there(cache, monkeypatch):
+    """Without its length and bits, a copy would be read as one that is whole."""
+    real = Path.open
+
+    def full(path, mode="r", *more, **others):
+        if mode == "ab":
+            raise OSError(28, "No space left on device")
+        return real(path, mode, *more, **others)
+
+    monkeypatch.setattr(Path, "open", full)
+    location = stores.Location.of("http://127.0.0.1:9/dumps")
+    with pytest.raises(DumpActivationsError, match=r"cannot write the cache .*No space left"):
+        mirror.view_of(location, [stores.RemoteFile("a", 1000, None, 0)])
+    assert list((cache / "files").glob("*.json")) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_description_of_another_user_is_not_followed(tmp_path):
+    location = stores.Location.of("http://127.0.0.1:9/dumps")
+    view = mirror.view_of(location, [stores.RemoteFile("a", 1000, None, 0)])
+    (tmp_path / "link").symlink_to((view / "a").resolve())
+    os.chown(f"{(view / 'a').resolve()}.json", 12345, -1)
+    assert not mirror.is_mirror(tmp_path / "link")
+
+
+SLOW_CLIENT = """
+import asyncio, sys, time
+
+def slow(loop, wake=asyncio.SelectorEventLoop._write_to_self):
+    wake(loop)
+    time.sleep(0.2)  # The client's thread comes back when the program has its answer.
+
+asyncio.SelectorEventLoop._write_to_self = slow
+from dump_activations import StepsDataset
+print(len(StepsDataset(sys.argv[1])))
+"""
+
+
+def test_a_program_may_end_when_it_has_its_answer(web, demo_dataset):
+    command = [sys.executable, "-c", SLOW_CLIENT, f"{web.url}/dataset"]
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{len(StepsDataset(demo_dataset))}\n"

@@ -5,19 +5,22 @@ environment, profiles, instance metadata, `hf auth login`. None is kept, printed
 """
 
 import asyncio
+import atexit
 import os
 import re
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, TypeVarTuple
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 
 _SCHEMES = ("s3", "gs", "az", "http", "https", "hf")
 _HUB_FORM = "hf://datasets/ORG/NAME[@REVISION]/PATH"
@@ -38,6 +42,8 @@ _TIMEOUT = 30
 _BODIES = 3
 # Requests at once: over a link of 20 ms, 4,096 rows then take 2.6 s.
 _REQUESTS = 32
+# Seconds. A child that was forked has the marks of threads that it has not.
+_LONGEST_EXIT = 1.0
 _FIRST_PROCESS = os.getpid()
 _LARGEST_PAGE = 64 << 20
 # Signed URLs carry their secret in the query, and clients quote the URL in errors.
@@ -286,9 +292,39 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
             "remote files cannot be read after a fork; give the DataLoader "
             "multiprocessing_context='spawn'"
         )
-    loop = asyncio.new_event_loop()
+    loop = _Loop()
+    atexit.register(loop.wait_for_clients)
     threading.Thread(target=loop.run_forever, name="remote reads", daemon=True).start()
     return loop
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that knows which threads are inside of its calls.
+
+    A thread of the client hands over an answer. The program may take it, and end before that thread
+    is back. Python would then end the thread inside of the client, which aborts the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside: dict[int, bool] = {}
+
+    def call_soon_threadsafe(
+        self, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        thread = threading.get_ident()
+        self._inside[thread] = True
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        finally:
+            # No call may follow: this thread keeps the interpreter until it is back in the client.
+            self._inside[thread] = False
+
+    def wait_for_clients(self) -> None:
+        """Wait until the threads have left, at the end of the program."""
+        ends = time.monotonic() + _LONGEST_EXIT
+        while True in list(self._inside.values()) and time.monotonic() < ends:
+            time.sleep(0.001)
 
 
 class _Links(HTMLParser):
