@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from torch.utils.data import DataLoader
 
 from alarm import interrupted_soon
-from dump_activations import ActivationsFile, StepsDataset, dump
+from dump_activations import ActivationsFile, StepsDataset, dump, remote
 from dump_activations.errors import DumpActivationsError, StepIndexError
 from dump_activations.remote import mirror, stores
 from reference.hub import Hub, files_under
@@ -76,6 +76,34 @@ def test_a_dataset_is_read_as_a_local_one(web, demo_dataset):
     for name, values in local.read_labels(steps, names).items():
         np.testing.assert_array_equal(remote.read_labels(steps, names)[name], values)
     np.testing.assert_array_equal(remote.find("max_rank >= 8"), local.find("max_rank >= 8"))
+
+
+WITH_A_LOG = """
+import os, sqlite3, sys
+database = sqlite3.connect(sys.argv[1])
+for each in ("PRAGMA journal_mode = WAL", "CREATE TABLE runs (id INT, seed INT)",
+             "INSERT INTO runs VALUES (0, 5)", "COMMIT"):
+    database.execute(each)
+os._exit(0)
+"""
+
+
+def test_a_log_of_the_database_is_read_with_it(tmp_path):
+    np.save(tmp_path / "steps-0.npy", np.zeros(9, [("board", "<u8"), ("run_id", "<i8")]))
+    subprocess.run([sys.executable, "-c", WITH_A_LOG, tmp_path / "metadata.db"], check=True)
+    assert (tmp_path / "metadata.db-wal").stat().st_size
+    web = Web(tmp_path)
+    assert StepsDataset(web.url).read_labels([3], "run_seed")["run_seed"].tolist() == [5]
+    web.stop()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_where_a_header_ends(tmp_path, version):
+    with (tmp_path / "steps.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.zeros(9, np.uint8), version)
+    assert (
+        remote.header_nbytes(tmp_path / "steps.npy") == (tmp_path / "steps.npy").stat().st_size - 9
+    )
 
 
 def test_only_the_blocks_of_the_rows_are_transferred_and_only_once(web, demo_dataset):
@@ -354,9 +382,10 @@ print((of_runs[0] == of_runs[1]).all())
 @pytest.mark.parametrize("address", ["hf://datasets/org/games/d2", "hf://datasets/org/games@v1/d2"])
 def test_a_dataset_on_the_hub_is_read_by_ranges(tmp_path, demo_dataset, address):
     hub = Hub()
-    files = files_under(demo_dataset, prefix="d2/")
-    hub.commit("org/games", files)
-    hub.commit("org/games", files, ref="v1")
+    revision = "v1" if "@" in address else "main"
+    for ref in ("main", "v1"):
+        files = files_under(demo_dataset, prefix="d2/") if ref == revision else {"README.md": b""}
+        hub.commit("org/games", files, ref=ref)
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-c", FROM_HUB, address, str(demo_dataset)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
