@@ -91,7 +91,9 @@ def test_an_option_changes_the_work(options, names, inputs):
     assert differing(work(inputs), work(inputs, **options)) == names
 
 
-def test_the_steps_of_a_list_change_the_work(inputs):
+@pytest.mark.parametrize("at_once", [2, 1 << 20])
+def test_the_steps_of_a_list_change_the_work(at_once, inputs, monkeypatch):
+    monkeypatch.setattr(module, "_DIGESTED_AT_ONCE", at_once)
     one, other = (work(inputs, indices=[1, 2, last]) for last in (3, 4))
     assert differing(one, other) == {"indices"}
 
