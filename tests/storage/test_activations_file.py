@@ -455,6 +455,13 @@ def test_tensors_that_are_not_layers_of_one_key(tmp_path):
         same(acts.read(name), expected)
 
 
+@pytest.mark.parametrize(("layers", "key"), [("9999", "x"), ("10000", "x.0"), ("-1", "x.0")])
+def test_a_model_of_too_many_layers_has_none(tmp_path, layers, key):
+    """They are numbered one by one, and a file may claim any number of them."""
+    save_file({"x.0": torch.rand(3, 2)}, tmp_path / "a.safetensors", {"num_layers": layers})
+    assert list(ActivationsFile(tmp_path / "a.safetensors")) == [key]
+
+
 def test_numpy_arrays_that_are_not_stored_by_rows(tmp_path):
     array = np.arange(12).reshape(3, 4)
     np.savez(tmp_path / "a.npz", values=np.asfortranarray(array))
