@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dump_activations import ActivationsFile, CellBatch, InvalidArgumentError, OutputError
+from dump_activations import (
+    ActivationsFile,
+    CellBatch,
+    DumpActivationsError,
+    InvalidArgumentError,
+    OutputError,
+)
 from dump_activations.storage.reading import dump_files
 
 LAYERS = (0, 2, 5)
@@ -478,6 +484,22 @@ def test_a_loop_of_several_epochs_or_without_an_end(acts):
     assert places(take(endless, 40)) == places([*whole[0], *whole[1], *whole[2][:10]])
     with pytest.raises(TypeError, match="a loop has no end"):
         len(endless)
+
+
+def test_a_loop_left_early_cancels_the_read_ahead(acts, monkeypatch):
+    given, read = [], dump_files.DumpFiles.read
+
+    def remembered(*arguments, cancel, **options):
+        given.append((arguments, options | {"cancel": cancel}))
+        read(*arguments, cancel=cancel, **options)
+
+    monkeypatch.setattr(dump_files.DumpFiles, "read", remembered)
+    batches = iter(acts.cells("final_hidden", batch_size=16, window=32 * CELL))
+    next(batches)
+    batches.close()
+    (arguments, options), *_ = given
+    with pytest.raises(DumpActivationsError, match="interrupted"):
+        read(*arguments, **options)
 
 
 def test_loops_opened_and_dropped_leave_no_thread_or_descriptor(acts):
