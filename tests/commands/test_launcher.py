@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dump_activations import demo, dump
+from dump_activations import Summary, demo, dump
+from dump_activations.commands.dump import main
+from dump_activations.storage.writing.shards import Place
 from faults.commands import HANG
 from reference.dumps import read_dump
 
@@ -67,3 +70,26 @@ def test_two_processes_write_the_shards_of_one_dump(tmp_path):
     for name, expected in read_dump(tmp_path / "b.npz").tensors.items():
         found = np.concatenate([shard.numpy(name) for shard in shards])
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("asked", "device"), [([], "cuda:1"), (["--device", "cuda:0"], "cuda:0")])
+def test_a_process_takes_the_device_and_the_cores_of_its_place(
+    monkeypatch, tmp_path, asked, device
+):
+    """Ranks count through all machines, and devices through one."""
+    taken = {}
+
+    def dumped(*arguments, place, local_processes):
+        taken["device"], taken["place"] = arguments[3].device, place
+        return Summary()
+
+    monkeypatch.setattr("dump_activations.api.dump.dump_to_file", dumped)
+    monkeypatch.setattr(
+        "dump_activations.pipeline.device.share_cores", partial(taken.__setitem__, "cores of")
+    )
+    monkeypatch.chdir(tmp_path)
+    places = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, number in places.items():
+        monkeypatch.setenv(name, number)
+    assert main(["--init", str(demo.CHECKPOINT), "--dataset", str(demo.DATASET), *asked]) == 0
+    assert taken == {"device": device, "place": Place(3, 4), "cores of": 2}
