@@ -11,11 +11,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dump_activations import ActivationsFile, OutputError, demo, dump, write_report
 from dump_activations.progress import Reporter, reported_to
 from dump_activations.report import data, render
+from dump_activations.report.charts import Chart
 
 N = 7
 BOARDS = {
@@ -306,3 +309,11 @@ def test_a_feature_that_is_not_a_number_is_among_the_largest():
     largest = np.array([[1.0, np.nan, 3.0, 2.0]])
     figures = data.KeyFigures("x", (), (1, 1), "", *[nothing] * 4, largest, None)
     assert figures.top_features(0).tolist() == [1, 2, 3]
+
+
+@given(st.floats(1e-9, 1e12))
+def test_an_axis_ends_at_the_first_tick_that_no_value_is_beyond(top):
+    ticks = Chart(title="", labels="ab", x_label="", lines={"": np.array([0, top])}).ticks
+    assert ticks[0] == 0
+    assert ticks[-2] < top <= ticks[-1] * (1 + 1e-8)
+    assert len(ticks) <= 5
