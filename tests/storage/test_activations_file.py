@@ -370,6 +370,7 @@ def test_boards_without_labels(make):
         (lambda acts: acts.read(STACKED, layer=1, verify=True), "verify=True: .* leave out layer"),
         (lambda acts: acts["boards"][:, [0]], r"numbers, or slices .*; got \[0\]; read the rows"),
         (lambda acts: acts[STACKED][:, ::-1], "positive step; got slice"),
+        (lambda acts: acts[STACKED][:, ::0], "positive step; got slice"),
         (lambda acts: acts.labels["x"], "no label 'x'; the labels are .*move_dir"),
         (lambda acts: acts.boards(STACKED, 0), "layer=0: layer_outputs has layers 1, 3"),
         (lambda acts: acts.boards(GAMMA), "has no axis of boards"),
