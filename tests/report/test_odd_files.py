@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from dump_activations import ActivationsFile, OutputError, demo, dump, write_report
 from dump_activations.progress import Reporter, reported_to
-from dump_activations.report import data, render
+from dump_activations.report import data, render, sections
 from dump_activations.report.charts import Chart
 
 N = 7
@@ -321,3 +321,18 @@ def test_an_axis_ends_at_the_first_tick_that_no_value_is_beyond(top):
     assert ticks[0] == 0
     assert ticks[-2] < top <= ticks[-1] * (1 + 1e-8)
     assert len(ticks) <= 5
+
+
+@pytest.mark.parametrize(("share", "percent"), [(3.0, 100), (-1.0, 0), (np.nan, 0), (0.25, 25)])
+def test_attention_is_from_0_to_100_percent(tmp_path, share, percent):
+    pattern = np.full((N, 2, 1, 16, 16), share, np.float32)
+    save_file({**BOARDS, "attn_pattern": pattern}, tmp_path / "a.safetensors", {"layers": "0,1"})
+    source = data.Source(ActivationsFile(tmp_path / "a.safetensors"))
+    received = sections.attention(source)["received"]
+    assert {*"".join(received)} == {chr(ord("?") + percent)}
+
+
+def test_a_value_that_is_not_finite_has_no_height():
+    values = np.array([np.nan, np.inf, -1.0, 2.0])
+    chart = Chart(title="", labels="abcd", x_label="", lines={"": values})
+    assert chart.heights(values) == [None, None, 0.0, 1.0]
