@@ -40,6 +40,11 @@ def test_an_error_of_the_system_keeps_its_reason():
     assert caught.value.errno == 2
 
 
+def test_an_error_of_this_package_stays_as_it_is():
+    with pytest.raises(OutputError, match=r"^x is a link$"), OutputError.when("cannot write x"):
+        raise OutputError("x is a link")
+
+
 def test_every_error_is_a_builtin_and_says_what_it_means():
     for name, kind in vars(errors).items():
         if isinstance(kind, type) and issubclass(kind, DumpActivationsError):
