@@ -15,9 +15,12 @@ from dump_activations.errors import (
     switch,
 )
 
-TEXT = f"{option('batch_size', 4)}: set {option('device', 'cpu')} and {switch('allow_cpu')}"
-ARGUMENTS = "batch_size=4: set device='cpu' and allow_cpu=True"
-FLAGS = "--batch-size 4: set --device cpu and --allow-cpu"
+TEXT = (
+    f"{option('batch_size', 4)}: set {option('device', 'cpu')} and {switch('allow_cpu')}, or "
+    f"{option('where', 'max_exponent < 9')}"
+)
+ARGUMENTS = "batch_size=4: set device='cpu' and allow_cpu=True, or where='max_exponent < 9'"
+FLAGS = "--batch-size 4: set --device cpu and --allow-cpu, or --where 'max_exponent < 9'"
 
 
 @pytest.mark.parametrize("kind", [InvalidArgumentError, OutputError, DumpActivationsWarning])
