@@ -24,7 +24,7 @@ from dump_activations import (
     InvalidArgumentError,
     OutputError,
 )
-from dump_activations.storage.reading import dump_files
+from dump_activations.storage.reading import dump_files, stored_cells
 
 LAYERS = (0, 2, 5)
 N, H, WIDE = 37, 6, 10
@@ -513,6 +513,22 @@ def test_loops_opened_and_dropped_leave_no_thread_or_descriptor(acts):
         next(iter(acts.cells("final_hidden", batch_size=16, window=32 * CELL)))
     # What other tests left may end meanwhile.
     assert all(now <= then for now, then in zip(held(), before, strict=True))
+
+
+@pytest.mark.parametrize(("daemon", "batches"), [(False, 19), (True, 0)])
+def test_a_read_where_no_thread_can_start(acts, monkeypatch, daemon, batches):
+    """The program ends. It waits for the reads of its threads, and ends a daemon inside of one."""
+
+    def refused(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(stored_cells.ThreadPoolExecutor, "submit", refused)
+    found = []
+    cells = acts.cells("final_hidden", batch_size=32)
+    thread = threading.Thread(target=lambda: found.extend(cells), daemon=daemon)
+    thread.start()
+    thread.join()
+    assert len(found) == batches
 
 
 ENDINGS = {
