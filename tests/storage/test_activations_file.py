@@ -331,6 +331,7 @@ def test_batches_of_boards(make):
         )
     value, labels = boards[-1]
     same(value, expected["final_hidden"][-1])
+    same(boards[-N][0], expected["final_hidden"][0])
     assert labels["move_dir"] == expected["labels/move_dir"][-1]
     for row in (N, -N - 1):
         with pytest.raises(RowIndexError, match=f"row {row} at position 0 is not in"):

@@ -263,10 +263,13 @@ def test_a_spawned_worker_has_the_same_batches(acts):
     assert places(found) == places(acts.cells("final_hidden", batch_size=40))
 
 
-@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}])
-def test_workers_begin_the_next_epoch_in_each_loop(acts, options):
+@pytest.mark.parametrize(
+    ("options", "is_pickled"), [({}, False), ({}, True), ({"persistent_workers": True}, False)]
+)
+def test_workers_begin_the_next_epoch_in_each_loop(acts, options, is_pickled):
     """Also after loops that were left early, by the loader or without one."""
     cells = acts.cells("final_hidden", batch_size=40)
+    cells = pickle.loads(pickle.dumps(cells)) if is_pickled else cells
     loader = DataLoader(cells, batch_size=None, num_workers=2, **options)
     for epoch, count in enumerate([15, 2, 15, 15]):
         expected = list(acts.cells("final_hidden", batch_size=40, epoch=epoch))
