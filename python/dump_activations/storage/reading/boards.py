@@ -55,10 +55,6 @@ class BoardValues(Dataset[Item]):
         ]
 
     def _batch(self, rows: Rows) -> Item:
-        if not isinstance(rows, slice):
-            rows = np.asarray(rows)
-            if rows.dtype.kind == "i":
-                rows = np.where((rows < 0) & (rows >= -self._boards), rows + self._boards, rows)
         numbers = row_numbers(rows, self._boards, "the dataset")
         return self._read(numbers), {
             name: read(numbers) for name, read in self._read_labels.items()
