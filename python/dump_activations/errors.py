@@ -51,8 +51,6 @@ def with_flags(text: str) -> str:
         name, value = match[1].replace("_", "-"), match[2]
         if value is None or value == "True":
             return f"--{name}"
-        if value == "False":
-            return f"--no-{name}"
         return f"--{name} {value if ' ' in value else value.strip(chr(39))}"
 
     return _OPTION.sub(flag, text)

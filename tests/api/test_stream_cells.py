@@ -156,6 +156,18 @@ next(queue.held)
     assert subprocess.run(command, check=True, capture_output=True, text=True).stderr == ""
 
 
+def test_options_reach_the_run(demo_checkpoint, demo_dataset):
+    plain = {"n_samples": 9, "seed": 2, "dtype": "fp16", "precision": "bf16", **ON_CPU}
+    given = {**plain, "compile": True, "random_init": True, "where": "max_exponent >= 5"}
+    plan = stream_cells(demo_checkpoint, demo_dataset, "final_hidden", **given)._plan
+    assert {name: getattr(plan.options, name) for name in given} | {
+        "where": plan.options.where.text
+    } == given
+    for chosen in ({"steps": slice(5, 9)}, {"indices": [7, 5]}):
+        plan = stream_cells(demo_checkpoint, demo_dataset, "final_hidden", **plain, **chosen)._plan
+        assert plan.indices[:4].tolist() == chosen.get("indices", [5, 6, 7, 8])
+
+
 def test_workers_of_a_loader_are_refused(streamed):
     same(DataLoader(streamed(), batch_size=None), streamed())
     with pytest.raises(InvalidArgumentError, match="use num_workers=0"):

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from dump_activations import Summary, demo
+from dump_activations.commands.dump import main
 from dump_activations.commands.process import uncollected_imports
+from dump_activations.storage.writing.shards import Place
 from faults.commands import HANG
 
 
@@ -208,3 +212,26 @@ def test_the_first_error_ends_the_other_process_and_is_the_launchers(endless):
     assert launcher.returncode == -signal.SIGKILL
     assert "error: process 1 was ended by signal 9\n" in shown
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+@pytest.mark.parametrize(("asked", "device"), [([], "cuda:1"), (["--device", "cuda:0"], "cuda:0")])
+def test_a_process_takes_the_device_and_the_cores_of_its_place(
+    monkeypatch, tmp_path, asked, device
+):
+    """Ranks count through all machines, and devices through one."""
+    taken = {}
+
+    def dumped(*arguments, place, local_processes):
+        taken["device"], taken["place"] = arguments[3].device, place
+        return Summary()
+
+    monkeypatch.setattr("dump_activations.api.dump.dump_to_file", dumped)
+    names = "dump_activations.pipeline.device."
+    monkeypatch.setattr(f"{names}share_cores", partial(taken.__setitem__, "cores of"))
+    monkeypatch.setattr(f"{names}lack_of_cuda", lambda: "")
+    monkeypatch.chdir(tmp_path)
+    places = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, number in places.items():
+        monkeypatch.setenv(name, number)
+    assert main(["--init", str(demo.CHECKPOINT), "--dataset", str(demo.DATASET), *asked]) == 0
+    assert taken == {"device": device, "place": Place(3, 4), "cores of": 2}

@@ -398,6 +398,20 @@ def test_progress_is_reported_in_the_callers_thread(demo_dataset, monkeypatch):
     assert [done for done, _, _ in reports] == sorted(done for done, _, _ in reports)
 
 
+def test_an_error_ends_a_scan(demo_dataset, monkeypatch):
+    """The chunk that is read is cancelled, and those that have not begun are dropped."""
+    monkeypatch.setattr(columns, "CHUNK_ROWS", 64)
+    cancels, new_cancel, begun = [], columns._rust.Cancel, []
+    monkeypatch.setattr(columns._rust, "Cancel", lambda: cancels.append(new_cancel()) or cancels[0])
+    monkeypatch.setattr(columns, "fetch_rows", lambda *_: begun.append(time.sleep(0.01)))
+    ds = StepsDataset(demo_dataset)
+    with pytest.raises(ZeroDivisionError):
+        ds.find("max_rank > 1", progress=lambda done, _of: done // 0)
+    assert len(begun) < len(ds) // 64 // 2
+    with pytest.raises(DatasetError, match="interrupted"):
+        ds.read_boards([0], cancel=cancels[0])
+
+
 def test_a_signal_interrupts_a_scan(demo_dataset, monkeypatch):
     threads = threading.active_count()
     monkeypatch.setattr(columns, "CHUNK_ROWS", 8)

@@ -21,9 +21,12 @@ from dump_activations.errors import (
     switch,
 )
 
-TEXT = f"{option('batch_size', 4)}: set {option('device', 'cpu')} and {switch('allow_cpu')}"
-ARGUMENTS = "batch_size=4: set device='cpu' and allow_cpu=True"
-FLAGS = "--batch-size 4: set --device cpu and --allow-cpu"
+TEXT = (
+    f"{option('batch_size', 4)}: set {option('device', 'cpu')} and {switch('allow_cpu')}, or "
+    f"{option('where', 'max_exponent < 9')}"
+)
+ARGUMENTS = "batch_size=4: set device='cpu' and allow_cpu=True, or where='max_exponent < 9'"
+FLAGS = "--batch-size 4: set --device cpu and --allow-cpu, or --where 'max_exponent < 9'"
 
 
 @pytest.mark.parametrize("kind", [InvalidArgumentError, OutputError, DumpActivationsWarning])
@@ -44,6 +47,11 @@ def test_an_error_of_the_system_keeps_its_reason():
     with pytest.raises(OutputError, match=text) as caught, OutputError.when("cannot write x"):
         raise FileNotFoundError(2, "No such file")
     assert caught.value.errno == 2
+
+
+def test_an_error_of_this_package_stays_as_it_is():
+    with pytest.raises(OutputError, match=r"^x is a link$"), OutputError.when("cannot write x"):
+        raise OutputError("x is a link")
 
 
 def test_every_error_is_a_builtin_and_says_what_it_means():

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from dump_activations import load_encoder, stream
 from dump_activations.model.activations import board_tensors, find_activations
 from dump_activations.model.capture import Capture
+from dump_activations.model.encoder import random_encoder
 from reference.checkpoints import VARIANTS
 from reference.model import assert_close
 
@@ -74,6 +76,13 @@ def test_layers_may_be_asked_for_different_keys(graphs, model, demo_dataset):
     keys = "blocks.0.attn.hook_q,blocks.1.hook_resid_post,blocks.1.attn.hook_q,attn_norm,pooled"
     assert_compiled_equals_eager(model, demo_dataset, outputs=keys)
     assert len(graphs) == 3
+
+
+def test_the_tenth_layer_is_not_taken_for_the_first(graphs, model, demo_dataset):
+    deep = random_encoder(replace(model.config, num_hidden_layers=11), seed=0)
+    keys = "blocks.1.hook_resid_post,blocks.10.hook_resid_post"
+    assert_compiled_equals_eager(deep, demo_dataset, outputs=keys)
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize(

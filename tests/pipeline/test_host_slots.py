@@ -1,7 +1,9 @@
 """Host slots of a GPU's run: how many, how they are pinned, and that they are given back."""
 
 import mmap
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,17 @@ OPTIONS = {"outputs": ["layer_outputs", "pooled"], "n_samples": 50, "batch_size"
 SLOT = 8 * 4 * 16 * 64 * 4 + mmap.PAGESIZE
 
 
+def flags_of(address):
+    """Return the kernel's flags of mapped memory; `dc` is for what a child does not get."""
+    is_there = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_there = int(span[1], 16) <= address < int(span[2], 16)
+        elif is_there and line.startswith("VmFlags: "):
+            return line.split()[1:]
+    raise AssertionError(f"{address:x} is not mapped")
+
+
 class Watched(PinnedMemory):
     """Page-locked memory that remembers what was registered, and may refuse it."""
 
@@ -34,6 +47,7 @@ class Watched(PinnedMemory):
 
     def register(self, address, nbytes):
         self.sizes.append(nbytes)
+        assert "dc" in flags_of(address), "a forked child would take pages from the device"
         return self.refusal or super().register(address, nbytes)
 
     def allocate(self, shape, dtype):

@@ -90,6 +90,13 @@ def test_an_option_changes_the_work(options, names, inputs):
     assert differing(work(inputs), work(inputs, **options)) == names
 
 
+@pytest.mark.parametrize("at_once", [2, 1 << 20])
+def test_the_steps_of_a_list_change_the_work(at_once, inputs, monkeypatch):
+    monkeypatch.setattr(module, "_DIGESTED_AT_ONCE", at_once)
+    one, other = (work(inputs, indices=[1, 2, last]) for last in (3, 4))
+    assert differing(one, other) == {"indices"}
+
+
 def edited_weights(inputs):
     state_dict = random_state_dict(BASE)
     state_dict["blocks.1.mlp.w_up.weight"][3, 3] += 1e-3

@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ import torch
 from huggingface_hub import constants
 from torch.utils.data import DataLoader
 
-from dump_activations import ActivationsFile, StepsDataset, dump
-from dump_activations.errors import DumpActivationsError
+from alarm import interrupted_soon
+from dump_activations import ActivationsFile, StepsDataset, dump, remote
+from dump_activations.errors import DumpActivationsError, StepIndexError
 from dump_activations.remote import mirror, stores
 from reference.hub import Hub, files_under
 from reference.web import Web
@@ -75,6 +78,34 @@ def test_a_dataset_is_read_as_a_local_one(web, demo_dataset):
     np.testing.assert_array_equal(remote.find("max_rank >= 8"), local.find("max_rank >= 8"))
 
 
+WITH_A_LOG = """
+import os, sqlite3, sys
+database = sqlite3.connect(sys.argv[1])
+for each in ("PRAGMA journal_mode = WAL", "CREATE TABLE runs (id INT, seed INT)",
+             "INSERT INTO runs VALUES (0, 5)", "COMMIT"):
+    database.execute(each)
+os._exit(0)
+"""
+
+
+def test_a_log_of_the_database_is_read_with_it(tmp_path):
+    np.save(tmp_path / "steps-0.npy", np.zeros(9, [("board", "<u8"), ("run_id", "<i8")]))
+    subprocess.run([sys.executable, "-c", WITH_A_LOG, tmp_path / "metadata.db"], check=True)
+    assert (tmp_path / "metadata.db-wal").stat().st_size
+    web = Web(tmp_path)
+    assert StepsDataset(web.url).read_labels([3], "run_seed")["run_seed"].tolist() == [5]
+    web.stop()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_where_a_header_ends(tmp_path, version):
+    with (tmp_path / "steps.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.zeros(9, np.uint8), version)
+    assert (
+        remote.header_nbytes(tmp_path / "steps.npy") == (tmp_path / "steps.npy").stat().st_size - 9
+    )
+
+
 def test_only_the_blocks_of_the_rows_are_transferred_and_only_once(web, demo_dataset):
     def read():
         web.requests.clear()
@@ -121,6 +152,12 @@ def test_a_dump_is_read_as_a_local_one(web, shelf, name):
     )
     assert all(map(torch.equal, ours, theirs))
     assert torch.equal(remote.read("pooled", verify=True), local.read("pooled"))
+
+
+def test_a_remote_dump_is_joined_to_a_local_one(web, shelf):
+    both = ActivationsFile(shelf / "whole.safetensors", f"{web.url}/whole.npz")
+    pooled = ActivationsFile(shelf / "whole.npz").read("pooled")
+    assert torch.equal(both.read("pooled"), torch.cat([pooled, pooled]))
 
 
 def test_rows_of_a_dump_cost_their_blocks(web, shelf):
@@ -364,9 +401,10 @@ print((of_runs[0] == of_runs[1]).all())
 @pytest.mark.parametrize("address", ["hf://datasets/org/games/d2", "hf://datasets/org/games@v1/d2"])
 def test_a_dataset_on_the_hub_is_read_by_ranges(tmp_path, demo_dataset, address):
     hub = Hub()
-    files = files_under(demo_dataset, prefix="d2/")
-    hub.commit("org/games", files)
-    hub.commit("org/games", files, ref="v1")
+    revision = "v1" if "@" in address else "main"
+    for ref in ("main", "v1"):
+        files = files_under(demo_dataset, prefix="d2/") if ref == revision else {"README.md": b""}
+        hub.commit("org/games", files, ref=ref)
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-c", FROM_HUB, address, str(demo_dataset)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -398,14 +436,24 @@ class _Redirecting(BaseHTTPRequestHandler):
         self.wfile.write(b"data")
 
 
-def test_the_token_stays_with_the_hub(monkeypatch):
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), _Redirecting) for _ in range(2)]
-    hub, elsewhere = servers
-    for server in servers:
+@pytest.fixture
+def servers():
+    """Return a server that redirects each request, and the other one, which answers it."""
+    both = [ThreadingHTTPServer(("127.0.0.1", 0), _Redirecting) for _ in range(2)]
+    for server in both:
         server.daemon_threads = True
         Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    first, elsewhere = both
     elsewhere.target = None
-    hub.target = f"http://127.0.0.1:{elsewhere.server_address[1]}/file"
+    first.target = f"http://127.0.0.1:{elsewhere.server_address[1]}/file"
+    yield both
+    for server in both:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_token_stays_with_the_hub(servers, monkeypatch):
+    hub, elsewhere = servers
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
     monkeypatch.setenv("HF_TOKEN", "secret")
     location = stores.Location.of("hf://datasets/org/name", "commit")
@@ -413,6 +461,88 @@ def test_the_token_stays_with_the_hub(monkeypatch):
     assert bytes(data) == b"data"
     assert hub.credentials == "Bearer secret"
     assert elsewhere.credentials is None
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+
+
+@pytest.mark.parametrize("asks", ["list", "read"])
+def test_a_password_stays_with_its_server(servers, asks):
+    web, elsewhere = servers
+    location = stores.Location.of(f"http://me:a%20b@127.0.0.1:{web.server_address[1]}/dataset")
+    if asks == "list":
+        assert location.list(lambda _name: True) == []
+    else:
+        location.read(stores.RemoteFile("file", 9, None, 0), 0, 4)
+    assert web.credentials == "Basic bWU6YSBi"  # me:a b
+    assert elsewhere.credentials is None
+
+
+@pytest.mark.parametrize("steps", [[-1], [3, 10**12]])
+def test_steps_outside_are_told_as_of_a_local_dataset(web, steps):
+    with pytest.raises(StepIndexError):
+        StepsDataset(f"{web.url}/dataset").read_boards(steps)
+
+
+def test_an_interruption_leaves_out_the_requests_that_have_not_begun():
+    ends, begun = Event(), []
+
+    def request(number):
+        begun.append(number)
+        ends.wait(60)
+
+    try:
+        with interrupted_soon():
+            stores.run_all([partial(request, i) for i in range(9)], at_once=2)
+    finally:
+        ends.set()
+    assert begun == [0, 1]
+
+
+def test_a_process_keeps_the_marks_of_others(web):
+    path = min(StepsDataset(f"{web.url}/dataset").path.glob("*.npy")).resolve()
+    ours, others = mirror._Mirror(path), mirror._Mirror(path)
+    others._mark(8, 10)
+    ours._mark(12, 14)
+    bits = np.unpackbits(np.fromfile(f"{path}.blocks", np.uint8))
+    assert bits[8:16].tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
+
+
+def test_the_cache_keeps_what_was_used_last_and_is_private(cache, monkeypatch):
+    location = stores.Location.of("http://127.0.0.1:9/dumps")
+
+    def use(name):
+        view = mirror.view_of(location, [stores.RemoteFile(name, 1000, None, 0)])
+        (view / name).write_bytes(b"x" * 1000)  # takes a block of 4,096 bytes
+        return (view / name).resolve()
+
+    kept = [use(name) for name in "ab"]
+    for age, each in enumerate(kept, 1):
+        os.utime(f"{each}.json", (age, age))
+    use("a")
+    monkeypatch.setenv(mirror.SIZE_VARIABLE, "5e-6")
+    use("c")
+    assert [each.exists() for each in kept] == [True, False]
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+def test_a_mirror_is_described_when_it_is_there(cache, monkeypatch):
+    """Without its length and bits, a copy would be read as one that is whole."""
+    real = Path.open
+
+    def full(path, mode="r", *more, **others):
+        if mode == "ab":
+            raise OSError(28, "No space left on device")
+        return real(path, mode, *more, **others)
+
+    monkeypatch.setattr(Path, "open", full)
+    location = stores.Location.of("http://127.0.0.1:9/dumps")
+    with pytest.raises(DumpActivationsError, match=r"cannot write the cache .*No space left"):
+        mirror.view_of(location, [stores.RemoteFile("a", 1000, None, 0)])
+    assert list((cache / "files").glob("*.json")) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_description_of_another_user_is_not_followed(tmp_path):
+    location = stores.Location.of("http://127.0.0.1:9/dumps")
+    view = mirror.view_of(location, [stores.RemoteFile("a", 1000, None, 0)])
+    (tmp_path / "link").symlink_to((view / "a").resolve())
+    os.chown(f"{(view / 'a').resolve()}.json", 12345, -1)
+    assert not mirror.is_mirror(tmp_path / "link")

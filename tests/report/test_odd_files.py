@@ -11,11 +11,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dump_activations import ActivationsFile, OutputError, demo, dump, write_report
 from dump_activations.progress import Reporter, reported_to
-from dump_activations.report import data, render
+from dump_activations.report import data, render, sections
+from dump_activations.report.charts import Chart
 
 N = 7
 BOARDS = {
@@ -120,6 +123,10 @@ SHOWN = {
         {"attn_pattern": np.full((N, 2, 100, 16, 16), 1 / 16, np.float16)},
         "100 more heads are left out",
     ),
+    "more-heads-than-a-page-shows": (
+        {"attn_pattern": np.full((N, 2, 130, 16, 16), 1 / 16, np.float16)},
+        "132 more heads are left out",
+    ),
     "some-statistics": (
         {"pooled": POOLED, "stats/pooled/count": np.ones(1)},
         "stored statistics are incomplete",
@@ -131,7 +138,7 @@ SHOWN = {
 def test_it_is_shown(tmp_path, name):
     tensors, sentence = SHOWN[name]
     assert re.search(sentence, write(tmp_path, tensors))
-    assert name == "many-heads" or (tmp_path / "report.html").stat().st_size < 100_000
+    assert "-heads" in name or (tmp_path / "report.html").stat().st_size < 100_000
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_an_enormous_head_is_left_out(tmp_path):
 def test_twenty_thousand_keys_are_bounded(tmp_path):
     tensors = {f"key{i}": np.ones((N, 1), np.float16) for i in range(20_000)}
     text = write(tmp_path, {**tensors, "head_probs": PROBS})
-    assert "more keys are left out" in text
+    assert f"{20_001 - 64 - 10} more keys are left out" in text  # after ten by their names
     assert "Moves that the model makes" in text
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
 
@@ -309,3 +316,26 @@ def test_an_empty_cell_is_no_tile_in_the_order_of_the_examples(tmp_path):
     save_file({"boards": boards, "indices": np.arange(3)}, tmp_path / "a.safetensors")
     source = data.Source(ActivationsFile(tmp_path / "a.safetensors"))
     assert source.examples.tolist() == [1, 0, 2]
+
+
+@given(st.floats(1e-9, 1e12))
+def test_an_axis_ends_at_the_first_tick_that_no_value_is_beyond(top):
+    ticks = Chart(title="", labels="ab", x_label="", lines={"": np.array([0, top])}).ticks
+    assert ticks[0] == 0
+    assert ticks[-2] < top <= ticks[-1] * (1 + 1e-8)
+    assert len(ticks) <= 5
+
+
+@pytest.mark.parametrize(("share", "percent"), [(3.0, 100), (-1.0, 0), (np.nan, 0), (0.25, 25)])
+def test_attention_is_from_0_to_100_percent(tmp_path, share, percent):
+    pattern = np.full((N, 2, 1, 16, 16), share, np.float32)
+    save_file({**BOARDS, "attn_pattern": pattern}, tmp_path / "a.safetensors", {"layers": "0,1"})
+    source = data.Source(ActivationsFile(tmp_path / "a.safetensors"))
+    received = sections.attention(source)["received"]
+    assert {*"".join(received)} == {chr(ord("?") + percent)}
+
+
+def test_a_value_that_is_not_finite_has_no_height():
+    values = np.array([np.nan, np.inf, -1.0, 2.0])
+    chart = Chart(title="", labels="abcd", x_label="", lines={"": values})
+    assert chart.heights(values) == [None, None, 0.0, 1.0]

@@ -317,6 +317,7 @@ def test_batches_of_boards(make):
         (lambda acts: acts.read(STACKED, layer=1, verify=True), "verify=True: .* leave out layer"),
         (lambda acts: acts["boards"][:, [0]], r"numbers, or slices .*; got \[0\]; read the rows"),
         (lambda acts: acts[STACKED][:, ::-1], "positive step; got slice"),
+        (lambda acts: acts[STACKED][:, ::0], "positive step; got slice"),
         (lambda acts: acts.labels["x"], "no label 'x'; the labels are .*move_dir"),
         (lambda acts: acts.boards(STACKED, 0), "layer=0: layer_outputs has layers 1, 3"),
         (lambda acts: acts.boards(GAMMA), "has no axis of boards"),
@@ -400,6 +401,13 @@ def test_tensors_that_are_not_layers_of_one_key(tmp_path):
     same(acts.read("y", layer=1), values["y"][:, 1])
     for name, expected in values.items():
         same(acts.read(name), expected)
+
+
+@pytest.mark.parametrize(("layers", "key"), [("9999", "x"), ("10000", "x.0"), ("-1", "x.0")])
+def test_a_model_of_too_many_layers_has_none(tmp_path, layers, key):
+    """They are numbered one by one, and a file may claim any number of them."""
+    save_file({"x.0": torch.rand(3, 2)}, tmp_path / "a.safetensors", {"num_layers": layers})
+    assert list(ActivationsFile(tmp_path / "a.safetensors")) == [key]
 
 
 def test_numpy_arrays_that_are_not_stored_by_rows(tmp_path):

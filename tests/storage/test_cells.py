@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dump_activations import ActivationsFile, CellBatch, InvalidArgumentError, OutputError
+from dump_activations import (
+    ActivationsFile,
+    CellBatch,
+    DumpActivationsError,
+    InvalidArgumentError,
+    OutputError,
+)
+from dump_activations.storage.reading import cells as module
+from dump_activations.storage.reading import dump_files
 
 LAYERS = (0, 2, 5)
 N, H, WIDE = 37, 6, 10
@@ -242,10 +250,13 @@ def test_a_spawned_worker_has_the_same_batches(acts):
 
 
 @pytest.mark.parametrize("seed", [None, 0])  # of each loop
-@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}])
-def test_workers_begin_the_next_epoch_in_each_loop(acts, options, seed):
+@pytest.mark.parametrize(
+    ("options", "is_pickled"), [({}, False), ({}, True), ({"persistent_workers": True}, False)]
+)
+def test_workers_begin_the_next_epoch_in_each_loop(acts, options, is_pickled, seed):
     """Also after loops that were left early, by the loader or without one."""
     cells = acts.cells("final_hidden", batch_size=40)
+    cells = pickle.loads(pickle.dumps(cells)) if is_pickled else cells
     loader = DataLoader(cells, batch_size=None, num_workers=2, **options)
     for epoch, count in enumerate([15, 2, 15, 15]):
         if seed is not None:
@@ -415,6 +426,22 @@ def test_a_loop_of_several_epochs_or_without_an_end(acts):
         len(endless)
 
 
+def test_a_loop_left_early_cancels_the_read_ahead(acts, monkeypatch):
+    given, read = [], dump_files.DumpFiles.read
+
+    def remembered(*arguments, cancel, **options):
+        given.append((arguments, options | {"cancel": cancel}))
+        read(*arguments, cancel=cancel, **options)
+
+    monkeypatch.setattr(dump_files.DumpFiles, "read", remembered)
+    batches = iter(acts.cells("final_hidden", batch_size=16, window=32 * CELL))
+    next(batches)
+    batches.close()
+    (arguments, options), *_ = given
+    with pytest.raises(DumpActivationsError, match="interrupted"):
+        read(*arguments, **options)
+
+
 def test_loops_opened_and_dropped_leave_no_thread_or_descriptor(acts):
     def held():
         gc.collect()
@@ -426,6 +453,22 @@ def test_loops_opened_and_dropped_leave_no_thread_or_descriptor(acts):
         next(iter(acts.cells("final_hidden", batch_size=16, window=32 * CELL)))
     # What other tests left may end meanwhile.
     assert all(now <= then for now, then in zip(held(), before, strict=True))
+
+
+@pytest.mark.parametrize(("daemon", "batches"), [(False, 19), (True, 0)])
+def test_a_read_where_no_thread_can_start(acts, monkeypatch, daemon, batches):
+    """The program ends. It waits for the reads of its threads, and ends a daemon inside of one."""
+
+    def refused(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(module.ThreadPoolExecutor, "submit", refused)
+    found = []
+    cells = acts.cells("final_hidden", batch_size=32)
+    thread = threading.Thread(target=lambda: found.extend(cells), daemon=daemon)
+    thread.start()
+    thread.join()
+    assert len(found) == batches
 
 
 ENDINGS = {
@@ -481,5 +524,7 @@ def test_a_file_that_changes_meanwhile(paths, tmp_path):
     seen = iter(ActivationsFile(path).cells("final_hidden", batch_size=16, window=32 * CELL))
     next(seen)
     os.truncate(path, 1000)
-    with pytest.raises(OutputError, match=r"a.safetensors was replaced or changed since"):
+    # The window after it may be read at the same time.
+    reasons = r"( was replaced or changed since|: row .* the file was cut short before it$)"
+    with pytest.raises(OutputError, match=rf"a.safetensors{reasons}"):
         list(seen)

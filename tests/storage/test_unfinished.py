@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_an_unfinished_file_says_how_far_it_is(ending, target, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("unfinished: 11 of 23 boards (48%) are on disk, 3 of 6 batches; no")
     assert contents(target.parent) == before
+
+
+@pytest.mark.parametrize(("age", "text"), [(7230, "2 h 0 min"), (-60, "0 s")])
+def test_the_age_of_the_last_batch(age, text, target, capsys):
+    """The clock of another machine may be ahead."""
+    os.utime(f"{target}.partial.journal", (time.time() - age,) * 2)
+    assert main([str(target)]) == 0
+    assert f"the last batch is {text} old" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -1,17 +1,19 @@
 """Labels of self-play runs, from the table `runs` of the `metadata.db` next to the shards."""
 
 import shlex
+import shutil
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dump_activations.errors import DatasetError, check_ordinary
-from dump_activations.remote.mirror import fetch_whole
+from dump_activations.remote.mirror import fetch_whole, is_mirror
 
 DATABASE = "metadata.db"
 RUN_LABELS = {
@@ -80,8 +82,10 @@ def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np
     # SQLite ignores the logs of an immutable file, and takes no lock next to it.
     options = "mode=ro" if logs else "mode=ro&immutable=1"
     try:
-        address = f"file:{quote(str(path.absolute()))}?{options}"
-        with closing(sqlite3.connect(address, uri=True)) as database:
+        with (
+            _with_its_logs(path, logs) as place,
+            closing(sqlite3.connect(f"file:{quote(str(place))}?{options}", uri=True)) as database,
+        ):
             database.execute("PRAGMA trusted_schema = OFF")
             database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
             budget = iter(range(1000 + size * _STEPS_PER_BYTE // _STEPS))
@@ -109,6 +113,18 @@ def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np
         repeated = ids[np.argmax(ids[1:] == ids[:-1])]
         raise DatasetError(f"{path}: 'id' of 'runs' must be unique; run {repeated} is in it twice")
     return ids, values
+
+
+@contextmanager
+def _with_its_logs(path: Path, logs: Sequence[Path]) -> Iterator[Path]:
+    """Return where SQLite finds a database and its logs: it follows links, as those of a view."""
+    if not logs or not is_mirror(path):
+        yield path.absolute()
+        return
+    with DatasetError.when(f"cannot copy {path}"), TemporaryDirectory() as directory:
+        for each in (path, *logs):
+            shutil.copyfile(each, Path(directory, each.name))
+        yield Path(directory, path.name)
 
 
 def _check_table(database: sqlite3.Connection, path: Path, column: str) -> None:

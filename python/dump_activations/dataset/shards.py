@@ -175,6 +175,8 @@ def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None
         return
     steps = np.unique(steps)
     steps = steps[(steps >= 0) & (steps < dataset.rows)]  # The read refuses the others.
+    if not len(steps):
+        return
     shards = np.searchsorted(places.firsts, steps, "right") - 1
     begins = places.starts[shards] + (steps - places.firsts[shards]) * places.nbytes[shards]
     touched, cuts = np.unique(shards, return_index=True)

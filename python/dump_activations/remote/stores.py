@@ -279,7 +279,9 @@ class Location:
 
     def _list_index(self, wanted: Callable[[str], bool]) -> Iterator[RemoteFile]:
         """Read the names from the page that web servers make of a directory."""
-        request = Request(f"{self.url}/", headers=self.headers)
+        request = Request(f"{self.url}/")
+        for name, value in self.headers.items():
+            request.add_unredirected_header(name, value)  # No other server gets the password.
         with urlopen(request, timeout=_TIMEOUT) as answer:
             page = answer.read(_LARGEST_PAGE).decode(errors="replace")
         links = _Links()
