@@ -46,7 +46,7 @@ def test_the_test_command_is_the_one_that_ci_runs():
 
 
 def test_the_listed_pages_exist():
-    pages = set(re.findall(r"`((?:guide/)?[a-z-]+\.md)`", README))
+    pages = set(re.findall(r"`docs/((?:guide/)?[a-z-]+\.md)`", README))
     assert len(pages) > 10
     assert [page for page in pages if not (ROOT / "docs" / page).exists()] == []
     assert {f"guide/{path.name}" for path in (ROOT / "docs" / "guide").glob("*.md")} <= pages

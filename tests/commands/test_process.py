@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dump_activations import Summary, demo
+from dump_activations.commands.console import mode
 from dump_activations.commands.dump import main
 from dump_activations.commands.process import uncollected_imports
 from dump_activations.storage.writing.shards import Place
@@ -230,6 +231,8 @@ def test_a_process_takes_the_device_and_the_cores_of_its_place(
     monkeypatch.setattr(f"{names}share_cores", partial(taken.__setitem__, "cores of"))
     monkeypatch.setattr(f"{names}lack_of_cuda", lambda: "")
     monkeypatch.chdir(tmp_path)
+    for name in ("quiet", "speaker"):  # The others of several processes are quiet.
+        monkeypatch.setattr(mode, name, getattr(mode, name))
     places = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, number in places.items():
         monkeypatch.setenv(name, number)

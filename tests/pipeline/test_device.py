@@ -43,7 +43,7 @@ def test_a_driver_that_is_too_old_is_named_in_one_sentence(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "init", fail)
     assert lack_of_cuda() == OLD_DRIVER.partition(". ")[0]
-    with pytest.raises(DeviceError, match=r"for 'cuda' \(The .* 11040\)\); device='cpu' allow"):
+    with pytest.raises(DeviceError, match=r"for 'cuda' \(The .* 11040\)\); allow_cpu=True runs"):
         find_device("cuda")
 
 

@@ -109,7 +109,7 @@ def dump(
         indices: global step indices to use instead of a sample, whole numbers of any shape; or a
             file of them: a `.npy`, an `.npz` with `indices`, or an earlier dump.
         steps: steps to take in their order instead of a sample, START:STOP or START:STOP:STEP.
-        where: take only steps that match this expression, such as "max_rank >= 11".
+        where: take only steps that match this expression, such as "max_exponent >= 11".
         labels: labels to store with the boards, globs of them, or "all" for every field.
         scan_progress: called with the rows scanned and the rows in all while `where` is evaluated.
         seed: seed of the sample, of numpy.random.default_rng.

@@ -94,7 +94,7 @@ def stream_cells(
         n_samples: steps to sample, unless `indices` or `steps` are given.
         indices: global step indices to use instead of a sample, as `stream` takes them.
         steps: steps to take in their order instead of a sample. A window then holds few games.
-        where: take only steps that match this expression, such as "max_rank >= 11".
+        where: take only steps that match this expression, such as "max_exponent >= 11".
         boards_per_pass: boards per forward pass.
         dtype: dtype of the values, by its name or torch's dtype.
         device: compute device, where the values are: cuda, cuda:N, or cpu with `allow_cpu`.

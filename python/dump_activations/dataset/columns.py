@@ -22,7 +22,14 @@ from dump_activations.dataset import game
 from dump_activations.dataset.runs import DATABASE, RUN_LABELS, Runs
 from dump_activations.dataset.shards import fetch_rows, note_transfer, row_dtype
 from dump_activations.dtypes import CELLS, MOVES
-from dump_activations.errors import DatasetError, InvalidArgumentError, did_you_mean, option
+from dump_activations.errors import (
+    DatasetError,
+    InvalidArgumentError,
+    did_you_mean,
+    note,
+    option,
+    printable,
+)
 from dump_activations.interrupts import HeldInterrupts
 from dump_activations.progress import Count
 
@@ -189,9 +196,12 @@ class Columns:
             matching = [name for name in names if pattern == ALL or fnmatchcase(name, pattern)]
             if not matching:
                 raise self._missing(pattern, of="labels")
-            for name in matching:
-                if name != "board" and _can_be_stored(name, column := self.find(name, of="labels")):
-                    found[name] = column
+            columns = {name: self.find(name, of="labels") for name in matching if name != "board"}
+            texts = [name for name, column in columns.items() if not _can_be_stored(name, column)]
+            if texts:
+                shown = printable(", ".join(texts))
+                note(f"{option('labels')}: left out {shown}, which are not numbers")
+            found |= {name: column for name, column in columns.items() if name not in texts}
         return found
 
 

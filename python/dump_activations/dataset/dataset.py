@@ -230,7 +230,7 @@ class StepsDataset(_Dataset):
             rows = "rows" if isinstance(steps, StepRange) else "rows that match the filter"
             warn(
                 f"{self.path} has {len(steps)} {rows}, fewer than {n} samples: sampled with "
-                "replacement"
+                f"replacement; {option('steps', ':')} takes each row once"
             )
         return steps.take(places)
 
@@ -243,11 +243,11 @@ class StepsDataset(_Dataset):
     ) -> NDArray[np.int64]:
         """Find the steps that match a filter: int64 (n,), ascending.
 
-        The filter is written as in Python, `"max_rank >= 11 and run_id % 10 != 0"`: comparisons,
-        `in (1, 2)`, arithmetic, `and`, `or`, `not`, `&`, `|` and `~` over fields of the rows,
-        elements of array fields (`branch_evs_0`), labels and numbers. Integers are exact in 64
-        bits, and an operation that overflows is an error. Floats are float64. The shards are read
-        once, on all cores.
+        The filter is written as in Python, `"max_exponent >= 11 and run_id % 10 != 0"`:
+        comparisons, `in (1, 2)`, arithmetic, `and`, `or`, `not`, `&`, `|` and `~` over fields of
+        the rows, elements of array fields (`branch_evs_0`), labels and numbers. Integers are exact
+        in 64 bits, and an operation that overflows is an error. Floats are float64. The shards are
+        read once, on all cores.
 
         Args:
             where: The filter.

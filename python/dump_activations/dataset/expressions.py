@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from dump_activations.errors import InvalidArgumentError, option
 
-_EXAMPLE = "max_rank >= 11 and run_id % 10 != 0"
+_EXAMPLE = "max_exponent >= 11 and run_id % 10 != 0"
 OPERATIONS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,

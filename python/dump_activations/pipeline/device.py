@@ -53,7 +53,7 @@ def find_device(name: str) -> torch.device:
     if reason := lack_of_cuda():
         raise DeviceError(
             f"{option('device')}: no CUDA device for {name!r} ({reason}); "
-            f"{option('device', 'cpu')} {switch('allow_cpu')} runs on the CPU"
+            f"{switch('allow_cpu')} runs on the CPU"
         )
     if not number:
         return torch.device("cuda", torch.cuda.current_device())

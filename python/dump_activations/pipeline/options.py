@@ -231,13 +231,13 @@ class Options:
     )
     where: str | Expression | None = _option(
         RUN,
-        "sample only steps that match this expression, e.g. 'max_rank >= 11 and run_id % 10 != 0'",
+        "sample only steps that match an expression, e.g. 'max_exponent >= 9 and empty_cells < 4'",
         default=None,
         check=lambda _name, value: parse(value) if isinstance(value, str) else value,
     )
     labels: str | Sequence[str] = _option(
         KEEP,
-        "labels to store per board, separated by commas: row fields, move, run columns, or all",
+        "labels to store per board, separated by commas, e.g. move_dir,max_exponent; or all fields",
         default=(),
         check=lambda _name, value: split_names(value),
     )
@@ -296,8 +296,7 @@ class Options:
             text = f"contradicts a key of {option('outputs')} that names its layer"
             raise _wrong("layers", f"{text}; leave out one of them")
         if self.device == "cpu" and not self.allow_cpu:
-            way_out = f"{switch('allow_cpu')} runs on the CPU all the same"
-            raise _wrong("device", f"cpu is not a CUDA device; {way_out}")
+            raise _wrong("device", f"cpu is not a CUDA device; add {switch('allow_cpu')}")
         if self.device == "cpu" and self.precision == "tf32":
             raise _wrong("precision", "tf32 is CUDA's; use fp32 or bf16 on the CPU")
 

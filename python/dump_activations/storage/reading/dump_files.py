@@ -230,6 +230,8 @@ def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
 
 
 def _inspect_one(path: Path) -> DumpFiles:
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory, not a dump; name a dump's file in it")
     format_of(path)
     if not os.path.lexists(path) and (shards := find_shards(path)) is not None:
         return _inspect_shards(shards)

@@ -93,8 +93,8 @@ def key_statistics(key: Key, stored: Mapping[str, TensorStatistics]) -> TensorSt
     shapes = {each["mean"].shape for each in found}
     if len(found) < len(key.parts) or not shapes <= {of_layers, key.value[-1:]}:
         raise InvalidArgumentError(
-            f"{key.name} has no statistics in the file; dump with {switch('stats')}, or let "
-            "inspect-activations --stats compute them"
+            f"{key.name} has no statistics in the file; dump with {switch('stats')}, "
+            "or see inspect-activations --stats, which computes and shows them"
         )
 
     def of_part(part: Part, each: Statistic) -> Array:
