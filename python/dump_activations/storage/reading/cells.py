@@ -17,11 +17,12 @@ import threading
 import weakref
 import zlib
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, repeat
+from itertools import groupby, islice, repeat
 from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, cast
 
 import numpy as np
@@ -412,9 +413,13 @@ class StoredCells(Cells[Values]):
     def _read_windows(
         self, order: CellOrder, windows: Iterator[tuple[int, list[int]]]
     ) -> Generator[KeyedCells, None, None]:
-        """Read each window while batches of the window before it are taken."""
-        cancel = _rust.Cancel()
-        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cells")
+        """Read each window while batches of the window before it are taken.
+
+        Of remote files two are read at once: the link is busy while blocks that came are read.
+        """
+        cancel, depth = _rust.Cancel(), 2 if self._files.is_remote else 1
+        reader = ThreadPoolExecutor(max_workers=depth, thread_name_prefix="cells")
+        ahead: deque[Future[_Window]] = deque()
 
         def read(window: int, batches: list[int]) -> _Window:
             cells = order.read(window, batches)
@@ -424,24 +429,21 @@ class StoredCells(Cells[Values]):
                 self._files.read(of.part, cells, out, per_row=CELLS, cancel=cancel)
             return values, cells
 
-        def start() -> Future[_Window] | None:
-            window, batches = next(windows, (0, []))
-            if not batches:
-                return None
-            try:
-                return reader.submit(read, window, batches)
-            except RuntimeError:  # The program ends, and no thread can start.
-                if threading.current_thread().daemon:
-                    return None  # The interpreter would end this thread inside of the read.
-                done: Future[_Window] = Future()
-                done.set_result(read(window, batches))
-                return done
+        def start() -> None:
+            for window, batches in islice(windows, depth - len(ahead)):
+                try:
+                    ahead.append(reader.submit(read, window, batches))
+                except RuntimeError:  # The program ends, and no thread can start.
+                    if threading.current_thread().daemon:
+                        return  # The interpreter would end this thread inside of the read.
+                    ahead.append(Future())
+                    ahead[-1].set_result(read(window, batches))
 
         try:
-            ahead = start()
-            while ahead is not None:
-                values, cells = ahead.result()
-                ahead = start()
+            start()
+            while ahead:
+                values, cells = ahead.popleft().result()
+                start()
                 for first in range(0, len(cells), order.batch_size):
                     if threading.current_thread().daemon and not threading.main_thread().is_alive():
                         return  # The interpreter would end this thread inside of a call.

@@ -144,13 +144,14 @@ class DumpFiles:
                 places = self._places(part.tensor)
                 stored = _rust.StoredTensor(part.tensor, places, parts, nbytes)
                 self._open[part.tensor, parts] = stored
-            if self._is_remote:
+            if self.is_remote:
                 self._fetch(part.tensor, parts, nbytes, numbers)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
             self._check_unchanged(touched)
 
     @cached_property
-    def _is_remote(self) -> bool:
+    def is_remote(self) -> bool:
+        """True where a file is behind a URL."""
         return any(is_mirror(file.path) for file in self.files)
 
     def _places(self, name: str) -> list[tuple[Path, int, int]]:
