@@ -31,7 +31,6 @@ from dump_activations.storage.writing.journal import (
     remove_journal,
 )
 from dump_activations.storage.writing.partial import Partial
-from dump_activations.storage.writing.paths import sync_directory
 from dump_activations.storage.writing.work import FileWork
 
 _VERIFY_THREADS = 8
@@ -165,8 +164,8 @@ class OutputFile:
         Raises:
             OutputError: data written earlier could not be brought to disk.
         """
+        # Before the batch counts as finished: the thread that finishes the last one commits.
         if self.statistics.names:
-            # Before the batch counts as finished: the thread that finishes the last one commits.
             self.statistics.add(batch, moments)
             self._read_resumed_statistics()
         with self._lock, OutputError.when(f"cannot write {self.partial}"):
@@ -189,7 +188,7 @@ class OutputFile:
             self._partial.publish(self._replaced)
         try:
             with OutputError.when(f"{target} is complete, but its directory cannot be tidied"):
-                sync_directory(target.parent, self._partial.mount)
+                self._partial.mount.sync_directory(target.parent)
                 remove_journal(target)
         finally:
             self._close()
@@ -246,7 +245,7 @@ class OutputFile:
         except JournalError as error:
             if partial.size:
                 self.restarted_because = str(error)
-            partial.clear()
+            os.ftruncate(partial.fd, 0)  # The file stays the same, so the lock does too.
             return
         earlier = [each for each in recorded.header.computed_by if each not in self._computed_by]
         self._computed_by = [*earlier, *self._computed_by]
@@ -290,7 +289,10 @@ class OutputFile:
         """Take the space of the file, and begin its journal with the batches that it has."""
         try:
             with OutputError.when(f"cannot reserve {self.size:,} bytes for {self.work.target}"):
-                self._partial.reserve(self.size)
+                fd, mount = self._partial.fd, self._partial.mount
+                # Without fallocate, `check_space` has compared them with the free space.
+                if not mount.can_reserve or not _rust.reserve(fd, self.size):
+                    os.ftruncate(fd, self.size)
             header = replace(
                 self.work.header,
                 computed_by=tuple(self._computed_by),
