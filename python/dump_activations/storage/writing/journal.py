@@ -90,9 +90,6 @@ class Journal:
 
     Without the flushes on its thread, all of the data would be flushed at the end. A failure on the
     thread is raised by the next call.
-
-    Attributes:
-        batches: numbers of the recorded batches.
     """
 
     def __init__(
@@ -103,7 +100,7 @@ class Journal:
         Raises:
             OutputError: the system refused.
         """
-        self.batches: set[int] = set()
+        self.batches: set[int] = set()  # those that are recorded
         self._partial = partial
         self._header = header
         self._path, self._new_path = journal_path(partial.target), replacement_path(partial.target)

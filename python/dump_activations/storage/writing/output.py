@@ -51,11 +51,6 @@ class OutputFile:
     """A partial file that this process writes, in any order and from any thread.
 
     Leaving its context suspends it.
-
-    Attributes:
-        work: the tensors and batches of the file.
-        statistics: of the tensors whose statistics the file stores.
-        restarted_because: why an earlier partial file was dropped; None if there was none.
     """
 
     def __init__(
@@ -81,7 +76,7 @@ class OutputFile:
         """
         self.work = work
         self.statistics = RunningStatistics(list(work.specs.values()))
-        self.restarted_because: str | None = None
+        self.restarted_because: str | None = None  # why an earlier partial file was dropped
         self._partial = partial
         self._replaced = replaced
         self._computed_by = [work.work.computed_by]
