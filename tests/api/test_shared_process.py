@@ -17,7 +17,6 @@ from dump_activations.errors import DatasetError, DeviceError, OutputError
 from dump_activations.model import capture
 from dump_activations.pipeline.run import Run
 from dump_activations.progress import SharedStopwatch
-from dump_activations.storage.writing import output as file_module
 from dump_activations.storage.writing import paths
 from output_support import (
     open_file,
@@ -305,7 +304,7 @@ def test_a_directory_that_fails_to_be_flushed_after_the_rename(tmp_path, monkeyp
     file = open_file(target, described)
     write_whole_tensors(file, described)
     write_batches(file, described, described.first_rows)
-    monkeypatch.setattr(file_module, "sync_directory", partial(fail_with, errno.EIO))
+    monkeypatch.setattr(paths.Mount, "sync_directory", partial(fail_with, errno.EIO))
     with pytest.raises(OutputError, match=r"a\.pt is complete, but"):
         file.commit()
     assert file.suspend() == 0

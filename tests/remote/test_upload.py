@@ -9,11 +9,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import constants
 
 from dump_activations import ActivationsFile, OutputError, dump
-from dump_activations.errors import DumpActivationsError, InvalidArgumentError
-from dump_activations.remote import mirror, stores, upload
+from dump_activations.errors import (
+    DumpActivationsError,
+    DumpActivationsNote,
+    InvalidArgumentError,
+)
+from dump_activations.remote import mirror, upload
+from reference.hub import Hub
 from reference.s3 import S3
 
 pytest.importorskip("obstore")
@@ -179,39 +184,23 @@ def test_urls_that_cannot_be_written(s3, run, url, error):
         run(url)
 
 
-def test_the_hub_gets_a_private_dataset_with_a_card(s3, run, expected, monkeypatch):
-    calls, there = [], {}
+@pytest.fixture
+def hub(monkeypatch):
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    yield server
+    server.stop()
 
-    class Api:
-        def create_repo(self, repo, **options):
-            calls.append((repo, options["private"]))
-            there[".gitattributes"] = b""
 
-        def dataset_info(self, repo, **options):
-            if not there:
-                raise FileNotFoundError
-            return type("Info", (), {"sha": str(len(calls))})
-
-        def upload_file(self, *, path_or_fileobj, path_in_repo, **options):
-            assert options["repo_id"] == "org/name"
-            data = path_or_fileobj
-            there[path_in_repo] = data if isinstance(data, bytes) else data.read_bytes()
-
-    assert HfApi.create_repo  # The names are the client's.
-    assert HfApi.upload_file
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr(
-        stores.Location, "list",
-        lambda self, wanted: [
-            stores.RemoteFile(name, len(data)) for name, data in there.items() if wanted(name)
-        ],
-    )  # fmt: skip
-    monkeypatch.setattr(
-        stores.Location, "head",
-        lambda self, name: stores.RemoteFile(name, len(there[name])) if name in there else None,
-    )  # fmt: skip
-    run("hf://datasets/org/name/a.safetensors")
-    card = there.pop("README.md").decode()
-    assert calls == [("org/name", True)]
-    assert 'ActivationsFile("hf://datasets/org/name/a.safetensors")' in card
-    assert {name: there[name] for name in expected} == expected
+def test_the_hub_gets_a_private_dataset_with_a_card(hub, run, expected):
+    url = "hf://datasets/org/name/a.safetensors"
+    with pytest.warns(DumpActivationsNote, match="made a private dataset"):
+        run(url)
+    repo = hub.repos["org/name"]
+    files = dict(repo.files)
+    assert repo.visibility == "private"
+    assert f'ActivationsFile("{url}")' in files.pop("README.md").decode()
+    assert {name: files[name] for name in expected} == expected
+    assert len(ActivationsFile(url)) == 160
+    assert run(url).shards_written == 0

@@ -258,14 +258,16 @@ def test_a_file_is_the_same_by_its_inode_or_by_all_else(monkeypatch, opened, is_
     assert is_at(0, Path("x")) is is_same
 
 
-def test_a_file_that_is_whole_is_kept_where_its_name_is_taken(target):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_is_whole_is_kept_where_its_name_is_taken(target, overwrite):
     """The error says that the same call finishes the dump from the partial file."""
     write_dump(target, DUMP).rename(target.with_name("x.pt.partial"))
-    with open_file(target, DUMP) as file:
+    with open_file(target, DUMP, overwrite=overwrite) as file:
         target.write_text("precious")
         with pytest.raises(OutputError, match="move it away, and the same call finishes"):
             file.commit()
         assert file.suspend() == DUMP.rows
+    assert target.read_text() == "precious"
     target.unlink()
     assert write_dump(target, DUMP).stat().st_size == file.size
 

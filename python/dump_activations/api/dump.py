@@ -46,13 +46,13 @@ from dump_activations.pipeline.plan import (
 from dump_activations.pipeline.run import Run, Summary
 from dump_activations.pipeline.transfer import HOST_SLOTS, ActivationBatch
 from dump_activations.progress import Count, Phase, begin, counted, shown_progress
-from dump_activations.remote.upload import DEFAULT_SHARD_NBYTES, output_path, uploads_of
+from dump_activations.remote.upload import output_path, uploads_of
 from dump_activations.storage.statistics import statistics_specs
 from dump_activations.storage.writing.existing import choose_shards
 from dump_activations.storage.writing.output import OutputFile
 from dump_activations.storage.writing.paths import check_output, free_space
 from dump_activations.storage.writing.shards import Output, Place
-from dump_activations.storage.writing.work import Work
+from dump_activations.storage.writing.work import DEFAULT_SHARD_NBYTES, Work
 from dump_activations.storage.writing.writers import Writers
 
 _ALONE = Place()

@@ -45,29 +45,10 @@ def header_nbytes(path: Path) -> int:
     return 8 + width + int.from_bytes(start[8 : 8 + width], "little")
 
 
-def local_file(url: str) -> Path:
-    """Return the local path of a mirrored file, or the name of a dump whose shards are mirrored.
-
-    Raises:
-        OutputError: there is neither.
-        RemoteError: the server refuses or does not answer, or the cache cannot be written.
-        InvalidArgumentError: no store serves the URL.
-    """
-    from dump_activations.remote.stores import Location
-
-    parent, _, name = url.rstrip("/").rpartition("/")
-    location = Location.of(parent)
-    stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix
-    shard = re.compile(rf"{re.escape(stem)}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(suffix)}")
-    found = location.head(name)
-    files = [found] if found else location.list(lambda each: shard.fullmatch(each) is not None)
-    if not files:
-        raise OutputError(f"{location.url}/{name}: no such file, and no shards of it")
-    return view_of(location, files) / name
-
-
 def input_path(path: str | os.PathLike[str], name: str = "") -> Path:
     """Return the absolute path of an input file: of its local copy, where a URL is given.
+
+    For a dump in shards that is the name of the whole, next to which the shards are.
 
     Args:
         path: the path, or the URL of a file or of a dump in shards.
@@ -78,4 +59,16 @@ def input_path(path: str | os.PathLike[str], name: str = "") -> Path:
         OutputError: nothing is at the URL.
         RemoteError: the server refuses or does not answer, or the cache cannot be written.
     """
-    return local_file(os.fspath(path)) if is_url(path) else locate(path, name)
+    if not is_url(path):
+        return locate(path, name)
+    from dump_activations.remote.stores import Location
+
+    parent, _, file = os.fspath(path).rstrip("/").rpartition("/")
+    location = Location.of(parent)
+    stem, suffix = PurePosixPath(file).stem, PurePosixPath(file).suffix
+    shard = re.compile(rf"{re.escape(stem)}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(suffix)}")
+    found = location.head(file)
+    files = [found] if found else location.list(lambda each: shard.fullmatch(each) is not None)
+    if not files:
+        raise OutputError(f"{location.url}/{file}: no such file, and no shards of it")
+    return view_of(location, files) / file

@@ -92,11 +92,23 @@ def become_mirror(path: Path, location: Location, file: RemoteFile) -> None:
 
 
 def _mirror_of(location: Location, file: RemoteFile) -> Path:
-    """Return the mirror of a remote file, made where there is none."""
+    """Return the mirror of a remote file, marked as used, or made without blocks."""
     _locations[location.url, location.commit] = location
     mirror = _cache() / "files" / _key(json.dumps([location.url, location.commit, *file]))
+    described = _beside(mirror, ".json")
     with RemoteError.when(_CANNOT_WRITE.format(mirror)):
-        _create(mirror, location, file)
+        if described.exists():
+            os.utime(described)
+            return mirror
+        for path, size in ((mirror, file.size), (_beside(mirror, ".blocks"), 0)):
+            with path.open("ab") as made:
+                made.truncate(size)
+        _set_time(mirror, file)
+        # The description comes last: without it the other two are not a mirror yet.
+        text = json.dumps({"url": location.url, "commit": location.commit, "file": file._asdict()})
+        temporary = _beside(mirror, f".{os.getpid()}")
+        temporary.write_text(text)
+        temporary.replace(described)
     return mirror
 
 
@@ -168,18 +180,13 @@ class _MirrorReader(io.FileIO):
 
 
 class _Mirror:
-    """A mirror that this process reads.
-
-    Attributes:
-        location_url: the remote directory.
-        file: the remote file.
-    """
+    """A mirror that this process reads."""
 
     def __init__(self, path: Path) -> None:
         from dump_activations.remote.stores import RemoteFile
 
         described = json.loads(_beside(path, ".json").read_bytes())
-        self.location_url = str(described["url"])
+        self.location_url = str(described["url"])  # of the remote directory
         self.file = RemoteFile(**described["file"])
         self._commit: str | None = described["commit"]
         self._path = path
@@ -191,11 +198,6 @@ class _Mirror:
         self._bits = np.zeros(-(-blocks // 8), np.uint8)
         there = np.fromfile(_beside(path, ".blocks"), np.uint8)[: len(self._bits)]
         self._bits[: len(there)] = there
-
-    @property
-    def location(self) -> Location:
-        """Connect to the remote directory."""
-        return _location(self.location_url, self._commit)
 
     def missing(
         self, starts_K: NDArray[np.int64], stops_K: NDArray[np.int64]
@@ -224,7 +226,12 @@ class _Mirror:
         """Request blocks, write them, then their bits."""
         start = first * BLOCK_NBYTES
         end = min(stop * BLOCK_NBYTES, self.file.size)
-        data = self.location.read(self.file, start, end)
+        remote = self.location_url, self._commit
+        if remote not in _locations:  # This worker was spawned: it makes its own connection.
+            from dump_activations.remote.stores import Location
+
+            _locations[remote] = Location.of(*remote)
+        data = _locations[remote].read(self.file, start, end)
         with RemoteError.when(_CANNOT_WRITE.format(self._path)):
             fd = os.open(self._path, os.O_WRONLY)
             try:
@@ -257,22 +264,10 @@ class _Mirror:
             os.close(fd)
 
 
-def _location(url: str, commit: str | None) -> Location:
-    """Return the connection to a remote directory; a worker that was spawned makes its own."""
-    if (url, commit) not in _locations:
-        from dump_activations.remote.stores import Location
-
-        _locations[url, commit] = Location.of(url, commit)
-    return _locations[url, commit]
-
-
-# A user and password in a URL are here alone.
+# Connections by URL and commit. A user and password in a URL are here alone.
 _locations: dict[tuple[str, str | None], Location] = {}
 
-
-@cache
-def _mirror(path: Path) -> _Mirror:
-    return _Mirror(path)
+_mirror = cache(_Mirror)
 
 
 @cache
@@ -300,23 +295,6 @@ def _cache() -> Path:
             )
         (root / "files").mkdir(exist_ok=True)
     return root
-
-
-def _create(mirror: Path, location: Location, file: RemoteFile) -> None:
-    """Create a mirror without blocks, or mark an existing mirror as used."""
-    described = _beside(mirror, ".json")
-    if described.exists():
-        os.utime(described)
-        return
-    for path, size in ((mirror, file.size), (_beside(mirror, ".blocks"), 0)):
-        with path.open("ab") as made:
-            made.truncate(size)
-    _set_time(mirror, file)
-    # The description comes last: without it the other two are not a mirror yet.
-    text = json.dumps({"url": location.url, "commit": location.commit, "file": file._asdict()})
-    temporary = _beside(mirror, f".{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(described)
 
 
 def _set_time(mirror: Path | int, file: RemoteFile) -> None:

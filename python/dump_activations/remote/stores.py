@@ -84,21 +84,13 @@ def without_secrets(url: str) -> str:
 
 @dataclass(frozen=True)
 class Location:
-    """A directory behind a URL.
+    """A directory behind a URL."""
 
-    Attributes:
-        url: the URL, without secrets and without a final slash.
-        store: its files are named relative to `prefix`.
-        prefix: what the store's paths begin with: "" or a path with a final slash.
-        commit: of a repository on the hub; None elsewhere.
-        headers: of requests to a web server.
-    """
-
-    url: str
-    store: "ObjectStore"
-    prefix: str
-    commit: str | None = None
-    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    url: str  # without secrets and without a final slash
+    store: "ObjectStore"  # its files are named relative to `prefix`
+    prefix: str  # what the store's paths begin with: "" or a path with a final slash
+    commit: str | None = None  # of a repository on the hub
+    headers: dict[str, str] = field(default_factory=dict, repr=False)  # for a web server
 
     @classmethod
     def of(cls, url: str, commit: str | None = None) -> Self:
@@ -126,7 +118,9 @@ class Location:
         options: Any = {"client_options": dict(_CLIENT), "retry_config": _RETRIES}
         with _errors(shown):
             if scheme in ("http", "https"):
-                headers = _authorization(url)
+                user = unquote(urlsplit(url).netloc.rpartition("@")[0])
+                basic = f"Basic {b64encode(user.encode()).decode()}"
+                headers = {"Authorization": basic} if user else {}
                 options["client_options"] |= {
                     "allow_http": scheme == "http",
                     "default_headers": headers,
@@ -342,12 +336,6 @@ def _repository(url: str) -> tuple[str, str, str]:
 
 def _described(name: str, meta: Any) -> RemoteFile:
     return RemoteFile(name, meta["size"], meta["e_tag"], int(meta["last_modified"].timestamp()))
-
-
-def _authorization(url: str) -> dict[str, str]:
-    """Return the header that carries the user and password of a URL."""
-    user = unquote(urlsplit(url).netloc.rpartition("@")[0])
-    return {"Authorization": f"Basic {b64encode(user.encode()).decode()}"} if user else {}
 
 
 def _profile() -> Any:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     # A local output needs neither the clients of stores nor NumPy.
     from dump_activations.remote.stores import Location
 
-DEFAULT_SHARD_NBYTES = 4_000_000_000
 _WRITABLE = ("s3://", "gs://", "az://", "hf://")
 MOST_LOCAL = 2
 """Shards that take local space: one is written while another is uploaded."""
@@ -76,17 +75,11 @@ def uploads_of(directory: Path) -> Uploads | None:
 
 
 class Uploads:
-    """The uploads from a directory of the cache to a remote one.
-
-    Args:
-        url: the remote directory.
-        shown: the same without user and password.
-        directory: the local one.
-    """
+    """The uploads from a directory of the cache to a remote one."""
 
     def __init__(self, url: str, shown: str, directory: Path) -> None:
         self._url = url
-        self._shown = shown
+        self._shown = shown  # the URL without user and password
         self._directory = directory
         self._under_way: dict[Path, Future[None]] = {}
 

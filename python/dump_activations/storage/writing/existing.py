@@ -24,19 +24,12 @@ from dump_activations.storage.writing.work import COMPUTED_BY_KEY, FINGERPRINT_K
 
 @dataclass(frozen=True)
 class Existing:
-    """A file at an output's name.
-
-    Attributes:
-        path: where it is.
-        content: its size and the time of its last change.
-        metadata: empty where it is not a whole dump.
-        digests: of each tensor, as it stores them.
-    """
+    """A file at an output's name."""
 
     path: Path
-    content: tuple[int, int]
-    metadata: Mapping[str, str]
-    digests: Mapping[str, Digest]
+    content: tuple[int, int]  # its size and the time of its last change
+    metadata: Mapping[str, str]  # empty where it is not a whole dump
+    digests: Mapping[str, Digest]  # as it stores them
 
     @property
     def size(self) -> int:
@@ -144,17 +137,11 @@ def check_partial(file: FileWork, *, overwrite: bool) -> None:
 
 @dataclass(frozen=True)
 class Unfinished(Recorded):
-    """A partial file as its journal describes it. None of its data is read.
-
-    Attributes:
-        path: where it is.
-        size: its bytes, as many as the finished file has.
-        is_being_written: True while a process has it locked.
-    """
+    """A partial file as its journal describes it. None of its data is read."""
 
     path: Path
-    size: int
-    is_being_written: bool
+    size: int  # as many bytes as the finished file has
+    is_being_written: bool  # True while a process has it locked
 
     @property
     def specs(self) -> list[TensorSpec]:

@@ -13,18 +13,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dump_activations.errors import OutputError
 from dump_activations.storage.digests import Digest
 from dump_activations.storage.writing.partial import Descriptor, Partial, is_at, open_own
-from dump_activations.storage.writing.paths import (
-    create,
-    journal_path,
-    replacement_path,
-    sync_directory,
-)
+from dump_activations.storage.writing.paths import create, journal_path, replacement_path
 
 SYNC_INTERVAL = 0.5
 """Seconds between two flushes: the work that a crash may cost, against the cost of a flush."""
@@ -43,25 +39,15 @@ BatchDigests = Mapping[str, Digest]
 
 @dataclass(frozen=True)
 class Header:
-    """The file that the batches of a journal belong to. Equal headers stand for equal files.
+    """The file that the batches of a journal belong to. Equal headers stand for equal files."""
 
-    Attributes:
-        fingerprint: SHA-256 of everything that determines the values of the dump.
-        work: the same by name, for messages.
-        shard: `3/40`; empty for a dump in one file.
-        rows: boards of the file.
-        batch_rows: boards per batch; the last batch may be shorter.
-        tensors: names of the tensors that come in batches.
-        computed_by: devices and threads of all runs that wrote batches.
-        host, pid: the process that writes the file.
-    """
-
-    fingerprint: str
-    work: Mapping[str, str] = field(compare=False)
-    shard: str
-    rows: int
-    batch_rows: int
-    tensors: tuple[str, ...]
+    fingerprint: str  # SHA-256 of everything that determines the values of the dump
+    work: Mapping[str, str] = field(compare=False)  # the same by name, for messages
+    shard: str  # `3/40`; empty for a dump in one file
+    rows: int  # boards of the file
+    batch_rows: int  # the last batch may be shorter
+    tensors: tuple[str, ...]  # names of those that come in batches
+    # Devices and threads of all runs that wrote batches, and the process that writes the file.
     computed_by: tuple[Mapping[str, str], ...] = field(default=(), compare=False)
     host: str = field(default="", compare=False)
     pid: int = field(default=0, compare=False)
@@ -83,17 +69,11 @@ class Header:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The content of a journal.
-
-    Attributes:
-        header: the file that it belongs to.
-        batches: digests of each recorded batch.
-        modified: time of the last record, in seconds since the epoch.
-    """
+    """The content of a journal."""
 
     header: Header
     batches: Mapping[int, BatchDigests]
-    modified: float
+    modified: float  # time of the last record, in seconds since the epoch
 
     @property
     def rows(self) -> int:
@@ -110,9 +90,6 @@ class Journal:
 
     Without the flushes on its thread, all of the data would be flushed at the end. A failure on the
     thread is raised by the next call.
-
-    Attributes:
-        batches: numbers of the recorded batches.
     """
 
     def __init__(
@@ -123,7 +100,7 @@ class Journal:
         Raises:
             OutputError: the system refused.
         """
-        self.batches: set[int] = set()
+        self.batches: set[int] = set()  # those that are recorded
         self._partial = partial
         self._header = header
         self._path, self._new_path = journal_path(partial.target), replacement_path(partial.target)
@@ -138,7 +115,7 @@ class Journal:
             with OutputError.when(f"cannot write {self._path}"):
                 self._append(batches, _line(asdict(header)))
                 self._new_path.replace(self._path)
-                sync_directory(self._path.parent, partial.mount)
+                partial.mount.sync_directory(self._path.parent)
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
         except BaseException:
@@ -252,9 +229,9 @@ def _records(file: BinaryIO, header: Header) -> Iterator[tuple[int, BatchDigests
     with suppress(*_DAMAGED):  # The rest of the journal is not whole.
         while line := file.readline(longest):
             batch, *digests = _parse(line)
-            if not _are_numbers([batch]) or batch >= header.batches:
+            if not _are_numbers([batch, *chain(*digests)]) or batch >= header.batches:
                 raise ValueError("no such batch")
-            yield batch, dict(zip(header.tensors, map(_digest, digests), strict=True))
+            yield batch, dict(zip(header.tensors, starmap(Digest, digests), strict=True))
 
 
 def _parse_header(line: bytes) -> Header:
@@ -268,13 +245,6 @@ def _parse_header(line: bytes) -> Header:
     if not all(isinstance(text, str) for text in texts) or not _are_numbers(numbers):
         raise ValueError("not a header")
     return header
-
-
-def _digest(fields: Any) -> Digest:
-    nbytes, crc32, nan, inf = fields
-    if not _are_numbers(fields) or crc32 >= 1 << 32:
-        raise ValueError("not a digest")
-    return Digest(nbytes, crc32, nan, inf)
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:

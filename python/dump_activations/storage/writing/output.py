@@ -31,7 +31,6 @@ from dump_activations.storage.writing.journal import (
     remove_journal,
 )
 from dump_activations.storage.writing.partial import Partial
-from dump_activations.storage.writing.paths import sync_directory
 from dump_activations.storage.writing.work import FileWork
 
 _VERIFY_THREADS = 8
@@ -52,11 +51,6 @@ class OutputFile:
     """A partial file that this process writes, in any order and from any thread.
 
     Leaving its context suspends it.
-
-    Attributes:
-        work: the tensors and batches of the file.
-        statistics: of the tensors whose statistics the file stores.
-        restarted_because: why an earlier partial file was dropped; None if there was none.
     """
 
     def __init__(
@@ -82,7 +76,7 @@ class OutputFile:
         """
         self.work = work
         self.statistics = RunningStatistics(list(work.specs.values()))
-        self.restarted_because: str | None = None
+        self.restarted_because: str | None = None  # why an earlier partial file was dropped
         self._partial = partial
         self._replaced = replaced
         self._computed_by = [work.work.computed_by]
@@ -165,8 +159,8 @@ class OutputFile:
         Raises:
             OutputError: data written earlier could not be brought to disk.
         """
+        # Before the batch counts as finished: the thread that finishes the last one commits.
         if self.statistics.names:
-            # Before the batch counts as finished: the thread that finishes the last one commits.
             self.statistics.add(batch, moments)
             self._read_resumed_statistics()
         with self._lock, OutputError.when(f"cannot write {self.partial}"):
@@ -189,7 +183,7 @@ class OutputFile:
             self._partial.publish(self._replaced)
         try:
             with OutputError.when(f"{target} is complete, but its directory cannot be tidied"):
-                sync_directory(target.parent, self._partial.mount)
+                self._partial.mount.sync_directory(target.parent)
                 remove_journal(target)
         finally:
             self._close()
@@ -246,7 +240,7 @@ class OutputFile:
         except JournalError as error:
             if partial.size:
                 self.restarted_because = str(error)
-            partial.clear()
+            os.ftruncate(partial.fd, 0)  # The file stays the same, so the lock does too.
             return
         earlier = [each for each in recorded.header.computed_by if each not in self._computed_by]
         self._computed_by = [*earlier, *self._computed_by]
@@ -290,7 +284,10 @@ class OutputFile:
         """Take the space of the file, and begin its journal with the batches that it has."""
         try:
             with OutputError.when(f"cannot reserve {self.size:,} bytes for {self.work.target}"):
-                self._partial.reserve(self.size)
+                fd, mount = self._partial.fd, self._partial.mount
+                # Without fallocate, `check_space` has compared them with the free space.
+                if not mount.can_reserve or not _rust.reserve(fd, self.size):
+                    os.ftruncate(fd, self.size)
             header = replace(
                 self.work.header,
                 computed_by=tuple(self._computed_by),

@@ -68,20 +68,13 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Partial:
-    """A locked partial file, until it is published under the target's name.
-
-    Attributes:
-        target: the output, past all links.
-        path: where the partial file is.
-        mount: what its file system does.
-        is_new: True where this process created it.
-    """
+    """A locked partial file, until it is published under the target's name."""
 
     def __init__(self, target: Path, file: Descriptor, mount: Mount, *, is_new: bool) -> None:
         """Private: `Partial.open` makes one."""
-        self.target = target
+        self.target = target  # the output, past all links
         self.path = partial_path(target)
-        self.is_new = is_new
+        self.is_new = is_new  # created by this process
         self.mount = mount
         self._process = os.getpid()
         self._file: Descriptor | None = file
@@ -132,18 +125,6 @@ class Partial:
         """The descriptor, while the file is open."""
         assert self._file is not None
         return self._file.number
-
-    def reserve(self, size: int) -> None:
-        """Take `size` bytes of disk; raise OSError where the disk has fewer.
-
-        Without fallocate, `check_space` has compared them with the free space.
-        """
-        if not self.mount.can_reserve or not _rust.reserve(self.fd, size):
-            os.ftruncate(self.fd, size)
-
-    def clear(self) -> None:
-        """Drop the content. The file stays the same, so the lock does too."""
-        os.ftruncate(self.fd, 0)
 
     def write_span(self, offset: int, data: npt.NDArray[np.uint8], dtype: str) -> Digest:
         """Write elements at an offset, from any thread, and digest them.

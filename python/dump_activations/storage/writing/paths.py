@@ -124,21 +124,18 @@ def check_space(targets: Sequence[Path], nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class Mount:
-    """Abilities of a file system, which `probe` tries on a file just made.
+    """Abilities of a file system, which `probe` tries on a file just made."""
 
-    Attributes:
-        has_locks: False where `flock` fails, or grants a lock twice and so protects nothing.
-        can_reserve: True where space can be taken before it is written.
-        can_write_direct: True where writes may go past the page cache.
-        can_sync_directory: True where the names in a directory can be flushed.
-        clock_ahead: seconds between its clock, which dates its files, and this machine's.
-    """
+    has_locks: bool  # False where `flock` fails, or grants a lock twice and so protects nothing
+    can_reserve: bool  # space can be taken before it is written
+    can_write_direct: bool  # writes may go past the page cache
+    can_sync_directory: bool  # the names in a directory can be flushed
+    clock_ahead: float  # seconds between its clock, which dates its files, and this machine's
 
-    has_locks: bool = True
-    can_reserve: bool = True
-    can_write_direct: bool = True
-    can_sync_directory: bool = True
-    clock_ahead: float = 0.0
+    def sync_directory(self, directory: Path) -> None:
+        """Return once the names in a directory are on disk, where they can be flushed."""
+        if self.can_sync_directory:
+            _sync_directory(directory)
 
 
 def probe(target: Path) -> Mount:
@@ -261,12 +258,6 @@ def create(path: Path, flags: int) -> int:
         FileExistsError: the name is taken; it may be a link that somebody planted.
     """
     return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-
-
-def sync_directory(directory: Path, mount: Mount) -> None:
-    """Return once the names in a directory are on disk, where the mount can flush them."""
-    if mount.can_sync_directory:
-        _sync_directory(directory)
 
 
 def _check_replaceable(target: Path, found: os.stat_result, directory: os.stat_result) -> None:

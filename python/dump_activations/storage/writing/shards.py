@@ -54,15 +54,7 @@ class Place:
 
 
 class Output:
-    """The files of a dump, as a context manager that suspends those that it has open.
-
-    Attributes:
-        files: the files that this process may write.
-        finished: the finished files by their paths, whichever process wrote them.
-        replaced: files of other work that this call replaces, by their paths.
-        written: number of files that this process finished.
-        commit_seconds: time that it took to complete and rename them.
-    """
+    """The files of a dump, as a context manager that suspends those that it has open."""
 
     def __init__(
         self,
@@ -83,16 +75,16 @@ class Output:
         Raises:
             OutputError: files of other work are there.
         """
-        self.files = list(files)
+        self.files = list(files)  # that this process may write
         self.open_files: list[OutputFile] = []
-        self.replaced: dict[Path, Existing] = {}
-        self.written = 0
-        self.commit_seconds = 0.0
+        self.replaced: dict[Path, Existing] = {}  # of other work, to be replaced
+        self.written = 0  # files that this process finished
+        self.commit_seconds = 0.0  # that it took to complete and rename them
         self._own_boards = 0
         self._place = place
         self._overwrite = overwrite
         self._check = check
-        self.finished: dict[Path, Existing] = {}
+        self.finished: dict[Path, Existing] = {}  # whichever process wrote them
         self._uploads = uploads_of(self._directory)
         self._start = place.rank * len(self.files) // place.size
         for file in self.files:

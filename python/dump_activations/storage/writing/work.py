@@ -27,7 +27,8 @@ COMPUTED_BY_KEY = "computed_by"
 DEFAULT_SHARD_NBYTES = 4_000_000_000
 DEFAULT_SHARDS = 128
 
-# The text is padded to this length, because offsets are fixed before the last batch is computed.
+# The text has as many entries as fit, and is padded to this length, because offsets are fixed
+# before the last batch is computed.
 _COMPUTED_BY_NBYTES = 1024
 
 # Entries of the fingerprint that an option sets. Messages name the option.
@@ -52,25 +53,15 @@ _MAX_SHOWN = 200
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """The output of a run, in one file or in shards.
+    """The output of a run, in one file or in shards."""
 
-    Attributes:
-        whole: the output's name, past all links; its suffix selects the format.
-        specs: all tensors of the run.
-        batched: names of the tensors that come in batches, all with one row per board.
-        batch_rows: boards per batch; the last batch may be shorter.
-        metadata: stored in each file.
-        computed_by: device and threads of this process, recorded in each file.
-        identity: by name, everything that determines the values of the tensors.
-    """
-
-    whole: Path
-    specs: Sequence[TensorSpec]
-    batched: Sequence[str]
-    batch_rows: int
-    metadata: Mapping[str, str]
-    computed_by: Mapping[str, str]
-    identity: Mapping[str, str]
+    whole: Path  # past all links; its suffix selects the format
+    specs: Sequence[TensorSpec]  # all tensors of the run
+    batched: Sequence[str]  # names of those that come in batches, with one row per board
+    batch_rows: int  # the last batch may be shorter
+    metadata: Mapping[str, str]  # stored in each file
+    computed_by: Mapping[str, str]  # device and threads of this process, recorded in each file
+    identity: Mapping[str, str]  # by name, everything that determines the tensors' values
 
     def __post_init__(self) -> None:
         names = {spec.name for spec in self.specs}
@@ -169,17 +160,11 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class FileWork:
-    """One file of a work: the whole, or a shard.
-
-    Attributes:
-        work: the output that it belongs to.
-        shard: its place among the shards; None for the whole.
-        run_batches: its batches, as the run numbers them. The file numbers them from 0.
-    """
+    """One file of a work: the whole, or a shard."""
 
     work: Work
-    shard: Shard | None
-    run_batches: range
+    shard: Shard | None  # None for the whole
+    run_batches: range  # as the run numbers them; the file numbers them from 0
 
     @property
     def target(self) -> Path:
@@ -239,15 +224,6 @@ class FileWork:
         return theirs == (self.work.fingerprint, self.header.shard)
 
     @cached_property
-    def metadata(self) -> dict[str, str]:
-        """Metadata of the finished file, without its digests and what computed it."""
-        metadata = {**self.work.metadata, FINGERPRINT_KEY: self.work.fingerprint}
-        if self.shard is not None:
-            metadata["shard"] = self.shard.text
-            metadata["first_board"] = str(self.run_rows.start)
-        return metadata
-
-    @cached_property
     def empty_layout(self) -> Layout:
         """The file's size and offsets, which do not depend on its values."""
         return self.layout([self.work.computed_by], None)
@@ -256,8 +232,13 @@ class FileWork:
         self, computed_by: Sequence[Mapping[str, str]], digests: Mapping[str, Digest] | None
     ) -> Layout:
         """Lay the file out, with the digest of each tensor, or None while they are unknown."""
-        specs = list(self.specs.values())
-        metadata = {**self.metadata, COMPUTED_BY_KEY: computed_by_text(computed_by)}
+        specs, entries = list(self.specs.values()), list(computed_by)
+        metadata = {**self.work.metadata, FINGERPRINT_KEY: self.work.fingerprint}
+        if self.shard is not None:
+            metadata |= {"shard": self.shard.text, "first_board": str(self.run_rows.start)}
+        while len(text := json.dumps(entries)) > _COMPUTED_BY_NBYTES:
+            entries.pop()
+        metadata[COMPUTED_BY_KEY] = text.ljust(_COMPUTED_BY_NBYTES)
         crc32s = None if digests is None else {name: each.crc32 for name, each in digests.items()}
         integrity = integrity_text(specs, metadata, digests)
         file_format = format_of(self.work.whole)
@@ -274,14 +255,6 @@ class FileWork:
         rows, row_nbytes = self.header.rows_of(batch), self.specs[name].row_nbytes
         offset = self.empty_layout.offsets[name]
         return offset + rows.start * row_nbytes, offset + rows.stop * row_nbytes
-
-
-def computed_by_text(computed_by: Sequence[Mapping[str, str]]) -> str:
-    """Write as many entries as fit, padded with spaces to a fixed length."""
-    entries = list(computed_by)
-    while len(text := json.dumps(entries)) > _COMPUTED_BY_NBYTES:
-        entries.pop()
-    return text.ljust(_COMPUTED_BY_NBYTES)
 
 
 def _difference(name: str, theirs: str, ours: str) -> str:

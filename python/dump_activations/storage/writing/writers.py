@@ -38,9 +38,6 @@ class Writers:
 
     After the first error nothing more is written. The next `submit` raises it, and so does leaving
     the context.
-
-    Attributes:
-        busy: the time in which any thread was digesting or writing, or waiting for the disk.
     """
 
     def __init__(self, commit: Callable[[OutputFile], object], *, threads: int) -> None:
@@ -54,7 +51,7 @@ class Writers:
         self._tasks: queue.SimpleQueue[tuple[_Submission, _Span | str] | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(BATCHES_AHEAD)
         self._error: BaseException | None = None
-        self.busy = SharedStopwatch()
+        self.busy = SharedStopwatch()  # while any thread digests, writes or waits for the disk
         self._threads: list[threading.Thread] = []
         try:
             for number in range(threads):
