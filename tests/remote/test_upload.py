@@ -193,7 +193,7 @@ def hub(monkeypatch):
     server.stop()
 
 
-def test_the_hub_gets_a_private_dataset_with_a_card(hub, run, expected):
+def test_the_hub_gets_a_private_dataset_with_a_card(hub, run, expected, capfd):
     url = "hf://datasets/org/name/a.safetensors"
     with pytest.warns(DumpActivationsNote, match="made a private dataset"):
         run(url)
@@ -204,3 +204,4 @@ def test_the_hub_gets_a_private_dataset_with_a_card(hub, run, expected):
     assert {name: files[name] for name in expected} == expected
     assert len(ActivationsFile(url)) == 160
     assert run(url).shards_written == 0
+    assert "%|" not in capfd.readouterr().err

@@ -230,14 +230,15 @@ class Location:
             from huggingface_hub import HfApi
 
             repo, revision, _ = _repository(self.url)
-            HfApi().upload_file(
-                path_or_fileobj=data,
-                path_in_repo=self.prefix + name,
-                repo_id=repo,
-                repo_type="dataset",
-                revision=revision,
-                commit_message=f"Add {name}",
-            )
+            with _hidden_bars():
+                HfApi().upload_file(
+                    path_or_fileobj=data,
+                    path_in_repo=self.prefix + name,
+                    repo_id=repo,
+                    repo_type="dataset",
+                    revision=revision,
+                    commit_message=f"Add {name}",
+                )
 
     @staticmethod
     def make_repository(url: str) -> None:
@@ -310,6 +311,25 @@ def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list
             return [each.result() for each in futures]
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _hidden_bars() -> Iterator[None]:
+    """Keep the hub's client from drawing bars: the dump has its own."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 class _Links(HTMLParser):
