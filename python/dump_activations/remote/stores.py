@@ -16,6 +16,7 @@ from functools import partial
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
@@ -40,6 +41,8 @@ _BODIES = 3
 _REQUESTS = 32
 _POLL_SECONDS = 0.2
 _FIRST_PROCESS = os.getpid()
+# The hub refuses a commit that begins before another one is complete.
+_one_commit = Lock()
 _LARGEST_PAGE = 64 << 20
 # Signed URLs carry their secret in the query, and clients quote the URL in errors.
 _QUERY = re.compile(r"\?\S*")
@@ -230,7 +233,7 @@ class Location:
             from huggingface_hub import HfApi
 
             repo, revision, _ = _repository(self.url)
-            with _hidden_bars():
+            with _one_commit, _hidden_bars():
                 HfApi().upload_file(
                     path_or_fileobj=data,
                     path_in_repo=self.prefix + name,
@@ -316,7 +319,7 @@ def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list
 @contextmanager
 def _hidden_bars() -> Iterator[None]:
     """Keep the hub's client from drawing bars: the dump has its own."""
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
