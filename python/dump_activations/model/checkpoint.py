@@ -182,17 +182,18 @@ def prepare_model(
 
     `init` is a checkpoint as `load_encoder` takes it, or what `unwrap_model` takes.
     """
+    # Digest the weights on the host, so that none comes back from the device.
     if isinstance(init, str | os.PathLike):
         model = load_encoder(init, random_init=random_init, seed=seed)
-    elif random_init:
+        model.weights_sha256 = weights_sha256(model)
+        return model.to(device)
+    if random_init:
         raise InvalidArgumentError(
             f"{option('random_init')}: the model is loaded already; give load_encoder "
             "random_init=True"
         )
-    else:
-        model = unwrap_model(init)
+    model = unwrap_model(init)
     replica = replicate(model, device)
-    # Digest the weights on the host, so that none comes back from the device.
     replica.weights_sha256 = weights_sha256(model)
     return replica
 
