@@ -193,7 +193,7 @@ def launch(arguments: Sequence[str], processes: str) -> int:
     first error the others are terminated: they keep what is on disk.
 
     Raises:
-        InvalidArgumentError: `processes` is no number, nor "gpu" for one per CUDA device.
+        InvalidArgumentError: `processes` is neither a number nor "gpu", one per CUDA device.
         DeviceError: "gpu" finds no CUDA device.
     """
     count = _count(processes)

@@ -142,7 +142,7 @@ def _steps(name: str, value: str | slice | None) -> slice | None:
             raise TypeError
         width = range(1)[value].step  # Python's own check of the three.
     except (TypeError, ValueError):
-        text = f"{value!r} is no START:STOP or START:STOP:STEP of whole numbers"
+        text = f"must be START:STOP or START:STOP:STEP, of whole numbers; got {value!r}"
         raise _wrong(name, text) from None
     if width < 1:
         raise _wrong(name, "steps are taken in their order, not backwards")
