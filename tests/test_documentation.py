@@ -45,7 +45,7 @@ def column(page: str, heading: str) -> set[str]:
 
 
 def default_of(flag: click.Parameter) -> str:
-    if "[required]" in (getattr(flag, "help", None) or ""):
+    if "[required" in (getattr(flag, "help", None) or ""):
         return "required"
     value = flag.to_info_dict()["default"]
     if flag.is_flag or value in (None, ()):

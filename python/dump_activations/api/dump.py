@@ -211,7 +211,11 @@ class _Call:
             summary,
             output=output.url or self.path,
             resumed_boards=sum(file.rows for file in output.files) - summary.boards,
-            bytes_written=sum(each.size for each in output.finished.values()),
+            bytes_written=sum(
+                output.finished[file.target].size
+                for file in output.files
+                if file.target in output.finished
+            ),
             nonfinite=_nonfinite(output, warn_of_them=is_run),
             shards_written=output.written if shards else 0,
             shards_found=len(shards) - output.written if shards else 0,
@@ -284,7 +288,8 @@ class _Call:
 
         while (first := output.next()) is not None:
             there = output.boards_of_others + resumed + done + first.resumed_rows
-            count = self._counter(there, n, first.size)
+            nbytes = sum(each.tensor_nbytes for each in output.files)
+            count = self._counter(there, n, nbytes)
             with (
                 Writers(output.commit, threads=writer_threads(self.local_processes)) as writers,
                 closing(run.batches(ranges(first), done=advance)) as batches,

@@ -162,12 +162,12 @@ _COMPLETIONS = {"outputs": ("all", *(each.key for each in ACTIVATIONS)), "device
 @click.option(
     "--init",
     type=click.Path(),
-    help="Checkpoint directory, .pt bundle, or hf://org/repo. [required]",
+    help="Checkpoint directory, .pt bundle, or hf://org/repo. [required without --demo]",
 )
 @click.option(
     "--dataset",
     type=click.Path(),
-    help="Directory of steps.npy or steps-*.npy, or its URL. [required]",
+    help="Directory of steps.npy or steps-*.npy, or its URL. [required without --demo]",
 )
 @click.option(
     "--demo",
@@ -289,8 +289,8 @@ def _sources(init: str | None, dataset: str | None, *, use_demo: bool) -> tuple[
         return str(demo.CHECKPOINT), str(demo.DATASET)
     if missing := [option(name) for name, value in given.items() if not value]:
         raise InvalidArgumentError(
-            f"{' and '.join(missing)}: required; {option('demo')} needs neither, and "
-            f"{option('help')} shows all flags"
+            f"{' and '.join(missing)}: required without {option('demo')}; {option('help')} shows "
+            "all flags"
         )
     return str(init), str(dataset)
 

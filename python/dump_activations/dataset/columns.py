@@ -120,6 +120,10 @@ class Columns:
         """Names of the first shard's fields."""
         return self.layouts[0][1].names or ()
 
+    def _fields_of_later_shards(self) -> list[str]:
+        names = {name: None for _, row in self.layouts[1:] for name in row.names or ()}
+        return [name for name in names if name not in self.fields]
+
     @property
     def names(self) -> list[str]:
         """All names, except elements of arrays."""
@@ -199,8 +203,12 @@ class Columns:
             columns = {name: self.find(name, of="labels") for name in matching if name != "board"}
             texts = [name for name, column in columns.items() if not _can_be_stored(name, column)]
             if texts:
-                shown = printable(", ".join(texts))
-                note(f"{option('labels')}: left out {shown}, which are not numbers")
+                note(f"{option('labels')}: left out {printable(', '.join(texts))}: not numeric")
+            if pattern == ALL and (lacking := self._fields_of_later_shards()):
+                note(
+                    f"{option('labels')}: left out {printable(', '.join(lacking))}: not in "
+                    f"{self.layouts[0][0].name}"
+                )
             found |= {name: column for name, column in columns.items() if name not in texts}
         return found
 

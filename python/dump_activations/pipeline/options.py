@@ -231,7 +231,7 @@ class Options:
     )
     where: str | Expression | None = _option(
         RUN,
-        "sample only steps that match an expression, e.g. 'max_exponent >= 9 and empty_cells < 4'",
+        "take only steps that match an expression, e.g. 'max_exponent >= 9 and empty_cells < 4'",
         default=None,
         check=lambda _name, value: parse(value) if isinstance(value, str) else value,
     )

@@ -96,16 +96,19 @@ class Summary:
 
     def __str__(self) -> str:
         """Return work, place, size and speed in one line, as the command shows them."""
-        resumed = f" (and {self.resumed_boards:,} resumed)" if self.resumed_boards else ""
-        shards = f", {self.shards_written:,} shards of it" if self.shards_written else ""
-        where = (
-            f"{size_text(self.bytes_written)} in {self.output}{shards}"
-            if self.output
-            else "nothing written"
-        )
+        resumed = shards = ""
+        if self.resumed_boards:
+            by = "resumed, or written by other processes" if self.shards_found else "resumed"
+            resumed = f" (and {self.resumed_boards:,} {by})"
+        if count := self.shards_written + self.shards_found:
+            shards = f", {self.shards_written:,} of {count:,} shards by this process"
+        where = f"{size_text(self.bytes_written)} in {self.output}{shards}"
         speed = f", {self.boards_per_second:,.0f} boards/s in the loop" if self.boards else ""
         of = f" of {', '.join(self.keys)}" if self.keys else ""
-        return f"{self.boards:,} boards{of}{resumed}: {where}; {self.total_seconds:.1f} s{speed}"
+        return (
+            f"{self.boards:,} boards{of}{resumed}: {where if self.output else 'nothing written'}; "
+            f"{self.total_seconds:.1f} s{speed}"
+        )
 
     def _repr_html_(self) -> str:
         """Return the same line and a table of the stages, as a notebook shows them."""

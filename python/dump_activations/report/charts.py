@@ -111,6 +111,7 @@ def depths(values: Array) -> Array:
 
 def cut(text: str) -> str:
     """Cut a long text, such as a tokenizer's or any in a foreign file, and add its length."""
+    text = text.rstrip()  # `computed_by` is padded.
     if len(text) <= _MOST_CHARACTERS:
         return text
     return f"{text[:_MOST_CHARACTERS]}… ({len(text):,} characters)"
