@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import DEMO_CHECKPOINT, DEMO_DATASET
-from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
+from dump_activations import StepsDataset, _rust, demo, dump, load_encoder, stream
 from dump_activations.errors import OutputError
 
 N, BATCH = 1000, 10
@@ -39,7 +38,7 @@ def watchdog():
 
 @pytest.fixture(scope="module")
 def demo_model():
-    return load_encoder(DEMO_CHECKPOINT)
+    return load_encoder(demo.CHECKPOINT)
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def settled_count():
 @pytest.fixture
 def nothing_stays(buffers, model):
     """Check that a test leaves no thread, no open file and no buffer."""
-    cpu_dump(model, DEMO_DATASET, write=False)  # torch starts its own threads once
+    cpu_dump(model, demo.DATASET, write=False)  # torch starts its own threads once
     assert buffers
     assert not any(reference() is not None for reference in buffers)
     before = settled_count()
@@ -109,9 +108,9 @@ def broken_model(model):
 
 
 USES = {
-    "dump": lambda model, path: cpu_dump(model, DEMO_DATASET, path),
-    "no-write": lambda model, _: cpu_dump(model, DEMO_DATASET, write=False),
-    "stream": lambda model, _: list(cpu_stream(model, DEMO_DATASET)),
+    "dump": lambda model, path: cpu_dump(model, demo.DATASET, path),
+    "no-write": lambda model, _: cpu_dump(model, demo.DATASET, write=False),
+    "stream": lambda model, _: list(cpu_stream(model, demo.DATASET)),
 }
 
 
@@ -164,7 +163,7 @@ def target(request, tmp_path):
 def test_writer(number, calls, target, model, monkeypatch):
     error = OSError(number, os.strerror(number)) if number else StageError("in a writer")
     monkeypatch.setattr(_rust, "write_span", fail_after(calls, _rust.write_span, error))
-    message = is_raised(error, lambda: cpu_dump(model, DEMO_DATASET, target))
+    message = is_raised(error, lambda: cpu_dump(model, demo.DATASET, target))
     if number:
         assert f"cannot write {target}.partial: Input/output error" in message
 
@@ -172,7 +171,7 @@ def test_writer(number, calls, target, model, monkeypatch):
 def test_flush(target, nothing_stays, model, monkeypatch):
     error = OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(os, "fdatasync", fail_after(0, os.fdatasync, error))
-    message = is_raised(error, lambda: cpu_dump(model, DEMO_DATASET, target))
+    message = is_raised(error, lambda: cpu_dump(model, demo.DATASET, target))
     assert "Input/output error" in message
     assert not target.exists()
 
@@ -187,7 +186,7 @@ def test_progress(kind, write, nothing_stays, model, tmp_path):
             raise error
 
     target = tmp_path / "a.pt"
-    is_raised(error, lambda: cpu_dump(model, DEMO_DATASET, target, write=write, progress=progress))
+    is_raised(error, lambda: cpu_dump(model, demo.DATASET, target, write=write, progress=progress))
 
 
 def test_a_warning_that_is_an_error(nothing_stays, model, tmp_path):
@@ -197,7 +196,7 @@ def test_a_warning_that_is_an_error(nothing_stays, model, tmp_path):
     weight.fill_(float("inf"))
     try:
         with warnings.catch_warnings(action="error"), pytest.raises(UserWarning, match="pooled"):
-            cpu_dump(model, DEMO_DATASET, tmp_path / "a.pt")
+            cpu_dump(model, demo.DATASET, tmp_path / "a.pt")
     finally:
         weight.copy_(before)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
@@ -205,7 +204,7 @@ def test_a_warning_that_is_an_error(nothing_stays, model, tmp_path):
 
 def test_a_consumer_that_raises(nothing_stays, model):
     def consume():
-        for batch in cpu_stream(model, DEMO_DATASET):
+        for batch in cpu_stream(model, demo.DATASET):
             if batch.first_row > N // 2:
                 raise StageError("in the consumer")
 
@@ -215,14 +214,14 @@ def test_a_consumer_that_raises(nothing_stays, model):
 
 @pytest.mark.parametrize("batches", [0, 1, 2, N // BATCH])
 def test_a_stream_closed_early(batches, nothing_stays, model):
-    stream_of_batches = cpu_stream(model, DEMO_DATASET)
+    stream_of_batches = cpu_stream(model, demo.DATASET)
     for _ in range(batches):
         next(stream_of_batches)
     stream_of_batches.close()
 
 
 def test_a_stream_forgotten(nothing_stays, model):
-    next(iter(cpu_stream(model, DEMO_DATASET)))
+    next(iter(cpu_stream(model, demo.DATASET)))
 
 
 @pytest.mark.parametrize("use", USES)

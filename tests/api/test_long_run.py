@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import DEMO_DATASET
-from dump_activations import dump, load_encoder, stream
+from dump_activations import demo, dump, load_encoder, stream
 from dump_activations.storage.writing import journal
 from reference.checkpoints import BASE, config_json, random_state_dict, save_checkpoint
 
@@ -64,12 +63,12 @@ def test_dump(model, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "SYNC_INTERVAL", 0.01)
     gauge = Gauge()
     path = tmp_path / "a.safetensors"
-    dump(model, DEMO_DATASET, path, progress=lambda done, _: gauge.measure(done), **OPTIONS)
+    dump(model, demo.DATASET, path, progress=lambda done, _: gauge.measure(done), **OPTIONS)
     gauge.check()
 
 
 def test_stream(model):
     gauge = Gauge()
-    for batch in stream(model, DEMO_DATASET, **OPTIONS):
+    for batch in stream(model, demo.DATASET, **OPTIONS):
         gauge.measure(batch.first_row + 1)
     gauge.check()

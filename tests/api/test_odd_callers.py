@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import DEMO_CHECKPOINT, DEMO_DATASET
-from dump_activations import StepsDataset, dump, load_encoder, stream
+from dump_activations import StepsDataset, demo, dump, load_encoder, stream
 from dump_activations.commands.dump import main
 from dump_activations.errors import OutputError
 from dump_activations.storage.reading.inspection import inspect
@@ -29,20 +28,20 @@ def test_integers_devices_and_keys_of_other_types(tmp_path):
     options = {"n_samples": np.int64(21), "batch_size": np.int32(8), "seed": np.uint8(3)}
     device = {"device": torch.device("cpu"), "allow_cpu": True}
     keys = (key for key in ["pooled", "head_logits"])
-    dump(DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "a.pt", outputs=keys, **options, **device)
+    dump(demo.CHECKPOINT, demo.DATASET, tmp_path / "a.pt", outputs=keys, **options, **device)
     metadata = read_dump(tmp_path / "a.pt").metadata
     assert (metadata["n_samples"], metadata["seed"]) == ("21", "3")
     assert metadata["outputs"] == "head_logits,pooled"
 
 
 def test_a_warning_points_at_the_call(tmp_path, recwarn):
-    model = load_encoder(DEMO_CHECKPOINT)
+    model = load_encoder(demo.CHECKPOINT)
     model.final_ln.weight.data[0] = torch.inf
     dataset = tmp_path / "dataset"
     make_dataset(dataset, "packed_46", n=5)
     options = {"layers": [0], "n_samples": 9, **CPU}
     dump(model, dataset, tmp_path / "a.pt", **options)
-    list(stream(model, DEMO_DATASET, **options))
+    list(stream(model, demo.DATASET, **options))
     StepsDataset(dataset).sample_indices(9)
     texts = [str(each.message) for each in recwarn]
     dumped = ["no layers", "with replacement", "9 boards", "infinite"]
@@ -54,12 +53,12 @@ def test_a_warning_points_at_the_call(tmp_path, recwarn):
 @pytest.mark.parametrize("tensors", ["copy", "view", "device"])
 def test_the_memory_of_a_batch(tensors):
     """Without a GPU the device's memory is the host's."""
-    model = load_encoder(DEMO_CHECKPOINT)
+    model = load_encoder(demo.CHECKPOINT)
     keys, options = ["layer_outputs", "rmsnorm_gammas"], {"labels": "move_dir", **CPU}
-    (whole,) = stream(model, DEMO_DATASET, outputs=keys, n_samples=38, **options)
+    (whole,) = stream(model, demo.DATASET, outputs=keys, n_samples=38, **options)
     options |= {"n_samples": 38, "batch_size": 8, "tensors": tensors}
     kept = []
-    for batch in stream(model, DEMO_DATASET, outputs=keys, **options):
+    for batch in stream(model, demo.DATASET, outputs=keys, **options):
         rows = slice(batch.first_row, batch.first_row + len(batch.indices))
         for name, tensor in batch.items():
             expected = whole[name]
@@ -75,7 +74,7 @@ def test_the_memory_of_a_batch(tensors):
 
 def test_a_batch_is_a_mapping():
     options = {"outputs": ["pooled", "rmsnorm_gammas"], "labels": "move_dir", **CPU}
-    (batch,) = stream(DEMO_CHECKPOINT, DEMO_DATASET, n_samples=5, **options)
+    (batch,) = stream(demo.CHECKPOINT, demo.DATASET, n_samples=5, **options)
     assert batch["boards"] is batch.boards
     assert batch["labels/move_dir"] is batch.labels["move_dir"]
     assert {*batch} == {"indices", "boards", "labels/move_dir", *batch.tensors}
@@ -87,7 +86,7 @@ def test_a_batch_is_a_mapping():
 def test_a_batch_is_shown_in_a_few_lines(split):
     keys = ["layer_outputs", "attn_norm", "mlp_input", "attn_out", "mlp_out"]
     options = {"outputs": keys, "split_layers": split, "batch_size": 8, **CPU}
-    *_, batch = stream(DEMO_CHECKPOINT, DEMO_DATASET, n_samples=20, **options)
+    *_, batch = stream(demo.CHECKPOINT, demo.DATASET, n_samples=20, **options)
     first, *lines = repr(batch).splitlines()
     assert first == "Batch of rows 16 to 19"
     if split:
@@ -106,7 +105,7 @@ def test_an_interruption_at_the_end_says_that_the_file_is_complete(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        dump(DEMO_CHECKPOINT, DEMO_DATASET, target, n_samples=20, progress=interrupt, **CPU)
+        dump(demo.CHECKPOINT, demo.DATASET, target, n_samples=20, progress=interrupt, **CPU)
     assert caught.value.__notes__ == [f"{target} is complete"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
@@ -145,7 +144,7 @@ def test_a_summary_that_cannot_be_printed(tmp_path):
 
 def test_metadata_that_unfolds_without_end(tmp_path):
     """Thirty tuples, each of the one before twice: a few hundred bytes, 2**30 entries as text."""
-    dump(DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "whole.pt", n_samples=2, **CPU)
+    dump(demo.CHECKPOINT, demo.DATASET, tmp_path / "whole.pt", n_samples=2, **CPU)
     folded = ()
     for _ in range(30):
         folded = (folded, folded)

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from api.test_faults_kills import SYNC_INTERVAL, sha256
-from conftest import DEMO_CHECKPOINT, DEMO_DATASET
-from dump_activations import dump, load_encoder
+from dump_activations import demo, dump, load_encoder
 from dump_activations.api.dump import dump_to_file
 from dump_activations.pipeline.options import DumpOptions
 from dump_activations.storage.writing.shards import Place
@@ -184,9 +183,9 @@ def test_a_call_from_python_takes_no_place_from_a_launcher(tmp_path, monkeypatch
     """`if rank == 0: dump(...)` in a training script waits for nobody."""
     for name, value in (place(0, 4) | {"MASTER_ADDR": "none", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
-    model = load_encoder(DEMO_CHECKPOINT)
+    model = load_encoder(demo.CHECKPOINT)
     options = {"n_samples": 20, "batch_size": 4, "device": "cpu", "allow_cpu": True}
-    summary = dump(model, DEMO_DATASET, tmp_path / "a.pt", **options)
+    summary = dump(model, demo.DATASET, tmp_path / "a.pt", **options)
     assert summary.boards == 20
     assert os.listdir(tmp_path) == ["a.pt"]  # noqa: PTH208
 
@@ -283,7 +282,7 @@ def test_who_is_slow_is_waited_for_by_name(runs):
 def test_without_writing_the_batches_are_split_by_rank(tmp_path):
     options = DumpOptions(n_samples=50, batch_size=8, device="cpu", allow_cpu=True, write=False)
     boards = [
-        dump_to_file(DEMO_CHECKPOINT, DEMO_DATASET, tmp_path, options, place=Place(rank, 3)).boards
+        dump_to_file(demo.CHECKPOINT, demo.DATASET, tmp_path, options, place=Place(rank, 3)).boards
         for rank in range(3)
     ]
     assert boards == [16, 16, 18]  # of 7 batches, the last of which has 2 boards

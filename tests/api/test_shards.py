@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import DEMO_CHECKPOINT, DEMO_DATASET
-from dump_activations import dump
+from dump_activations import demo, dump
+from dump_activations.api import dump as module
 from dump_activations.commands.dump import main
 from dump_activations.errors import DumpActivationsNote
+from dump_activations.progress import Phase
 from dump_activations.storage.statistics import merge_stored
 from faults.groups import without_notes
 from reference.dumps import FORMATS, read_dump
@@ -141,9 +142,22 @@ def test_a_dry_run_shows_the_shards(run, directory, capsys):
     assert not directory.exists()
 
 
+def test_the_rate_in_bytes_is_that_of_all_shards(tmp_path, monkeypatch):
+    phases = []
+    monkeypatch.setattr(
+        module,
+        "Phase",
+        lambda *names, **figures: phases.append(figures) or Phase(*names, **figures),
+    )
+    options = {"n_samples": N, "batch_size": BATCH, "device": "cpu", "allow_cpu": True}
+    dump(demo.CHECKPOINT, demo.DATASET, tmp_path / "a.pt", shard_size=50_000, **options)
+    nbytes = N * (16 * 64 * 4 + 16 + 8)
+    assert [(each["of"], each["nbytes"]) for each in phases] == [(N, nbytes)]
+
+
 def test_from_python(tmp_path):
     options = {"n_samples": N, "batch_size": BATCH, "device": "cpu", "allow_cpu": True}
-    call = partial(dump, DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "a.pt", **options)
+    call = partial(dump, demo.CHECKPOINT, demo.DATASET, tmp_path / "a.pt", **options)
     first = call(shard_size=50_000, shards=range(2, 4))
     assert first.bytes_written == sum(path.stat().st_size for path in tmp_path.iterdir())
     rest = call(shard_size="50kB")
@@ -160,7 +174,7 @@ def test_from_python(tmp_path):
 
 def test_boards_of_other_processes_count_as_resumed(tmp_path):
     options = {"n_samples": N, "batch_size": BATCH, "device": "cpu", "allow_cpu": True}
-    call = partial(dump, DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "a.pt", **options)
+    call = partial(dump, demo.CHECKPOINT, demo.DATASET, tmp_path / "a.pt", **options)
     others = []
 
     def progress(done, _of):
@@ -174,7 +188,7 @@ def test_boards_of_other_processes_count_as_resumed(tmp_path):
 
 def test_shards_of_different_numbers_of_threads_are_noted(tmp_path):
     options = {"n_samples": N, "batch_size": BATCH, "device": "cpu", "allow_cpu": True}
-    call = partial(dump, DEMO_CHECKPOINT, DEMO_DATASET, tmp_path / "a.pt", **options)
+    call = partial(dump, demo.CHECKPOINT, demo.DATASET, tmp_path / "a.pt", **options)
     threads = torch.get_num_threads()
     call(shard_size=50_000, shards=1)
     torch.set_num_threads(threads + 1)

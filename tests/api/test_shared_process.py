@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import DEMO_CHECKPOINT, DEMO_DATASET
-from dump_activations import StepsDataset, _rust, dump, load_encoder, stream
+from dump_activations import StepsDataset, _rust, demo, dump, load_encoder, stream
 from dump_activations.errors import DatasetError, DeviceError, OutputError
 from dump_activations.model import capture
 from dump_activations.pipeline.run import Run
@@ -34,7 +33,7 @@ OPTIONS = {"outputs": ["final_hidden", "head_logits"], "n_samples": 50, "batch_s
 
 @pytest.fixture
 def model():
-    return load_encoder(DEMO_CHECKPOINT)
+    return load_encoder(demo.CHECKPOINT)
 
 
 def joined(batches, key):
@@ -43,12 +42,12 @@ def joined(batches, key):
 
 @pytest.fixture
 def expected(model):
-    return joined(stream(model, DEMO_DATASET, **OPTIONS), "final_hidden")
+    return joined(stream(model, demo.DATASET, **OPTIONS), "final_hidden")
 
 
 def test_the_consumer_may_run_the_model(model, expected):
     batches = []
-    for batch in stream(model, DEMO_DATASET, **OPTIONS):
+    for batch in stream(model, demo.DATASET, **OPTIONS):
         hidden, _ = model(batch.boards)
         assert torch.allclose(hidden, batch["final_hidden"], atol=1e-5)
         batches.append(batch)
@@ -56,14 +55,14 @@ def test_the_consumer_may_run_the_model(model, expected):
 
 
 def test_two_streams_of_one_model_in_turns(model, expected):
-    both = zip(*(stream(model, DEMO_DATASET, **OPTIONS) for _ in range(2)), strict=True)
+    both = zip(*(stream(model, demo.DATASET, **OPTIONS) for _ in range(2)), strict=True)
     for batches in zip(*both, strict=True):
         assert torch.equal(joined(batches, "final_hidden"), expected)
 
 
 def test_dumps_of_one_model_on_several_threads(model, expected, tmp_path):
     def run(name):
-        dump(model, DEMO_DATASET, tmp_path / name, **OPTIONS)
+        dump(model, demo.DATASET, tmp_path / name, **OPTIONS)
 
     threads = [threading.Thread(target=run, args=(f"{i}.pt",)) for i in range(4)]
     for thread in threads:
@@ -79,7 +78,7 @@ def test_more_compiled_variants_than_torch_keeps(model, monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=2):
         for rows in range(2, 6):
             options = OPTIONS | {"n_samples": rows, "batch_size": rows, "compile": True}
-            assert len(joined(stream(model, DEMO_DATASET, **options), "final_hidden")) == rows
+            assert len(joined(stream(model, demo.DATASET, **options), "final_hidden")) == rows
 
 
 def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, monkeypatch):
@@ -97,7 +96,7 @@ def test_a_streams_device_is_current_while_it_computes_and_closes_only(model, mo
         Run, "__exit__", lambda *each: (seen.append(("close", *inside)), close(*each))[1]
     )
     model.blocks[0].register_forward_hook(lambda *_: seen.append(("forward", *inside)))
-    batches = stream(model, DEMO_DATASET, **OPTIONS)
+    batches = stream(model, demo.DATASET, **OPTIONS)
     for _ in range(2):
         next(batches)
         assert not inside
@@ -126,9 +125,9 @@ def failing(message, kind=RuntimeError):
 def uses(model, path):
     """Return each way to run the model."""
     return [
-        lambda: dump(model, DEMO_DATASET, path, **OPTIONS),
-        lambda: dump(model, DEMO_DATASET, write=False, **OPTIONS),
-        lambda: list(stream(model, DEMO_DATASET, **OPTIONS)),
+        lambda: dump(model, demo.DATASET, path, **OPTIONS),
+        lambda: dump(model, demo.DATASET, write=False, **OPTIONS),
+        lambda: list(stream(model, demo.DATASET, **OPTIONS)),
     ]
 
 
@@ -147,7 +146,7 @@ def test_the_callers_model_is_as_it_was(model, tmp_path):
     for run in uses(model, tmp_path / "a.pt"):
         run()
         assert state_of(model) == before
-    batches = stream(model, DEMO_DATASET, **OPTIONS)
+    batches = stream(model, demo.DATASET, **OPTIONS)
     next(batches)
     assert state_of(model) == before
     del batches
@@ -254,10 +253,10 @@ def test_too_little_memory_in_the_middle_names_the_boards_kept_and_the_way_out(
     handle = short_of_memory(model, 4)
     target = tmp_path / "a.pt"
     with pytest.raises(DeviceError, match="try batch_size=4 and overwrite=True") as caught:
-        dump(model, DEMO_DATASET, target, overwrite=True, **OPTIONS)
+        dump(model, demo.DATASET, target, overwrite=True, **OPTIONS)
     assert any("the same call again does the rest" in note for note in caught.value.__notes__)
     handle.remove()
-    dump(model, DEMO_DATASET, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
+    dump(model, demo.DATASET, target, overwrite=True, **(OPTIONS | {"batch_size": 4}))
 
 
 def test_a_write_under_way_keeps_its_descriptor(tmp_path, monkeypatch):
@@ -327,16 +326,16 @@ def test_a_stream_left_early_cancels_the_read_ahead(model, monkeypatch):
         return read_boards(self, indices, out, cancel=cancel)
 
     monkeypatch.setattr(StepsDataset, "read_boards", remember)
-    batches = stream(model, DEMO_DATASET, **OPTIONS)
+    batches = stream(model, demo.DATASET, **OPTIONS)
     next(batches)
     batches.close()
     with pytest.raises(DatasetError, match="interrupted"):
-        read_boards(StepsDataset(DEMO_DATASET), [0], cancel=given[0])
+        read_boards(StepsDataset(demo.DATASET), [0], cancel=given[0])
 
 
 def test_indices_that_another_thread_changes_during_the_read():
     """Each board is one that its index had at some time, or the call is refused; no more."""
-    dataset = StepsDataset(DEMO_DATASET)
+    dataset = StepsDataset(demo.DATASET)
     rows = len(dataset)
     known = {board.tobytes() for board in dataset.read_boards(np.arange(rows))}
     indices = np.arange(100_000) % rows
