@@ -178,6 +178,16 @@ def test_digests_that_cannot_be_are_those_of_a_damaged_batch(tmp_path, field, va
         assert file.resumed_rows == 2 * DUMP.batch_rows
 
 
+def test_a_record_of_a_batch_behind_the_last_is_damaged(tmp_path):
+    target = tmp_path / "x.pt"
+    interrupt(target, DUMP, DUMP.first_rows)
+    record = json.dumps([len(DUMP.first_rows), *([0, 0, 0, 0] for _ in DUMP.batched)]).encode()
+    with journal_path(target).open("ab") as journal:
+        journal.write(record + b" %08x\n" % zlib.crc32(record))
+    with open_file(target, DUMP) as file:
+        assert file.resumed_rows == DUMP.rows
+
+
 @settings(max_examples=40)
 @given(st.data())
 def test_damage_in_any_batch_is_found_and_made_good(data):

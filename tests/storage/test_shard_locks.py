@@ -224,6 +224,23 @@ def test_overwrite_does_not_replace_what_comes_later(target):
         with pytest.raises(OutputError, match="appeared or changed while it was being written"):
             output.commit(file)
     assert file.work.target.read_text() == "precious"
+    # Without its journal, another call would take the whole partial file for a broken one.
+    assert journal_path(file.work.target).exists()
+
+
+def test_overwrite_does_not_replace_what_comes_before_its_shard_is_taken(target):
+    with open_output(target, DUMP, shards=2, overwrite=True) as output:
+        output.files[0].target.write_text("precious")
+        with pytest.raises(OutputError, match="is not a dump of this package"):
+            output.take()
+
+
+def test_a_shard_under_the_name_of_another_is_refused(target):
+    write_shards(target, DUMP, 2)
+    first, second = (file.target for file in open_output(target, DUMP, shards=2).files)
+    second.replace(first)
+    with pytest.raises(OutputError, match=f"{first.name} is of other work"):
+        open_output(target, DUMP, shards=2)
 
 
 def test_overwrite_does_not_start_over_what_is_being_written(target):
