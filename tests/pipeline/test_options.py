@@ -41,7 +41,7 @@ def test_values(name, given, value):
             ("precision", None),
         ],
         *[("outputs", [1]), ("outputs", None)],
-        *(("shards", given) for given in (True, range(2, 2), range(1, 9, 2))),
+        *(("shards", given) for given in (True, range(3), range(2, 2), range(1, 9, 2))),
         *(("shard_size", given) for given in (True, 0.5, "1 kilobyte", -3)),
     ],
 )

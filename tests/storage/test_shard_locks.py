@@ -334,6 +334,25 @@ def test_a_shard_of_a_process_that_ends_is_taken_over_where_it_stopped(target, m
     leaving.join()
 
 
+def test_a_process_that_waits_can_be_interrupted(target, monkeypatch):
+    monkeypatch.setattr(shards_module, "POLL_SECONDS", 0.001)
+    asked = []
+
+    def check():
+        asked.append(True)
+        raise KeyboardInterrupt
+
+    first = open_output(target, DUMP, shards=1)
+    first.take()
+    leaving = threading.Timer(1, first.suspend)  # ends the wait that nobody interrupts
+    leaving.start()
+    second = open_output(target, DUMP, shards=1, check=check)
+    with second, pytest.raises(KeyboardInterrupt):
+        second.next()
+    leaving.join()
+    assert asked == [True]
+
+
 # Rule 8: file systems without locks, or with locks that protect nothing.
 
 
