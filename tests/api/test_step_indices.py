@@ -100,6 +100,14 @@ def test_an_earlier_dump(suffix, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_an_earlier_dump_in_shards(tmp_path):
+    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
+    run("--steps=40:100:7", "--batch-size=4", "--shard-size=1kB", "-o", str(old))
+    assert len([*tmp_path.glob("old-*-of-00003.pt")]) == 3
+    run("--indices", str(old), "-o", str(new))
+    assert stored_indices(new) == [*range(40, 100, 7)]
+
+
 def test_a_file_of_indices_in_python(tmp_path, demo_dataset, demo_checkpoint, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"indices": "old.npz", "outputs": "pooled", "device": "cpu", "allow_cpu": True}

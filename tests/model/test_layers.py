@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dump_activations import (
@@ -40,6 +40,9 @@ bounds = st.one_of(st.none(), numbers)
     st.lists(st.one_of(numbers, st.tuples(bounds, bounds, bounds)), min_size=1, max_size=4),
     st.integers(1, 15),
 )
+@example([-3], 3)
+@example([-4], 3)
+@example([3], 3)
 def test_layers_are_indexed_as_python_does(items, count):
     values = [item if isinstance(item, int) else slice(*item) for item in items]
     texts = [
@@ -108,6 +111,7 @@ def test_an_alias_with_a_layer_is_stored_as_the_layer(model, demo_dataset, tmp_p
         ("blocks.2.hook_resid_post,layer_outputs", None, "blocks.2.hook_resid_post.*layer_outputs"),
         ("hook_embed,resid_*", None, "hook_embed.*resid_pre"),
         ("blocks.2.hook_resid_post", "0", "layers.*outputs"),
+        ("pooled,blocks.2.hook_resid_post", "0", "layers.*outputs"),
         ("blocks.4.hook_resid_post", None, "blocks.4.hook_resid_post.*layers 0 to 3"),
         ("blocks.2.hook_nothing", None, "unknown key 'blocks.2.hook_nothing'"),
         ("blocks.-1.hook_resid_post", None, "unknown key"),
