@@ -100,6 +100,14 @@ def test_an_earlier_dump(suffix, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_a_file_may_change_once_it_is_read(tmp_path, demo_dataset):
+    path = tmp_path / "indices.npy"
+    np.save(path, STEPS)
+    steps = read_step_indices(path, StepsDataset(demo_dataset))
+    np.save(path, STEPS[::-1])
+    assert steps.tolist() == STEPS
+
+
 def test_an_earlier_dump_in_shards(tmp_path):
     old, new = tmp_path / "old.pt", tmp_path / "new.pt"
     run("--steps=40:100:7", "--batch-size=4", "--shard-size=1kB", "-o", str(old))
