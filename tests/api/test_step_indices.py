@@ -1,6 +1,7 @@
 """Step indices from files: arrays, archives, and dumps of this dataset or another."""
 
 import io
+import os
 import pickle
 import warnings
 
@@ -37,7 +38,8 @@ def stored_indices(path):
 def test_arrays_and_archives(save, dtype, tmp_path):
     steps = np.array(STEPS, dtype).reshape(2, 2)
     if save:
-        save(tmp_path / "given.npz", indices=steps, other=np.arange(3))
+        with (tmp_path / "given.NPZ").open("wb") as file:  # its suffix in either case
+            save(file, indices=steps, other=np.arange(3))
     else:
         np.save(tmp_path / "given.npy", steps)
     (given,) = tmp_path.iterdir()
@@ -98,6 +100,16 @@ def test_an_earlier_dump(suffix, tmp_path, capsys):
     assert stored_indices(new) == stored_indices(old)
     assert read_dump(new).metadata["sampling"] == "given"
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_read(tmp_path, demo_dataset):
+    path = tmp_path / "indices.npy"
+    os.mkfifo(path)
+    fd = os.open(path, os.O_RDWR)
+    os.write(fd, b"else a reader would wait")
+    with pytest.raises(IndicesError, match="not an ordinary file"):
+        read_step_indices(path, StepsDataset(demo_dataset))
+    os.close(fd)
 
 
 def test_a_file_may_change_once_it_is_read(tmp_path, demo_dataset):

@@ -17,7 +17,7 @@ from dump_activations import (
     stream,
 )
 from dump_activations.commands.inspect import main
-from dump_activations.model.activations import find_layers
+from dump_activations.model.activations import find_activations, find_layers
 from reference.dumps import FORMATS, read_dump
 
 L = 4  # of the demo checkpoint
@@ -103,6 +103,11 @@ def test_an_alias_with_a_layer_is_stored_as_the_layer(model, demo_dataset, tmp_p
     assert torch.equal(acts["hook_resid_post"][:, 0], some.tensors["layer_outputs.2"])
     assert main([str(tmp_path / "some.safetensors")]) == 0
     assert "boards, 3 of 4 layers," in capsys.readouterr().out.splitlines()[0]
+
+
+def test_layers_of_aliases_are_in_ascending_order():
+    found = find_activations(["blocks.3.hook_resid_post", "blocks.1.hook_resid_post"])
+    assert [each.key for each in found] == ["layer_outputs.1", "layer_outputs.3"]
 
 
 @pytest.mark.parametrize(

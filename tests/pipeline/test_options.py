@@ -20,6 +20,7 @@ from dump_activations.pipeline.options import DumpOptions, StreamOptions
         *(("layers", given, (0, 1)) for given in ([0, 1], (0, 1), "0,1", range(2), np.arange(2))),
         *(("layers", given, (slice(2),)) for given in (slice(2), [slice(2)], ":2")),
         *[("dtype", torch.float16, "fp16"), ("dtype", torch.bfloat16, "bf16")],
+        *[("outputs", "all", ("*",)), ("outputs", "pooled,attn_*", ("pooled", "attn_*"))],
         *(("device", given, given) for given in ("cuda", "cuda:0", "cuda:12")),
         *(("labels", given, ("a", "b")) for given in ("a,b", ["a", "b"], "a, b,a")),
     ],

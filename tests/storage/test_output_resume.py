@@ -5,6 +5,7 @@ import os
 import resource
 import tempfile
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dump_activations import _rust
+from dump_activations.storage.reading.inspection import inspect
 from dump_activations.storage.writing.paths import journal_path, partial_path
+from dump_activations.storage.writing.shards import Output
+from dump_activations.storage.writing.work import computed_by_text
 from output_support import (
     SUFFIXES,
     Dump,
+    finish,
     interrupt,
     missing_rows,
     names_in,
@@ -81,6 +86,21 @@ def test_a_journal_without_its_file_counts_for_nothing(tmp_path):
         with open_file(target, dump) as file:
             assert file.resumed_rows == 0
         assert not partial_path(target).exists()
+
+
+def test_every_device_that_computed_batches_is_named(tmp_path):
+    target = tmp_path / "x.pt"
+    interrupt(target, DUMP, DUMP.first_rows[:5])
+    work = replace(work_of(target, DUMP), computed_by={"device": "slide rule"})
+    with Output(work.files(None)) as output:
+        finish(output.take(), DUMP)
+    computed_by = json.loads(inspect(target).metadata["computed_by"])
+    assert [each["device"] for each in computed_by] == ["abacus", "slide rule"]
+
+
+def test_as_many_devices_are_named_as_fit():
+    text = computed_by_text([{"device": "x" * 200}] * 9)
+    assert (len(text), len(json.loads(text))) == (1024, 4)
 
 
 def no_journal(target: Path) -> None:
