@@ -90,6 +90,7 @@ def test_files_that_are_not_indices(content, text, tmp_path, demo_dataset):
     with pytest.raises(IndicesError, match=rf"indices\.npy: .*{text}") as caught:
         read_step_indices(path, StepsDataset(demo_dataset))
     assert "\n" not in str(caught.value)
+    assert ("cannot be read" in str(caught.value)) == (text in ("cannot be read", ""))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

@@ -44,6 +44,7 @@ def test_values(name, given, value):
         ],
         *[("outputs", [1]), ("outputs", None), ("device", "cuda:"), ("device", "cpu:0")],
         *(("shards", given) for given in (True, range(3), range(2, 2), range(1, 9, 2))),
+        *(("shards", given) for given in ("1-2-3", "2x", "0-3", "3-1", "-1")),
         *(("shard_size", given) for given in (True, 0.5, "1 kilobyte", -3)),
     ],
 )

@@ -183,10 +183,10 @@ def _device(name: str, value: object) -> str:
     return text
 
 
-def _progress(name: str, value: Any) -> Count | bool:
+def _progress(name: str, value: Any) -> Any:
     if value is not None and not isinstance(value, bool) and not callable(value):
         raise _wrong(name, f"must be True for a bar, or a function; got {value!r}")
-    return value or False
+    return value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
