@@ -159,9 +159,10 @@ def dump_from(dataset, indices, checkpoint, *arguments):
     return main([*flags, "--outputs=pooled", f"--indices={indices}", *arguments])
 
 
-def test_a_dump_of_another_dataset(tmp_path, demo_dataset, demo_checkpoint, capsys):
+@pytest.mark.parametrize("label", ["run_id", "step_index"])
+def test_a_dump_of_another_dataset(label, tmp_path, demo_dataset, demo_checkpoint, capsys):
     dataset, old = shuffled_dataset(demo_dataset, tmp_path / "dataset"), tmp_path / "old.pt"
-    run("--n-samples=50", "--labels=run_id", "-o", str(old))
+    run("--n-samples=50", f"--labels={label}", "-o", str(old))
     capsys.readouterr()
     assert dump_from(dataset, old, demo_checkpoint, "--no-write") == 0
     (line,) = capsys.readouterr().err.splitlines()
@@ -183,6 +184,10 @@ def test_rows_of_another_dataset(suffix, tmp_path, demo_dataset, demo_checkpoint
     rows = read_dataset(demo_dataset)[stored_indices(old)]
     assert (read_dataset(dataset)[stored_indices(new)] == rows).all()
     assert stored_indices(new) != stored_indices(old)
+    seen, there = [], StepsDataset(dataset)
+    found = read_step_indices(old, there, lambda *rows: seen.append(rows))
+    assert found.tolist() == stored_indices(new)
+    assert seen[-1] == (len(there), len(there))
     for name in ("boards", "labels/move_dir", "labels/step_index"):
         assert (read_dump(new).numpy(name) == read_dump(old).numpy(name)).all()
 
