@@ -133,6 +133,17 @@ def test_a_file_published_before_the_lock_is_neither_truncated_nor_written_again
     assert names_in(target.parent) == [first.work.target.name]
 
 
+def test_a_file_is_not_at_its_name_once_one_of_equal_looks_replaced_it(tmp_path):
+    paths = tmp_path / "first", tmp_path / "second"
+    for path in paths:
+        path.write_bytes(b"x")
+        os.utime(path, ns=(0, 0))
+    with paths[0].open("rb") as opened:
+        assert partial_module.is_at(opened.fileno(), paths[0])
+        paths[1].replace(paths[0])  # at one moment for the inodes of both
+        assert not partial_module.is_at(opened.fileno(), paths[0])
+
+
 def test_a_locked_shard_is_passed_over(target):
     first = open_output(target, DUMP, shards=2)
     second = open_output(target, DUMP, shards=2)
