@@ -239,7 +239,10 @@ def test_overwrite_does_not_replace_what_comes_later(target):
     assert journal_path(file.work.target).exists()
 
 
-def test_overwrite_does_not_replace_what_comes_before_its_shard_is_taken(target):
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_overwrite_does_not_replace_what_comes_before_its_shard_is_taken(target, is_changed):
+    if is_changed:
+        write_shards(target, OTHER, 2)
     with open_output(target, DUMP, shards=2, overwrite=True) as output:
         output.files[0].target.write_text("precious")
         with pytest.raises(OutputError, match="is not a dump of this package"):
