@@ -64,6 +64,8 @@ def test_the_memory_of_a_batch(tensors):
             expected = whole[name]
             expected = expected if name.startswith("rmsnorm") else expected[rows]
             torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-5)
+            if tensors == "copy":  # It keeps no larger memory alive.
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
         kept.append(batch)
     places = {batch["layer_outputs"].data_ptr() for batch in kept}
     assert len(places) == (len(kept) if tensors == "copy" else 1)

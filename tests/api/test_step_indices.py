@@ -1,6 +1,7 @@
 """Step indices from files: arrays, archives, and dumps of this dataset or another."""
 
 import io
+import os
 import pickle
 import warnings
 
@@ -37,7 +38,8 @@ def stored_indices(path):
 def test_arrays_and_archives(save, dtype, tmp_path):
     steps = np.array(STEPS, dtype).reshape(2, 2)
     if save:
-        save(tmp_path / "given.npz", indices=steps, other=np.arange(3))
+        with (tmp_path / "given.NPZ").open("wb") as file:  # its suffix in either case
+            save(file, indices=steps, other=np.arange(3))
     else:
         np.save(tmp_path / "given.npy", steps)
     (given,) = tmp_path.iterdir()
@@ -88,6 +90,7 @@ def test_files_that_are_not_indices(content, text, tmp_path, demo_dataset):
     with pytest.raises(IndicesError, match=rf"indices\.npy: .*{text}") as caught:
         read_step_indices(path, StepsDataset(demo_dataset))
     assert "\n" not in str(caught.value)
+    assert ("cannot be read" in str(caught.value)) == (text in ("cannot be read", ""))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -98,6 +101,32 @@ def test_an_earlier_dump(suffix, tmp_path, capsys):
     assert stored_indices(new) == stored_indices(old)
     assert read_dump(new).metadata["sampling"] == "given"
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_read(tmp_path, demo_dataset):
+    path = tmp_path / "indices.npy"
+    os.mkfifo(path)
+    fd = os.open(path, os.O_RDWR)
+    os.write(fd, b"else a reader would wait")
+    with pytest.raises(IndicesError, match="not an ordinary file"):
+        read_step_indices(path, StepsDataset(demo_dataset))
+    os.close(fd)
+
+
+def test_a_file_may_change_once_it_is_read(tmp_path, demo_dataset):
+    path = tmp_path / "indices.npy"
+    np.save(path, STEPS)
+    steps = read_step_indices(path, StepsDataset(demo_dataset))
+    np.save(path, STEPS[::-1])
+    assert steps.tolist() == STEPS
+
+
+def test_an_earlier_dump_in_shards(tmp_path):
+    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
+    run("--steps=40:100:7", "--batch-size=4", "--shard-size=1kB", "-o", str(old))
+    assert len([*tmp_path.glob("old-*-of-00003.pt")]) == 3
+    run("--indices", str(old), "-o", str(new))
+    assert stored_indices(new) == [*range(40, 100, 7)]
 
 
 def test_a_file_of_indices_in_python(tmp_path, demo_dataset, demo_checkpoint, monkeypatch):
@@ -130,9 +159,10 @@ def dump_from(dataset, indices, checkpoint, *arguments):
     return main([*flags, "--outputs=pooled", f"--indices={indices}", *arguments])
 
 
-def test_a_dump_of_another_dataset(tmp_path, demo_dataset, demo_checkpoint, capsys):
+@pytest.mark.parametrize("label", ["run_id", "step_index"])
+def test_a_dump_of_another_dataset(label, tmp_path, demo_dataset, demo_checkpoint, capsys):
     dataset, old = shuffled_dataset(demo_dataset, tmp_path / "dataset"), tmp_path / "old.pt"
-    run("--n-samples=50", "--labels=run_id", "-o", str(old))
+    run("--n-samples=50", f"--labels={label}", "-o", str(old))
     capsys.readouterr()
     assert dump_from(dataset, old, demo_checkpoint, "--no-write") == 0
     (line,) = capsys.readouterr().err.splitlines()
@@ -154,6 +184,10 @@ def test_rows_of_another_dataset(suffix, tmp_path, demo_dataset, demo_checkpoint
     rows = read_dataset(demo_dataset)[stored_indices(old)]
     assert (read_dataset(dataset)[stored_indices(new)] == rows).all()
     assert stored_indices(new) != stored_indices(old)
+    seen, there = [], StepsDataset(dataset)
+    found = read_step_indices(old, there, lambda *rows: seen.append(rows))
+    assert found.tolist() == stored_indices(new)
+    assert seen[-1] == (len(there), len(there))
     for name in ("boards", "labels/move_dir", "labels/step_index"):
         assert (read_dump(new).numpy(name) == read_dump(old).numpy(name)).all()
 

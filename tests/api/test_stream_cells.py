@@ -75,6 +75,14 @@ def test_each_cell_comes_once_an_epoch(acts, streamed, options):
             torch.testing.assert_close(batch.values, stored[batch.rows, batch.cells])
 
 
+def test_two_loops_in_turns(acts, streamed):
+    """Both run one model, and each hears only its own passes."""
+    stored, cells = acts.read("final_hidden"), streamed()
+    for batches in zip(cells, cells, strict=True):
+        for batch in batches:
+            torch.testing.assert_close(batch.values, stored[batch.rows, batch.cells])
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_each_window_belongs_to_one_rank(streamed, monkeypatch, world_size, drop_last):

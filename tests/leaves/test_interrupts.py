@@ -6,7 +6,11 @@ import threading
 import pytest
 
 from dump_activations import interrupts
-from dump_activations.interrupts import HeldInterrupts, ignored_interrupts
+from dump_activations.interrupts import (
+    HeldInterrupts,
+    ignored_interrupts,
+    terminated_like_interrupted,
+)
 
 
 @pytest.fixture
@@ -99,6 +103,19 @@ def test_signals_without_a_handler_and_other_threads_are_left_alone():
     thread.start()
     thread.join()
     assert handlers == [signal.default_int_handler]
+
+
+def test_other_threads_install_no_handler():
+    entered = []
+
+    def work():
+        with terminated_like_interrupted():
+            entered.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [signal.SIG_DFL]
 
 
 def test_what_is_ignored_in_a_context_is_heard_after_it(received):

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from dump_activations.model import hub as hub_module
 from reference.checkpoints import (
     BASE,
     WEIGHT_FILES,
@@ -234,6 +236,18 @@ def test_cached_checkpoint_without_the_hub(hub, session, tmp_path):
     (ref,) = session.home.rglob("models--lab--cached/refs/main")
     ref.write_bytes(b"\xff\xfe")
     session.error("hf://lab/cached/sub")
+
+
+def test_a_cached_checkpoint_next_to_files_that_were_never_downloaded(tmp_path, monkeypatch):
+    """From 2.0 on the client compares a snapshot with a listing, but for the patterns it gets."""
+
+    def snapshot_download(repo_id, *, allow_patterns=None, **options):
+        if allow_patterns is None:
+            raise LocalEntryNotFoundError("incomplete")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert hub_module._cached("lab/cached", "", "main", list) == tmp_path
 
 
 GATED = "Access to model lab/refused is restricted"

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dump_activations import (
@@ -17,7 +17,7 @@ from dump_activations import (
     stream,
 )
 from dump_activations.commands.inspect import main
-from dump_activations.model.activations import find_layers
+from dump_activations.model.activations import find_activations, find_layers
 from reference.dumps import FORMATS, read_dump
 
 L = 4  # of the demo checkpoint
@@ -40,6 +40,9 @@ bounds = st.one_of(st.none(), numbers)
     st.lists(st.one_of(numbers, st.tuples(bounds, bounds, bounds)), min_size=1, max_size=4),
     st.integers(1, 15),
 )
+@example([-3], 3)
+@example([-4], 3)
+@example([3], 3)
 def test_layers_are_indexed_as_python_does(items, count):
     values = [item if isinstance(item, int) else slice(*item) for item in items]
     texts = [
@@ -102,12 +105,18 @@ def test_an_alias_with_a_layer_is_stored_as_the_layer(model, demo_dataset, tmp_p
     assert "boards, 3 of 4 layers," in capsys.readouterr().out.splitlines()[0]
 
 
+def test_layers_of_aliases_are_in_ascending_order():
+    found = find_activations(["blocks.3.hook_resid_post", "blocks.1.hook_resid_post"])
+    assert [each.key for each in found] == ["layer_outputs.1", "layer_outputs.3"]
+
+
 @pytest.mark.parametrize(
     ("outputs", "layers", "words"),
     [
         ("blocks.2.hook_resid_post,layer_outputs", None, "blocks.2.hook_resid_post.*layer_outputs"),
         ("hook_embed,resid_*", None, "hook_embed.*resid_pre"),
         ("blocks.2.hook_resid_post", "0", "layers.*outputs"),
+        ("pooled,blocks.2.hook_resid_post", "0", "layers.*outputs"),
         ("blocks.4.hook_resid_post", None, "blocks.4.hook_resid_post.*layers 0 to 3"),
         ("blocks.2.hook_nothing", None, "unknown key 'blocks.2.hook_nothing'"),
         ("blocks.-1.hook_resid_post", None, "unknown key"),

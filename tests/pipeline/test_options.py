@@ -20,6 +20,8 @@ from dump_activations.pipeline.options import DumpOptions, StreamOptions
         *(("layers", given, (0, 1)) for given in ([0, 1], (0, 1), "0,1", range(2), np.arange(2))),
         *(("layers", given, (slice(2),)) for given in (slice(2), [slice(2)], ":2")),
         *[("dtype", torch.float16, "fp16"), ("dtype", torch.bfloat16, "bf16")],
+        *[("outputs", "all", ("*",)), ("outputs", "pooled,attn_*", ("pooled", "attn_*"))],
+        *(("device", given, given) for given in ("cuda", "cuda:0", "cuda:12")),
         *(("labels", given, ("a", "b")) for given in ("a,b", ["a", "b"], "a, b,a")),
     ],
 )
@@ -40,8 +42,9 @@ def test_values(name, given, value):
             ("dtype", torch.int8),
             ("precision", None),
         ],
-        *[("outputs", [1]), ("outputs", None)],
-        *(("shards", given) for given in (True, range(2, 2), range(1, 9, 2))),
+        *[("outputs", [1]), ("outputs", None), ("device", "cuda:"), ("device", "cpu:0")],
+        *(("shards", given) for given in (True, range(3), range(2, 2), range(1, 9, 2))),
+        *(("shards", given) for given in ("1-2-3", "2x", "0-3", "3-1", "-1")),
         *(("shard_size", given) for given in (True, 0.5, "1 kilobyte", -3)),
     ],
 )

@@ -114,6 +114,15 @@ def test_a_later_call_finds_what_is_there_without_the_cache(s3, run, tmp_path, m
     assert s3.objects == before
 
 
+def test_shards_that_another_machine_replaced_are_found(s3, run, tmp_path, monkeypatch):
+    run(seed=5)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv(mirror.CACHE_VARIABLE, str(tmp_path / "another"))
+        elsewhere.setattr(upload, "_uploads", {})
+        run(overwrite=True)
+    assert run().shards_written == 0
+
+
 def test_each_rank_writes_its_share(s3, run, expected, demo_checkpoint, demo_dataset):
     command = [sys.executable, "-m", "dump_activations", "--init", demo_checkpoint]
     command += ["--dataset", demo_dataset, "-o", URL, "--shard-size", "300000", "--n-samples=160"]

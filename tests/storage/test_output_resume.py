@@ -5,6 +5,7 @@ import os
 import resource
 import tempfile
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dump_activations import _rust
+from dump_activations.storage.reading.inspection import inspect
 from dump_activations.storage.writing.paths import journal_path, partial_path
+from dump_activations.storage.writing.shards import Output
+from dump_activations.storage.writing.work import computed_by_text
 from output_support import (
     SUFFIXES,
     Dump,
+    finish,
     interrupt,
     missing_rows,
     names_in,
@@ -81,6 +86,21 @@ def test_a_journal_without_its_file_counts_for_nothing(tmp_path):
         with open_file(target, dump) as file:
             assert file.resumed_rows == 0
         assert not partial_path(target).exists()
+
+
+def test_every_device_that_computed_batches_is_named(tmp_path):
+    target = tmp_path / "x.pt"
+    interrupt(target, DUMP, DUMP.first_rows[:5])
+    work = replace(work_of(target, DUMP), computed_by={"device": "slide rule"})
+    with Output(work.files(None)) as output:
+        finish(output.take(), DUMP)
+    computed_by = json.loads(inspect(target).metadata["computed_by"])
+    assert [each["device"] for each in computed_by] == ["abacus", "slide rule"]
+
+
+def test_as_many_devices_are_named_as_fit():
+    text = computed_by_text([{"device": "x" * 200}] * 9)
+    assert (len(text), len(json.loads(text))) == (1024, 4)
 
 
 def no_journal(target: Path) -> None:
@@ -163,7 +183,9 @@ def test_a_journal_cut_short_or_damaged_anywhere_costs_no_more_than_batches(data
         assert target.read_bytes() == unbroken_bytes(".npz")
 
 
-@pytest.mark.parametrize(("field", "value"), [(0, -1), (0, 10**30), (1, "x"), (2, None), (3, 1.5)])
+@pytest.mark.parametrize(
+    ("field", "value"), [(0, -1), (0, 10**30), (1, "x"), (1, 1 << 32), (2, None), (3, 1.5)]
+)
 def test_digests_that_cannot_be_are_those_of_a_damaged_batch(tmp_path, field, value):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP, DUMP.first_rows[:5], threads=1)
@@ -176,6 +198,16 @@ def test_digests_that_cannot_be_are_those_of_a_damaged_batch(tmp_path, field, va
     journal_path(target).write_bytes(b"\n".join(lines))
     with open_file(target, DUMP) as file:
         assert file.resumed_rows == 2 * DUMP.batch_rows
+
+
+def test_a_record_of_a_batch_behind_the_last_is_damaged(tmp_path):
+    target = tmp_path / "x.pt"
+    interrupt(target, DUMP, DUMP.first_rows)
+    record = json.dumps([len(DUMP.first_rows), *([0, 0, 0, 0] for _ in DUMP.batched)]).encode()
+    with journal_path(target).open("ab") as journal:
+        journal.write(record + b" %08x\n" % zlib.crc32(record))
+    with open_file(target, DUMP) as file:
+        assert file.resumed_rows == DUMP.rows
 
 
 @settings(max_examples=40)
@@ -202,12 +234,16 @@ def test_damage_in_any_batch_is_found_and_made_good(data):
         assert target.read_bytes() == unbroken_bytes(".pt")
 
 
-def test_the_cache_is_dropped_before_batches_are_read_back(tmp_path, monkeypatch):
-    """It may hold what never came to the disk."""
+def test_the_cache_is_flushed_and_dropped_before_batches_are_read_back(tmp_path, monkeypatch):
+    """It may hold what never came to the disk. Only pages that were flushed are dropped."""
     target = tmp_path / "x.pt"
     interrupt(target, DUMP, DUMP.first_rows[:5])
     calls = []
-    fadvise, digest_span = os.posix_fadvise, _rust.digest_span
+    fdatasync, fadvise, digest_span = os.fdatasync, os.posix_fadvise, _rust.digest_span
+
+    def noted_sync(fd):
+        calls.append(("sync", os.fstat(fd).st_ino))
+        fdatasync(fd)
 
     def noted_fadvise(fd, offset, length, advice):
         calls.append(("fadvise", os.fstat(fd).st_ino, offset, length, advice))
@@ -217,12 +253,14 @@ def test_the_cache_is_dropped_before_batches_are_read_back(tmp_path, monkeypatch
         calls.append(("read", os.fstat(fd).st_ino))
         return digest_span(fd, *arguments)
 
+    monkeypatch.setattr(os, "fdatasync", noted_sync)
     monkeypatch.setattr(os, "posix_fadvise", noted_fadvise)
     monkeypatch.setattr(_rust, "digest_span", noted_digest)
     with open_file(target, DUMP):
         inode = partial_path(target).stat().st_ino
-    assert calls[0] == ("fadvise", inode, 0, 0, os.POSIX_FADV_DONTNEED)
-    assert calls[1:] == [("read", inode)] * (5 * len(DUMP.batched))
+    calls = [call for call in calls if call[1] == inode]  # without the trial of the file system
+    assert calls[:2] == [("sync", inode), ("fadvise", inode, 0, 0, os.POSIX_FADV_DONTNEED)]
+    assert calls[2:] == [("read", inode)] * (5 * len(DUMP.batched))
 
 
 def test_an_interruption_ends_the_reading_back(tmp_path, monkeypatch):

@@ -133,6 +133,17 @@ def test_a_file_published_before_the_lock_is_neither_truncated_nor_written_again
     assert names_in(target.parent) == [first.work.target.name]
 
 
+def test_a_file_is_not_at_its_name_once_one_of_equal_looks_replaced_it(tmp_path):
+    paths = tmp_path / "first", tmp_path / "second"
+    for path in paths:
+        path.write_bytes(b"x")
+        os.utime(path, ns=(0, 0))
+    with paths[0].open("rb") as opened:
+        assert partial_module.is_at(opened.fileno(), paths[0])
+        paths[1].replace(paths[0])  # at one moment for the inodes of both
+        assert not partial_module.is_at(opened.fileno(), paths[0])
+
+
 def test_a_locked_shard_is_passed_over(target):
     first = open_output(target, DUMP, shards=2)
     second = open_output(target, DUMP, shards=2)
@@ -214,6 +225,36 @@ def test_overwrite_replaces_other_work_that_was_there_and_keeps_the_same_work(ta
     write_shards(target, DUMP, 2, overwrite=True)
     assert [first.stat().st_ino, second.stat().st_ino] == inodes
     assert first.read_bytes() == whole
+
+
+def test_overwrite_does_not_replace_what_comes_later(target):
+    with open_output(target, DUMP, shards=2, overwrite=True) as output:
+        file = output.take()
+        write(file)
+        file.work.target.write_text("precious")
+        with pytest.raises(OutputError, match="appeared or changed while it was being written"):
+            output.commit(file)
+    assert file.work.target.read_text() == "precious"
+    # Without its journal, another call would take the whole partial file for a broken one.
+    assert journal_path(file.work.target).exists()
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_overwrite_does_not_replace_what_comes_before_its_shard_is_taken(target, is_changed):
+    if is_changed:
+        write_shards(target, OTHER, 2)
+    with open_output(target, DUMP, shards=2, overwrite=True) as output:
+        output.files[0].target.write_text("precious")
+        with pytest.raises(OutputError, match="is not a dump of this package"):
+            output.take()
+
+
+def test_a_shard_under_the_name_of_another_is_refused(target):
+    write_shards(target, DUMP, 2)
+    first, second = (file.target for file in open_output(target, DUMP, shards=2).files)
+    second.replace(first)
+    with pytest.raises(OutputError, match=f"{first.name} is of other work"):
+        open_output(target, DUMP, shards=2)
 
 
 def test_overwrite_does_not_start_over_what_is_being_written(target):
@@ -305,6 +346,25 @@ def test_a_shard_of_a_process_that_ends_is_taken_over_where_it_stopped(target, m
         second.commit(taken)
         assert second.next() is None
     leaving.join()
+
+
+def test_a_process_that_waits_can_be_interrupted(target, monkeypatch):
+    monkeypatch.setattr(shards_module, "POLL_SECONDS", 0.001)
+    asked = []
+
+    def check():
+        asked.append(True)
+        raise KeyboardInterrupt
+
+    first = open_output(target, DUMP, shards=1)
+    first.take()
+    leaving = threading.Timer(1, first.suspend)  # ends the wait that nobody interrupts
+    leaving.start()
+    second = open_output(target, DUMP, shards=1, check=check)
+    with second, pytest.raises(KeyboardInterrupt):
+        second.next()
+    leaving.join()
+    assert asked == [True]
 
 
 # Rule 8: file systems without locks, or with locks that protect nothing.

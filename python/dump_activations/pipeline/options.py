@@ -155,7 +155,7 @@ def _size(name: str, value: int | str | None) -> int | None:
         return None
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kMGT]?B)?", str(value).strip())
     nbytes = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
-    if isinstance(value, bool) or nbytes < 1:
+    if nbytes < 1:
         text = f"must be a size such as 4GB, 500MB or a number of bytes; got {value!r}"
         raise _wrong(name, text)
     return nbytes
@@ -163,11 +163,13 @@ def _size(name: str, value: int | str | None) -> int | None:
 
 def _shards(name: str, value: int | str | range | None) -> range | None:
     """Return the numbers of shards, counted from 1."""
-    if value is None or (isinstance(value, range) and value.step == 1 and value):
+    if value is None or (
+        isinstance(value, range) and value.step == 1 and 1 <= value.start < value.stop
+    ):
         return value
     match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", str(value).strip())
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if isinstance(value, bool) or not 1 <= first <= last:
+    if not 1 <= first <= last:
         text = "must be a shard's number or a range such as 1-20, counted from 1"
         raise _wrong(name, f"{text}; got {value!r}")
     return range(first, last + 1)
@@ -181,10 +183,10 @@ def _device(name: str, value: object) -> str:
     return text
 
 
-def _progress(name: str, value: Any) -> Count | bool:
+def _progress(name: str, value: Any) -> Any:
     if value is not None and not isinstance(value, bool) and not callable(value):
         raise _wrong(name, f"must be True for a bar, or a function; got {value!r}")
-    return value or False
+    return value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
