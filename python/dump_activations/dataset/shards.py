@@ -173,7 +173,7 @@ def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None
     places = _places.get(dataset.path)
     if places is None:
         return
-    steps = np.unique(steps)
+    steps = np.sort(steps)
     steps = steps[(steps >= 0) & (steps < dataset.rows)]  # The read refuses the others.
     if not len(steps):
         return

@@ -211,7 +211,9 @@ class _Mirror:
             return
         ends_K = np.cumsum(counts_K)
         blocks_M = np.repeat(first_K - (ends_K - counts_K), counts_K) + np.arange(ends_K[-1])
-        blocks_M = np.unique(blocks_M)
+        # Not `np.unique`, which hashes: sorting is 8 times as fast.
+        blocks_M.sort()
+        blocks_M = blocks_M[np.diff(blocks_M, prepend=-1) > 0]
         blocks_M = blocks_M[(self._bits[blocks_M >> 3] >> (7 - (blocks_M & 7))) & 1 == 0]
         if not len(blocks_M):
             return

@@ -165,7 +165,7 @@ class DumpFiles:
     def _fetch(self, name: str, parts: int, nbytes: int, numbers: NDArray[np.int64]) -> None:
         """Make parts of rows local, of `nbytes` each, which may be holes in local copies."""
         spans: dict[Path, Ranges] = {}
-        numbers, first = np.unique(numbers), 0
+        numbers, first = np.sort(numbers), 0
         for path, offset, rows in self._places(name):
             end = first + rows * parts
             inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)]
