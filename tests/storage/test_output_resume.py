@@ -17,7 +17,6 @@ from dump_activations import _rust
 from dump_activations.storage.reading.inspection import inspect
 from dump_activations.storage.writing.paths import journal_path, partial_path
 from dump_activations.storage.writing.shards import Output
-from dump_activations.storage.writing.work import computed_by_text
 from output_support import (
     SUFFIXES,
     Dump,
@@ -98,9 +97,24 @@ def test_every_device_that_computed_batches_is_named(tmp_path):
     assert [each["device"] for each in computed_by] == ["abacus", "slide rule"]
 
 
-def test_as_many_devices_are_named_as_fit():
-    text = computed_by_text([{"device": "x" * 200}] * 9)
+def test_as_many_devices_are_named_as_fit(tmp_path):
+    target = tmp_path / "x.pt"
+    interrupt(target, DUMP, DUMP.first_rows[:2])
+    for number in range(1, 8):
+        work = replace(work_of(target, DUMP), computed_by={"device": f"{number}" * 200})
+        with Output(work.files(None)) as output:
+            write_batches(output.take(), DUMP, DUMP.first_rows[2 * number : 2 * number + 2])
+    assert write_dump(target, DUMP) == target
+    text = inspect(target).metadata["computed_by"]
     assert (len(text), len(json.loads(text))) == (1024, 4)
+
+
+def test_a_journal_that_takes_few_bytes_at_a_time_is_whole(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    interrupt(tmp_path / "x.npz", DUMP, DUMP.first_rows[:5])
+    with open_file(tmp_path / "x.npz", DUMP) as file:
+        assert file.resumed_rows == 5 * DUMP.batch_rows
 
 
 def no_journal(target: Path) -> None:
@@ -184,9 +198,16 @@ def test_a_journal_cut_short_or_damaged_anywhere_costs_no_more_than_batches(data
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [(0, -1), (0, 10**30), (1, "x"), (1, 1 << 32), (2, None), (3, 1.5)]
+    ("field", "value", "resumed"),
+    [
+        *(
+            (field, value, 2)
+            for field, value in [(0, -1), (0, 10**30), (1, "x"), (2, None), (3, 1.5)]
+        ),
+        (1, 1 << 32, 4),  # The record can be read, and no data has that checksum.
+    ],
 )
-def test_digests_that_cannot_be_are_those_of_a_damaged_batch(tmp_path, field, value):
+def test_digests_that_cannot_be_are_those_of_a_damaged_batch(tmp_path, field, value, resumed):
     target = tmp_path / "x.pt"
     interrupt(target, DUMP, DUMP.first_rows[:5], threads=1)
     lines = journal_path(target).read_bytes().split(b"\n")
@@ -197,7 +218,7 @@ def test_digests_that_cannot_be_are_those_of_a_damaged_batch(tmp_path, field, va
     lines[3] = text + b" %08x" % zlib.crc32(text)
     journal_path(target).write_bytes(b"\n".join(lines))
     with open_file(target, DUMP) as file:
-        assert file.resumed_rows == 2 * DUMP.batch_rows
+        assert file.resumed_rows == resumed * DUMP.batch_rows
 
 
 def test_a_record_of_a_batch_behind_the_last_is_damaged(tmp_path):
