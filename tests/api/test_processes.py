@@ -214,7 +214,8 @@ def test_killed(suffix, moment_of_run, runs, tmp_path):
 
 
 def test_a_killed_process_loses_no_more_than_its_last_batches(runs):
-    run = runs(".safetensors", "--shard-size=20MB")
+    boards = 5 * N  # A process that has ended before it is killed shows nothing.
+    run = runs(".safetensors", "--shard-size=100MB", f"--n-samples={boards}")
     command = run.start(1, sync_interval=0).commands[0]
     (journal,) = [run.directory / f"{name}.partial.journal" for name in run.expected]
     command.wait_until(lambda: journal.exists() and journal.stat().st_size > 10_000)
@@ -222,12 +223,12 @@ def test_a_killed_process_loses_no_more_than_its_last_batches(runs):
     command.wait()
     summary = run.finish()
     assert summary["resumed_boards"] > 20
-    assert summary["boards"] == N - summary["resumed_boards"]
+    assert summary["boards"] == boards - summary["resumed_boards"]
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
 def test_one_fails_and_the_others_finish(reason, runs):
-    run = runs(".safetensors")
+    run = runs(".safetensors", f"--n-samples={4 * N}")  # so that each has boards to write
     fault = {"FAULT": f"pwrite:4:{reason}:{run.directory}/"}
     group = run.start(3, of_rank={2: fault}, sync_interval=0)
     assert group.wait() == [0, 0, 1], group.lines

@@ -1,6 +1,7 @@
 """One way to spread work on threads, and to end the threads of a loop with the program."""
 
 import atexit
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,7 @@ def sum_in_parallel(
     return found
 
 
+_LONGEST_EXIT = 1.0  # seconds
 _loops: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
@@ -76,5 +78,9 @@ def closed_at_exit(loop: G) -> G:
 @atexit.register
 def _close_loops() -> None:
     for loop in list(_loops):
-        with suppress(ValueError):  # A daemon thread runs it.
+        # A daemon thread may run it. Python would end that thread inside of a call, which aborts.
+        ends = time.monotonic() + _LONGEST_EXIT
+        while getattr(loop, "gi_running", False) and time.monotonic() < ends:
+            time.sleep(0.001)
+        with suppress(ValueError):  # It runs still.
             loop.close()
