@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from dump_activations.errors import (
     DumpActivationsNote,
     InvalidArgumentError,
 )
-from dump_activations.remote import mirror, upload
+from dump_activations.remote import mirror, stores, upload
 from reference.hub import Hub
 from reference.s3 import S3
 
@@ -145,15 +146,39 @@ def test_other_work_is_refused_and_replaced_when_asked(s3, run, expected):
     assert found(s3) == expected
 
 
-def test_a_refused_upload_keeps_its_shard_and_the_same_call_uploads_it(s3, run, cache, expected):
+def test_a_listing_leaves_a_link_alone_that_is_being_made(s3, run, cache, monkeypatch):
+    run()
+    path = cache / "a-00002-of-00008.safetensors"
+    path.unlink()
+    path.write_bytes(b"still to be uploaded")
+    make = Path.symlink_to
+
+    def made(link, target):
+        make(link, target)
+        upload.uploads_of(cache).refresh("a")
+
+    monkeypatch.setattr(Path, "symlink_to", made)
+    location = stores.Location.of("s3://bucket/runs")
+    mirror.become_mirror(path, location, location.head(path.name))
+    assert path.is_symlink()
+
+
+@pytest.mark.parametrize("refused", ["00003", "00008"])
+def test_a_refused_upload_keeps_its_shard_and_the_same_call_uploads_it(
+    s3, run, cache, expected, refused
+):
     s3.before_answer = lambda request: setattr(
-        s3, "refusal", (403, "AccessDenied") if "00003" in request else None
+        s3, "refusal", (403, "AccessDenied") if f"-{refused}-of" in request else None
     )
-    with pytest.raises(DumpActivationsError, match=r"00003.*403 AccessDenied.*is kept") as error:
+    with pytest.raises(
+        DumpActivationsError, match=rf"{refused}.*403 AccessDenied.*is kept"
+    ) as error:
         run()
-    assert "a-00003-of-00008.safetensors" not in found(s3)
-    assert (cache / "a-00003-of-00008.safetensors").is_file()
-    assert "the same call" in " ".join([str(error.value), *error.value.__notes__])
+    assert f"a-{refused}-of-00008.safetensors" not in found(s3)
+    assert (cache / f"a-{refused}-of-00008.safetensors").is_file()
+    told = " ".join([str(error.value), *error.value.__notes__])
+    assert "the same call" in told
+    assert "complete" not in told
     s3.before_answer, s3.refusal = lambda request: None, None
     run()
     assert found(s3) == expected

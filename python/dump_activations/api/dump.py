@@ -278,7 +278,7 @@ class _Call:
                 yield from map(file.work.run_rows_of, file.missing)
                 if not file.missing:
                     output.commit(file)
-                # A remote output has room for one file at a time: the one before it is uploaded.
+                # A remote output writes one file while the one before it is uploaded.
                 file = output.take() if output.url is None else None
 
         def advance(boards: int) -> None:
@@ -360,7 +360,7 @@ class _Call:
         except BaseException as error:
             with ignored_interrupts():
                 kept = output.suspend(discard=isinstance(error, VocabularyError))
-            if not output.missing:
+            if not output.missing and output.url is None:
                 error.add_note(f"{output.files_are} complete")
             elif kept:
                 n, where = sum(file.rows for file in output.files), output.url or self.path

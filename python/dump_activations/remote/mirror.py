@@ -56,10 +56,7 @@ def view_of(location: Location, files: Sequence[RemoteFile]) -> Path:
     view = cache_directory("views", location.url, _key(versions))
     _make_room(_cache())
     for file in files:
-        if (view / file.name).is_symlink():
-            _mirror_of(location, file)  # It is in use again.
-        else:
-            become_mirror(view / file.name, location, file)
+        become_mirror(view / file.name, location, file)
     return view
 
 
@@ -78,15 +75,19 @@ def cache_directory(kind: str, url: str, name: str = "") -> Path:
 
 
 def become_mirror(path: Path, location: Location, file: RemoteFile) -> None:
-    """Put a link to the mirror of a remote file in a path's place.
+    """Replace a path by a link to the mirror of a remote file, unless it is that link.
 
     Raises:
         RemoteError: the cache cannot be written.
     """
-    mirror, link = _mirror_of(location, file), _beside(path, f".{os.getpid()}")
+    target = Path(os.path.relpath(_mirror_of(location, file), path.parent))
+    if path.is_symlink() and path.readlink() == target:
+        return
+    # Hidden, so that a listing of the dump's files leaves it alone.
+    link = path.with_name(f".{path.name}.{os.getpid()}")
     with RemoteError.when(_CANNOT_WRITE.format(path)):
         link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(mirror, path.parent))
+        link.symlink_to(target)
         link.replace(path)
     _mirror_at.cache_clear()
 
@@ -118,9 +119,7 @@ def fetch(ranges: Mapping[Path, Ranges]) -> None:
     Raises:
         RemoteError: the server refuses or does not answer, a file changed, or the cache is full.
     """
-    wanted = [(mirror, span) for path, span in ranges.items() if (mirror := _mirror_at(path))]
-    requests = [(mirror, *each) for mirror, span in wanted for each in mirror.missing(*span)]
-    if requests:
+    if requests := _missing(ranges):
         from dump_activations.remote.stores import run_all
 
         largest = max(stop - first for _, first, stop in requests) * BLOCK_NBYTES
@@ -130,9 +129,13 @@ def fetch(ranges: Mapping[Path, Ranges]) -> None:
 
 def missing_nbytes(ranges: Mapping[Path, Ranges]) -> int:
     """Count the bytes that `fetch` would transfer."""
+    return sum(stop - first for _, first, stop in _missing(ranges)) * BLOCK_NBYTES
+
+
+def _missing(ranges: Mapping[Path, Ranges]) -> list[tuple[_Mirror, int, int]]:
+    """List the requests for ranges: the mirror, its first block, and one past the last."""
     found = [(mirror, span) for path, span in ranges.items() if (mirror := _mirror_at(path))]
-    missing = [span for mirror, spans in found for span in mirror.missing(*spans)]
-    return sum(stop - first for first, stop in missing) * BLOCK_NBYTES
+    return [(mirror, *each) for mirror, span in found for each in mirror.missing(*span)]
 
 
 def fetch_span(path: Path, start: int, nbytes: int) -> None:
@@ -300,7 +303,7 @@ def _cache() -> Path:
 
 
 def _set_time(mirror: Path | int, file: RemoteFile) -> None:
-    """Give a mirror the remote file's time: blocks that are read change nothing of its content."""
+    """Give a mirror the remote file's time, so that a read of more blocks is no change of it."""
     os.utime(mirror, (file.modified or 0,) * 2)
 
 

@@ -1,7 +1,7 @@
 """Outputs behind a URL: shards are written in the cache, and uploaded once they are whole.
 
 The directory in the cache stands for the remote one. A shard that is uploaded becomes a link to its
-mirror there, as in a view, and so do the shards that others uploaded. Whatever looks for finished
+mirror there, as in a view, and so do the shards that others uploaded. Code that looks for finished
 shards in a directory then finds all of them, and their bytes take no local space.
 """
 
