@@ -35,15 +35,14 @@ ARROWS = {
     "dataset": (*LEAVES, "_rust", "remote"),
     "remote": LEAVES,
     "storage.writing": (
-        *(*LEAVES, "_rust", "storage.digests", "storage.formats", "storage.parallel"),
+        *(*LEAVES, "_rust", "storage.digests", "storage.formats"),
         *("remote", "storage.reading", "storage.shards", "storage.statistics"),
     ),
     "storage.reading": (
         *(*LEAVES, "_rust", "model.activations", "storage.digests", "storage.formats"),
-        *("remote", "storage.parallel", "storage.shards", "storage.statistics"),
+        *("remote", "storage.shards", "storage.statistics"),
     ),
     "storage.statistics": (*LEAVES, "_rust"),
-    "storage.parallel": (),
     "storage.shards": LEAVES,
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),

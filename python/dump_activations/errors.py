@@ -1,4 +1,4 @@
-"""Messages to people: errors and warnings, the quantities in them, and checks of given paths.
+"""Messages to people: errors and warnings, the quantities in them, and checks of arguments.
 
 Every error has one base class and is also the builtin that a caller expects. A message names
 options through `option`. A caller in Python reads arguments (`batch_size=512`), and a user of the
@@ -7,6 +7,7 @@ command reads flags (`--batch-size 512`), in the same message.
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 # Characters for private use, which no message contains by accident.
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -305,3 +306,13 @@ def check_ordinary(path: Path, error: type[DumpActivationsError]) -> None:
         raise error(f"{path}: {reason}; choose another path") from refusal
     if path.exists() and not path.is_file():
         raise error(f"{path}: not an ordinary file")
+
+
+def whole_number(index: Any) -> int | None:
+    """Return an index as a number; None for any other. An array of one element is not a number."""
+    if getattr(index, "ndim", 0):
+        return None
+    try:
+        return operator.index(index)
+    except TypeError:
+        return None

@@ -6,12 +6,13 @@ import hashlib
 import re
 from base64 import b64encode
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from reference.loopback import Loopback
 
-class S3:
+
+class S3(Loopback):
     """Serves objects of any bucket from memory.
 
     Attributes:
@@ -27,22 +28,11 @@ class S3:
         self.requests: list[str] = []
         self.refusal: tuple[int, str] | None = None
         self.before_answer: Callable[[str], object] = lambda request: None
-        handler = type("BoundHandler", (_Handler,), {"s3": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    s3: S3
+    owner: S3
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
@@ -54,16 +44,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = {name: values[0] for name, values in parse_qs(url.query, True).items()}
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         request = f"{self.command} {self.name}"
-        self.s3.requests.append(request)
-        self.s3.before_answer(request)
-        if self.command in ("PUT", "POST") and self.s3.refusal is not None:
-            status, code = self.s3.refusal
+        self.owner.requests.append(request)
+        self.owner.before_answer(request)
+        if self.command in ("PUT", "POST") and self.owner.refusal is not None:
+            status, code = self.owner.refusal
             self._send(status, f"<Error><Code>{code}</Code></Error>".encode())
         elif self.command in ("PUT", "POST"):
             self._write()
         elif "list-type" in self.query:
             self._list()
-        elif self.name not in self.s3.objects:
+        elif self.name not in self.owner.objects:
             self._send(404, b"<Error><Code>NoSuchKey</Code></Error>")
         else:
             self._read()
@@ -89,31 +79,31 @@ class _Handler(BaseHTTPRequestHandler):
             return
         upload = self.query.get("uploadId", "")
         if "uploads" in self.query:
-            upload = f"upload-{len(self.s3.parts)}"
-            self.s3.parts[upload] = {}
+            upload = f"upload-{len(self.owner.parts)}"
+            self.owner.parts[upload] = {}
             text = f"<UploadId>{upload}</UploadId>"
             self._send(200, f"<InitiateMultipartUploadResult>{text}"
                        "</InitiateMultipartUploadResult>".encode())  # fmt: skip
         elif self.command == "POST":
-            parts = self.s3.parts.pop(upload)
-            self.s3.objects[self.name] = b"".join(parts[number] for number in sorted(parts))
+            parts = self.owner.parts.pop(upload)
+            self.owner.objects[self.name] = b"".join(parts[number] for number in sorted(parts))
             self._send(200, b"<CompleteMultipartUploadResult><ETag>&quot;whole&quot;</ETag>"
                        b"</CompleteMultipartUploadResult>")  # fmt: skip
         else:
             if upload:
-                self.s3.parts[upload][int(self.query["partNumber"])] = self.body
+                self.owner.parts[upload][int(self.query["partNumber"])] = self.body
             else:
-                self.s3.objects[self.name] = self.body
+                self.owner.objects[self.name] = self.body
             self._send(200, ETag=_etag(self.body))
 
     def _list(self) -> None:
         prefix = f"{self.name}/{self.query.get('prefix', '')}"
-        found = [name for name in sorted(self.s3.objects) if name.startswith(prefix)]
+        found = [name for name in sorted(self.owner.objects) if name.startswith(prefix)]
         rows = [
             f"<Contents><Key>{name.partition('/')[2]}</Key>"
             f"<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>{_etag(self.s3.objects[name]).replace(chr(34), '&quot;')}</ETag>"
-            f"<Size>{len(self.s3.objects[name])}</Size></Contents>"
+            f"<ETag>{_etag(self.owner.objects[name]).replace(chr(34), '&quot;')}</ETag>"
+            f"<Size>{len(self.owner.objects[name])}</Size></Contents>"
             for name in found
             if "/" not in name.removeprefix(prefix)
         ]
@@ -121,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, f"{text}</ListBucketResult>".encode())
 
     def _read(self) -> None:
-        content = self.s3.objects[self.name]
+        content = self.owner.objects[self.name]
         about = {"ETag": _etag(content), "Last_Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if span is None:

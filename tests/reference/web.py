@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
+
+from reference.loopback import Loopback
 
 
-class Web:
+class Web(Loopback):
     """Serves a directory.
 
     Attributes:
@@ -25,31 +26,20 @@ class Web:
         self.sent = 0
         self.fault: str | int | None = None
         self.user: str | None = None
-        handler = type("BoundHandler", (_Handler,), {"web": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        super().__init__(_Handler)
 
     @property
     def ranges(self) -> list[str]:
         """The requests for ranges of bytes."""
         return [each for each in self.requests if re.search(r"\d-\d", each)]
 
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
 
 class _Handler(SimpleHTTPRequestHandler):
-    web: Web
+    owner: Web
     protocol_version = "HTTP/1.1"
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*args, directory=str(self.web.directory))  # type: ignore[arg-type]
+        super().__init__(*args, directory=str(self.owner.directory))  # type: ignore[arg-type]
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
@@ -57,14 +47,14 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         asked = f" {span[1]}-{span[2]}" if span else ""
-        self.web.requests.append(f"{self.command} {self.path}{asked}")
-        if self.web.user and "Basic" not in self.headers.get("Authorization", ""):
+        self.owner.requests.append(f"{self.command} {self.path}{asked}")
+        if self.owner.user and "Basic" not in self.headers.get("Authorization", ""):
             self.send_error(401)
-        elif span and isinstance(self.web.fault, int):
-            self.send_error(self.web.fault)
-        elif span and self.web.fault == "hang":
+        elif span and isinstance(self.owner.fault, int):
+            self.send_error(self.owner.fault)
+        elif span and self.owner.fault == "hang":
             time.sleep(60)
-        elif span and self.web.fault != "no-ranges":
+        elif span and self.owner.fault != "no-ranges":
             self._send_range(int(span[1]), int(span[2]) + 1)
         else:
             super().do_GET()
@@ -78,8 +68,8 @@ class _Handler(SimpleHTTPRequestHandler):
         modified = Path(self.translate_path(self.path)).stat().st_mtime
         self.send_header("Last-Modified", self.date_time_string(int(modified)))
         self.end_headers()
-        if self.web.fault == "short":
+        if self.owner.fault == "short":
             stop = start + (stop - start) // 2
             self.close_connection = True
-        self.web.sent += stop - start
+        self.owner.sent += stop - start
         self.wfile.write(content[start:stop])

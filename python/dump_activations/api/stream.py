@@ -16,7 +16,7 @@ from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import LABEL_PREFIX
 from dump_activations.errors import shape_text
-from dump_activations.interrupts import HeldInterrupts
+from dump_activations.interrupts import HeldInterrupts, closed_at_exit
 from dump_activations.model.activations import Layers
 from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import DeviceAdvice, current
@@ -25,7 +25,6 @@ from dump_activations.pipeline.plan import Plan, make_plan
 from dump_activations.pipeline.run import Run
 from dump_activations.pipeline.transfer import ActivationBatch
 from dump_activations.progress import Count
-from dump_activations.storage.parallel import closed_at_exit
 
 # One that the caller has, and one that is copied meanwhile.
 _HOST_SLOTS = 2

@@ -6,7 +6,6 @@ Shape letters: N rows, S cells (16).
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -30,7 +29,7 @@ from dump_activations.errors import (
     option,
     printable,
 )
-from dump_activations.interrupts import HeldInterrupts
+from dump_activations.interrupts import in_parallel
 from dump_activations.progress import Count
 
 _T = TypeVar("_T")
@@ -256,23 +255,15 @@ class ColumnReader:
             finally:
                 free.put(buffers)
 
-        with (
-            HeldInterrupts() as interrupts,
-            ThreadPoolExecutor(threads, thread_name_prefix="scan") as executor,
-        ):
-            try:
-                seen = []
-                futures = [executor.submit(read, chunk) for chunk in chunks]
-                for chunk, future in zip(chunks, futures, strict=True):
-                    seen.append(future.result())
-                    interrupts.check()
-                    if progress is not None:
-                        progress(chunk.stop - rows.start, len(rows))
-                return seen
-            except BaseException:
-                cancel.ask()
-                executor.shutdown(cancel_futures=True)
-                raise
+        seen: list[_T] = []
+
+        def take(chunk: range, found: _T) -> None:
+            seen.append(found)
+            if progress is not None:
+                progress(chunk.stop - rows.start, len(rows))
+
+        in_parallel(read, chunks, threads, take, cancel=cancel.ask)
+        return seen
 
     def _compute(self, boards_NS: NDArray[np.uint8], fields: Sequence[NDArray[np.uint8]]) -> Values:
         values = {

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import operator
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -29,6 +28,7 @@ from dump_activations.errors import (
     printable,
     slice_text,
     warn,
+    whole_number,
 )
 from dump_activations.progress import Count
 from dump_activations.remote.mirror import url_of
@@ -161,12 +161,7 @@ class StepsDataset(_Dataset):
         """
         if isinstance(index, slice):
             return self._items(np.arange(*index.indices(len(self)), dtype=np.int64))
-        try:
-            # A tensor of one step is an index in Python, but here it asks for a batch.
-            step = None if getattr(index, "ndim", 0) else operator.index(index)  # type: ignore[arg-type]
-        except TypeError:
-            step = None
-        if step is None:
+        if (step := whole_number(index)) is None:
             return self._items(step_indices(index))  # type: ignore[arg-type]
         if not 0 <= step < len(self):
             raise StepIndexError(

@@ -117,7 +117,7 @@ def _read_column(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np
 
 @contextmanager
 def _with_its_logs(path: Path, logs: Sequence[Path]) -> Iterator[Path]:
-    """Return where SQLite finds a database and its logs: it follows links, as those of a view."""
+    """Yield a path with the logs next to it: a copy, where SQLite would follow a mirror's link."""
     if not logs or not is_mirror(path):
         yield path.absolute()
         return

@@ -6,7 +6,6 @@ Shape letters: N boards in all files, R rows asked for, L layers kept.
 from __future__ import annotations
 
 import math
-import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from dump_activations.errors import (
     shape_text,
     size_text,
     switch,
+    whole_number,
 )
 from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.keys import Key
@@ -221,13 +221,3 @@ class ActivationArray:
                 self._files.check_digest(part.tensor, into.reshape(-1))
             if len(parts) > 1:
                 rows[:, at] = into
-
-
-def whole_number(index: Any) -> int | None:
-    """Return an index as a number; None for any other. An array of one element is not a number."""
-    if getattr(index, "ndim", 0):
-        return None
-    try:
-        return operator.index(index)
-    except TypeError:
-        return None

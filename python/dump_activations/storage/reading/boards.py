@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dump_activations.errors import printable
-from dump_activations.storage.reading.array import ActivationArray, Rows, whole_number
+from dump_activations.errors import printable, whole_number
+from dump_activations.storage.reading.array import ActivationArray, Rows
 
 Item = tuple[Tensor, dict[str, Any]]
 """The values of one board or of several, and their labels."""

@@ -34,8 +34,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dump_activations import _rust
 from dump_activations.dtypes import CELLS, READABLE_DTYPES
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
+from dump_activations.interrupts import closed_at_exit
 from dump_activations.storage.formats.layout import Contents
-from dump_activations.storage.parallel import closed_at_exit
 from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.keys import Key, Part
 

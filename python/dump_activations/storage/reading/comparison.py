@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from dump_activations.dtypes import READABLE_DTYPES, STATISTICS_PREFIX
 from dump_activations.errors import OutputError
+from dump_activations.interrupts import sum_in_parallel
 from dump_activations.storage.digests import INTEGRITY_KEY
 from dump_activations.storage.formats.layout import StoredTensor
-from dump_activations.storage.parallel import sum_in_parallel
 from dump_activations.storage.reading.dump_files import DumpFiles
 
 # Elements of each file that a thread compares at a time.

@@ -8,10 +8,10 @@ from pathlib import Path
 from dump_activations import _rust
 from dump_activations.dtypes import DTYPES, TensorSpec
 from dump_activations.errors import OutputError
+from dump_activations.interrupts import sum_in_parallel
 from dump_activations.remote.mirror import fetch_span
 from dump_activations.storage.digests import INTEGRITY_KEY, METADATA_NAME, Digest, integrity_text
 from dump_activations.storage.formats.layout import are_disjoint, data_ranges, read_exactly
-from dump_activations.storage.parallel import sum_in_parallel
 from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.inspection import READ_NBYTES, Inspection, open_again
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from dump_activations.dtypes import STATISTICS_PREFIX
 from dump_activations.errors import InvalidArgumentError, switch
-from dump_activations.storage.parallel import sum_in_parallel
+from dump_activations.interrupts import sum_in_parallel
 from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.inspection import Inspection, read_span
 from dump_activations.storage.reading.keys import Key, Part

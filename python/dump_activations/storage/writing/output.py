@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from dump_activations import _rust
 from dump_activations.errors import OutputError, switch
+from dump_activations.interrupts import in_parallel
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest, RunningDigest, parse_integrity
 from dump_activations.storage.formats.registry import format_of
-from dump_activations.storage.parallel import in_parallel
 from dump_activations.storage.statistics import Moments, RunningStatistics
 from dump_activations.storage.writing.journal import (
     BatchDigests,
