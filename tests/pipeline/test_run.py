@@ -1,6 +1,8 @@
 """Runs of a plan: chunks on several cores of the CPU, and the first batch on a device."""
 
 import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,6 +43,22 @@ def test_chunks_land_in_their_places(cores, demo_checkpoint, demo_dataset, tmp_p
             found.numpy(key), expected.numpy(key), rtol=0, atol=1e-5 * scale, err_msg=key
         )
     assert np.array_equal(found.numpy("boards"), expected.numpy("boards"))
+
+
+def test_chunks_use_the_memory_of_the_chunks_before(demo_checkpoint, demo_dataset):
+    program = f"""
+import resource
+from dump_activations import stream
+run = dict(n_samples=4000, tensors="device", **{CPU!r})
+faults = []
+for _ in range(3):
+    for _ in stream({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, **run):
+        pass
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[2] - faults[1])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert int(ran.stdout) < 10_000  # Without it 95,000.
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
