@@ -11,8 +11,9 @@ from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -219,6 +220,7 @@ class StreamedCells(Cells[Values]):
         """
         most = max(map(len, rows)) * CELLS
         dtype, device = self._plan.storage_dtype, self._plan.device
+        copy = Tensor.copy_ if device.type == "cuda" else _copy
         memory = [
             {
                 name: torch.empty((most, of.width), dtype=dtype, device=device)
@@ -232,7 +234,7 @@ class StreamedCells(Cells[Values]):
             first = (batch.first_row - window.start) * CELLS
             for name, buffer in buffers.items():
                 values = batch.tensors[name].view(-1, buffer.shape[1])
-                buffer[first : first + len(values)] = values
+                copy(buffer[first : first + len(values)], values)
             is_last = batch.first_row + len(batch.indices) == window.stop
             yield buffers if is_last else None
             if is_last:
@@ -246,7 +248,10 @@ def _working_in(stream: torch.cuda.Stream | None) -> AbstractContextManager[obje
 def _choose(values: Buffers, places: Tensor, stream: torch.cuda.Stream | None) -> Buffers:
     """Copy the cells at some places of a window, to memory of the caller's current stream."""
     if stream is None:
-        return {name: each.index_select(0, places) for name, each in values.items()}
+        return {
+            name: torch.from_numpy(_bytes(each)[places.numpy()]).view(each.dtype)
+            for name, each in values.items()
+        }
     caller = torch.cuda.current_stream(places.device)
     chosen = {name: each.new_empty((len(places), each.shape[1])) for name, each in values.items()}
     stream.wait_stream(caller)  # which may still use that memory for something else
@@ -255,3 +260,15 @@ def _choose(values: Buffers, places: Tensor, stream: torch.cuda.Stream | None) -
             chosen[name].copy_(each.index_select(0, places))
     caller.wait_stream(stream)
     return chosen
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    np.copyto(_bytes(target), _bytes(source))
+
+
+def _bytes(host: Tensor) -> NDArray[np.uint8]:
+    """View values on the host for NumPy, which copies on this thread alone.
+
+    torch would copy on several, and wait for one while the forward pass has its core.
+    """
+    return host.view(torch.uint8).numpy()
