@@ -12,9 +12,9 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,7 @@ class Attention(nn.Module):
             else nn.Identity()
             for _ in ("query", "key")
         )
+        self.joined: nn.Linear | None = None
         self.dot_product = DotProduct()
         self.sinks: nn.Parameter | None = None
         if config.use_attention_sinks:
@@ -119,9 +120,11 @@ class Attention(nn.Module):
         """Map the normed hidden states (B, S, H) to the attention's output (B, S, H)."""
         B = x_BSH.shape[0]
         x_BSH = x_BSH.to(self.wq.weight.dtype)
-        q_BSQD = self.wq(x_BSH).view(B, CELLS, self.q_heads, self.head_size)
-        k_BSKD = self.wk(x_BSH).view(B, CELLS, self.kv_heads, self.head_size)
-        v_BSKD = self.wv(x_BSH).view(B, CELLS, self.kv_heads, self.head_size)
+        # With H or (K D) values per cell.
+        q, k, v = _products(x_BSH, [self.wq, self.wk, self.wv], self.joined)
+        q_BSQD = q.view(B, CELLS, self.q_heads, self.head_size)
+        k_BSKD = k.view(B, CELLS, self.kv_heads, self.head_size)
+        v_BSKD = v.view(B, CELLS, self.kv_heads, self.head_size)
         q_BSQD, k_BSKD = _normed(self.q_norm, q_BSQD), _normed(self.k_norm, k_BSKD)
         # They are stored by key/value head first: query head h has sinks[(h % K) G + h // K].
         sinks_Q = None if self.sinks is None else self.sinks.view(self.kv_heads, -1).t().flatten()
@@ -146,12 +149,62 @@ class MLP(nn.Module):
         self.w_up = nn.Linear(hidden, inner, bias=False)
         self.w_gate = nn.Linear(hidden, inner, bias=False)
         self.w_down = nn.Linear(inner, hidden, bias=False)
+        self.joined: nn.Linear | None = None
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """Map the normed hidden states (B, S, H) to the MLP's output (B, S, H)."""
         x_BSH = x_BSH.to(self.w_gate.weight.dtype)
-        out_BSH: Tensor = self.w_down(F.silu(self.w_gate(x_BSH)) * self.w_up(x_BSH))
+        gate_BSI, up_BSI = _products(x_BSH, [self.w_gate, self.w_up], self.joined)
+        out_BSH: Tensor = self.w_down(F.silu(gate_BSI) * up_BSI)
         return out_BSH
+
+
+def _products(
+    x_BSH: Tensor, linears: Sequence[nn.Linear], joined: nn.Linear | None
+) -> Sequence[Tensor]:
+    """Apply linear modules to the same input, in one product where their weights are joined."""
+    if joined is None:
+        return [linear(x_BSH) for linear in linears]
+    products: Sequence[Tensor] = joined(x_BSH).split([each.out_features for each in linears], -1)
+    return products
+
+
+def with_joined_products(model: _ModuleT, hooked: Collection[str]) -> _ModuleT:
+    """Return a replica with one product for q, k and v, and one for both branches of an MLP.
+
+    A product stays by itself where its module is in `hooked`, has hooks, or is not a plain
+    `nn.Linear`. Joined products may differ in the last bits.
+    """
+    replica = replicate(model, next(model.parameters()).device)
+    for name, module in replica.named_modules():
+        if isinstance(module, Attention):
+            names = ["wq", "wk", "wv"]
+        elif isinstance(module, MLP):
+            names = ["w_gate", "w_up"]
+        else:
+            continue
+        linears = [module.get_submodule(each) for each in names]
+        is_hooked = any(f"{name}.{each}" in hooked for each in names)
+        if not is_hooked and all(map(_is_plain, linears)):
+            module.joined = _join(linears)
+    return replica
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    has_hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is nn.Linear and not has_hooks and "forward" not in vars(module)
+
+
+def _join(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """Return a module of all their weights, of which theirs become views."""
+    sizes, first = [each.out_features for each in linears], linears[0]
+    joined = nn.Linear(first.in_features, sum(sizes), bias=False, device="meta")
+    weights = first.weight.new_empty(joined.weight.shape)
+    joined.weight = nn.Parameter(weights, requires_grad=False)
+    for linear, view in zip(linears, weights.split(sizes), strict=True):
+        view.copy_(linear.weight.detach())
+        linear.weight = nn.Parameter(view, requires_grad=False)
+    return joined
 
 
 class Block(nn.Module):

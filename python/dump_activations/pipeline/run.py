@@ -24,6 +24,7 @@ from torch import Tensor
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import DeviceError, DumpActivationsError, note, option, size_text
 from dump_activations.model.capture import Capture
+from dump_activations.model.encoder import with_joined_products
 from dump_activations.pipeline.cuda import CudaStopwatch, CudaTransfer, has_callers_code
 from dump_activations.pipeline.device import (
     arithmetic,
@@ -193,6 +194,9 @@ class Run:
                 is_graphed = False
                 note("forward passes run without CUDA graphs: the model has code of the caller's")
             model = in_precision(plan.model, plan.options.precision, plan.device)
+            if compiled or plan.options.precision != "fp32":
+                hooked = [name for tensor in plan.board_tensors for name in tensor.modules]
+                model = with_joined_products(model, hooked)
             self._capture = exits.enter_context(
                 Capture(model, plan.board_tensors, compiled_rows=rows if compiled else None)
             )
