@@ -17,17 +17,16 @@ class S3(Loopback):
 
     Attributes:
         objects: content by `bucket/key`.
-        requests: what was asked for, `PUT bucket/key`.
-        refusal: a status and a code, (403, "AccessDenied"), that all requests to write get.
-        before_answer: called before each answer.
+        requests: what was asked for, `PUT bucket/key?partNumber&uploadId`.
+        before_answer: called before each answer. It may return a status and a code to refuse with:
+            (403, "AccessDenied").
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[str] = []
-        self.refusal: tuple[int, str] | None = None
-        self.before_answer: Callable[[str], object] = lambda request: None
+        self.before_answer: Callable[[str], tuple[int, str] | None] = lambda request: None
         super().__init__(_Handler)
 
 
@@ -43,11 +42,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.name = unquote(url.path).strip("/")
         self.query = {name: values[0] for name, values in parse_qs(url.query, True).items()}
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        request = f"{self.command} {self.name}"
+        request = f"{self.command} {self.name}?{'&'.join(self.query)}".rstrip("?")
         self.owner.requests.append(request)
-        self.owner.before_answer(request)
-        if self.command in ("PUT", "POST") and self.owner.refusal is not None:
-            status, code = self.owner.refusal
+        if refusal := self.owner.before_answer(request):
+            status, code = refusal
             self._send(status, f"<Error><Code>{code}</Code></Error>".encode())
         elif self.command in ("PUT", "POST"):
             self._write()

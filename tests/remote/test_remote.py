@@ -38,12 +38,6 @@ DUMP = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(mirror.CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory, demo_checkpoint, demo_dataset):
     """Return a directory with a dataset, and dumps of it in each format, whole and in shards."""

@@ -10,61 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 
-from dump_activations import ActivationsFile, OutputError, dump
+from dump_activations import ActivationsFile, OutputError
 from dump_activations.errors import (
     DumpActivationsError,
     DumpActivationsNote,
     InvalidArgumentError,
 )
 from dump_activations.remote import mirror, stores, upload
-from reference.hub import Hub
-from reference.s3 import S3
 
 pytest.importorskip("obstore")
 
 URL = "s3://bucket/runs/a.safetensors"
-RUN = {
-    **{"outputs": "layer_outputs", "labels": "move_dir", "stats": True},
-    **{"n_samples": 160, "batch_size": 20, "device": "cpu", "allow_cpu": True},
-}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(mirror.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(upload, "_uploads", {})
-    monkeypatch.setattr(mirror, "_locations", {})
-    monkeypatch.setattr(upload, "_POLL_SECONDS", 0.01)
-    return tmp_path / "cache" / "outputs" / "s3" / "bucket" / "runs"
 
 
 @pytest.fixture
-def s3(monkeypatch):
-    server = S3()
-    settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "here"}
-    for name, value in {**settings, "ENDPOINT_URL": server.url}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def run(demo_checkpoint, demo_dataset):
-    def run(output=URL, **options):
-        options = {"shard_size": 300_000, **RUN, **options}
-        return dump(demo_checkpoint, demo_dataset, output, **options)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory, demo_checkpoint, demo_dataset):
-    """Return the bytes of the shards of a local dump, by name."""
-    path = tmp_path_factory.mktemp("local") / "a.safetensors"
-    dump(demo_checkpoint, demo_dataset, path, shard_size=300_000, **RUN)
-    return {each.name: each.read_bytes() for each in path.parent.iterdir()}
+def outputs(cache):
+    """Return the directory in the cache that stands for the bucket's."""
+    return cache / "outputs" / "s3" / "bucket" / "runs"
 
 
 def found(s3):
@@ -75,12 +38,12 @@ def local_files(directory):
     return [each for each in directory.iterdir() if not each.is_symlink()]
 
 
-def test_shards_are_those_of_a_local_dump_and_read_back(s3, run, cache, expected, tmp_path):
+def test_shards_are_those_of_a_local_dump_and_read_back(s3, run, outputs, expected, tmp_path):
     summary = run()
     assert found(s3) == expected
     assert len(expected) == summary.shards_written > 3
     assert str(summary.output) == URL
-    assert local_files(cache) == []
+    assert local_files(outputs) == []
     run(tmp_path / "whole.safetensors", shard_size=None)
     there, here = ActivationsFile(URL), ActivationsFile(tmp_path / "whole.safetensors")
     for key in ("layer_outputs", "boards", "indices"):
@@ -88,11 +51,18 @@ def test_shards_are_those_of_a_local_dump_and_read_back(s3, run, cache, expected
     np.testing.assert_array_equal(there.labels["move_dir"], here.labels["move_dir"])
 
 
-def test_at_most_two_shards_are_local(s3, run, cache):
+def test_at_most_two_shards_are_local(s3, run, outputs):
     seen = []
-    s3.before_answer = lambda request: seen.append(
-        [each.name for each in local_files(cache) if ".journal" not in each.name]
-    )
+
+    def look(request):
+        """Let an upload last until the next shard is begun."""
+        while True:
+            seen.append([each.name for each in local_files(outputs) if "journal" not in each.name])
+            if not request.startswith("PUT") or "00008" in request or len(seen[-1]) > 1:
+                return
+            time.sleep(0.01)
+
+    s3.before_answer = look
     run()
     assert max(map(len, seen)) == upload.MOST_LOCAL, seen
 
@@ -146,16 +116,16 @@ def test_other_work_is_refused_and_replaced_when_asked(s3, run, expected):
     assert found(s3) == expected
 
 
-def test_a_listing_leaves_a_link_alone_that_is_being_made(s3, run, cache, monkeypatch):
+def test_a_listing_leaves_a_link_alone_that_is_being_made(s3, run, outputs, monkeypatch):
     run()
-    path = cache / "a-00002-of-00008.safetensors"
+    path = outputs / "a-00002-of-00008.safetensors"
     path.unlink()
     path.write_bytes(b"still to be uploaded")
     make = Path.symlink_to
 
     def made(link, target):
         make(link, target)
-        upload.uploads_of(cache).refresh("a")
+        upload.uploads_of(outputs).refresh("a")
 
     monkeypatch.setattr(Path, "symlink_to", made)
     location = stores.Location.of("s3://bucket/runs")
@@ -165,33 +135,33 @@ def test_a_listing_leaves_a_link_alone_that_is_being_made(s3, run, cache, monkey
 
 @pytest.mark.parametrize("refused", ["00003", "00008"])
 def test_a_refused_upload_keeps_its_shard_and_the_same_call_uploads_it(
-    s3, run, cache, expected, refused
+    s3, run, outputs, expected, refused
 ):
-    s3.before_answer = lambda request: setattr(
-        s3, "refusal", (403, "AccessDenied") if f"-{refused}-of" in request else None
+    s3.before_answer = lambda request: (
+        (403, "AccessDenied") if request.startswith("PUT") and f"-{refused}-of" in request else None
     )
     with pytest.raises(
         DumpActivationsError, match=rf"{refused}.*403 AccessDenied.*is kept"
     ) as error:
         run()
     assert f"a-{refused}-of-00008.safetensors" not in found(s3)
-    assert (cache / f"a-{refused}-of-00008.safetensors").is_file()
+    assert (outputs / f"a-{refused}-of-00008.safetensors").is_file()
     told = " ".join([str(error.value), *error.value.__notes__])
     assert "the same call" in told
     assert "complete" not in told
-    s3.before_answer, s3.refusal = lambda request: None, None
+    s3.before_answer = lambda request: None
     run()
     assert found(s3) == expected
 
 
 def test_a_kill_leaves_whole_shards_and_the_same_call_does_the_rest(
-    s3, expected, demo_checkpoint, demo_dataset, pytestconfig
+    s3, run, expected, *, demo_checkpoint, demo_dataset, pytestconfig
 ):
     rng = np.random.default_rng(4)
     program = f"""
 from dump_activations import dump
 print("begins", flush=True)
-dump({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, {URL!r}, shard_size=300_000, **{RUN!r})
+dump({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, {URL!r}, **{run.options!r})
 """
     for _ in range(2 * pytestconfig.getoption("faults")):
         s3.objects.clear()
@@ -216,15 +186,6 @@ dump({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, {URL!r}, shard_size=300_00
 def test_urls_that_cannot_be_written(s3, run, url, error):
     with pytest.raises(InvalidArgumentError, match=error):
         run(url)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    yield server
-    server.stop()
 
 
 def test_the_hub_gets_a_private_dataset_with_a_card(hub, run, expected, capfd):

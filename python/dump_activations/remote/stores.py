@@ -4,37 +4,41 @@ obstore makes the requests, and takes credentials from where its stores look for
 environment, profiles, instance metadata, `hf auth login`. None is kept, printed or recorded.
 """
 
+import atexit
+import html
+import logging
 import os
 import re
+import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
+from weakref import WeakSet
 
 from dump_activations.errors import InvalidArgumentError, RemoteError
 from dump_activations.interrupts import HeldInterrupts
 
 if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 _T = TypeVar("_T")
 
 _SCHEMES = ("s3", "gs", "az", "http", "https", "hf")
 _HUB_FORM = "hf://datasets/ORG/NAME[@REVISION]/PATH"
 # A server that accepts and never answers is given up within a minute, with all retries.
-_CLIENT = {"connect_timeout": "5s", "read_timeout": "12s", "timeout": "10m"}
-_RETRIES = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
+_CLIENT: "ClientConfig" = {"connect_timeout": "5s", "read_timeout": "12s", "timeout": "10m"}
+_RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
 _TIMEOUT = 30
 _BODIES = 3
 # Requests at once: 4,096 rows then take 3.2 s over a link of 100 MB/s and 20 ms.
@@ -44,8 +48,19 @@ _FIRST_PROCESS = os.getpid()
 # The hub refuses a commit that begins before another one is complete.
 _one_commit = Lock()
 _LARGEST_PAGE = 64 << 20
+_LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
+_OVERLOADED = (429, 500, 502, 503, 504)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before a request is repeated
+_LONGEST_EXIT = 1.0  # seconds
+_THREAD = "requests"
+_threads: WeakSet[Thread] = WeakSet()
+# The hub's client logs each repetition with the URL, which may be signed.
+logging.getLogger("huggingface_hub.utils._http").addFilter(
+    lambda record: record.threadName != _THREAD
+)
 # Signed URLs carry their secret in the query, and clients quote the URL in errors.
 _QUERY = re.compile(r"\?\S*")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
 _ANSWERS = {
     "401": "log in, or check the credentials",
     "403": "check that the credentials allow it",
@@ -129,8 +144,8 @@ class Location:
                     "default_headers": headers,
                 }
                 return cls(shown, HTTPStore(shown, **options), "", headers=headers)
-            endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-            options["client_options"]["allow_http"] = endpoint.startswith("http://")
+            # Only an endpoint that the environment names can be without TLS.
+            options["client_options"]["allow_http"] = True
             bucket, _, path = shown.partition("://")[2].partition("/")
             if scheme == "s3":
                 options["checksum_algorithm"] = "sha256"  # of what is written
@@ -147,8 +162,9 @@ class Location:
         repo, revision, path = _repository(shown)
         if commit is None:
             with _errors(shown):
-                info = HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT)
-            commit = info.sha
+                commit = ask(
+                    lambda: HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT).sha
+                )
         client: Any = {**_CLIENT, "allow_http": constants.ENDPOINT.startswith("http://")}
         if token := get_token():
             client["default_headers"] = {"Authorization": f"Bearer {token}"}
@@ -163,18 +179,18 @@ class Location:
             RemoteNotFoundError: there is no such directory.
             RemoteError: the server refuses or does not answer.
         """
+        if self.commit is not None:
+            listed = self._list_hub
+        elif self.url.startswith("http"):
+            listed = partial(self._list_index, wanted)
+        else:
+            listed = self._list_bucket
         with _errors(self.url):
-            if self.commit is not None:
-                found = self._list_hub()
-            elif self.url.startswith("http"):
-                found = self._list_index(wanted)
-            else:
-                found = self._list_bucket()
-            return sorted(file for file in found if wanted(file.name))
+            return sorted(file for file in ask(listed) if wanted(file.name))
 
     def head(self, name: str) -> RemoteFile | None:
         """Look at one file of the directory; None where there is none."""
-        return run_all([lambda: self._head(name)])[0]
+        return ask(lambda: self._head(name))
 
     def _head(self, name: str) -> RemoteFile | None:
         import obstore
@@ -228,12 +244,24 @@ class Location:
 
         with _errors(f"{self.url}/{name}"):
             if self.commit is None:
-                obstore.put(self.store, self.prefix + name, data)
-                return
-            from huggingface_hub import HfApi
+                ask(lambda: obstore.put(self.store, self.prefix + name, data))
+            else:
+                ask(lambda: self._commit(name, data))
 
-            repo, revision, _ = _repository(self.url)
-            with _one_commit, _hidden_bars():
+    def _commit(self, name: str, data: Path | bytes) -> None:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+
+        repo, revision, _ = _repository(self.url)
+        with _one_commit:
+            # The dump has bars of its own.
+            are_hidden = are_progress_bars_disabled()
+            disable_progress_bars()
+            try:
                 HfApi().upload_file(
                     path_or_fileobj=data,
                     path_in_repo=self.prefix + name,
@@ -242,6 +270,9 @@ class Location:
                     revision=revision,
                     commit_message=f"Add {name}",
                 )
+            finally:
+                if not are_hidden:
+                    enable_progress_bars()
 
     @staticmethod
     def make_repository(url: str) -> None:
@@ -253,100 +284,126 @@ class Location:
         from huggingface_hub import HfApi
 
         shown = without_secrets(url)
+        repo = _repository(shown)[0]
         with _errors(shown):
-            HfApi().create_repo(
-                _repository(shown)[0], repo_type="dataset", private=True, exist_ok=True
-            )
+            ask(lambda: HfApi().create_repo(repo, repo_type="dataset", private=True, exist_ok=True))
 
-    def _list_bucket(self) -> Iterator[RemoteFile]:
+    def _list_bucket(self) -> Iterable[RemoteFile]:
         import obstore
 
         listing = obstore.list_with_delimiter(self.store, self.prefix.rstrip("/") or None)
-        for each in listing["objects"]:
-            yield _described(str(each["path"]).rpartition("/")[2], each)
+        return [
+            _described(str(each["path"]).rpartition("/")[2], each) for each in listing["objects"]
+        ]
 
-    def _list_hub(self) -> Iterator[RemoteFile]:
+    def _list_hub(self) -> Iterable[RemoteFile]:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
         repo, path = _repository(self.url)[0], self.prefix.rstrip("/") or None
-        api = HfApi()
-        for each in api.list_repo_tree(repo, path, revision=self.commit, repo_type="dataset"):
-            if isinstance(each, RepoFile):
-                yield RemoteFile(each.path.rpartition("/")[2], each.size)
+        return [
+            RemoteFile(each.path.rpartition("/")[2], each.size)
+            for each in HfApi().list_repo_tree(
+                repo, path, revision=self.commit, repo_type="dataset"
+            )
+            if isinstance(each, RepoFile)
+        ]
 
-    def _list_index(self, wanted: Callable[[str], bool]) -> Iterator[RemoteFile]:
+    def _list_index(self, wanted: Callable[[str], bool]) -> Iterable[RemoteFile]:
         """Read the names from the page that web servers make of a directory."""
         request = Request(f"{self.url}/")
         for name, value in self.headers.items():
             request.add_unredirected_header(name, value)  # No other server gets the password.
         with urlopen(request, timeout=_TIMEOUT) as answer:
             page = answer.read(_LARGEST_PAGE).decode(errors="replace")
-        links = _Links()
-        links.feed(page)
-        heads = [partial(self._head, name) for name in sorted(set(links.names)) if wanted(name)]
-        yield from (found for found in run_all(heads) if found is not None)
+        links = (urlsplit(html.unescape(link)).path for link in _LINK.findall(page))
+        names = {unquote(path).removeprefix("./") for path in links}
+        heads = [partial(self._head, each) for each in names if "/" not in each and wanted(each)]
+        return filter(None, run_all(heads))
 
 
 def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list[_T]:
     """Make requests, some of them at once, and return their results in order.
 
     Raises the error of the first that fails, or what interrupts the wait.
-
-    Threads wait for the answers. The client would wake a loop of asyncio from threads of its own,
-    and such a thread aborts a program that ends at the same moment.
     """
     if os.getpid() != _FIRST_PROCESS:
         raise RemoteError(
             "remote files cannot be read after a fork; give the DataLoader "
             "multiprocessing_context='spawn'"
         )
-    threads = ThreadPoolExecutor(min(at_once, _REQUESTS), thread_name_prefix="requests")
+    results: dict[int, _T] = {}
+    left, stopped = enumerate(works), Event()
+
+    def serve() -> None:
+        for number, work in left:
+            if stopped.is_set():
+                return
+            results[number] = work()
+
     with HeldInterrupts() as interrupts:
         try:
-            futures = [threads.submit(work) for work in works]
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+            threads = {in_background(serve) for _ in works[: min(at_once, _REQUESTS)]}
+            while threads:
+                done, threads = wait(threads, _POLL_SECONDS, FIRST_EXCEPTION)
                 for each in done:
                     each.result()
                 interrupts.check()
-            return [each.result() for each in futures]
         finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
+    return [results[number] for number in range(len(works))]
 
 
-@contextmanager
-def _hidden_bars() -> Iterator[None]:
-    """Keep the hub's client from drawing bars: the dump has its own."""
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+def ask(work: Callable[[], _T]) -> _T:
+    """Make one request, and repeat it while the server is overloaded.
 
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
+    obstore repeats its own requests, but waits for them without a look at Ctrl-C.
+    """
+    return run_all([partial(_repeated, work)])[0]
 
 
-class _Links(HTMLParser):
-    """Collects the names of files that a page links to, next to it."""
+def _repeated(work: Callable[[], _T]) -> _T:
+    ends = time.monotonic() + _RETRIES["retry_timeout"].total_seconds()
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            # Clients in Python show the status of the answer.
+            answer = getattr(error, "response", None)
+            status = getattr(error, "code", None) or getattr(answer, "status_code", None)
+            if status not in _OVERLOADED or time.monotonic() + pause > ends:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        target = dict(attrs).get("href") if tag == "a" else None
-        name = unquote(urlsplit(target or "").path).removeprefix("./")
-        if name and "/" not in name:
-            self.names.append(name)
+def in_background(work: Callable[[], _T]) -> Future[_T]:
+    """Start a thread that neither an interruption nor, for long, the end of the program waits for.
+
+    Threads wait for answers. The client would wake a loop of asyncio from threads of its own, and
+    such a thread aborts a program that ends at the same moment.
+    """
+    done: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = Thread(target=run, name=_THREAD, daemon=True)
+    _threads.add(thread)
+    thread.start()
+    return done
+
+
+@atexit.register
+def _end() -> None:
+    """Wait a little for requests under way: an answer that comes while Python ends aborts it."""
+    ends = time.monotonic() + _LONGEST_EXIT
+    for thread in list(_threads):
+        thread.join(max(0, ends - time.monotonic()))
 
 
 def _repository(url: str) -> tuple[str, str, str]:
@@ -380,7 +437,9 @@ def _errors(what: str) -> Iterator[None]:
     except (RemoteError, InvalidArgumentError):
         raise
     except FileNotFoundError as error:
-        raise RemoteNotFoundError(f"{what}: no such file or directory") from error
+        code = _CODE.search(str(error))
+        place = code[1] if code else "no such file or directory"
+        raise RemoteNotFoundError(f"{what}: {place}; check the address") from error
     except Exception as error:  # The clients raise errors of many libraries.
         is_missing = "NotFound" in type(error).__name__
         if is_missing or (isinstance(error, HTTPError) and error.code == 404):
@@ -390,17 +449,20 @@ def _errors(what: str) -> Iterator[None]:
         raise RemoteError(f"{what}: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Shorten the report of a client to its reason, and add what to do."""
+    if type(error) is RuntimeError and error.__cause__:  # The hub's client hides an upload's.
+        return _reason(error.__cause__)
     text = str(getattr(error, "server_message", None) or error).strip()
     if "Range request not supported" in text:
         return "the server has no ranges; download it whole, and give its path"
     if answer := re.search(
-        r"(?:status code|HTTP Error|Client error):? '?([0-9]{3})[: ]*([\w ]*)", text
+        r"(?:status code|HTTP Error|Client error|Server error):? '?([0-9]{3})[: ]*([\w ]*)", text
     ):
-        code = re.search(r"<Code>(\w+)</Code>", text)
-        advice = _ANSWERS.get(answer[1], "check the address")
-        return f"{answer[1]} {code[1] if code else answer[2].strip()}; {advice}"
+        code = _CODE.search(text)
+        reason = code[1] if code else answer[2].strip()
+        advice = _ANSWERS.get("401" if "Expired" in reason else answer[1], "check the address")
+        return f"{answer[1]} {reason}; {advice}"
     if "error sending request" in text or "urlopen error" in text:
         causes = re.findall(r'message: "([^"]+)"|\[Errno -?[0-9]+\] ([^>]+)', text)
         return f"no answer ({''.join(causes[-1]) if causes else 'timed out'}); try again later"

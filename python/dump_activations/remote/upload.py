@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING
 
 from dump_activations.errors import InvalidArgumentError, RemoteError, is_url, locate, note, option
@@ -65,7 +64,7 @@ def output_path(output: str | os.PathLike[str]) -> Path:
     shown = without_secrets(parent)
     directory = cache_directory("outputs", shown)
     uploads = _uploads.setdefault(directory, Uploads(parent, shown, directory))
-    uploads.refresh(Path(name).stem)
+    uploads.begin(Path(name).stem)
     return directory / name
 
 
@@ -82,10 +81,16 @@ class Uploads:
         self._shown = shown  # the URL without user and password
         self._directory = directory
         self._under_way: dict[Path, Future[None]] = {}
+        self._earlier: set[Path] = set()  # under way since a call that was interrupted
 
     def url_of(self, path: Path) -> str:
         """Return the URL of a file of the directory."""
         return f"{self._shown}/{path.name}"
+
+    def begin(self, stem: str) -> None:
+        """Begin a call: refresh, and upload again what fails of an earlier call."""
+        self._earlier = set(self._under_way)
+        self.refresh(stem)
 
     def refresh(self, stem: str) -> None:
         """Link the files that begin with a stem and are there by now; drop links of those gone.
@@ -111,20 +116,12 @@ class Uploads:
 
     def start(self, path: Path, whole: Path) -> None:
         """Upload a finished file of the dump `whole`, in the background, if it is not there yet."""
+        from dump_activations.remote.stores import in_background
+
         if path.is_symlink() or path in self._under_way:
             return
-        done: Future[None] = Future()
-        self._under_way[path] = done
-
-        def upload() -> None:
-            try:
-                self._upload(path, whole)
-                done.set_result(None)
-            except BaseException as error:
-                done.set_exception(error)
-
-        # A program that is interrupted does not wait for it.
-        Thread(target=upload, name="upload", daemon=True).start()
+        self._earlier.discard(path)
+        self._under_way[path] = in_background(lambda: self._upload(path, whole))
 
     def wait(self, check: Callable[[], object], most: int) -> None:
         """Wait until at most some uploads are under way.
@@ -138,7 +135,7 @@ class Uploads:
                 with suppress(TimeoutError):
                     error = done.exception(_POLL_SECONDS)
                     del self._under_way[path]
-                    if error is not None:
+                    if error is not None and path not in self._earlier:
                         raise error
 
     def _connect(self) -> Location:
