@@ -1,12 +1,14 @@
 """A cache of its own for each test, servers to write to, and a small run with its local shards."""
 
 import functools
+import json
 
 import pytest
 from huggingface_hub import constants
 
 from dump_activations import dump
 from dump_activations.remote import mirror, upload
+from reference.azure import Azure
 from reference.hub import Hub
 from reference.s3 import S3
 
@@ -32,6 +34,28 @@ def s3(monkeypatch):
     settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "here"}
     for name, value in {**settings, "ENDPOINT_URL": server.url}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def gcs(tmp_path, monkeypatch):
+    server, path = S3(), tmp_path / "account.json"
+    account = {"gcs_base_url": server.url, "disable_oauth": True}
+    path.write_text(
+        json.dumps({**account, "client_email": "", "private_key": "", "private_key_id": ""})
+    )
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(path))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def azure(monkeypatch):
+    server = Azure()
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{server.url}/account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
     yield server
     server.stop()
 

@@ -1,6 +1,7 @@
 """Dumps to buckets and to the hub: the bytes of local ones, whole or absent after any failure."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from dump_activations import ActivationsFile, OutputError
+from dump_activations import ActivationsFile, OutputError, StepsDataset
 from dump_activations.errors import (
     DumpActivationsError,
     DumpActivationsNote,
     InvalidArgumentError,
 )
 from dump_activations.remote import mirror, stores, upload
+from reference.hub import files_under
 
 pytest.importorskip("obstore")
 
@@ -49,6 +51,34 @@ def test_shards_are_those_of_a_local_dump_and_read_back(s3, run, outputs, expect
     for key in ("layer_outputs", "boards", "indices"):
         assert torch.equal(there.read(key), here.read(key))
     np.testing.assert_array_equal(there.labels["move_dir"], here.labels["move_dir"])
+
+
+@pytest.mark.parametrize(("scheme", "server"), [("gs", "gcs"), ("az", "azure")])
+@pytest.mark.parametrize("options", [{}, {"n_samples": 500, "shard_size": "1GB"}])
+def test_other_buckets_get_the_same_shards(
+    request, run, shards_of, tmp_path, *, scheme, server, options
+):
+    bucket, url = request.getfixturevalue(server), f"{scheme}://bucket/runs/a.safetensors"
+    expected = shards_of(**options)
+    run(url, **options)
+    assert found(bucket) == expected
+    parts = [each for each in bucket.requests if re.search("partNumber|block", each)]
+    assert len(parts) >= 2 if options else not parts
+    assert run(url, **options).shards_written == 0
+    for name, content in expected.items():
+        (tmp_path / name).write_bytes(content)
+    there, here = ActivationsFile(url), ActivationsFile(tmp_path / "a.safetensors")
+    assert torch.equal(there.read("layer_outputs"), here.read("layer_outputs"))
+
+
+@pytest.mark.parametrize(("scheme", "server"), [("gs", "gcs"), ("az", "azure")])
+def test_other_buckets_are_read(request, demo_dataset, scheme, server):
+    bucket = request.getfixturevalue(server)
+    bucket.objects |= files_under(demo_dataset, prefix="bucket/games/")
+    there, here = StepsDataset(f"{scheme}://bucket/games"), StepsDataset(demo_dataset)
+    np.testing.assert_array_equal(there.read_rows([5, 7000]), here.read_rows([5, 7000]))
+    with pytest.raises(DumpActivationsError, match=f"{scheme}://bucket/b.pt: no such file"):
+        ActivationsFile(f"{scheme}://bucket/b.pt")
 
 
 def test_at_most_two_shards_are_local(s3, run, outputs):

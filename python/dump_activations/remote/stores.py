@@ -169,7 +169,7 @@ class Location:
         if token := get_token():
             client["default_headers"] = {"Authorization": f"Bearer {token}"}
         base = f"{constants.ENDPOINT}/datasets/{repo}/resolve/{commit}"
-        store = HTTPStore(base, client_options=client, retry_config=_RETRIES)  # type: ignore[arg-type]
+        store = HTTPStore(base, client_options=client, retry_config=_RETRIES)
         return cls(shown, store, f"{path}/" if path else "", commit)
 
     def list(self, wanted: Callable[[str], bool]) -> list[RemoteFile]:
