@@ -71,8 +71,8 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def run(demo_checkpoint, demo_dataset):
-    def run(output="s3://bucket/runs/a.safetensors", **options):
-        return dump(demo_checkpoint, demo_dataset, output, **{**RUN, **options})
+    def run(output="s3://bucket/runs/a.safetensors", dataset=demo_dataset, **options):
+        return dump(demo_checkpoint, dataset, output, **{**RUN, **options})
 
     run.options = RUN
     return run

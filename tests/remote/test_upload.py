@@ -20,6 +20,7 @@ from dump_activations.errors import (
 )
 from dump_activations.remote import mirror, stores, upload
 from reference.hub import files_under
+from reference.web import Web
 
 pytest.importorskip("obstore")
 
@@ -225,8 +226,28 @@ def test_the_hub_gets_a_private_dataset_with_a_card(hub, run, expected, capfd):
     repo = hub.repos["org/name"]
     files = dict(repo.files)
     assert repo.visibility == "private"
-    assert f'ActivationsFile("{url}")' in files.pop("README.md").decode()
+    card = files.pop("README.md").decode()
+    assert f'ActivationsFile("{url}")' in card
+    metadata = ActivationsFile(url).metadata
+    for name in ("checkpoint", "dataset", "seed", "n_samples", "dump_activations_version"):
+        assert f"* {name}: `{metadata[name]}`\n" in card
+    assert "| `layer_outputs` | float32 | (4, 16, 64) |\n" in card
     assert {name: files[name] for name in expected} == expected
     assert len(ActivationsFile(url)) == 160
     assert run(url).shards_written == 0
     assert "%|" not in capfd.readouterr().err
+
+
+def test_a_card_that_is_there_stays_and_a_new_one_has_no_secrets(hub, run, demo_dataset):
+    web = Web(demo_dataset)
+    web.user = "me:secret"
+    url = web.url.replace("://", "://me:secret@")
+    hub.commit("org/other", {"README.md": b"mine"})
+    for repo in ("name", "other"):
+        run(f"hf://datasets/org/{repo}/a.npz", dataset=url, where="max_rank >= 3", n_samples=20)
+    web.stop()
+    assert hub.repos["org/other"].files["README.md"] == b"mine"
+    card = hub.repos["org/name"].files["README.md"].decode()
+    assert f"* dataset: `{web.url}`\n" in card
+    assert "* where: `max_rank >= 3`\n" in card
+    assert "secret" not in card

@@ -25,21 +25,6 @@ MOST_LOCAL = 2
 """Shards that take local space: one is written while another is uploaded."""
 
 _POLL_SECONDS = 0.2
-_CARD = """---
-tags:
-- dump-activations
----
-
-# Activations
-
-Activations of a 2048 transformer, written by dump-activations.
-
-```python
-from dump_activations import ActivationsFile
-
-acts = ActivationsFile("{url}")
-```
-"""
 
 
 def output_path(output: str | os.PathLike[str]) -> Path:
@@ -114,14 +99,17 @@ class Uploads:
             if path.is_symlink() or not path.exists():  # A file is still to be uploaded.
                 become_mirror(path, location, file)
 
-    def start(self, path: Path, whole: Path) -> None:
-        """Upload a finished file of the dump `whole`, in the background, if it is not there yet."""
+    def start(self, path: Path, card: str) -> None:
+        """Upload a finished file in the background, if it is not there yet.
+
+        The hub gets `card` as README.md too, unless it has one.
+        """
         from dump_activations.remote.stores import in_background
 
         if path.is_symlink() or path in self._under_way:
             return
         self._earlier.discard(path)
-        self._under_way[path] = in_background(lambda: self._upload(path, whole))
+        self._under_way[path] = in_background(lambda: self._upload(path, card))
 
     def wait(self, check: Callable[[], object], most: int) -> None:
         """Wait until at most some uploads are under way.
@@ -149,14 +137,14 @@ class Uploads:
             note(f"made a private dataset for {self._shown}")
             return Location.of(self._url)
 
-    def _upload(self, path: Path, whole: Path) -> None:
+    def _upload(self, path: Path, card: str) -> None:
         from dump_activations.remote.mirror import become_mirror
 
         location = self._connect()
         try:
             location.write(path.name, path)
             if location.commit is not None and location.head("README.md") is None:
-                location.write("README.md", _CARD.format(url=self.url_of(whole)).encode())
+                location.write("README.md", card.encode())
             location = self._connect()
             found = location.head(path.name)
             if found is None or found.size != path.stat().st_size:
