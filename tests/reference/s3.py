@@ -87,6 +87,7 @@ class Objects(BaseHTTPRequestHandler):
                 self.owner.parts[upload][int(self.query["partNumber"])] = self.body
             else:
                 self.owner.objects[self.name] = self.body
+                self.owner.types[self.name] = self.headers["Content-Type"]
             self._send(200, ETag=_etag(self.body))
 
     def _list(self) -> None:
@@ -121,6 +122,7 @@ class S3(Loopback):
 
     Attributes:
         objects: content by `bucket/key`.
+        types: content type by `bucket/key`.
         requests: what was asked for, `PUT bucket/key?partNumber&uploadId`.
         before_answer: called before each answer. It may return a status and a code to refuse with:
             (403, "AccessDenied").
@@ -130,6 +132,7 @@ class S3(Loopback):
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.types: dict[str, str] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[str] = []
         self.before_answer: Callable[[str], tuple[int, str] | None] = lambda request: None

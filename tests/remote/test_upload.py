@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dump_activations import ActivationsFile, OutputError, StepsDataset
+from dump_activations import ActivationsFile, OutputError, StepsDataset, write_report
+from dump_activations.commands.inspect import main
 from dump_activations.errors import (
     DumpActivationsError,
     DumpActivationsNote,
@@ -251,3 +252,36 @@ def test_a_card_that_is_there_stays_and_a_new_one_has_no_secrets(hub, run, demo_
     assert f"* dataset: `{web.url}`\n" in card
     assert "* where: `max_rank >= 3`\n" in card
     assert "secret" not in card
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az", "hf"])
+def test_a_report_is_written_next_to_a_dump(request, run, tmp_path, scheme):
+    server = request.getfixturevalue({"gs": "gcs", "az": "azure", "hf": "hub"}.get(scheme, scheme))
+    directory = "hf://datasets/org/name" if scheme == "hf" else f"{scheme}://bucket/runs"
+    run(f"{directory}/a.pt")
+    for _ in range(2):  # The second replaces the first.
+        assert main([f"{directory}/a.pt", "--report", f"{directory}/report.html"]) == 0
+    write_report(f"{directory}/a.pt", tmp_path / "report.html")
+    files = server.repos["org/name"].files if scheme == "hf" else found(server)
+    assert f"{directory}/a.pt".encode() in files["report.html"]
+    assert os.fspath(tmp_path).encode() not in files["report.html"]
+    assert files["report.html"] == (tmp_path / "report.html").read_bytes()
+    if scheme == "s3":
+        assert server.types["bucket/runs/report.html"] == "text/html"
+
+
+@pytest.mark.parametrize("content", [b"mine", b""])
+def test_a_file_in_a_bucket_that_is_not_a_report_stays(s3, run, content):
+    run()
+    s3.objects["bucket/runs/report.html"] = content
+    with pytest.raises(OutputError, match=r"s3://bucket/runs/report\.html exists and is not"):
+        write_report(URL, "s3://bucket/runs/report.html")
+    assert s3.objects["bucket/runs/report.html"] == content
+
+
+@pytest.mark.parametrize("url", ["https://host/report.html", "ftp://me:secret@host/report.html"])
+def test_a_report_needs_a_place_that_can_be_written(s3, run, url):
+    run()
+    with pytest.raises(InvalidArgumentError, match=r"host/report\.html: report must be") as error:
+        write_report(URL, url)
+    assert "secret" not in str(error.value)

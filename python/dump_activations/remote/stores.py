@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
+from mimetypes import guess_type
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
@@ -244,7 +245,9 @@ class Location:
 
         with _errors(f"{self.url}/{name}"):
             if self.commit is None:
-                ask(lambda: obstore.put(self.store, self.prefix + name, data))
+                attributes = {"Content-Type": guess_type(name)[0] or "application/octet-stream"}
+                path = self.prefix + name
+                ask(lambda: obstore.put(self.store, path, data, attributes=attributes))
             else:
                 ask(lambda: self._commit(name, data))
 

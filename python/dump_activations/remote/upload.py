@@ -39,18 +39,51 @@ def output_path(output: str | os.PathLike[str]) -> Path:
     from dump_activations.remote.mirror import cache_directory
     from dump_activations.remote.stores import without_secrets
 
-    url = os.fspath(output).rstrip("/")
-    parent, _, name = url.rpartition("/")
-    if not url.lower().startswith(_WRITABLE):
-        raise InvalidArgumentError(
-            f"{without_secrets(url)}: {option('output')} must be a path, or a URL that begins with "
-            f"{', '.join(_WRITABLE)}"
-        )
+    parent, name = _split(os.fspath(output), "output")
     shown = without_secrets(parent)
     directory = cache_directory("outputs", shown)
     uploads = _uploads.setdefault(directory, Uploads(parent, shown, directory))
     uploads.begin(Path(name).stem)
     return directory / name
+
+
+class RemoteOutput:
+    """A small file behind a URL, which is written at once."""
+
+    def __init__(self, url: str, name: str) -> None:
+        """Take the URL that option `name` gave.
+
+        Raises:
+            InvalidArgumentError: nothing can be written there.
+        """
+        self._parent, self._file = _split(url, name)
+
+    def __str__(self) -> str:
+        from dump_activations.remote.stores import without_secrets
+
+        return without_secrets(f"{self._parent}/{self._file}")
+
+    def head(self, nbytes: int) -> bytes | None:
+        """Return the first bytes of the file that is there now; None where there is none.
+
+        Raises:
+            RemoteError: the server refuses or does not answer.
+        """
+        from dump_activations.remote.stores import ask
+
+        location = _connect(self._parent)
+        found = location.head(self._file)
+        if not found or not found.size:
+            return None if found is None else b""
+        return bytes(ask(lambda: location.read(found, 0, min(found.size, nbytes))))
+
+    def write(self, data: bytes) -> None:
+        """Write the file, or replace it.
+
+        Raises:
+            RemoteError: the server refuses or does not answer.
+        """
+        _connect(self._parent).write(self._file, data)
 
 
 def uploads_of(directory: Path) -> Uploads | None:
@@ -86,7 +119,7 @@ class Uploads:
         from dump_activations.remote.mirror import become_mirror
         from dump_activations.remote.stores import RemoteNotFoundError
 
-        location = self._connect()
+        location = _connect(self._url)
         try:
             files = location.list(lambda name: name.startswith(stem))
         except RemoteNotFoundError:
@@ -126,26 +159,15 @@ class Uploads:
                     if error is not None and path not in self._earlier:
                         raise error
 
-    def _connect(self) -> Location:
-        from dump_activations.remote.stores import Location, RemoteNotFoundError
-
-        try:
-            return Location.of(self._url)
-        except RemoteNotFoundError:
-            # A bucket is found missing by its first request, a repository at once.
-            Location.make_repository(self._url)
-            note(f"made a private dataset for {self._shown}")
-            return Location.of(self._url)
-
     def _upload(self, path: Path, card: str) -> None:
         from dump_activations.remote.mirror import become_mirror
 
-        location = self._connect()
+        location = _connect(self._url)
         try:
             location.write(path.name, path)
             if location.commit is not None and location.head("README.md") is None:
                 location.write("README.md", card.encode())
-            location = self._connect()
+            location = _connect(self._url)
             found = location.head(path.name)
             if found is None or found.size != path.stat().st_size:
                 raise RemoteError(f"{self.url_of(path)} is not whole there")
@@ -155,3 +177,29 @@ class Uploads:
 
 
 _uploads: dict[Path, Uploads] = {}
+
+
+def _split(url: str, name: str) -> tuple[str, str]:
+    """Split the URL of a file to be written, which option `name` gave, into directory and name."""
+    from dump_activations.remote.stores import without_secrets
+
+    if not url.lower().startswith(_WRITABLE):
+        raise InvalidArgumentError(
+            f"{without_secrets(url)}: {option(name)} must be a path, or a URL that begins with "
+            f"{', '.join(_WRITABLE)}"
+        )
+    parent, _, file = url.rstrip("/").rpartition("/")
+    return parent, file
+
+
+def _connect(url: str) -> Location:
+    """Connect to a directory that is written to. A missing dataset on the hub is made."""
+    from dump_activations.remote.stores import Location, RemoteNotFoundError, without_secrets
+
+    try:
+        return Location.of(url)
+    except RemoteNotFoundError:
+        # A bucket is found missing by its first request, a repository at once.
+        Location.make_repository(url)
+        note(f"made a private dataset for {without_secrets(url)}")
+        return Location.of(url)
