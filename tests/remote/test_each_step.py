@@ -15,7 +15,7 @@ from huggingface_hub.utils import _http
 
 from dump_activations import ActivationsFile, StepsDataset
 from dump_activations.errors import DumpActivationsError
-from dump_activations.remote import stores
+from dump_activations.remote import requests
 from reference.hub import files_under
 from reference.web import Web
 
@@ -57,9 +57,9 @@ READS = {
 
 @pytest.fixture(autouse=True)
 def _short_limits(monkeypatch):
-    monkeypatch.setitem(stores._RETRIES, "max_retries", 2)
-    monkeypatch.setitem(stores._RETRIES, "retry_timeout", timedelta(seconds=1))
-    monkeypatch.setattr(stores, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setitem(requests.RETRIES, "max_retries", 2)
+    monkeypatch.setitem(requests.RETRIES, "retry_timeout", timedelta(seconds=1))
+    monkeypatch.setattr(requests, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
@@ -74,11 +74,11 @@ def at(server, pattern, fault, *, answered=0):
 class Interruption:
     """Sends Ctrl-C to the main thread during a request, which hangs until the context ends.
 
-    `answer` refuses the request then; by default it is answered.
+    It is answered then, or refused by `answer`. With `lasts` it hangs until `end` is called.
     """
 
-    def __init__(self, answer=None):
-        self._answer = answer
+    def __init__(self, answer=None, *, lasts=False):
+        self._answer, self._lasts = answer, lasts
         self._first, self._ends = threading.Lock(), threading.Event()
         self._hung = False
 
@@ -91,8 +91,12 @@ class Interruption:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def end(self):
         self._ends.set()
+
+    def __exit__(self, kind, *_):
+        if not self._lasts:
+            self.end()
         assert kind is KeyboardInterrupt
         assert not self._hung, "the interruption waited for the answer"
         return True
@@ -157,12 +161,22 @@ def test_a_refusal_is_one_line_with_its_reason(s3, run, shards_of, *, step, stat
     assert objects(s3) == shards_of(**options)
 
 
-def test_an_upload_that_fails_after_an_interruption_is_made_again(s3, run, expected):
-    with Interruption((403, "AccessDenied")) as interruption:
+@pytest.mark.parametrize("lasts", [False, True])
+def test_an_upload_that_fails_after_an_interruption_is_made_again(s3, run, expected, lasts):
+    with Interruption((403, "AccessDenied"), lasts=lasts) as interruption:
         at(s3, "PUT", interruption)
         run()
-    s3.before_answer = lambda request: None
+    at(s3, "PUT .*-00008-of-", interruption.end)
     run()
+    assert objects(s3) == expected
+
+
+def test_an_upload_that_ends_late_leaves_a_file_of_other_work_alone(s3, run, expected):
+    with Interruption(lasts=True) as interruption:
+        at(s3, "PUT", interruption)
+        run(seed=5)
+    at(s3, "PUT .*-00008-of-", interruption.end)
+    run(overwrite=True)
     assert objects(s3) == expected
 
 

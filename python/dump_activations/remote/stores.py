@@ -4,75 +4,43 @@ obstore makes the requests, and takes credentials from where its stores look for
 environment, profiles, instance metadata, `hf auth login`. None is kept, printed or recorded.
 """
 
-import atexit
 import html
-import logging
 import os
 import re
-import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from mimetypes import guess_type
 from pathlib import Path
-from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
-from urllib.error import HTTPError
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
-from weakref import WeakSet
 
-from dump_activations.errors import InvalidArgumentError, RemoteError
-from dump_activations.interrupts import HeldInterrupts
+from dump_activations.errors import InvalidArgumentError, RemoteError, note
+from dump_activations.remote.requests import (
+    RETRIES,
+    RemoteNotFoundError,
+    ask,
+    client_errors,
+    run_all,
+)
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
-
-_T = TypeVar("_T")
+    from obstore.store import ClientConfig, ObjectStore
 
 _SCHEMES = ("s3", "gs", "az", "http", "https", "hf")
 _HUB_FORM = "hf://datasets/ORG/NAME[@REVISION]/PATH"
 # A server that accepts and never answers is given up within a minute, with all retries.
 _CLIENT: "ClientConfig" = {"connect_timeout": "5s", "read_timeout": "12s", "timeout": "10m"}
-_RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
 _TIMEOUT = 30
 _BODIES = 3
-# Requests at once: 4,096 rows then take 3.2 s over a link of 100 MB/s and 20 ms.
-_REQUESTS = 32
-_POLL_SECONDS = 0.2
-_FIRST_PROCESS = os.getpid()
 # The hub refuses a commit that begins before another one is complete.
 _one_commit = Lock()
 _LARGEST_PAGE = 64 << 20
 _LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
-_OVERLOADED = (429, 500, 502, 503, 504)
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before a request is repeated
-_LONGEST_EXIT = 1.0  # seconds
-_THREAD = "requests"
-_threads: WeakSet[Thread] = WeakSet()
-# The hub's client logs each repetition with the URL, which may be signed.
-logging.getLogger("huggingface_hub.utils._http").addFilter(
-    lambda record: record.threadName != _THREAD
-)
-# Signed URLs carry their secret in the query, and clients quote the URL in errors.
-_QUERY = re.compile(r"\?\S*")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
-_ANSWERS = {
-    "401": "log in, or check the credentials",
-    "403": "check that the credentials allow it",
-    "429": "the server asks for a pause: try again later",
-    "500": "try again later",
-    "503": "the server is overloaded: try again later",
-}
-
-
-class RemoteNotFoundError(RemoteError):
-    """A file or directory behind a URL that does not exist."""
 
 
 class RemoteFile(NamedTuple):
@@ -112,8 +80,10 @@ class Location:
     headers: dict[str, str] = field(default_factory=dict, repr=False)  # for a web server
 
     @classmethod
-    def of(cls, url: str, commit: str | None = None) -> Self:
+    def of(cls, url: str, commit: str | None = None, *, make: bool = False) -> Self:
         """Connect to the store of a URL. No request is made, except for the commit on the hub.
+
+        `make` makes a private dataset on the hub where there is none. A bucket must be there.
 
         Raises:
             InvalidArgumentError: no store serves the scheme, or the URL is not of its form.
@@ -131,11 +101,11 @@ class Location:
         if find_spec("obstore") is None:
             raise RemoteError(f"{shown}: run `pip install 'dump-activations[remote]'` to read URLs")
         if scheme == "hf":
-            return cls._on_hub(shown, commit)
+            return cls._on_hub(shown, commit, make=make)
         from obstore.store import HTTPStore, from_url
 
-        options: Any = {"client_options": dict(_CLIENT), "retry_config": _RETRIES}
-        with _errors(shown):
+        options: Any = {"client_options": dict(_CLIENT), "retry_config": RETRIES}
+        with client_errors(shown):
             if scheme in ("http", "https"):
                 user = unquote(urlsplit(url).netloc.rpartition("@")[0])
                 basic = f"Basic {b64encode(user.encode()).decode()}"
@@ -156,21 +126,30 @@ class Location:
             return cls(shown, store, f"{path}/" if path else "")
 
     @classmethod
-    def _on_hub(cls, shown: str, commit: str | None) -> Self:
+    def _on_hub(cls, shown: str, commit: str | None, *, make: bool) -> Self:
         from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub.errors import RepositoryNotFoundError
         from obstore.store import HTTPStore
 
         repo, revision, path = _repository(shown)
         if commit is None:
-            with _errors(shown):
-                commit = ask(
-                    lambda: HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT).sha
-                )
+            look = partial(HfApi().dataset_info, repo, revision=revision, timeout=_TIMEOUT)
+            create = partial(HfApi().create_repo, repo, repo_type="dataset", private=True)
+            with client_errors(shown):
+                try:
+                    info = ask(look)
+                except RepositoryNotFoundError:
+                    if not make:
+                        raise
+                    ask(partial(create, exist_ok=True))
+                    note(f"made a private dataset for {shown}")
+                    info = ask(look)
+            commit = info.sha
         client: Any = {**_CLIENT, "allow_http": constants.ENDPOINT.startswith("http://")}
         if token := get_token():
             client["default_headers"] = {"Authorization": f"Bearer {token}"}
         base = f"{constants.ENDPOINT}/datasets/{repo}/resolve/{commit}"
-        store = HTTPStore(base, client_options=client, retry_config=_RETRIES)
+        store = HTTPStore(base, client_options=client, retry_config=RETRIES)
         return cls(shown, store, f"{path}/" if path else "", commit)
 
     def list(self, wanted: Callable[[str], bool]) -> list[RemoteFile]:
@@ -186,7 +165,7 @@ class Location:
             listed = partial(self._list_index, wanted)
         else:
             listed = self._list_bucket
-        with _errors(self.url):
+        with client_errors(self.url):
             return sorted(file for file in ask(listed) if wanted(file.name))
 
     def head(self, name: str) -> RemoteFile | None:
@@ -197,11 +176,18 @@ class Location:
         import obstore
 
         try:
-            with _errors(f"{self.url}/{name}"):
+            with client_errors(f"{self.url}/{name}"):
                 found = obstore.head(self.store, self.prefix + name)
         except RemoteNotFoundError:
             return None
         return RemoteFile(name, found["size"]) if self.commit else _described(name, found)
+
+    def first_bytes(self, name: str, nbytes: int) -> bytes | None:
+        """Read the first bytes of one file of the directory; None where there is none."""
+        if (found := self.head(name)) is None:
+            return None
+        stop = min(found.size, nbytes)
+        return bytes(ask(lambda: self.read(found, 0, stop))) if stop else b""
 
     def read(self, file: RemoteFile, start: int, stop: int) -> memoryview:
         """Read a range of a file's bytes.
@@ -211,7 +197,7 @@ class Location:
         """
         import obstore
 
-        with _errors(f"{self.url}/{file.name}"):
+        with client_errors(f"{self.url}/{file.name}"):
             for attempt in range(_BODIES):
                 try:
                     found = obstore.get(
@@ -243,7 +229,7 @@ class Location:
         """
         import obstore
 
-        with _errors(f"{self.url}/{name}"):
+        with client_errors(f"{self.url}/{name}"):
             if self.commit is None:
                 attributes = {"Content-Type": guess_type(name)[0] or "application/octet-stream"}
                 path = self.prefix + name
@@ -276,20 +262,6 @@ class Location:
             finally:
                 if not are_hidden:
                     enable_progress_bars()
-
-    @staticmethod
-    def make_repository(url: str) -> None:
-        """Make the private dataset on the hub that a URL names.
-
-        Raises:
-            RemoteError: the hub refuses, or does not answer.
-        """
-        from huggingface_hub import HfApi
-
-        shown = without_secrets(url)
-        repo = _repository(shown)[0]
-        with _errors(shown):
-            ask(lambda: HfApi().create_repo(repo, repo_type="dataset", private=True, exist_ok=True))
 
     def _list_bucket(self) -> Iterable[RemoteFile]:
         import obstore
@@ -325,90 +297,6 @@ class Location:
         return filter(None, run_all(heads))
 
 
-def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list[_T]:
-    """Make requests, some of them at once, and return their results in order.
-
-    Raises the error of the first that fails, or what interrupts the wait.
-    """
-    if os.getpid() != _FIRST_PROCESS:
-        raise RemoteError(
-            "remote files cannot be read after a fork; give the DataLoader "
-            "multiprocessing_context='spawn'"
-        )
-    results: dict[int, _T] = {}
-    left, stopped = enumerate(works), Event()
-
-    def serve() -> None:
-        for number, work in left:
-            if stopped.is_set():
-                return
-            results[number] = work()
-
-    with HeldInterrupts() as interrupts:
-        try:
-            threads = {in_background(serve) for _ in works[: min(at_once, _REQUESTS)]}
-            while threads:
-                done, threads = wait(threads, _POLL_SECONDS, FIRST_EXCEPTION)
-                for each in done:
-                    each.result()
-                interrupts.check()
-        finally:
-            stopped.set()
-    return [results[number] for number in range(len(works))]
-
-
-def ask(work: Callable[[], _T]) -> _T:
-    """Make one request, and repeat it while the server is overloaded.
-
-    obstore repeats its own requests, but waits for them without a look at Ctrl-C.
-    """
-    return run_all([partial(_repeated, work)])[0]
-
-
-def _repeated(work: Callable[[], _T]) -> _T:
-    ends = time.monotonic() + _RETRIES["retry_timeout"].total_seconds()
-    pause = _FIRST_PAUSE
-    while True:
-        try:
-            return work()
-        except Exception as error:
-            # Clients in Python show the status of the answer.
-            answer = getattr(error, "response", None)
-            status = getattr(error, "code", None) or getattr(answer, "status_code", None)
-            if status not in _OVERLOADED or time.monotonic() + pause > ends:
-                raise
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def in_background(work: Callable[[], _T]) -> Future[_T]:
-    """Start a thread that neither an interruption nor, for long, the end of the program waits for.
-
-    Threads wait for answers. The client would wake a loop of asyncio from threads of its own, and
-    such a thread aborts a program that ends at the same moment.
-    """
-    done: Future[_T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    thread = Thread(target=run, name=_THREAD, daemon=True)
-    _threads.add(thread)
-    thread.start()
-    return done
-
-
-@atexit.register
-def _end() -> None:
-    """Wait a little for requests under way: an answer that comes while Python ends aborts it."""
-    ends = time.monotonic() + _LONGEST_EXIT
-    for thread in list(_threads):
-        thread.join(max(0, ends - time.monotonic()))
-
-
 def _repository(url: str) -> tuple[str, str, str]:
     """Split the URL of a directory on the hub into repository, revision and path."""
     match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", url)
@@ -430,45 +318,3 @@ def _profile() -> Any:
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     return Boto3CredentialProvider()
-
-
-@contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """Turn what the clients raise into one line that names the file and what to do."""
-    try:
-        yield
-    except (RemoteError, InvalidArgumentError):
-        raise
-    except FileNotFoundError as error:
-        code = _CODE.search(str(error))
-        place = code[1] if code else "no such file or directory"
-        raise RemoteNotFoundError(f"{what}: {place}; check the address") from error
-    except Exception as error:  # The clients raise errors of many libraries.
-        is_missing = "NotFound" in type(error).__name__
-        if is_missing or (isinstance(error, HTTPError) and error.code == 404):
-            raise RemoteNotFoundError(
-                f"{what}: no such repository, revision or file; check the name, or log in"
-            ) from error
-        raise RemoteError(f"{what}: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """Shorten the report of a client to its reason, and add what to do."""
-    if type(error) is RuntimeError and error.__cause__:  # The hub's client hides an upload's.
-        return _reason(error.__cause__)
-    text = str(getattr(error, "server_message", None) or error).strip()
-    if "Range request not supported" in text:
-        return "the server has no ranges; download it whole, and give its path"
-    if answer := re.search(
-        r"(?:status code|HTTP Error|Client error|Server error):? '?([0-9]{3})[: ]*([\w ]*)", text
-    ):
-        code = _CODE.search(text)
-        reason = code[1] if code else answer[2].strip()
-        advice = _ANSWERS.get("401" if "Expired" in reason else answer[1], "check the address")
-        return f"{answer[1]} {reason}; {advice}"
-    if "error sending request" in text or "urlopen error" in text:
-        causes = re.findall(r'message: "([^"]+)"|\[Errno -?[0-9]+\] ([^>]+)', text)
-        return f"no answer ({''.join(causes[-1]) if causes else 'timed out'}); try again later"
-    if "body error" in text:
-        return "the server's answer was cut short; try again"
-    return _QUERY.sub("", text.partition("\n")[0])[:300] or type(error).__name__

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dump_activations.errors import InvalidArgumentError, RemoteError, is_url, locate, note, option
+from dump_activations.errors import InvalidArgumentError, RemoteError, is_url, locate, option
 
 if TYPE_CHECKING:
     # A local output needs neither the clients of stores nor NumPy.
@@ -47,43 +47,17 @@ def output_path(output: str | os.PathLike[str]) -> Path:
     return directory / name
 
 
-class RemoteOutput:
-    """A small file behind a URL, which is written at once."""
+def place_of(url: str, name: str) -> tuple[Location, str]:
+    """Connect to the directory of a file to be written, whose URL option `name` gave.
 
-    def __init__(self, url: str, name: str) -> None:
-        """Take the URL that option `name` gave.
+    Raises:
+        InvalidArgumentError: nothing can be written there.
+        RemoteError: the server refuses or does not answer.
+    """
+    from dump_activations.remote.stores import Location
 
-        Raises:
-            InvalidArgumentError: nothing can be written there.
-        """
-        self._parent, self._file = _split(url, name)
-
-    def __str__(self) -> str:
-        from dump_activations.remote.stores import without_secrets
-
-        return without_secrets(f"{self._parent}/{self._file}")
-
-    def head(self, nbytes: int) -> bytes | None:
-        """Return the first bytes of the file that is there now; None where there is none.
-
-        Raises:
-            RemoteError: the server refuses or does not answer.
-        """
-        from dump_activations.remote.stores import ask
-
-        location = _connect(self._parent)
-        found = location.head(self._file)
-        if not found or not found.size:
-            return None if found is None else b""
-        return bytes(ask(lambda: location.read(found, 0, min(found.size, nbytes))))
-
-    def write(self, data: bytes) -> None:
-        """Write the file, or replace it.
-
-        Raises:
-            RemoteError: the server refuses or does not answer.
-        """
-        _connect(self._parent).write(self._file, data)
+    parent, file = _split(url, name)
+    return Location.of(parent, make=True), file
 
 
 def uploads_of(directory: Path) -> Uploads | None:
@@ -106,7 +80,7 @@ class Uploads:
         return f"{self._shown}/{path.name}"
 
     def begin(self, stem: str) -> None:
-        """Begin a call: refresh, and upload again what fails of an earlier call."""
+        """Begin a call: refresh, and leave errors of uploads to the earlier call that made them."""
         self._earlier = set(self._under_way)
         self.refresh(stem)
 
@@ -117,9 +91,10 @@ class Uploads:
             RemoteError: the server refuses or does not answer, or the cache cannot be written.
         """
         from dump_activations.remote.mirror import become_mirror
-        from dump_activations.remote.stores import RemoteNotFoundError
+        from dump_activations.remote.requests import RemoteNotFoundError
+        from dump_activations.remote.stores import Location
 
-        location = _connect(self._url)
+        location = Location.of(self._url, make=True)
         try:
             files = location.list(lambda name: name.startswith(stem))
         except RemoteNotFoundError:
@@ -137,12 +112,20 @@ class Uploads:
 
         The hub gets `card` as README.md too, unless it has one.
         """
-        from dump_activations.remote.stores import in_background
+        from dump_activations.remote.requests import in_background
 
-        if path.is_symlink() or path in self._under_way:
+        before = self._under_way.get(path)
+        if path.is_symlink() or (before is not None and path not in self._earlier):
             return
         self._earlier.discard(path)
-        self._under_way[path] = in_background(lambda: self._upload(path, card))
+
+        def upload() -> None:
+            if before is not None:
+                before.exception()  # Wait for it.
+            if not path.is_symlink():
+                self._upload(path, card)
+
+        self._under_way[path] = in_background(upload)
 
     def wait(self, check: Callable[[], object], most: int) -> None:
         """Wait until at most some uploads are under way.
@@ -161,19 +144,22 @@ class Uploads:
 
     def _upload(self, path: Path, card: str) -> None:
         from dump_activations.remote.mirror import become_mirror
+        from dump_activations.remote.stores import Location
 
-        location = _connect(self._url)
+        sent = path.stat()
         try:
+            location = Location.of(self._url, make=True)
             location.write(path.name, path)
             if location.commit is not None and location.head("README.md") is None:
                 location.write("README.md", card.encode())
-            location = _connect(self._url)
+            location = Location.of(self._url)
             found = location.head(path.name)
-            if found is None or found.size != path.stat().st_size:
+            if found is None or found.size != sent.st_size:
                 raise RemoteError(f"{self.url_of(path)} is not whole there")
         except RemoteError as error:
             raise RemoteError(f"{error}; {path} is kept, and the same call uploads it") from error
-        become_mirror(path, location, found)
+        if path.stat().st_ino == sent.st_ino:  # Else a later call made another file of this name.
+            become_mirror(path, location, found)
 
 
 _uploads: dict[Path, Uploads] = {}
@@ -190,16 +176,3 @@ def _split(url: str, name: str) -> tuple[str, str]:
         )
     parent, _, file = url.rstrip("/").rpartition("/")
     return parent, file
-
-
-def _connect(url: str) -> Location:
-    """Connect to a directory that is written to. A missing dataset on the hub is made."""
-    from dump_activations.remote.stores import Location, RemoteNotFoundError, without_secrets
-
-    try:
-        return Location.of(url)
-    except RemoteNotFoundError:
-        # A bucket is found missing by its first request, a repository at once.
-        Location.make_repository(url)
-        note(f"made a private dataset for {without_secrets(url)}")
-        return Location.of(url)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from dump_activations.errors import OutputError, is_url, option, printable, size_text
 from dump_activations.progress import Count, Phase, counted, shown_progress
 from dump_activations.remote.mirror import url_of
-from dump_activations.remote.upload import RemoteOutput
+from dump_activations.remote.upload import place_of
 from dump_activations.report import charts, data, sections
 from dump_activations.storage.reading.activations_file import ActivationsFile
 
@@ -46,16 +46,16 @@ def write_report(
             pages of this package stay.
         RemoteError: a server refuses or does not answer.
     """
-    target = RemoteOutput(os.fspath(report), "report") if is_url(report) else Path(report)
-    _check_replaceable(target)
+    _check_replaceable(report)
     with shown_progress() if progress is True else nullcontext():
         also = progress if callable(progress) else None
         page = render(path, progress=counted(Phase("writing the report", "keys"), also))
-    if isinstance(target, RemoteOutput):
-        _check_replaceable(target)
-        target.write(page.encode())
+    if is_url(report):
+        _check_replaceable(report)
+        location, name = place_of(os.fspath(report), "report")
+        location.write(name, page.encode())
     else:
-        _write(target, page)
+        _write(Path(report), page)
 
 
 def _write(target: Path, page: str) -> None:
@@ -73,15 +73,19 @@ def _write(target: Path, page: str) -> None:
             raise
 
 
-def _check_replaceable(target: Path | RemoteOutput) -> None:
+def _check_replaceable(report: str | os.PathLike[str]) -> None:
     """Raise where the file to replace is not a page of this package."""
-    head = target.head(_HEAD_NBYTES) if isinstance(target, RemoteOutput) else _head(target)
+    if is_url(report):
+        location, name = place_of(os.fspath(report), "report")
+        shown, head = f"{location.url}/{name}", location.first_bytes(name, _HEAD_NBYTES)
+    else:
+        shown, head = os.fspath(report), _first_bytes(Path(report))
     is_page = head and head.startswith(_DOCTYPE.encode()) and f'"{_GENERATOR}"'.encode() in head
     if head is not None and not is_page:
-        raise OutputError(f"{target} exists and is not a report; choose another {option('report')}")
+        raise OutputError(f"{shown} exists and is not a report; choose another {option('report')}")
 
 
-def _head(target: Path) -> bytes | None:
+def _first_bytes(target: Path) -> bytes | None:
     """Return the first bytes of a file; none of what is no file, None where nothing is there."""
     with OutputError.when(f"cannot write {target}"):
         try:
