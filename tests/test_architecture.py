@@ -47,7 +47,8 @@ ARROWS = {
     "storage.digests": (*LEAVES, "_rust", "storage.formats"),
     "storage.formats": (*LEAVES, "_rust"),
     "report": (
-        *(*LEAVES, "dataset.game", "storage.digests", "storage.reading", "storage.statistics"),
+        *(*LEAVES, "dataset.game", "remote"),
+        *("storage.digests", "storage.reading", "storage.statistics"),
     ),
     "demo": ("api", "model", "pipeline"),
     **dict.fromkeys(LEAVES, LEAVES),

@@ -80,14 +80,20 @@ class HeldInterrupts:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if kind is None:
-            self.check()
+            self._pass_on()
 
     def check(self) -> None:
-        """Pass on the signal that was held back, if any.
+        """Pass on the signal that was held back, if any, here or in a context around this one.
 
         Raises:
             KeyboardInterrupt: the handlers of Python and of this package's commands raise it.
         """
+        self._pass_on()
+        for handler in self._handlers.values():
+            if isinstance(outer := getattr(handler, "__self__", None), HeldInterrupts):
+                outer.check()
+
+    def _pass_on(self) -> None:
         number, self._held = self._held, None
         if number is not None:
             self._handlers[number](number, None)

@@ -29,6 +29,7 @@ class Hub:
     """Repositories, and a record of which of their files were downloaded.
 
     Attributes:
+        before_answer: called before each answer. It may return a status and a code to refuse with.
         refusal: status, code and message that requests for files get; None answers them.
         refuses_all: True where all requests get the refusal.
         after_listing: called once a revision's files were listed.
@@ -40,6 +41,7 @@ class Hub:
         self.requests: list[str] = []
         self.downloads: list[str] = []
         self.large: dict[str, bytes] = {}
+        self.before_answer: Callable[[str], tuple[int, str] | None] = lambda request: None
         self.refusal: tuple[int, str, str] | None = None
         self.refuses_all = False
         self.after_listing: Callable[[], object] = lambda: None
@@ -103,7 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         url = urlsplit(self.path)
         parts = url.path.strip("/").split("/")
-        self.hub.requests.append(f"{self.command} {self.path}")
+        if self._refused():
+            return
         self.hub.answers.wait()
         if self.hub.refusal and (self.hub.refuses_all or "resolve" in parts):
             status, code, message = self.hub.refusal
@@ -137,8 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Take files as the hub does: large ones by their digests, before the commit."""
-        self.hub.requests.append(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self._refused():
+            return
         match self.path.partition("?")[0].strip("/").split("/"):
             case ["upload", oid]:
                 self.hub.large[oid] = body
@@ -171,6 +175,13 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(404, "NotFound")
 
     do_PUT = do_POST
+
+    def _refused(self) -> bool:
+        request = f"{self.command} {self.path}"
+        self.hub.requests.append(request)
+        if refusal := self.hub.before_answer(request):
+            self._send(refusal[0], b"", {})
+        return refusal is not None
 
     def _commit(self, repo_id: str, revision: str, body: bytes) -> None:
         if not (found := self._find(repo_id, revision)):

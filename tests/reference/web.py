@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
@@ -17,6 +18,7 @@ class Web(Loopback):
         requests: what was asked for, `GET /name 0-4095`.
         sent: bytes of files that were sent.
         fault: `no-ranges`, `short` (half of each answer), `hang`, or a status that refuses ranges.
+        before_answer: called before each answer. It may return a status and a code to refuse with.
         user: a user and password, `name:secret`, that requests must carry.
     """
 
@@ -25,6 +27,7 @@ class Web(Loopback):
         self.requests: list[str] = []
         self.sent = 0
         self.fault: str | int | None = None
+        self.before_answer: Callable[[str], tuple[int, str] | None] = lambda request: None
         self.user: str | None = None
         super().__init__(_Handler)
 
@@ -48,7 +51,9 @@ class _Handler(SimpleHTTPRequestHandler):
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         asked = f" {span[1]}-{span[2]}" if span else ""
         self.owner.requests.append(f"{self.command} {self.path}{asked}")
-        if self.owner.user and "Basic" not in self.headers.get("Authorization", ""):
+        if refusal := self.owner.before_answer(self.owner.requests[-1]):
+            self.send_error(refusal[0])
+        elif self.owner.user and "Basic" not in self.headers.get("Authorization", ""):
             self.send_error(401)
         elif span and isinstance(self.owner.fault, int):
             self.send_error(self.owner.fault)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from alarm import interrupted_soon
 from dump_activations import ActivationsFile, StepsDataset, dump, remote
 from dump_activations.errors import DumpActivationsError, StepIndexError
-from dump_activations.remote import mirror, stores
+from dump_activations.remote import mirror, requests, stores
 from reference.hub import Hub, files_under
 from reference.web import Web
 
@@ -36,12 +36,6 @@ DUMP = {
     "device": "cpu",
     "allow_cpu": True,
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(mirror.CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +203,7 @@ def test_inspection_reads_urls(web, shelf):
 )
 def test_a_server_that_refuses_is_one_line(web, monkeypatch, fault, reason):
     monkeypatch.setitem(stores._CLIENT, "read_timeout", "200ms")
-    monkeypatch.setitem(stores._RETRIES, "max_retries", 1)
+    monkeypatch.setitem(requests.RETRIES, "max_retries", 1)
     web.fault = fault
     with pytest.raises(DumpActivationsError, match=reason) as raised:
         StepsDataset(f"{web.url}/dataset")
@@ -490,7 +484,7 @@ def test_an_interruption_leaves_out_the_requests_that_have_not_begun():
 
     try:
         with interrupted_soon():
-            stores.run_all([partial(request, i) for i in range(9)], at_once=2)
+            requests.run_all([partial(request, i) for i in range(9)], at_once=2)
     finally:
         ends.set()
     assert begun == [0, 1]

@@ -1,6 +1,7 @@
 """Dumps to buckets and to the hub: the bytes of local ones, whole or absent after any failure."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,61 +11,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 
-from dump_activations import ActivationsFile, OutputError, dump
+from dump_activations import ActivationsFile, OutputError, StepsDataset, write_report
+from dump_activations.commands.inspect import main
 from dump_activations.errors import (
     DumpActivationsError,
     DumpActivationsNote,
     InvalidArgumentError,
 )
 from dump_activations.remote import mirror, stores, upload
-from reference.hub import Hub
-from reference.s3 import S3
+from reference.hub import files_under
+from reference.web import Web
 
 pytest.importorskip("obstore")
 
 URL = "s3://bucket/runs/a.safetensors"
-RUN = {
-    **{"outputs": "layer_outputs", "labels": "move_dir", "stats": True},
-    **{"n_samples": 160, "batch_size": 20, "device": "cpu", "allow_cpu": True},
-}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(mirror.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(upload, "_uploads", {})
-    monkeypatch.setattr(mirror, "_locations", {})
-    monkeypatch.setattr(upload, "_POLL_SECONDS", 0.01)
-    return tmp_path / "cache" / "outputs" / "s3" / "bucket" / "runs"
 
 
 @pytest.fixture
-def s3(monkeypatch):
-    server = S3()
-    settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "here"}
-    for name, value in {**settings, "ENDPOINT_URL": server.url}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def run(demo_checkpoint, demo_dataset):
-    def run(output=URL, **options):
-        options = {"shard_size": 300_000, **RUN, **options}
-        return dump(demo_checkpoint, demo_dataset, output, **options)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory, demo_checkpoint, demo_dataset):
-    """Return the bytes of the shards of a local dump, by name."""
-    path = tmp_path_factory.mktemp("local") / "a.safetensors"
-    dump(demo_checkpoint, demo_dataset, path, shard_size=300_000, **RUN)
-    return {each.name: each.read_bytes() for each in path.parent.iterdir()}
+def outputs(cache):
+    """Return the directory in the cache that stands for the bucket's."""
+    return cache / "outputs" / "s3" / "bucket" / "runs"
 
 
 def found(s3):
@@ -75,12 +42,12 @@ def local_files(directory):
     return [each for each in directory.iterdir() if not each.is_symlink()]
 
 
-def test_shards_are_those_of_a_local_dump_and_read_back(s3, run, cache, expected, tmp_path):
+def test_shards_are_those_of_a_local_dump_and_read_back(s3, run, outputs, expected, tmp_path):
     summary = run()
     assert found(s3) == expected
     assert len(expected) == summary.shards_written > 3
     assert str(summary.output) == URL
-    assert local_files(cache) == []
+    assert local_files(outputs) == []
     run(tmp_path / "whole.safetensors", shard_size=None)
     there, here = ActivationsFile(URL), ActivationsFile(tmp_path / "whole.safetensors")
     for key in ("layer_outputs", "boards", "indices"):
@@ -88,11 +55,46 @@ def test_shards_are_those_of_a_local_dump_and_read_back(s3, run, cache, expected
     np.testing.assert_array_equal(there.labels["move_dir"], here.labels["move_dir"])
 
 
-def test_at_most_two_shards_are_local(s3, run, cache):
+@pytest.mark.parametrize(("scheme", "server"), [("gs", "gcs"), ("az", "azure")])
+@pytest.mark.parametrize("options", [{}, {"n_samples": 500, "shard_size": "1GB"}])
+def test_other_buckets_get_the_same_shards(
+    request, run, shards_of, tmp_path, *, scheme, server, options
+):
+    bucket, url = request.getfixturevalue(server), f"{scheme}://bucket/runs/a.safetensors"
+    expected = shards_of(**options)
+    run(url, **options)
+    assert found(bucket) == expected
+    parts = [each for each in bucket.requests if re.search("partNumber|block", each)]
+    assert len(parts) >= 2 if options else not parts
+    assert run(url, **options).shards_written == 0
+    for name, content in expected.items():
+        (tmp_path / name).write_bytes(content)
+    there, here = ActivationsFile(url), ActivationsFile(tmp_path / "a.safetensors")
+    assert torch.equal(there.read("layer_outputs"), here.read("layer_outputs"))
+
+
+@pytest.mark.parametrize(("scheme", "server"), [("gs", "gcs"), ("az", "azure")])
+def test_other_buckets_are_read(request, demo_dataset, scheme, server):
+    bucket = request.getfixturevalue(server)
+    bucket.objects |= files_under(demo_dataset, prefix="bucket/games/")
+    there, here = StepsDataset(f"{scheme}://bucket/games"), StepsDataset(demo_dataset)
+    np.testing.assert_array_equal(there.read_rows([5, 7000]), here.read_rows([5, 7000]))
+    with pytest.raises(DumpActivationsError, match=f"{scheme}://bucket/b.pt: no such file"):
+        ActivationsFile(f"{scheme}://bucket/b.pt")
+
+
+def test_at_most_two_shards_are_local(s3, run, outputs):
     seen = []
-    s3.before_answer = lambda request: seen.append(
-        [each.name for each in local_files(cache) if ".journal" not in each.name]
-    )
+
+    def look(request):
+        """Let an upload last until the next shard is begun."""
+        while True:
+            seen.append([each.name for each in local_files(outputs) if "journal" not in each.name])
+            if not request.startswith("PUT") or "00008" in request or len(seen[-1]) > 1:
+                return
+            time.sleep(0.01)
+
+    s3.before_answer = look
     run()
     assert max(map(len, seen)) == upload.MOST_LOCAL, seen
 
@@ -146,16 +148,16 @@ def test_other_work_is_refused_and_replaced_when_asked(s3, run, expected):
     assert found(s3) == expected
 
 
-def test_a_listing_leaves_a_link_alone_that_is_being_made(s3, run, cache, monkeypatch):
+def test_a_listing_leaves_a_link_alone_that_is_being_made(s3, run, outputs, monkeypatch):
     run()
-    path = cache / "a-00002-of-00008.safetensors"
+    path = outputs / "a-00002-of-00008.safetensors"
     path.unlink()
     path.write_bytes(b"still to be uploaded")
     make = Path.symlink_to
 
     def made(link, target):
         make(link, target)
-        upload.uploads_of(cache).refresh("a")
+        upload.uploads_of(outputs).refresh("a")
 
     monkeypatch.setattr(Path, "symlink_to", made)
     location = stores.Location.of("s3://bucket/runs")
@@ -165,33 +167,33 @@ def test_a_listing_leaves_a_link_alone_that_is_being_made(s3, run, cache, monkey
 
 @pytest.mark.parametrize("refused", ["00003", "00008"])
 def test_a_refused_upload_keeps_its_shard_and_the_same_call_uploads_it(
-    s3, run, cache, expected, refused
+    s3, run, outputs, expected, refused
 ):
-    s3.before_answer = lambda request: setattr(
-        s3, "refusal", (403, "AccessDenied") if f"-{refused}-of" in request else None
+    s3.before_answer = lambda request: (
+        (403, "AccessDenied") if request.startswith("PUT") and f"-{refused}-of" in request else None
     )
     with pytest.raises(
         DumpActivationsError, match=rf"{refused}.*403 AccessDenied.*is kept"
     ) as error:
         run()
     assert f"a-{refused}-of-00008.safetensors" not in found(s3)
-    assert (cache / f"a-{refused}-of-00008.safetensors").is_file()
+    assert (outputs / f"a-{refused}-of-00008.safetensors").is_file()
     told = " ".join([str(error.value), *error.value.__notes__])
     assert "the same call" in told
     assert "complete" not in told
-    s3.before_answer, s3.refusal = lambda request: None, None
+    s3.before_answer = lambda request: None
     run()
     assert found(s3) == expected
 
 
 def test_a_kill_leaves_whole_shards_and_the_same_call_does_the_rest(
-    s3, expected, demo_checkpoint, demo_dataset, pytestconfig
+    s3, run, expected, *, demo_checkpoint, demo_dataset, pytestconfig
 ):
     rng = np.random.default_rng(4)
     program = f"""
 from dump_activations import dump
 print("begins", flush=True)
-dump({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, {URL!r}, shard_size=300_000, **{RUN!r})
+dump({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, {URL!r}, **{run.options!r})
 """
     for _ in range(2 * pytestconfig.getoption("faults")):
         s3.objects.clear()
@@ -218,15 +220,6 @@ def test_urls_that_cannot_be_written(s3, run, url, error):
         run(url)
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    yield server
-    server.stop()
-
-
 def test_the_hub_gets_a_private_dataset_with_a_card(hub, run, expected, capfd):
     url = "hf://datasets/org/name/a.safetensors"
     with pytest.warns(DumpActivationsNote, match="made a private dataset"):
@@ -234,8 +227,61 @@ def test_the_hub_gets_a_private_dataset_with_a_card(hub, run, expected, capfd):
     repo = hub.repos["org/name"]
     files = dict(repo.files)
     assert repo.visibility == "private"
-    assert f'ActivationsFile("{url}")' in files.pop("README.md").decode()
+    card = files.pop("README.md").decode()
+    assert f'ActivationsFile("{url}")' in card
+    metadata = ActivationsFile(url).metadata
+    for name in ("checkpoint", "dataset", "seed", "n_samples", "dump_activations_version"):
+        assert f"* {name}: `{metadata[name]}`\n" in card
+    assert "| `layer_outputs` | float32 | (4, 16, 64) |\n" in card
     assert {name: files[name] for name in expected} == expected
     assert len(ActivationsFile(url)) == 160
     assert run(url).shards_written == 0
     assert "%|" not in capfd.readouterr().err
+
+
+def test_a_card_that_is_there_stays_and_a_new_one_has_no_secrets(hub, run, demo_dataset):
+    web = Web(demo_dataset)
+    web.user = "me:secret"
+    url = web.url.replace("://", "://me:secret@")
+    hub.commit("org/other", {"README.md": b"mine"})
+    for repo in ("name", "other"):
+        run(f"hf://datasets/org/{repo}/a.npz", dataset=url, where="max_rank >= 3", n_samples=20)
+    web.stop()
+    assert hub.repos["org/other"].files["README.md"] == b"mine"
+    card = hub.repos["org/name"].files["README.md"].decode()
+    assert f"* dataset: `{web.url}`\n" in card
+    assert "* where: `max_rank >= 3`\n" in card
+    assert "secret" not in card
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az", "hf"])
+def test_a_report_is_written_next_to_a_dump(request, run, tmp_path, scheme):
+    server = request.getfixturevalue({"gs": "gcs", "az": "azure", "hf": "hub"}.get(scheme, scheme))
+    directory = "hf://datasets/org/name" if scheme == "hf" else f"{scheme}://bucket/runs"
+    run(f"{directory}/a.pt")
+    for _ in range(2):  # The second replaces the first.
+        assert main([f"{directory}/a.pt", "--report", f"{directory}/report.html"]) == 0
+    write_report(f"{directory}/a.pt", tmp_path / "report.html")
+    files = server.repos["org/name"].files if scheme == "hf" else found(server)
+    assert f"{directory}/a.pt".encode() in files["report.html"]
+    assert os.fspath(tmp_path).encode() not in files["report.html"]
+    assert files["report.html"] == (tmp_path / "report.html").read_bytes()
+    if scheme == "s3":
+        assert server.types["bucket/runs/report.html"] == "text/html"
+
+
+@pytest.mark.parametrize("content", [b"mine", b""])
+def test_a_file_in_a_bucket_that_is_not_a_report_stays(s3, run, content):
+    run()
+    s3.objects["bucket/runs/report.html"] = content
+    with pytest.raises(OutputError, match=r"s3://bucket/runs/report\.html exists and is not"):
+        write_report(URL, "s3://bucket/runs/report.html")
+    assert s3.objects["bucket/runs/report.html"] == content
+
+
+@pytest.mark.parametrize("url", ["https://host/report.html", "ftp://me:secret@host/report.html"])
+def test_a_report_needs_a_place_that_can_be_written(s3, run, url):
+    run()
+    with pytest.raises(InvalidArgumentError, match=r"host/report\.html: report must be") as error:
+        write_report(URL, url)
+    assert "secret" not in str(error.value)

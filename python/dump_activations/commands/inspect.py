@@ -41,7 +41,10 @@ _Tolerance = click.FloatRange(min=0)
 @click.option("--verify", is_flag=True, help="Read the whole file and compare its digests.")
 @click.option("--stats", is_flag=True, help="Show statistics; compute them where there are none.")
 @click.option(
-    "--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a page about the dump."
+    "--report",
+    type=click.Path(),
+    metavar="FILE",
+    help="Write a page about the dump, to a path or a URL.",
 )
 @click.option(
     "--rtol",
@@ -62,7 +65,7 @@ def inspect_activations(
     other: Path | None,
     verify: bool,
     stats: bool,
-    report: Path | None,
+    report: str | None,
     rtol: float,
     atol: float,
 ) -> None:
@@ -87,7 +90,7 @@ def inspect_activations(
 
         refuse_unfinished(file, "there is nothing to show yet")
         write_report(file, report, progress=True)
-        print_line("note", f"{report} shows {file}; open it in a browser")
+        print_line("note", f"{report} shows the dump; open it in a browser")
     elif other is None:
         show_dump(file, verify=verify, stats=stats)
     else:

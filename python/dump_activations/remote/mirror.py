@@ -120,7 +120,7 @@ def fetch(ranges: Mapping[Path, Ranges]) -> None:
         RemoteError: the server refuses or does not answer, a file changed, or the cache is full.
     """
     if requests := _missing(ranges):
-        from dump_activations.remote.stores import run_all
+        from dump_activations.remote.requests import run_all
 
         largest = max(stop - first for _, first, stop in requests) * BLOCK_NBYTES
         at_once = max(1, _NBYTES_UNDER_WAY // largest)

@@ -4,59 +4,43 @@ obstore makes the requests, and takes credentials from where its stores look for
 environment, profiles, instance metadata, `hf auth login`. None is kept, printed or recorded.
 """
 
+import html
 import os
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
-from html.parser import HTMLParser
 from importlib.util import find_spec
+from mimetypes import guess_type
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
-from urllib.error import HTTPError
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
-from dump_activations.errors import InvalidArgumentError, RemoteError
-from dump_activations.interrupts import HeldInterrupts
+from dump_activations.errors import InvalidArgumentError, RemoteError, note
+from dump_activations.remote.requests import (
+    RETRIES,
+    RemoteNotFoundError,
+    ask,
+    client_errors,
+    run_all,
+)
 
 if TYPE_CHECKING:
-    from obstore.store import ObjectStore
-
-_T = TypeVar("_T")
+    from obstore.store import ClientConfig, ObjectStore
 
 _SCHEMES = ("s3", "gs", "az", "http", "https", "hf")
 _HUB_FORM = "hf://datasets/ORG/NAME[@REVISION]/PATH"
 # A server that accepts and never answers is given up within a minute, with all retries.
-_CLIENT = {"connect_timeout": "5s", "read_timeout": "12s", "timeout": "10m"}
-_RETRIES = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
+_CLIENT: "ClientConfig" = {"connect_timeout": "5s", "read_timeout": "12s", "timeout": "10m"}
 _TIMEOUT = 30
 _BODIES = 3
-# Requests at once: 4,096 rows then take 3.2 s over a link of 100 MB/s and 20 ms.
-_REQUESTS = 32
-_POLL_SECONDS = 0.2
-_FIRST_PROCESS = os.getpid()
 # The hub refuses a commit that begins before another one is complete.
 _one_commit = Lock()
 _LARGEST_PAGE = 64 << 20
-# Signed URLs carry their secret in the query, and clients quote the URL in errors.
-_QUERY = re.compile(r"\?\S*")
-_ANSWERS = {
-    "401": "log in, or check the credentials",
-    "403": "check that the credentials allow it",
-    "429": "the server asks for a pause: try again later",
-    "500": "try again later",
-    "503": "the server is overloaded: try again later",
-}
-
-
-class RemoteNotFoundError(RemoteError):
-    """A file or directory behind a URL that does not exist."""
+_LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
 
 
 class RemoteFile(NamedTuple):
@@ -96,8 +80,10 @@ class Location:
     headers: dict[str, str] = field(default_factory=dict, repr=False)  # for a web server
 
     @classmethod
-    def of(cls, url: str, commit: str | None = None) -> Self:
+    def of(cls, url: str, commit: str | None = None, *, make: bool = False) -> Self:
         """Connect to the store of a URL. No request is made, except for the commit on the hub.
+
+        `make` makes a private dataset on the hub where there is none. A bucket must be there.
 
         Raises:
             InvalidArgumentError: no store serves the scheme, or the URL is not of its form.
@@ -115,11 +101,11 @@ class Location:
         if find_spec("obstore") is None:
             raise RemoteError(f"{shown}: run `pip install 'dump-activations[remote]'` to read URLs")
         if scheme == "hf":
-            return cls._on_hub(shown, commit)
+            return cls._on_hub(shown, commit, make=make)
         from obstore.store import HTTPStore, from_url
 
-        options: Any = {"client_options": dict(_CLIENT), "retry_config": _RETRIES}
-        with _errors(shown):
+        options: Any = {"client_options": dict(_CLIENT), "retry_config": RETRIES}
+        with client_errors(shown):
             if scheme in ("http", "https"):
                 user = unquote(urlsplit(url).netloc.rpartition("@")[0])
                 basic = f"Basic {b64encode(user.encode()).decode()}"
@@ -129,8 +115,8 @@ class Location:
                     "default_headers": headers,
                 }
                 return cls(shown, HTTPStore(shown, **options), "", headers=headers)
-            endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-            options["client_options"]["allow_http"] = endpoint.startswith("http://")
+            # Only an endpoint that the environment names can be without TLS.
+            options["client_options"]["allow_http"] = True
             bucket, _, path = shown.partition("://")[2].partition("/")
             if scheme == "s3":
                 options["checksum_algorithm"] = "sha256"  # of what is written
@@ -140,20 +126,30 @@ class Location:
             return cls(shown, store, f"{path}/" if path else "")
 
     @classmethod
-    def _on_hub(cls, shown: str, commit: str | None) -> Self:
+    def _on_hub(cls, shown: str, commit: str | None, *, make: bool) -> Self:
         from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub.errors import RepositoryNotFoundError
         from obstore.store import HTTPStore
 
         repo, revision, path = _repository(shown)
         if commit is None:
-            with _errors(shown):
-                info = HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT)
+            look = partial(HfApi().dataset_info, repo, revision=revision, timeout=_TIMEOUT)
+            create = partial(HfApi().create_repo, repo, repo_type="dataset", private=True)
+            with client_errors(shown):
+                try:
+                    info = ask(look)
+                except RepositoryNotFoundError:
+                    if not make:
+                        raise
+                    ask(partial(create, exist_ok=True))
+                    note(f"made a private dataset for {shown}")
+                    info = ask(look)
             commit = info.sha
         client: Any = {**_CLIENT, "allow_http": constants.ENDPOINT.startswith("http://")}
         if token := get_token():
             client["default_headers"] = {"Authorization": f"Bearer {token}"}
         base = f"{constants.ENDPOINT}/datasets/{repo}/resolve/{commit}"
-        store = HTTPStore(base, client_options=client, retry_config=_RETRIES)  # type: ignore[arg-type]
+        store = HTTPStore(base, client_options=client, retry_config=RETRIES)
         return cls(shown, store, f"{path}/" if path else "", commit)
 
     def list(self, wanted: Callable[[str], bool]) -> list[RemoteFile]:
@@ -163,28 +159,35 @@ class Location:
             RemoteNotFoundError: there is no such directory.
             RemoteError: the server refuses or does not answer.
         """
-        with _errors(self.url):
-            if self.commit is not None:
-                found = self._list_hub()
-            elif self.url.startswith("http"):
-                found = self._list_index(wanted)
-            else:
-                found = self._list_bucket()
-            return sorted(file for file in found if wanted(file.name))
+        if self.commit is not None:
+            listed = self._list_hub
+        elif self.url.startswith("http"):
+            listed = partial(self._list_index, wanted)
+        else:
+            listed = self._list_bucket
+        with client_errors(self.url):
+            return sorted(file for file in ask(listed) if wanted(file.name))
 
     def head(self, name: str) -> RemoteFile | None:
         """Look at one file of the directory; None where there is none."""
-        return run_all([lambda: self._head(name)])[0]
+        return ask(lambda: self._head(name))
 
     def _head(self, name: str) -> RemoteFile | None:
         import obstore
 
         try:
-            with _errors(f"{self.url}/{name}"):
+            with client_errors(f"{self.url}/{name}"):
                 found = obstore.head(self.store, self.prefix + name)
         except RemoteNotFoundError:
             return None
         return RemoteFile(name, found["size"]) if self.commit else _described(name, found)
+
+    def first_bytes(self, name: str, nbytes: int) -> bytes | None:
+        """Read the first bytes of one file of the directory; None where there is none."""
+        if (found := self.head(name)) is None:
+            return None
+        stop = min(found.size, nbytes)
+        return bytes(ask(lambda: self.read(found, 0, stop))) if stop else b""
 
     def read(self, file: RemoteFile, start: int, stop: int) -> memoryview:
         """Read a range of a file's bytes.
@@ -194,7 +197,7 @@ class Location:
         """
         import obstore
 
-        with _errors(f"{self.url}/{file.name}"):
+        with client_errors(f"{self.url}/{file.name}"):
             for attempt in range(_BODIES):
                 try:
                     found = obstore.get(
@@ -226,14 +229,28 @@ class Location:
         """
         import obstore
 
-        with _errors(f"{self.url}/{name}"):
+        with client_errors(f"{self.url}/{name}"):
             if self.commit is None:
-                obstore.put(self.store, self.prefix + name, data)
-                return
-            from huggingface_hub import HfApi
+                attributes = {"Content-Type": guess_type(name)[0] or "application/octet-stream"}
+                path = self.prefix + name
+                ask(lambda: obstore.put(self.store, path, data, attributes=attributes))
+            else:
+                ask(lambda: self._commit(name, data))
 
-            repo, revision, _ = _repository(self.url)
-            with _one_commit, _hidden_bars():
+    def _commit(self, name: str, data: Path | bytes) -> None:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+
+        repo, revision, _ = _repository(self.url)
+        with _one_commit:
+            # The dump has bars of its own.
+            are_hidden = are_progress_bars_disabled()
+            disable_progress_bars()
+            try:
                 HfApi().upload_file(
                     path_or_fileobj=data,
                     path_in_repo=self.prefix + name,
@@ -242,111 +259,42 @@ class Location:
                     revision=revision,
                     commit_message=f"Add {name}",
                 )
+            finally:
+                if not are_hidden:
+                    enable_progress_bars()
 
-    @staticmethod
-    def make_repository(url: str) -> None:
-        """Make the private dataset on the hub that a URL names.
-
-        Raises:
-            RemoteError: the hub refuses, or does not answer.
-        """
-        from huggingface_hub import HfApi
-
-        shown = without_secrets(url)
-        with _errors(shown):
-            HfApi().create_repo(
-                _repository(shown)[0], repo_type="dataset", private=True, exist_ok=True
-            )
-
-    def _list_bucket(self) -> Iterator[RemoteFile]:
+    def _list_bucket(self) -> Iterable[RemoteFile]:
         import obstore
 
         listing = obstore.list_with_delimiter(self.store, self.prefix.rstrip("/") or None)
-        for each in listing["objects"]:
-            yield _described(str(each["path"]).rpartition("/")[2], each)
+        return [
+            _described(str(each["path"]).rpartition("/")[2], each) for each in listing["objects"]
+        ]
 
-    def _list_hub(self) -> Iterator[RemoteFile]:
+    def _list_hub(self) -> Iterable[RemoteFile]:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
         repo, path = _repository(self.url)[0], self.prefix.rstrip("/") or None
-        api = HfApi()
-        for each in api.list_repo_tree(repo, path, revision=self.commit, repo_type="dataset"):
-            if isinstance(each, RepoFile):
-                yield RemoteFile(each.path.rpartition("/")[2], each.size)
+        return [
+            RemoteFile(each.path.rpartition("/")[2], each.size)
+            for each in HfApi().list_repo_tree(
+                repo, path, revision=self.commit, repo_type="dataset"
+            )
+            if isinstance(each, RepoFile)
+        ]
 
-    def _list_index(self, wanted: Callable[[str], bool]) -> Iterator[RemoteFile]:
+    def _list_index(self, wanted: Callable[[str], bool]) -> Iterable[RemoteFile]:
         """Read the names from the page that web servers make of a directory."""
         request = Request(f"{self.url}/")
         for name, value in self.headers.items():
             request.add_unredirected_header(name, value)  # No other server gets the password.
         with urlopen(request, timeout=_TIMEOUT) as answer:
             page = answer.read(_LARGEST_PAGE).decode(errors="replace")
-        links = _Links()
-        links.feed(page)
-        heads = [partial(self._head, name) for name in sorted(set(links.names)) if wanted(name)]
-        yield from (found for found in run_all(heads) if found is not None)
-
-
-def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list[_T]:
-    """Make requests, some of them at once, and return their results in order.
-
-    Raises the error of the first that fails, or what interrupts the wait.
-
-    Threads wait for the answers. The client would wake a loop of asyncio from threads of its own,
-    and such a thread aborts a program that ends at the same moment.
-    """
-    if os.getpid() != _FIRST_PROCESS:
-        raise RemoteError(
-            "remote files cannot be read after a fork; give the DataLoader "
-            "multiprocessing_context='spawn'"
-        )
-    threads = ThreadPoolExecutor(min(at_once, _REQUESTS), thread_name_prefix="requests")
-    with HeldInterrupts() as interrupts:
-        try:
-            futures = [threads.submit(work) for work in works]
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
-                for each in done:
-                    each.result()
-                interrupts.check()
-            return [each.result() for each in futures]
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
-
-
-@contextmanager
-def _hidden_bars() -> Iterator[None]:
-    """Keep the hub's client from drawing bars: the dump has its own."""
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-class _Links(HTMLParser):
-    """Collects the names of files that a page links to, next to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        target = dict(attrs).get("href") if tag == "a" else None
-        name = unquote(urlsplit(target or "").path).removeprefix("./")
-        if name and "/" not in name:
-            self.names.append(name)
+        links = (urlsplit(html.unescape(link)).path for link in _LINK.findall(page))
+        names = {unquote(path).removeprefix("./") for path in links}
+        heads = [partial(self._head, each) for each in names if "/" not in each and wanted(each)]
+        return filter(None, run_all(heads))
 
 
 def _repository(url: str) -> tuple[str, str, str]:
@@ -370,40 +318,3 @@ def _profile() -> Any:
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     return Boto3CredentialProvider()
-
-
-@contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """Turn what the clients raise into one line that names the file and what to do."""
-    try:
-        yield
-    except (RemoteError, InvalidArgumentError):
-        raise
-    except FileNotFoundError as error:
-        raise RemoteNotFoundError(f"{what}: no such file or directory") from error
-    except Exception as error:  # The clients raise errors of many libraries.
-        is_missing = "NotFound" in type(error).__name__
-        if is_missing or (isinstance(error, HTTPError) and error.code == 404):
-            raise RemoteNotFoundError(
-                f"{what}: no such repository, revision or file; check the name, or log in"
-            ) from error
-        raise RemoteError(f"{what}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Shorten the report of a client to its reason, and add what to do."""
-    text = str(getattr(error, "server_message", None) or error).strip()
-    if "Range request not supported" in text:
-        return "the server has no ranges; download it whole, and give its path"
-    if answer := re.search(
-        r"(?:status code|HTTP Error|Client error):? '?([0-9]{3})[: ]*([\w ]*)", text
-    ):
-        code = re.search(r"<Code>(\w+)</Code>", text)
-        advice = _ANSWERS.get(answer[1], "check the address")
-        return f"{answer[1]} {code[1] if code else answer[2].strip()}; {advice}"
-    if "error sending request" in text or "urlopen error" in text:
-        causes = re.findall(r'message: "([^"]+)"|\[Errno -?[0-9]+\] ([^>]+)', text)
-        return f"no answer ({''.join(causes[-1]) if causes else 'timed out'}); try again later"
-    if "body error" in text:
-        return "the server's answer was cut short; try again"
-    return _QUERY.sub("", text.partition("\n")[0])[:300] or type(error).__name__

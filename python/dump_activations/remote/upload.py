@@ -12,10 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING
 
-from dump_activations.errors import InvalidArgumentError, RemoteError, is_url, locate, note, option
+from dump_activations.errors import InvalidArgumentError, RemoteError, is_url, locate, option
 
 if TYPE_CHECKING:
     # A local output needs neither the clients of stores nor NumPy.
@@ -26,21 +25,6 @@ MOST_LOCAL = 2
 """Shards that take local space: one is written while another is uploaded."""
 
 _POLL_SECONDS = 0.2
-_CARD = """---
-tags:
-- dump-activations
----
-
-# Activations
-
-Activations of a 2048 transformer, written by dump-activations.
-
-```python
-from dump_activations import ActivationsFile
-
-acts = ActivationsFile("{url}")
-```
-"""
 
 
 def output_path(output: str | os.PathLike[str]) -> Path:
@@ -55,18 +39,25 @@ def output_path(output: str | os.PathLike[str]) -> Path:
     from dump_activations.remote.mirror import cache_directory
     from dump_activations.remote.stores import without_secrets
 
-    url = os.fspath(output).rstrip("/")
-    parent, _, name = url.rpartition("/")
-    if not url.lower().startswith(_WRITABLE):
-        raise InvalidArgumentError(
-            f"{without_secrets(url)}: {option('output')} must be a path, or a URL that begins with "
-            f"{', '.join(_WRITABLE)}"
-        )
+    parent, name = _split(os.fspath(output), "output")
     shown = without_secrets(parent)
     directory = cache_directory("outputs", shown)
     uploads = _uploads.setdefault(directory, Uploads(parent, shown, directory))
-    uploads.refresh(Path(name).stem)
+    uploads.begin(Path(name).stem)
     return directory / name
+
+
+def place_of(url: str, name: str) -> tuple[Location, str]:
+    """Connect to the directory of a file to be written, whose URL option `name` gave.
+
+    Raises:
+        InvalidArgumentError: nothing can be written there.
+        RemoteError: the server refuses or does not answer.
+    """
+    from dump_activations.remote.stores import Location
+
+    parent, file = _split(url, name)
+    return Location.of(parent, make=True), file
 
 
 def uploads_of(directory: Path) -> Uploads | None:
@@ -82,10 +73,16 @@ class Uploads:
         self._shown = shown  # the URL without user and password
         self._directory = directory
         self._under_way: dict[Path, Future[None]] = {}
+        self._earlier: set[Path] = set()  # under way since a call that was interrupted
 
     def url_of(self, path: Path) -> str:
         """Return the URL of a file of the directory."""
         return f"{self._shown}/{path.name}"
+
+    def begin(self, stem: str) -> None:
+        """Begin a call: refresh, and leave errors of uploads to the earlier call that made them."""
+        self._earlier = set(self._under_way)
+        self.refresh(stem)
 
     def refresh(self, stem: str) -> None:
         """Link the files that begin with a stem and are there by now; drop links of those gone.
@@ -94,9 +91,10 @@ class Uploads:
             RemoteError: the server refuses or does not answer, or the cache cannot be written.
         """
         from dump_activations.remote.mirror import become_mirror
-        from dump_activations.remote.stores import RemoteNotFoundError
+        from dump_activations.remote.requests import RemoteNotFoundError
+        from dump_activations.remote.stores import Location
 
-        location = self._connect()
+        location = Location.of(self._url, make=True)
         try:
             files = location.list(lambda name: name.startswith(stem))
         except RemoteNotFoundError:
@@ -109,22 +107,25 @@ class Uploads:
             if path.is_symlink() or not path.exists():  # A file is still to be uploaded.
                 become_mirror(path, location, file)
 
-    def start(self, path: Path, whole: Path) -> None:
-        """Upload a finished file of the dump `whole`, in the background, if it is not there yet."""
-        if path.is_symlink() or path in self._under_way:
+    def start(self, path: Path, card: str) -> None:
+        """Upload a finished file in the background, if it is not there yet.
+
+        The hub gets `card` as README.md too, unless it has one.
+        """
+        from dump_activations.remote.requests import in_background
+
+        before = self._under_way.get(path)
+        if path.is_symlink() or (before is not None and path not in self._earlier):
             return
-        done: Future[None] = Future()
-        self._under_way[path] = done
+        self._earlier.discard(path)
 
         def upload() -> None:
-            try:
-                self._upload(path, whole)
-                done.set_result(None)
-            except BaseException as error:
-                done.set_exception(error)
+            if before is not None:
+                before.exception()  # Wait for it.
+            if not path.is_symlink():
+                self._upload(path, card)
 
-        # A program that is interrupted does not wait for it.
-        Thread(target=upload, name="upload", daemon=True).start()
+        self._under_way[path] = in_background(upload)
 
     def wait(self, check: Callable[[], object], most: int) -> None:
         """Wait until at most some uploads are under way.
@@ -138,35 +139,40 @@ class Uploads:
                 with suppress(TimeoutError):
                     error = done.exception(_POLL_SECONDS)
                     del self._under_way[path]
-                    if error is not None:
+                    if error is not None and path not in self._earlier:
                         raise error
 
-    def _connect(self) -> Location:
-        from dump_activations.remote.stores import Location, RemoteNotFoundError
-
-        try:
-            return Location.of(self._url)
-        except RemoteNotFoundError:
-            # A bucket is found missing by its first request, a repository at once.
-            Location.make_repository(self._url)
-            note(f"made a private dataset for {self._shown}")
-            return Location.of(self._url)
-
-    def _upload(self, path: Path, whole: Path) -> None:
+    def _upload(self, path: Path, card: str) -> None:
         from dump_activations.remote.mirror import become_mirror
+        from dump_activations.remote.stores import Location
 
-        location = self._connect()
+        sent = path.stat()
         try:
+            location = Location.of(self._url, make=True)
             location.write(path.name, path)
             if location.commit is not None and location.head("README.md") is None:
-                location.write("README.md", _CARD.format(url=self.url_of(whole)).encode())
-            location = self._connect()
+                location.write("README.md", card.encode())
+            location = Location.of(self._url)
             found = location.head(path.name)
-            if found is None or found.size != path.stat().st_size:
+            if found is None or found.size != sent.st_size:
                 raise RemoteError(f"{self.url_of(path)} is not whole there")
         except RemoteError as error:
             raise RemoteError(f"{error}; {path} is kept, and the same call uploads it") from error
-        become_mirror(path, location, found)
+        if path.stat().st_ino == sent.st_ino:  # Else a later call made another file of this name.
+            become_mirror(path, location, found)
 
 
 _uploads: dict[Path, Uploads] = {}
+
+
+def _split(url: str, name: str) -> tuple[str, str]:
+    """Split the URL of a file to be written, which option `name` gave, into directory and name."""
+    from dump_activations.remote.stores import without_secrets
+
+    if not url.lower().startswith(_WRITABLE):
+        raise InvalidArgumentError(
+            f"{without_secrets(url)}: {option(name)} must be a path, or a URL that begins with "
+            f"{', '.join(_WRITABLE)}"
+        )
+    parent, _, file = url.rstrip("/").rpartition("/")
+    return parent, file

@@ -12,8 +12,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dump_activations.errors import OutputError, option, printable, size_text
+from dump_activations.errors import OutputError, is_url, option, printable, size_text
 from dump_activations.progress import Count, Phase, counted, shown_progress
+from dump_activations.remote.mirror import url_of
+from dump_activations.remote.upload import place_of
 from dump_activations.report import charts, data, sections
 from dump_activations.storage.reading.activations_file import ActivationsFile
 
@@ -33,8 +35,8 @@ def write_report(
     """Write a page that shows a dump. An earlier page is replaced.
 
     Args:
-        path: the dump.
-        report: the page.
+        path: the dump, or its URL.
+        report: the page, or its URL in a bucket or on the hub.
         progress: called with activation keys done and activation keys in all. True shows progress
             as `dump` does.
 
@@ -42,12 +44,22 @@ def write_report(
         InvalidArgumentError: the suffix of `path` names no format.
         OutputError: the dump cannot be read, or the page cannot be written. Files that are not
             pages of this package stay.
+        RemoteError: a server refuses or does not answer.
     """
-    target = Path(report)
-    _check_replaceable(target)
+    _check_replaceable(report)
     with shown_progress() if progress is True else nullcontext():
         also = progress if callable(progress) else None
-        page = render(Path(path), progress=counted(Phase("writing the report", "keys"), also))
+        page = render(path, progress=counted(Phase("writing the report", "keys"), also))
+    if is_url(report):
+        _check_replaceable(report)
+        location, name = place_of(os.fspath(report), "report")
+        location.write(name, page.encode())
+    else:
+        _write(Path(report), page)
+
+
+def _write(target: Path, page: str) -> None:
+    """Write a page next to its place, then rename it."""
     temporary = target.with_name(f".report-{secrets.token_hex(8)}")
     with OutputError.when(f"cannot write {target}"):
         try:
@@ -61,35 +73,49 @@ def write_report(
             raise
 
 
-def _check_replaceable(target: Path) -> None:
+def _check_replaceable(report: str | os.PathLike[str]) -> None:
     """Raise where the file to replace is not a page of this package."""
+    if is_url(report):
+        location, name = place_of(os.fspath(report), "report")
+        shown, head = f"{location.url}/{name}", location.first_bytes(name, _HEAD_NBYTES)
+    else:
+        shown, head = os.fspath(report), _first_bytes(Path(report))
+    is_page = head and head.startswith(_DOCTYPE.encode()) and f'"{_GENERATOR}"'.encode() in head
+    if head is not None and not is_page:
+        raise OutputError(f"{shown} exists and is not a report; choose another {option('report')}")
+
+
+def _first_bytes(target: Path) -> bytes | None:
+    """Return the first bytes of a file; none of what is no file, None where nothing is there."""
     with OutputError.when(f"cannot write {target}"):
         try:
             found = target.lstat()
         except FileNotFoundError:
-            return
-        if stat.S_ISREG(found.st_mode):
-            with target.open("rb") as file:
-                head = file.read(_HEAD_NBYTES)
-            if head.startswith(_DOCTYPE.encode()) and f'"{_GENERATOR}"'.encode() in head:
-                return
-    raise OutputError(f"{target} exists and is not a report; choose another {option('report')}")
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            return b""
+        with target.open("rb") as file:
+            return file.read(_HEAD_NBYTES)
 
 
-def render(path: Path, *, progress: Count | None = None) -> str:
+def render(path: str | os.PathLike[str], *, progress: Count | None = None) -> str:
     """Return the page that shows a dump, as HTML."""
     source = data.Source(ActivationsFile(path))
-    checkpoint = source.file.metadata.get("checkpoint", path.name)
+    checkpoint = source.file.metadata.get("checkpoint", Path(path).name)
     # The last two names of a path, or of an address of the hub.
     name = "/".join(Path(checkpoint).parts[-2:])
+    files = source.file.files
+    url = url_of(files.files[0].path)
+    place = f"{url.rpartition('/')[0]}/{files.path.name}" if url else str(files.path.resolve())
     with np.errstate(all="ignore"):  # The page shows NaN and infinite values as such.
         template = _environment().get_template("page.html.j2")
         return template.render(
             name=name,
             all_boards=len(source.file),
             source=source,
-            file=source.file.files,
-            facts=sections.facts(source.file.files),
+            file=files,
+            place=place,
+            facts=sections.facts(files),
             boards=sections.boards(source),
             examples=sections.examples(source),
             moves=sections.moves(source),

@@ -16,6 +16,7 @@ from dump_activations.errors import OutputError, note, option, size_text
 from dump_activations.progress import begin
 from dump_activations.remote.upload import MOST_LOCAL, uploads_of
 from dump_activations.storage.shards import list_names, list_shards
+from dump_activations.storage.writing.card import card
 from dump_activations.storage.writing.existing import (
     Existing,
     check_partial,
@@ -164,8 +165,7 @@ class Output:
         self.open_files.remove(file)
         if self._is_finished(file.work):
             self._own_boards += file.work.rows
-            if self._uploads is not None:
-                self._uploads.start(file.work.target, file.work.work.whole)
+            self._upload(file.work)
 
     def suspend(self, *, discard: bool = False) -> int:
         """Leave the open files for a later run, or discard them; return the boards that are kept.
@@ -195,8 +195,12 @@ class Output:
         if self._uploads is not None:
             begin("uploading the output")
             for file in self.files:
-                self._uploads.start(file.target, file.work.whole)
+                self._upload(file)
             self._uploads.wait(self._check, 0)
+
+    def _upload(self, file: FileWork) -> None:
+        if self._uploads is not None:
+            self._uploads.start(file.target, card(file.work, self._uploads.url_of(file.work.whole)))
 
     @cached_property
     def _mount(self) -> Mount:
