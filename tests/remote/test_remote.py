@@ -119,7 +119,7 @@ def test_near_blocks_come_in_one_request_and_far_ones_apart(web):
     path, block = next(iter(sorted(view.glob("steps-*.npy")))), mirror.BLOCK_NBYTES
     web.requests.clear()
     starts = np.array([2, 5, 10, 25]) * block
-    mirror.fetch({path: (starts, starts + 1)})
+    mirror.fetch(mirror.requests_for({path: (starts, starts + 1)}))
     asked = {each.split()[-1] for each in web.ranges}
     assert asked == {f"{2 * block}-{11 * block - 1}", f"{25 * block}-{26 * block - 1}"}
 

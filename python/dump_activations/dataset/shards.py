@@ -24,7 +24,7 @@ from dump_activations.errors import (
     warn,
 )
 from dump_activations.remote import header_nbytes, local_dataset
-from dump_activations.remote.mirror import fetch, is_mirror, missing_nbytes
+from dump_activations.remote.mirror import fetch, is_mirror, requests_for
 
 # Marks of copies, in lower case: `steps-0 (1).npy`, `steps-0 copy 2.npy`, `steps-0 - Copy.npy`,
 # `steps-0 (conflicted copy ...).npy` and `steps-0.sync-conflict-....npy`.
@@ -180,12 +180,11 @@ def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None
     shards = np.searchsorted(places.firsts, steps, "right") - 1
     begins = places.starts[shards] + (steps - places.firsts[shards]) * places.nbytes[shards]
     touched, cuts = np.unique(shards, return_index=True)
-    fetch(
-        {
-            places.paths[shard]: (of_shard, of_shard + places.nbytes[shard])
-            for shard, of_shard in zip(touched, np.split(begins, cuts[1:]), strict=True)
-        }
-    )
+    spans = {
+        places.paths[shard]: (of_shard, of_shard + places.nbytes[shard])
+        for shard, of_shard in zip(touched, np.split(begins, cuts[1:]), strict=True)
+    }
+    fetch(requests_for(spans))
 
 
 def note_transfer(dataset: _rust.Dataset, rows: range) -> None:
@@ -197,7 +196,8 @@ def note_transfer(dataset: _rust.Dataset, rows: range) -> None:
     cuts = (np.clip(step, places.firsts, stops) - places.firsts for step in (rows.start, rows.stop))
     begins, ends = (places.starts + cut * places.nbytes for cut in cuts)
     spans = zip(np.split(begins, len(begins)), np.split(ends, len(ends)), strict=True)
-    if nbytes := missing_nbytes(dict(zip(places.paths, spans, strict=True))):
+    requests = requests_for(dict(zip(places.paths, spans, strict=True)))
+    if nbytes := sum(each.nbytes for each in requests):
         note(f"a scan of {len(rows):,} remote rows transfers {size_text(nbytes)}")
 
 

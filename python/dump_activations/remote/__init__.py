@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dump_activations.errors import DatasetNotFoundError, OutputError, is_url, locate
-from dump_activations.remote.mirror import BLOCK_NBYTES, fetch, view_of
+from dump_activations.remote.mirror import BLOCK_NBYTES, fetch, requests_for, view_of
 
 _DATASET_NAMES = ("steps-*.npy", "steps.npy", "metadata.db", "metadata.db-*")
 
@@ -33,7 +33,8 @@ def local_dataset(url: str) -> Path:
         # The first block holds the length of the header.
         stops = [known or header_nbytes(path) for path in shards]
         zero = np.zeros(1, np.int64)
-        fetch({path: (zero, np.array([stop])) for path, stop in zip(shards, stops, strict=True)})
+        heads = {path: (zero, np.array([stop])) for path, stop in zip(shards, stops, strict=True)}
+        fetch(requests_for(heads))
     return view
 
 

@@ -17,9 +17,9 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,34 +113,28 @@ def _mirror_of(location: Location, file: RemoteFile) -> Path:
     return mirror
 
 
-def fetch(ranges: Mapping[Path, Ranges]) -> None:
-    """Make ranges of bytes of mirrored files local; files that are not mirrors are left alone.
+def requests_for(ranges: Mapping[Path, Ranges]) -> list[Request]:
+    """List the requests that make ranges of bytes of mirrored files local; none for other files."""
+    found = [(mirror, span) for path, span in ranges.items() if (mirror := _mirror_at(path))]
+    return [Request(mirror, *each) for mirror, span in found for each in mirror.missing(*span)]
+
+
+def fetch(requests: Sequence[Request], stopped: threading.Event | None = None) -> None:
+    """Make the blocks of requests local. `stopped` ends it early, from another thread.
 
     Raises:
         RemoteError: the server refuses or does not answer, a file changed, or the cache is full.
     """
-    if requests := _missing(ranges):
+    if requests:
         from dump_activations.remote.requests import run_all
 
-        largest = max(stop - first for _, first, stop in requests) * BLOCK_NBYTES
-        at_once = max(1, _NBYTES_UNDER_WAY // largest)
-        run_all([partial(mirror.read, *span) for mirror, *span in requests], at_once)
-
-
-def missing_nbytes(ranges: Mapping[Path, Ranges]) -> int:
-    """Count the bytes that `fetch` would transfer."""
-    return sum(stop - first for _, first, stop in _missing(ranges)) * BLOCK_NBYTES
-
-
-def _missing(ranges: Mapping[Path, Ranges]) -> list[tuple[_Mirror, int, int]]:
-    """List the requests for ranges: the mirror, its first block, and one past the last."""
-    found = [(mirror, span) for path, span in ranges.items() if (mirror := _mirror_at(path))]
-    return [(mirror, *each) for mirror, span in found for each in mirror.missing(*span)]
+        at_once = max(1, _NBYTES_UNDER_WAY // max(each.nbytes for each in requests))
+        run_all([each.make for each in requests], at_once, stopped)
 
 
 def fetch_span(path: Path, start: int, nbytes: int) -> None:
     """Make one range of bytes of a mirrored file local; any other file is left alone."""
-    fetch({path: (np.array([start]), np.array([start + nbytes]))})
+    fetch(requests_for({path: (np.array([start]), np.array([start + nbytes]))}))
 
 
 def fetch_whole(path: Path) -> None:
@@ -180,6 +174,23 @@ class _MirrorReader(io.FileIO):
     def readall(self) -> bytes:
         data = bytearray(os.fstat(self.fileno()).st_size - self.tell())
         return bytes(data[: self.readinto(data)])
+
+
+class Request(NamedTuple):
+    """Blocks of a mirror to request, from `first` to before `stop`."""
+
+    mirror: _Mirror
+    first: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to transfer."""
+        return (self.stop - self.first) * BLOCK_NBYTES
+
+    def make(self) -> None:
+        """Request the blocks, and write them."""
+        self.mirror.read(self.first, self.stop)
 
 
 class _Mirror:

@@ -53,10 +53,13 @@ class RemoteNotFoundError(RemoteError):
     """A file or directory behind a URL that does not exist."""
 
 
-def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list[_T]:
+def run_all(
+    works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS, stopped: Event | None = None
+) -> list[_T]:
     """Make requests, some of them at once, and return their results in order.
 
-    Raises the error of the first that fails, or what interrupts the wait.
+    Raises the error of the first that fails, or what interrupts the wait. Where another thread sets
+    `stopped`, no more requests are made, and those under way are left alone.
     """
     if os.getpid() != _FIRST_PROCESS:
         raise RemoteError(
@@ -64,11 +67,11 @@ def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list
             "multiprocessing_context='spawn'"
         )
     results: dict[int, _T] = {}
-    left, stopped = enumerate(works), Event()
+    left, ended = enumerate(works), Event()
 
     def serve() -> None:
         for number, work in left:
-            if stopped.is_set():
+            if ended.is_set():
                 return
             results[number] = work()
 
@@ -80,8 +83,10 @@ def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list
                 for each in done:
                     each.result()
                 interrupts.check()
+                if stopped is not None and stopped.is_set():
+                    raise KeyboardInterrupt
         finally:
-            stopped.set()
+            ended.set()
     return [results[number] for number in range(len(works))]
 
 

@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, islice, repeat
+from threading import Event
 from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, cast
 
 import numpy as np
@@ -35,6 +36,7 @@ from dump_activations import _rust
 from dump_activations.dtypes import CELLS, READABLE_DTYPES
 from dump_activations.errors import DeviceError, InvalidArgumentError, option
 from dump_activations.interrupts import closed_at_exit
+from dump_activations.remote.mirror import fetch
 from dump_activations.storage.formats.layout import Contents
 from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.keys import Key, Part
@@ -415,14 +417,26 @@ class StoredCells(Cells[Values]):
     ) -> Generator[KeyedCells, None, None]:
         """Read each window while batches of the window before it are taken.
 
-        Of remote files two are read at once: the link is busy while blocks that came are read.
+        Of remote files two are under way: the link is busy while blocks that came are read.
         """
-        cancel, depth = _rust.Cancel(), 2 if self._files.is_remote else 1
+        cancel, closed, depth = _rust.Cancel(), Event(), 2 if self._files.is_remote else 1
         reader = ThreadPoolExecutor(max_workers=depth, thread_name_prefix="cells")
         ahead: deque[Future[_Window]] = deque()
+        turns = [Event()]
+        turns[0].set()
 
-        def read(window: int, batches: list[int]) -> _Window:
-            cells = order.read(window, batches)
+        def read(window: int, batches: list[int], turn: Event, next_turn: Event) -> _Window:
+            try:
+                cells = order.read(window, batches)
+                requests = [
+                    self._files.requests_for(of.part, cells, of.nbytes, per_row=CELLS)
+                    for of in self._values.values()
+                ]
+                turn.wait()  # Two windows that are fetched at once would both come late.
+                for each in requests:
+                    fetch(each, closed)
+            finally:
+                next_turn.set()
             values = {name: self._new(name, len(cells), of) for name, of in self._values.items()}
             for name, of in self._values.items():
                 out = values[name].view(torch.uint8).numpy()
@@ -431,13 +445,14 @@ class StoredCells(Cells[Values]):
 
         def start() -> None:
             for window, batches in islice(windows, depth - len(ahead)):
+                turns.append(Event())
                 try:
-                    ahead.append(reader.submit(read, window, batches))
+                    ahead.append(reader.submit(read, window, batches, *turns[-2:]))
                 except RuntimeError:  # The program ends, and no thread can start.
                     if threading.current_thread().daemon:
                         return  # The interpreter would end this thread inside of the read.
                     ahead.append(Future())
-                    ahead[-1].set_result(read(window, batches))
+                    ahead[-1].set_result(read(window, batches, *turns[-2:]))
 
         try:
             start()
@@ -452,6 +467,7 @@ class StoredCells(Cells[Values]):
                     yield {name: of[batch] for name, of in values.items()}, rows_B, cells_B
         finally:
             cancel.ask()
+            closed.set()
             reader.shutdown(wait=True, cancel_futures=True)
 
     def _new(self, name: str, cells: int, of: CellValues) -> Tensor:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError, is_url, warn
 from dump_activations.remote import input_path
-from dump_activations.remote.mirror import Ranges, fetch, is_mirror
+from dump_activations.remote.mirror import Ranges, Request, is_mirror, requests_for
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest
 from dump_activations.storage.formats.layout import StoredTensor
 from dump_activations.storage.formats.registry import format_of
@@ -128,24 +128,21 @@ class DumpFiles:
     ) -> None:
         """Read a part of rows, or of `per_row` cells of each row, into `out`, uint8 (R, nbytes).
 
-        `numbers`, int64 (R,), count rows or cells through all files. `cancel` ends the read.
+        `numbers`, int64 (R,), count rows or cells through all files. `cancel` ends the read. The
+        requests of `requests_for` must have been fetched.
         """
         touched: Iterable[int] = range(len(self.files))
         if len(numbers) < len(self.files):
             touched = np.unique(np.searchsorted(self._ends, numbers // per_row, "right")).tolist()
-        parts = part.of * per_row
-        if part.of > 1:
-            numbers = numbers + ((part.of - 1) * (numbers // per_row) + part.at) * per_row
         self._check_unchanged(touched)
         if out.size:
-            nbytes = out.shape[1]
+            nbytes, parts = out.shape[1], part.of * per_row
             stored = self._open.get((part.tensor, parts))
             if stored is None:
                 places = self._places(part.tensor)
                 stored = _rust.StoredTensor(part.tensor, places, parts, nbytes)
                 self._open[part.tensor, parts] = stored
-            if self.is_remote:
-                self._fetch(part.tensor, parts, nbytes, numbers)
+            numbers = _numbers_of_parts(part, numbers, per_row)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
             self._check_unchanged(touched)
 
@@ -162,17 +159,21 @@ class DumpFiles:
             for file in self.files_of(name)
         ]
 
-    def _fetch(self, name: str, parts: int, nbytes: int, numbers: NDArray[np.int64]) -> None:
-        """Make parts of rows local, of `nbytes` each, which may be holes in local copies."""
+    def requests_for(
+        self, part: Part, numbers: NDArray[np.int64], nbytes: int, *, per_row: int = 1
+    ) -> list[Request]:
+        """List the requests to fetch before a read, of `nbytes` per number, from remote files."""
+        if not self.is_remote:
+            return []
         spans: dict[Path, Ranges] = {}
-        numbers, first = np.sort(numbers), 0
-        for path, offset, rows in self._places(name):
-            end = first + rows * parts
+        numbers, first = np.sort(_numbers_of_parts(part, numbers, per_row)), 0
+        for path, offset, rows in self._places(part.tensor):
+            end = first + rows * part.of * per_row
             inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)]
             begins = offset + (inside - first) * nbytes
             spans[path] = (begins, begins + nbytes)
             first = end
-        fetch(spans)
+        return requests_for(spans)
 
     def _check_unchanged(self, files: Iterable[int]) -> None:
         for i in files:
@@ -202,6 +203,13 @@ class DumpFiles:
             if zlib.crc32(data[start:stop].data) != digest.crc32:
                 raise OutputError(f"{file.path}: {name} is damaged; make the file again")
             start = stop
+
+
+def _numbers_of_parts(part: Part, numbers: NDArray[np.int64], per_row: int) -> NDArray[np.int64]:
+    """Return the numbers among all parts of rows or cells of one part."""
+    if part.of == 1:
+        return numbers
+    return numbers + ((part.of - 1) * (numbers // per_row) + part.at) * per_row
 
 
 def inspect_dump(*paths: str | os.PathLike[str]) -> DumpFiles:
