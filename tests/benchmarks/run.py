@@ -55,8 +55,12 @@ SECTIONS = {
     "dataset_scan": steps_dataset.measure_scan,
     "dataset_labels": steps_dataset.measure_labels,
     "gpu_forward": gpu.measure_forward,
+    "gpu_profile": gpu.measure_profile,
+    "gpu_launches": gpu.measure_launches,
+    "gpu_parts": gpu.measure_parts,
     "gpu_precisions": gpu.measure_precisions,
     "gpu_stream": gpu.measure_stream,
+    "gpu_cells": gpu.measure_cells,
     "gpu_memory": gpu.measure_memory,
     "gpu_disk": gpu.measure_disk,
 }
