@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from html import escape
@@ -24,7 +24,12 @@ from torch import Tensor
 from dump_activations.dtypes import CELLS
 from dump_activations.errors import DeviceError, DumpActivationsError, note, option, size_text
 from dump_activations.model.capture import Capture
-from dump_activations.pipeline.cuda import CudaStopwatch, CudaTransfer, has_callers_code
+from dump_activations.pipeline.cuda import (
+    CudaStopwatch,
+    CudaTransfer,
+    has_callers_code,
+    set_up_alone,
+)
 from dump_activations.pipeline.device import (
     arithmetic,
     first_sentence,
@@ -216,7 +221,8 @@ class Run:
                 self._free = host_ring(plan, rows)
             self._set_up = (0.0, 0.0)
             if not self._is_chunked:
-                self._warm_up(rows, is_graphed=is_graphed)
+                with set_up_alone if plan.device.type == "cuda" else nullcontext():
+                    self._warm_up(rows, is_graphed=is_graphed)
                 self._set_up = (self._computing.seconds, self._copying.seconds)
             self._exits = exits.pop_all()
         self._started = time.perf_counter()
@@ -231,9 +237,9 @@ class Run:
                 chunk.wait()
             batch.release()
             if self._cuda is not None:
-                torch.cuda.synchronize(self._plan.device)  # The times are complete after it.
                 if is_graphed:
                     self._cuda.record(self._forward)
+                torch.cuda.synchronize(self._plan.device)  # The times are complete after it.
         except Exception as error:
             if isinstance(error, DumpActivationsError) or out_of(error):
                 raise
