@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from html import escape
@@ -253,8 +253,10 @@ class Run:
                 raise DeviceError(f"{self._plan.device} {text}") from error
             raise
 
-    def __exit__(self, *_: object) -> None:
-        self._exits.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # A device that has failed fails again here. The first error has notes, of what is kept.
+        with suppress(RuntimeError) if isinstance(error, Exception) else nullcontext():
+            self._exits.close()
         self._ended = time.perf_counter()
 
     def batches(
