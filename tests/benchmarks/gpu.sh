@@ -11,7 +11,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-470} OUT=${OUT:-/tmp/gpu-results}
 scratch=$(mktemp -d) failed=()
-trap 'rm -rf "$scratch"' EXIT
+trap 'umount "$scratch/memory" 2>/dev/null; rm -rf "$scratch"' EXIT
 mkdir -p "$OUT" "$scratch/site"
 exec > >(tee "$OUT/log.txt") 2>&1
 export PYTHONUNBUFFERED=1 scratch PYTHON
@@ -25,7 +25,7 @@ step() { # step NAME SECONDS COMMAND...
     return
   fi
   echo "=== $name, at $began s, within $limit s"
-  timeout --kill-after=5 "$limit" "$@"
+  timeout --signal=INT --kill-after=5 "$limit" "$@" # after which Python names the place
   status=$?
   echo "=== $name: exit $status after $((SECONDS - began)) s"
   ((status)) && failed+=("$name")
@@ -39,7 +39,7 @@ machine() {
 }
 
 smoke() {
-  set -e
+  set -e -o pipefail
   cd "$scratch"
   for options in "" "--precision bf16 --dtype bf16" "--no-cuda-graph" "--shard-size 30MB"; do
     # shellcheck disable=SC2086
@@ -50,8 +50,8 @@ smoke() {
   done
 }
 
-benchmark() { # benchmark SECTION LIMIT SECONDS
-  step "$1" "$2" "$PYTHON" tests/benchmarks/run.py --only "$1" --runs 1 --seconds "$3" \
+benchmark() { # benchmark SECTION SECONDS
+  step "$1" "$2" "$PYTHON" tests/benchmarks/run.py --only "$1" --runs 1 --seconds 2 \
     --directory "$scratch" --memory "$memory" --json "$OUT/gpu.json"
 }
 
@@ -63,22 +63,21 @@ fi
 memory=/dev/shm # or a file system of our own where that is small, as in a container
 if (($(df --output=avail -BG /dev/shm | tail -n 1 | tr -dc 0-9) < 20)); then
   mkdir "$scratch/memory" && mount -t tmpfs -o size=40g none "$scratch/memory" && memory=$scratch/memory
-  trap 'umount "$scratch/memory" 2>/dev/null; rm -rf "$scratch"' EXIT
 fi
 
 cuda_tests=("$PYTHON" -m pytest ${QUICK:+--collect-only} -m cuda -n 0 -q -p no:cacheprovider --tb=short --durations=5
   tests/pipeline/test_cuda.py tests/commands/test_bad_input.py)
 step smoke 70 bash -c "$(declare -f smoke); smoke"
 step tests 100 "${cuda_tests[@]}" -k "not compiled"
-benchmark gpu_launches 75 8
-benchmark gpu_forward 45 8
-benchmark gpu_memory 75 2
-benchmark gpu_parts 20 8
-benchmark gpu_profile 30 8
-benchmark gpu_precisions 60 8
-benchmark gpu_stream 40 2
-benchmark gpu_cells 30 2
-benchmark gpu_disk 75 2
+benchmark gpu_launches 75
+benchmark gpu_forward 45
+benchmark gpu_memory 75
+benchmark gpu_parts 20
+benchmark gpu_profile 30
+benchmark gpu_precisions 60
+benchmark gpu_stream 40
+benchmark gpu_cells 30
+benchmark gpu_disk 75
 step tests-compiled 90 "${cuda_tests[@]}" -k compiled
 echo "=== done at $SECONDS s; failed: ${failed[*]:-none}"
 ls -l "$OUT"

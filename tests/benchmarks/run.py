@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,7 +135,9 @@ def describe_machine() -> dict[str, object]:
     cpus = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     describe = ["git", "-C", str(BENCHMARKS), "describe", "--always", "--dirty", "--abbrev=12"]
-    revision = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    revision = ""
+    with suppress(FileNotFoundError):  # The machine has no git.
+        revision = subprocess.run(describe, capture_output=True, text=True, check=False).stdout
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": cpus.strip("\t :") or platform.machine(),
@@ -144,7 +147,7 @@ def describe_machine() -> dict[str, object]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "revision": revision or "unknown",
+        "revision": revision.strip() or "unknown",
     }
 
 
