@@ -343,6 +343,21 @@ def test_a_run_ends_or_begins_after_another_ones_recording(locked, run, on_cpu, 
     assert not errors if locked else "when stream is capturing" in errors[0]
 
 
+def test_graphs_keep_the_weights_they_read(run, monkeypatch):
+    """The caller takes the model's weights away after the first batch."""
+    options, models = run | {"precision": "fp32", "n_samples": 5 * BATCH}, []
+    expected = joined(stream(**options, device="cpu", allow_cpu=True))
+    # The run asks this of the model that it is given.
+    monkeypatch.setattr(sys.modules[Run.__module__], "has_callers_code", models.append)
+    with simulated(lazy):
+        batches = stream(**options)
+        found = [next(batches)]
+        for module in models.pop().modules():
+            module._parameters.clear()
+        found += batches
+        assert not wrong(joined(found), expected)
+
+
 def test_a_run_is_closed_while_its_thread_sets_up_another(run, on_cpu, monkeypatch):
     """As the collection of garbage does, with which a recording begins."""
     forward = DotProduct.forward

@@ -198,6 +198,8 @@ class Run:
                 is_graphed = False
                 note("forward passes run without CUDA graphs: the model has code of the caller's")
             model = in_precision(plan.model, plan.options.precision, plan.device)
+            # Graphs read weights by their address. The caller may give the model other ones.
+            self._weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
             self._capture = exits.enter_context(
                 Capture(model, plan.board_tensors, compiled_rows=rows if compiled else None)
             )
