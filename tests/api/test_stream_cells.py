@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -228,3 +229,24 @@ def test_the_values_on_a_device_are_those_on_the_cpu(streamed, on_cpu, policy):
 def test_a_missing_wait_shows(streamed, on_cpu, monkeypatch, wait, policy):
     in_other_words(module, "_choose", (wait, "pass"))(monkeypatch)
     assert not torch.equal(used(streamed, policy), on_cpu)
+
+
+def test_no_stream_is_entered_without_its_device(streamed):
+    """On leaving it torch would set up a context, of 500 MB, on the thread's current device."""
+    with simulated(lazy), pytest.MonkeyPatch.context() as patch:
+        naming, entering, named = torch.cuda.device, torch.cuda.stream, []
+
+        @contextmanager
+        def device(place):
+            named.append(place)
+            with naming(place):
+                yield
+            named.pop()
+
+        def stream(entered):
+            assert named
+            return entering(entered)
+
+        patch.setattr(torch.cuda, "device", device)
+        patch.setattr(torch.cuda, "stream", stream)
+        assert len([*streamed(device="cuda")]) > 2

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from dump_activations.api.dump import writer_threads
 
 BLOCK = 4 << 20
-_COPIED_NBYTES = 1 << 30
 
 
 def plain_loop(model: nn.Module, tokens_NS: Tensor, batch: int) -> None:
@@ -139,10 +138,14 @@ def warm(path: Path) -> None:
             pass
 
 
-def pinned_copy_speed(repeats: int = 20) -> float:
-    """Bytes per second of copies from the GPU to page-locked memory."""
-    source = torch.empty(_COPIED_NBYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty(_COPIED_NBYTES, dtype=torch.uint8, pin_memory=True)
+def pinned_copy_speed(nbytes: int) -> float:
+    """Bytes per second of copies from the GPU to memory that torch page-locked."""
+    return copy_speed(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
+
+
+def copy_speed(target: Tensor, repeats: int = 20) -> float:
+    """Bytes per second of copies from the GPU to host memory, uint8 (nbytes,)."""
+    source = torch.empty(len(target), dtype=torch.uint8, device="cuda")
 
     def copy(times: int) -> None:
         for _ in range(times):
@@ -150,4 +153,4 @@ def pinned_copy_speed(repeats: int = 20) -> float:
         torch.cuda.synchronize()
 
     copy(1)
-    return _COPIED_NBYTES * repeats / timed(lambda: copy(repeats))
+    return len(target) * repeats / timed(lambda: copy(repeats))

@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,8 +56,12 @@ SECTIONS = {
     "dataset_scan": steps_dataset.measure_scan,
     "dataset_labels": steps_dataset.measure_labels,
     "gpu_forward": gpu.measure_forward,
+    "gpu_profile": gpu.measure_profile,
+    "gpu_launches": gpu.measure_launches,
+    "gpu_parts": gpu.measure_parts,
     "gpu_precisions": gpu.measure_precisions,
     "gpu_stream": gpu.measure_stream,
+    "gpu_cells": gpu.measure_cells,
     "gpu_memory": gpu.measure_memory,
     "gpu_disk": gpu.measure_disk,
 }
@@ -130,7 +135,9 @@ def describe_machine() -> dict[str, object]:
     cpus = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     describe = ["git", "-C", str(BENCHMARKS), "describe", "--always", "--dirty", "--abbrev=12"]
-    revision = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    revision = ""
+    with suppress(FileNotFoundError):  # The machine has no git.
+        revision = subprocess.run(describe, capture_output=True, text=True, check=False).stdout
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": cpus.strip("\t :") or platform.machine(),
@@ -140,7 +147,7 @@ def describe_machine() -> dict[str, object]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "revision": revision or "unknown",
+        "revision": revision.strip() or "unknown",
     }
 
 

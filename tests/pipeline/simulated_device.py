@@ -24,11 +24,10 @@ The rules, and where they are from:
   unregistered, which must not be before the copies from and to it ran. (CUDA Runtime API.)
 * Device memory that the program has let go of is overwritten by what is queued next in the stream
   in which it was allocated, and handed out again there at once, whatever other streams still do
-  with it. (torch's CUDACachingAllocator;
-  `Tensor.record_stream`, the way out, is not simulated.)
-* What a thread records in a graph is not run, and not waited for. A replay queues all of it in the
-  current stream, on the memory that was there at the recording. (CUDA C++ Programming Guide, "CUDA
-  Graphs".)
+  with it, unless `Tensor.record_stream` has named these. (torch's CUDACachingAllocator.)
+* What a thread records in a graph is not run, and not waited for. Meanwhile no thread may wait for
+  the whole device. A replay queues all of it in the current stream, on the memory that was there at
+  the recording. (CUDA C++ Programming Guide, "CUDA Graphs".)
 * A thread has to name the device, with `torch.cuda.device`, before it uses it or pins memory: else
   torch would set up a context on the first device. The thread of the test has named it.
 

@@ -75,6 +75,7 @@ def test_every_architecture(variant, suffix, checkpoints, dataset, tmp_path):
         ({"compile": True}, 2e-5),
         ({"compile": True, "precision": "bf16"}, 0.05),
     ],
+    ids=["fp32", "tf32", "bf16", "bf16-true", "compiled-fp32", "compiled-bf16"],
 )
 def test_every_layer_key_in_every_arithmetic(options, tolerance, checkpoints, dataset, tmp_path):
     checkpoint = checkpoints["sinks-gqa-6-2"]

@@ -24,6 +24,10 @@ OLD_DRIVER = (
     "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
     "driver by downloading and installing a new version. Alternatively, go to: https://pytorch.org"
 )
+FORKED = (
+    "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must "
+    "use the 'spawn' start method"
+)
 
 
 def test_devices_are_found_by_name(monkeypatch):
@@ -37,13 +41,22 @@ def test_devices_are_found_by_name(monkeypatch):
             find_device(name)
 
 
-def test_a_driver_that_is_too_old_is_named_in_one_sentence(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OLD_DRIVER, r"\(The .* 11040\)\); install a newer driver, or .*; allow_cpu=True runs"),
+        (FORKED, r"\(Cannot .* subprocess\); start processes with spawn; allow_cpu=True runs"),
+        ("No CUDA GPUs are available", r"\(No CUDA GPUs are available\); allow_cpu=True runs"),
+    ],
+    ids=["driver", "fork", "none"],
+)
+def test_the_reason_for_not_using_cuda_is_one_sentence(error, text, monkeypatch):
     def fail():
-        raise RuntimeError(OLD_DRIVER)
+        raise RuntimeError(error)
 
     monkeypatch.setattr(torch.cuda, "init", fail)
-    assert lack_of_cuda() == OLD_DRIVER.partition(". ")[0]
-    with pytest.raises(DeviceError, match=r"for 'cuda' \(The .* 11040\)\); allow_cpu=True runs"):
+    assert lack_of_cuda() == error.partition(". ")[0]
+    with pytest.raises(DeviceError, match=f"for 'cuda' {text}"):
         find_device("cuda")
 
 

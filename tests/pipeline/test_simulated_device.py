@@ -15,9 +15,11 @@ import torch
 from simulated.checks import KEYS, in_other_words, named, one_thread, randoms, run_arguments, wrong
 from simulated.memory import PinnedMemory
 from simulated.policies import first, greedy, lazy
+from simulated.streams import Stream
 from simulated_device import simulated
 
-from dump_activations import dump, stream
+from dump_activations import DeviceError, dump, stream
+from dump_activations.model.capture import Capture
 from dump_activations.pipeline import cuda, transfer
 from dump_activations.pipeline.cuda import CudaTransfer
 from dump_activations.storage.writing import writers
@@ -95,8 +97,8 @@ def forwards_before_copies(log):
         begun += name == "aten.embedding.default"
         if begun and name == "copy cuda to cpu":
             counts.append(begun)
-    # The first batch is the one that is run before the loop.
-    return [count - 1 for count in counts[len(KEYS) :: len(KEYS)]]
+    # Two passes run before the loop, of which the first batch is copied to the host.
+    return [count - 2 for count in counts[len(KEYS) :: len(KEYS)]]
 
 
 @pytest.mark.parametrize("policy", [*EXTREMES, *randoms(20)])
@@ -117,6 +119,29 @@ def test_a_consumer_that_holds_every_batch_has_the_bytes_of_the_cpu(policy, run,
     found["boards"] = torch.cat([batch.boards for batch in batches])
     found["indices"] = torch.cat([batch.indices for batch in batches])
     assert not wrong(found, on_cpu)
+
+
+def test_a_device_that_fails_for_good_keeps_what_is_written(run, tmp_path, monkeypatch):
+    """It fails in a forward pass, and again when the run waits for it to end."""
+    forward, failed = Capture.run, threading.Event()
+
+    def fail(*_):
+        if failed.is_set():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def forward_or_fail(self, tokens_BS, buffers):
+        if len(tokens_BS) < BATCH:
+            failed.set()
+        fail()
+        forward(self, tokens_BS, buffers)
+
+    monkeypatch.setattr(Capture, "run", forward_or_fail)
+    with simulated(greedy) as device:
+        monkeypatch.setattr(Stream, "synchronize", fail)
+        with pytest.raises(DeviceError, match="CUDA error: an illegal memory access") as it:
+            dump(**run, output=tmp_path / "a.safetensors", cuda_graph=False)
+        device.synchronize()
+    assert any("boards of" in note and "are kept" in note for note in it.value.__notes__)
 
 
 ORDERS = {

@@ -6,6 +6,8 @@ taken out. The precision is bf16, whose weights are cast on the device.
 """
 
 import sys
+import threading
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -20,6 +22,7 @@ from dump_activations.model.capture import Capture
 from dump_activations.model.encoder import DotProduct
 from dump_activations.pipeline import cuda
 from dump_activations.pipeline.cuda import CudaTransfer
+from dump_activations.pipeline.run import Run
 from reference.checkpoints import VARIANTS
 
 __all__ = ["one_thread"]
@@ -187,6 +190,7 @@ def test_a_missing_wait_on_leaving_shows(run, on_cpu, monkeypatch):
 
 SHORT = BATCH - 3
 EAGER = [BATCH] * BATCHES + [SHORT]  # a batch of empty boards, then the run's
+RECORDING = [BATCH, BATCH, BATCH - 1]  # once per slot, then the largest batch without a graph
 
 
 @pytest.fixture
@@ -210,8 +214,8 @@ def notes(recwarn):
 def test_full_batches_are_replayed_if_asked_for(cuda_graph, run, on_cpu, passes, recwarn):
     with simulated(lazy):
         assert not wrong(joined(stream(**run, cuda_graph=cuda_graph)), on_cpu)
-    # The batch of empty boards, a recording per slot, and the short batch; or each batch.
-    assert passes == ([BATCH] * 3 + [SHORT] if cuda_graph else EAGER)
+    # The batch of empty boards, recordings with the check, and the short batch; or each batch.
+    assert passes == ([BATCH, *RECORDING, SHORT] if cuda_graph else EAGER)
     assert not notes(recwarn)
 
 
@@ -259,6 +263,113 @@ def test_a_pass_that_cannot_be_recorded_runs_eagerly(run, on_cpu, passes, monkey
     assert passes == [BATCH, *EAGER]
     reason = "CUDA error: operation not permitted when stream is capturing"
     assert f"forward passes run without CUDA graphs: {reason}" in notes(recwarn)
+
+
+def test_graphs_are_given_up_where_a_short_batch_would_find_no_memory(
+    run, on_cpu, passes, monkeypatch, recwarn
+):
+    forward = Capture.run
+
+    def run_in_little_memory(self, tokens_BS, buffers):
+        forward(self, tokens_BS, buffers)
+        if passes == [BATCH, *RECORDING]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(Capture, "run", run_in_little_memory)
+    with simulated(lazy):
+        assert not wrong(joined(stream(**run)), on_cpu)
+    assert passes == [BATCH, *RECORDING, *EAGER[1:]]
+    assert "forward passes run without CUDA graphs: CUDA out of memory" in notes(recwarn)
+
+
+def test_no_workspace_of_the_recordings_is_left_to_others(run, passes, monkeypatch):
+    """One that torch keeps for a stream would hold the graphs' memory, and serve other work."""
+    dropped_after = []
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: dropped_after.append(len(passes))
+    )
+    with simulated(lazy):
+        next(stream(**run))
+    assert dropped_after == [1, 3]  # before the recordings, and before the next pass
+
+
+class Watched:
+    """A lock that says when somebody asks for it."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self.asked = threading.Semaphore(0)
+
+    def __enter__(self):
+        self.asked.release()
+        self._lock.acquire()
+
+    def __exit__(self, *_):
+        self._lock.release()
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_run_ends_or_begins_after_another_ones_recording(locked, run, on_cpu, monkeypatch):
+    """CUDA lets nobody wait for the device meanwhile, and takes the recording for failed."""
+    lock, forward, errors, others = Watched(), DotProduct.forward, [], []
+    for module in (cuda, sys.modules[Run.__module__]):
+        monkeypatch.setattr(module, "set_up_alone", lock if locked else nullcontext())
+
+    def end_and_begin(other):
+        try:
+            with torch.cuda.device(CUDA):
+                other.close()
+                [*stream(**run)]
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with simulated(lazy) as device:
+        other = stream(**run)
+
+        def meanwhile(self, *inputs):
+            if device.recording and not others:
+                while lock.asked.acquire(blocking=False):
+                    pass
+                others.append(threading.Thread(target=end_and_begin, args=(other,)))
+                others[0].start()
+                while others[0].is_alive() and not lock.asked.acquire(timeout=0.01):
+                    pass
+            return forward(self, *inputs)
+
+        monkeypatch.setattr(DotProduct, "forward", meanwhile)
+        found = joined(stream(**run))
+        others[0].join()
+    assert not wrong(found, on_cpu)
+    assert not errors if locked else "when stream is capturing" in errors[0]
+
+
+def test_graphs_keep_the_weights_they_read(run, monkeypatch):
+    """The caller takes the model's weights away after the first batch."""
+    options, models = run | {"precision": "fp32", "n_samples": 5 * BATCH}, []
+    expected = joined(stream(**options, device="cpu", allow_cpu=True))
+    # The run asks this of the model that it is given.
+    monkeypatch.setattr(sys.modules[Run.__module__], "has_callers_code", models.append)
+    with simulated(lazy):
+        batches = stream(**options)
+        found = [next(batches)]
+        for module in models.pop().modules():
+            module._parameters.clear()
+        found += batches
+        assert not wrong(joined(found), expected)
+
+
+def test_a_run_is_closed_while_its_thread_sets_up_another(run, on_cpu, monkeypatch):
+    """As the collection of garbage does, with which a recording begins."""
+    forward = DotProduct.forward
+    with simulated(lazy):
+        others = [stream(**run)]
+
+        def meanwhile(self, *inputs):
+            others.clear()
+            return forward(self, *inputs)
+
+        monkeypatch.setattr(DotProduct, "forward", meanwhile)
+        assert not wrong(joined(stream(**run)), on_cpu)
 
 
 def hooked(model, seen):

@@ -70,6 +70,27 @@ def test_memory_is_copied_into_after_the_callers_work_on_it(waits, acts, monkeyp
     assert torch.equal(found, expected) == waits
 
 
+RECORD = "values.record_stream(stream)"
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_a_batch_that_is_used_in_another_stream_keeps_its_memory(records, acts, monkeypatch):
+    """Batches are taken in two streams in turns: each is in memory of the other's stream."""
+    in_other_words(reading, "_finish_copy", (RECORD, RECORD if records else "pass"))(monkeypatch)
+    expected = torch.cat([b.values["hidden"].sum(1) for b in acts.cells(["hidden"], **OPTIONS)])
+    with simulated(first(2)):  # the stream of the copies
+        mine = [torch.cuda.Stream(), torch.cuda.current_stream()]
+        cells = iter(acts.cells(["hidden"], device="cuda:0", **OPTIONS))
+        used = []
+        for i in range(len(expected) // OPTIONS["batch_size"]):
+            with torch.cuda.stream(mine[i % 2]):
+                used.append(next(cells).values["hidden"].sum(1))
+        cells.close()
+        torch.cuda.synchronize()
+        found = torch.cat([sums.cpu() for sums in used])
+    assert torch.equal(found, expected) == records
+
+
 LEFT = "_finish_copy(*ahead, device)\n        batches.close()"
 
 

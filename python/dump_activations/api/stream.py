@@ -118,6 +118,8 @@ def stream(
     Everything is loaded, checked and compiled before the call returns. On a GPU the next batch is
     computed while the caller works on the current one, in the stream that is current now. The
     caller may work in any stream. The run waits for the stream that is current at each batch.
+    Until the call returns, other threads may not call `torch.cuda.synchronize()`, unless
+    `cuda_graph` is False.
 
     Args:
         init: a checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`;

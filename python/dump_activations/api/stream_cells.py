@@ -6,7 +6,7 @@ Shape letters: B cells in a batch, M cells of a window, D width of a cell's valu
 import math
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import CELLS, STORAGE_DTYPES
 from dump_activations.errors import InvalidArgumentError, option
 from dump_activations.model.encoder import Encoder
-from dump_activations.pipeline.device import DeviceAdvice
+from dump_activations.pipeline.device import DeviceAdvice, current
 from dump_activations.pipeline.options import StreamOptions
 from dump_activations.pipeline.plan import Plan, fingerprint, make_plan
 from dump_activations.storage.reading.cells import (
@@ -198,14 +198,14 @@ class StreamedCells(Cells[Values]):
             values: Buffers | None = None
             for (window, inside), ahead in zip(windows, [*passes[1:], 0], strict=True):
                 cells_M = order.read(window, inside)
-                with _working_in(stream):
+                with _working_in(stream, device):
                     values = values or next(filter(None, computed))
                     places_M = torch.from_numpy(cells_M - window * boards * CELLS).to(device)
                 upcoming: Buffers | None = None
                 for i in range(len(inside)):
                     # The next window is computed at the pace at which this one is taken.
                     now = ahead * (i + 1) // len(inside) - ahead * i // len(inside)
-                    with _working_in(stream):
+                    with _working_in(stream, device):
                         for upcoming in islice(computed, now):  # noqa: B007 -- the last of them
                             pass
                     cut = slice(i * order.batch_size, (i + 1) * order.batch_size)
@@ -241,8 +241,14 @@ class StreamedCells(Cells[Values]):
                 window, buffers = next(windows, (window, buffers))
 
 
-def _working_in(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
+@contextmanager
+def _working_in(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[None]:
+    """Make a stream and its device the current ones.
+
+    Without the device, torch would set up a context on the current one when it leaves the stream.
+    """
+    with current(device), nullcontext() if stream is None else torch.cuda.stream(stream):
+        yield
 
 
 def _choose(values: Buffers, places: Tensor, stream: torch.cuda.Stream | None) -> Buffers:
@@ -255,7 +261,7 @@ def _choose(values: Buffers, places: Tensor, stream: torch.cuda.Stream | None) -
     caller = torch.cuda.current_stream(places.device)
     chosen = {name: each.new_empty((len(places), each.shape[1])) for name, each in values.items()}
     stream.wait_stream(caller)  # which may still use that memory for something else
-    with torch.cuda.stream(stream):
+    with _working_in(stream, places.device):
         for name, each in values.items():
             chosen[name].copy_(each.index_select(0, places))
     caller.wait_stream(stream)

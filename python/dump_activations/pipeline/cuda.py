@@ -7,6 +7,7 @@ Shape letters: B boards in a batch, S cells (16).
 """
 
 import mmap
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,11 @@ _DEVICE_SLOTS = 2
 _FEWEST_HOST_SLOTS = 2
 _PORTABLE = 1  # cudaHostRegisterPortable
 _HOST = torch.device("cpu")
+
+# While a thread records a graph, CUDA lets no thread wait for the whole device: both would fail.
+# torch's compiler waits too, so that runs are set up and closed one at a time. A thread that sets
+# up a run may collect garbage, and so close another.
+set_up_alone = threading.RLock()
 
 Forward = Callable[[Tensor, Buffers], object]
 """Queues a forward pass: boards (B, 16) on the device, buffers to fill."""
@@ -144,6 +150,10 @@ class CudaTransfer:
         they need. Replaying takes the host 0.1 ms, launching some 200 kernels 2 to 3 ms.
         """
         graphs: list[torch.cuda.CUDAGraph] = []
+        # torch keeps a workspace of 32 MB for each stream of a thread. One that was made in a
+        # recording would keep the graph's memory for ever, and serve others while the graph runs.
+        drop_workspaces = torch._C._cuda_clearCublasWorkspaces
+        drop_workspaces()
         try:
             for slot in self._slots:
                 graph = torch.cuda.CUDAGraph()
@@ -152,6 +162,10 @@ class CudaTransfer:
                 with torch.cuda.graph(graph, pool, self._side, capture_error_mode="thread_local"):
                     forward(slot.boards_BS, slot.buffers)
                 graphs.append(graph)
+            drop_workspaces()
+            # A short batch, often the last of hours, has to find memory next to the graphs.
+            rows = max(len(self._slots[0].boards_BS) - 1, 1)
+            forward(self._slots[0].boards_BS[:rows], cut(self._slots[0].buffers, rows))
         except RuntimeError as error:
             note(f"forward passes run without CUDA graphs: {first_sentence(error)}")
             return
@@ -186,9 +200,10 @@ class CudaTransfer:
         self._compute.synchronize()
         self._side.synchronize()
         if self._host is not None and self._host.is_registered:
-            # The consumer may copy from it in streams that the run has not heard of.
-            torch.cuda.synchronize(self._device)
-            torch.cuda.cudart().cudaHostUnregister(self._host.memory.data_ptr())
+            with set_up_alone:
+                # The consumer may copy from it in streams that the run has not heard of.
+                torch.cuda.synchronize(self._device)
+                torch.cuda.cudart().cudaHostUnregister(self._host.memory.data_ptr())
 
 
 class _DeviceSlot:

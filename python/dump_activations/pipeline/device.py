@@ -28,6 +28,13 @@ _LARGEST_SHARE = 0.5
 _ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 _ENABLED = {"flash": True, "mem_efficient": True, "math": True, "cudnn": False}
 
+# Words of torch's reasons for not using CUDA, and what else to do than to run on the CPU.
+_CURES = {
+    "too old": "install a newer driver, or a torch for this one; ",
+    "not compiled": "install a torch with CUDA; ",
+    "fork": "start processes with spawn; ",
+}
+
 # Settings of torch that `torch.set_float32_matmul_precision` changes.
 _MATMULS = (("cuda", "matmul"), ("mkldnn", "matmul"))
 
@@ -51,8 +58,9 @@ def find_device(name: str) -> torch.device:
     if kind != "cuda":
         return torch.device(name)
     if reason := lack_of_cuda():
+        cure = next((cure for word, cure in _CURES.items() if word in reason), "")
         raise DeviceError(
-            f"{option('device')}: no CUDA device for {name!r} ({reason}); "
+            f"{option('device')}: no CUDA device for {name!r} ({reason}); {cure}"
             f"{switch('allow_cpu')} runs on the CPU"
         )
     if not number:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from html import escape
@@ -25,7 +25,12 @@ from dump_activations.dtypes import CELLS
 from dump_activations.errors import DeviceError, DumpActivationsError, note, option, size_text
 from dump_activations.model.capture import Capture
 from dump_activations.model.encoder import with_joined_products
-from dump_activations.pipeline.cuda import CudaStopwatch, CudaTransfer, has_callers_code
+from dump_activations.pipeline.cuda import (
+    CudaStopwatch,
+    CudaTransfer,
+    has_callers_code,
+    set_up_alone,
+)
 from dump_activations.pipeline.device import (
     arithmetic,
     first_sentence,
@@ -197,6 +202,8 @@ class Run:
             if compiled or plan.options.precision != "fp32":
                 hooked = [name for tensor in plan.board_tensors for name in tensor.modules]
                 model = with_joined_products(model, hooked)
+            # Graphs read weights by their address. The caller may give the model other ones.
+            self._weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
             self._capture = exits.enter_context(
                 Capture(model, plan.board_tensors, compiled_rows=rows if compiled else None)
             )
@@ -221,7 +228,8 @@ class Run:
                 self._free = host_ring(plan, rows)
             self._set_up = (0.0, 0.0)
             if not self._is_chunked:
-                self._warm_up(rows, is_graphed=is_graphed)
+                with set_up_alone if plan.device.type == "cuda" else nullcontext():
+                    self._warm_up(rows, is_graphed=is_graphed)
                 self._set_up = (self._computing.seconds, self._copying.seconds)
             self._exits = exits.pop_all()
         self._started = time.perf_counter()
@@ -236,9 +244,9 @@ class Run:
                 chunk.wait()
             batch.release()
             if self._cuda is not None:
-                torch.cuda.synchronize(self._plan.device)  # The times are complete after it.
                 if is_graphed:
                     self._cuda.record(self._forward)
+                torch.cuda.synchronize(self._plan.device)  # The times are complete after it.
         except Exception as error:
             if isinstance(error, DumpActivationsError) or out_of(error):
                 raise
@@ -252,8 +260,10 @@ class Run:
                 raise DeviceError(f"{self._plan.device} {text}") from error
             raise
 
-    def __exit__(self, *_: object) -> None:
-        self._exits.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # A device that has failed fails again here. The first error has notes, of what is kept.
+        with suppress(RuntimeError) if isinstance(error, Exception) else nullcontext():
+            self._exits.close()
         self._ended = time.perf_counter()
 
     def batches(

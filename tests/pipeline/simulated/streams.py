@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+_NOT_WHILE_RECORDING = "CUDA error: operation not permitted when stream is capturing\nMore"
+
 
 def _nothing() -> None:
     pass
@@ -120,6 +122,7 @@ class Device:
         self.log: list[str] = []
         self.threads: set[int] = set()
         self.allocations = 0
+        self._recordings = 0
         Stream(self)
 
     def submit(self, task: Task) -> Task:
@@ -142,7 +145,7 @@ class Device:
     def finish(self, task: Task) -> None:
         """Run what has to be done for the task to be done, and what the policy likes."""
         if self.recording:
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nMore")
+            raise RuntimeError(_NOT_WHILE_RECORDING)
         with self._lock:
             self.proceed()
             while not task.done:
@@ -168,6 +171,8 @@ class Device:
 
     def synchronize(self, _device: object = None) -> None:
         """Stands in for `torch.cuda.synchronize`."""
+        if self._recordings:
+            raise RuntimeError(_NOT_WHILE_RECORDING)
         with self._lock:
             for stream in self.streams:
                 self.drain(stream)
@@ -182,9 +187,11 @@ class Device:
         """Stands in for `torch.cuda.graph`."""
         self.synchronize()
         self._here.graph = graph
+        self._recordings += 1
         try:
             yield
         finally:
+            self._recordings -= 1
             self._here.graph = None
 
     def current_stream(self, _device: object = None) -> Stream:

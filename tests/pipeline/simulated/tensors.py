@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from simulated.memory import PinnedMemory, unwrite, unwritten
-from simulated.streams import Device, Task
+from simulated.streams import Device, Stream, Task
 
 PLACE = torch.device("cuda", 0)
 _aten = torch.ops.aten
@@ -19,7 +19,10 @@ _known_results: dict[str, Any] = {}
 
 
 class _Block:
-    """A piece of device memory, which a tensor and its views share."""
+    """A piece of device memory, which a tensor and its views share; other streams that use it."""
+
+    def __init__(self) -> None:
+        self.used_in: list[Stream] = []
 
 
 class DeviceTensor(Tensor):
@@ -42,6 +45,11 @@ class DeviceTensor(Tensor):
         return made
 
     device = property(lambda _: PLACE)
+
+    def record_stream(self, stream: Stream) -> None:
+        """Let the memory's next user wait for what is in a stream when the memory is let go of."""
+        self.block.used_in.append(stream)
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -142,10 +150,13 @@ class Dispatch(TorchDispatchMode):
         free = [] if graph else self._free.setdefault(kind, [])
         memory, block = free.pop() if free else unwritten(like), _Block()
         self._device.allocations += not graph
-        queue = (graph or stream).queue
+        queue, used_in = (graph or stream).queue, block.used_in
 
         def let_go() -> None:
             # No more than queued: garbage may be collected in the middle of anything.
+            for other in used_in:
+                other.queue.append(mark := Task(other))
+                queue.append(Task(stream, after=mark))
             queue.append(Task(stream, partial(unwrite, memory), name="let go"))
             free.append(memory)
 

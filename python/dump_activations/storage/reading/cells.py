@@ -554,8 +554,14 @@ def _start_copy(
 
 
 def _finish_copy(batch: KeyedCells, copied: torch.cuda.Event, device: torch.device) -> KeyedCells:
-    """Let the caller's stream wait for the copy."""
-    torch.cuda.current_stream(device).wait_event(copied)
+    """Let the caller's stream wait for the copy, and its memory's next user for that stream.
+
+    The memory is of the stream that was current at the batch before, which may be another.
+    """
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(copied)
+    for values in batch[0].values():
+        values.record_stream(stream)
     return batch
 
 
