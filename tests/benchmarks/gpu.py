@@ -50,10 +50,14 @@ _LAUNCHES = {
     "compiled, kernel by kernel": {"compile": True, "cuda_graph": False},
     "compiled, graph": {"compile": True},
 }
-_BACKENDS = {
-    torch.bfloat16: ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "CUDNN_ATTENTION"],
-    torch.float32: ["EFFICIENT_ATTENTION", "MATH"],
-}
+# A tile of the kernels has 64 or 128 positions, of which a board fills 16.
+_ATTENTION = [
+    *((torch.bfloat16, f"{name}_ATTENTION", 1) for name in ("FLASH", "EFFICIENT", "CUDNN")),
+    (torch.bfloat16, "EFFICIENT_ATTENTION", 4),
+    (torch.bfloat16, "EFFICIENT_ATTENTION", 8),
+    (torch.float32, "EFFICIENT_ATTENTION", 1),
+    *((dtype, "MATH", 1) for dtype in (torch.bfloat16, torch.float32)),
+]
 
 
 def measure_forward(setting: Setting) -> Section:
@@ -141,13 +145,12 @@ def measure_parts(setting: Setting) -> Section:
         Figure.of("copy, torch's pinned memory", [pinned_copy_speed(_COPIED_NBYTES) / 1e9], "GB/s"),
     ]
     lacking = []
-    for dtype, backends in _BACKENDS.items():
-        for backend in backends:
-            name = f"attention, {str(dtype)[6:]}, {backend}"
-            try:
-                figures.append(Figure.of(name, [_attention(dtype, backend)], "ms"))
-            except RuntimeError as error:
-                lacking.append(f"{name}: {str(error).splitlines()[0]}")
+    for dtype, backend, boards in _ATTENTION:
+        name = f"attention, {str(dtype)[6:]}, {backend}, {boards} boards in a sequence"
+        try:
+            figures.append(Figure.of(name, [_attention(dtype, backend, boards)], "ms"))
+        except RuntimeError as error:
+            lacking.append(f"{name}: {str(error).splitlines()[0]}")
     return Section(title, "; ".join(["50M model's attention", *lacking]), figures)
 
 
@@ -167,16 +170,18 @@ def _registered(name: str, advice: int) -> list[Figure]:
     ]
 
 
-def _attention(dtype: torch.dtype, backend: str) -> float:
-    """Milliseconds of one layer's attention."""
-    shape_BSHD = (_BATCH, 16, 8, 64)
+def _attention(dtype: torch.dtype, backend: str, boards: int) -> float:
+    """Milliseconds of one layer's attention, with some boards in a sequence and masked apart."""
+    shape_BSHD = (_BATCH // boards, boards * 16, 8, 64)
     q, k, v = (torch.randn(shape_BSHD, device="cuda", dtype=dtype).transpose(1, 2) for _ in "qkv")
+    board_S = torch.arange(boards * 16, device="cuda") // 16
+    mask = board_S[:, None] == board_S if boards > 1 else None
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.inference_mode(), sdpa_kernel(getattr(SDPBackend, backend)):
-        F.scaled_dot_product_attention(q, k, v)
+        F.scaled_dot_product_attention(q, k, v, mask)
         start.record()
         for _ in range(20):
-            F.scaled_dot_product_attention(q, k, v)
+            F.scaled_dot_product_attention(q, k, v, mask)
         stop.record()
     torch.cuda.synchronize()
     return start.elapsed_time(stop) / 20
