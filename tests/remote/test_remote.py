@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +25,7 @@ from alarm import interrupted_soon
 from dump_activations import ActivationsFile, StepsDataset, dump, remote
 from dump_activations.errors import DumpActivationsError, StepIndexError
 from dump_activations.remote import mirror, requests, stores
+from dump_activations.storage.reading import cells
 from reference.hub import Hub, files_under
 from reference.web import Web
 
@@ -146,6 +148,59 @@ def test_a_dump_is_read_as_a_local_one(web, shelf, name):
     )
     assert all(map(torch.equal, ours, theirs))
     assert torch.equal(remote.read("pooled", verify=True), local.read("pooled"))
+
+
+CELLS = {"key": "layer_outputs", "layer": 1, "batch_size": 256, "window": 200_000}
+
+
+def test_windows_of_cells_are_fetched_in_turn(web, monkeypatch):
+    under_way, most, seen = [], [], []
+
+    def fetch(found, stopped):
+        under_way.append(1)
+        most.append(len(under_way))
+        seen.append(sum(each.nbytes for each in found))
+        time.sleep(0.02)  # as long as the next window takes to come this far
+        mirror.fetch(found, stopped)
+        under_way.pop()
+
+    monkeypatch.setattr(cells, "fetch", fetch)
+    list(ActivationsFile(f"{web.url}/whole.safetensors").cells(**CELLS))
+    # A window has more blocks that no window had before than the windows after it.
+    assert max(most) == 1
+    assert len(seen) > 3
+    assert seen[0] == max(seen) > seen[-1]
+
+
+def test_leaving_a_loop_over_cells_ends_its_fetch(web, monkeypatch):
+    first, asked, left, waited_for = Event(), Event(), Event(), []
+
+    def hold(_request):
+        asked.set()
+        if not left.wait(30):
+            waited_for.append(1)
+
+    def fetch(found, stopped):
+        if first.is_set():
+            web.before_answer = hold
+        first.set()
+        mirror.fetch(found, stopped)
+
+    monkeypatch.setattr(cells, "fetch", fetch)
+    batches = iter(ActivationsFile(f"{web.url}/whole.safetensors").cells(**CELLS))
+    next(batches)
+    asked.wait()
+    batches.close()
+    assert not waited_for
+    left.set()
+
+
+def test_a_window_that_fails_does_not_hold_up_the_next(web, monkeypatch):
+    monkeypatch.setattr(requests, "RETRIES", {"max_retries": 0, "retry_timeout": timedelta(0)})
+    acts = ActivationsFile(f"{web.url}/whole.safetensors")
+    web.fault = 403
+    with pytest.raises(DumpActivationsError, match="403"):
+        list(acts.cells(**CELLS))
 
 
 def test_a_remote_dump_is_joined_to_a_local_one(web, shelf):
