@@ -67,7 +67,14 @@ def test_the_activation_keys():
 def test_the_public_names():
     described = re.findall(r"^\.\. (?:auto\w+|py:type|py:module):: ([\w.]+)", API, re.MULTILINE)
     names = {name.rpartition(".")[2] for name in described}
-    assert names - {package.__name__} == {*package.__all__, "Cells", "Rows", "Layers", "ArrayLike"}
+    assert names - {package.__name__} == {
+        *package.__all__,
+        "Cells",
+        "StreamedCells",
+        "Rows",
+        "Layers",
+        "ArrayLike",
+    }
 
 
 def test_the_statistics():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from simulated.checks import in_other_words
@@ -52,6 +53,33 @@ def same(found, expected):
         assert torch.equal(one.rows, other.rows)
         assert torch.equal(one.cells, other.cells)
         torch.testing.assert_close(one.values, other.values)
+
+
+@pytest.mark.parametrize(("windows", "boards"), [(1, 55), (2, 110), (99, N)])
+def test_statistics_are_of_the_first_windows(windows, boards, acts, streamed):
+    values = acts.read("mlp_out", slice(boards), layer=2).double().numpy().reshape(-1, 64)
+    found = streamed("mlp_out", 2, seed=3, rank=1, world_size=2).stats(windows)
+    assert found.keys() == expected_statistics(values).keys()
+    for name, expected in expected_statistics(values).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def expected_statistics(values):
+    norms = np.linalg.norm(values, axis=1)
+    return {
+        **{"count": len(values), "mean": values.mean(0), "variance": values.var(0)},
+        **{"min": values.min(0), "max": values.max(0), "norm_mean": norms.mean()},
+        "count_abs_gt_6": (np.abs(values) > 6).sum(0),
+        "mean_squared_norm": (norms**2).mean(),
+    }
+
+
+def test_statistics_of_several_keys_are_by_key(streamed):
+    found, alone = streamed(KEYS, 1).stats(99), streamed("mlp_out", 1).stats(99)
+    assert list(found) == KEYS
+    np.testing.assert_array_equal(found["mlp_out"]["mean"], alone["mean"])
+    with pytest.raises(InvalidArgumentError, match="windows must be at least 1; got 0"):
+        streamed(KEYS, 1).stats(0)
 
 
 @pytest.mark.parametrize("key", [("final_hidden",), ("mlp_out", 2), (KEYS, 1)])

@@ -37,6 +37,7 @@ from dump_activations.storage.reading.cells import (
     rows_and_cells,
 )
 from dump_activations.storage.reading.keys import Key, Part
+from dump_activations.storage.statistics import STATISTICS, Moments, Vectors
 
 Buffers = dict[str, Tensor]
 """Values by key, (M, D)."""
@@ -67,7 +68,7 @@ def stream_cells(
     random_init: bool = False,
     precision: Literal["fp32", "tf32", "bf16", "bf16-true"] = "fp32",
     compile: bool = False,  # noqa: A002 -- the command's flag
-) -> Cells[Any]:
+) -> "StreamedCells[Any]":
     """Return shuffled batches of cells, `CellBatch(values, rows, cells)`, straight from a model.
 
     `ActivationsFile.cells` gives the same cells for a dump of the same boards, and in the same
@@ -76,7 +77,8 @@ def stream_cells(
     that two windows are in the device's memory. Each window belongs to one rank.
 
     `state_dict()` and `load_state_dict()` resume in the middle of an epoch, with the same number of
-    ranks. A `DataLoader` needs `batch_size=None` and `num_workers=0`.
+    ranks. A `DataLoader` needs `batch_size=None` and `num_workers=0`. `stats()` returns statistics
+    to scale by.
 
     Args:
         init: a checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`;
@@ -164,6 +166,36 @@ class StreamedCells(Cells[Values]):
                 f"{option('world_size')} must be at most the {windows} windows; got "
                 f"{order.world_size}; take a smaller {option('window')}"
             )
+
+    def stats(self, windows: int = 1) -> dict[str, Any]:
+        """Run the first windows of the sample, and return statistics of their cells' values.
+
+        They are named as those of `ActivationsFile.stats`, float64, (F,) or (), for values of F
+        features; with several keys a dict of them by key. All ranks and epochs get the same.
+
+        Args:
+            windows: windows to run, at least 1.
+        """
+        if windows < 1:
+            raise InvalidArgumentError(f"{option('windows')} must be at least 1; got {windows}")
+        boards = windows * self._order.window_batches * self._order.batch_size // CELLS
+        rows = range(min(boards, len(self._plan.indices)))
+        dtype = STORAGE_DTYPES[self._plan.options.dtype].name
+        vectors = {key: Vectors(dtype, None, (CELLS, of.width)) for key, of in self._values.items()}
+        moments: dict[str, Moments] = {}
+        for batch in batches_of(self._plan, [rows], tensors="view"):
+            for key, of in vectors.items():
+                more = of.measure(_bytes(batch.tensors[key]).reshape(-1))
+                moments[key] = moments[key] + more if key in moments else more
+        found = {}
+        for key, of in vectors.items():
+            values = of.statistics(moments[key])
+            found[key] = {
+                each.name: values[each.name] if each.per_feature else values[each.name][0]
+                for each in STATISTICS
+            }
+        [single, *_] = found.values()
+        return single if self._single else found
 
     def _fixed(self) -> dict[str, Any]:
         return {**super()._fixed(), "world_size": self._order.world_size}
