@@ -64,6 +64,7 @@ def run_all(works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS) -> list
             "multiprocessing_context='spawn'"
         )
     results: dict[int, _T] = {}
+    # The threads share it: the interpreter's lock makes each step of it whole.
     left, stopped = enumerate(works), Event()
 
     def serve() -> None:
@@ -94,13 +95,13 @@ def ask(work: Callable[[], _T]) -> _T:
 
 
 def _repeated(work: Callable[[], _T]) -> _T:
+    """Repeat a request of the hub's client or of urllib while the answer is that of overload."""
     ends = time.monotonic() + RETRIES["retry_timeout"].total_seconds()
     pause = _FIRST_PAUSE
     while True:
         try:
             return work()
         except Exception as error:
-            # Clients in Python show the status of the answer.
             answer = getattr(error, "response", None)
             status = getattr(error, "code", None) or getattr(answer, "status_code", None)
             if status not in _OVERLOADED or time.monotonic() + pause > ends:
