@@ -1,5 +1,6 @@
 """Dumps to buckets and to the hub: the bytes of local ones, whole or absent after any failure."""
 
+import itertools
 import os
 import re
 import signal
@@ -186,18 +187,22 @@ def test_a_refused_upload_keeps_its_shard_and_the_same_call_uploads_it(
     assert found(s3) == expected
 
 
+REQUESTS = 3 * 8  # A shard is listed for, written and looked at.
+
+
 def test_a_kill_leaves_whole_shards_and_the_same_call_does_the_rest(
     s3, run, expected, *, demo_checkpoint, demo_dataset, moment_of_run
 ):
     program = f"""
 from dump_activations import dump
-print("begins", flush=True)
 dump({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, {URL!r}, **{run.options!r})
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        time.sleep(0.2 + moment_of_run)
-        process.send_signal(signal.SIGKILL)
+    numbers = itertools.count()
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        s3.before_answer = lambda request: (
+            process.kill() if next(numbers) == int(REQUESTS * moment_of_run) else None
+        )
+    assert process.returncode == -signal.SIGKILL
     assert found(s3).items() <= expected.items()
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     assert found(s3) == expected
