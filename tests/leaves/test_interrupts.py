@@ -88,6 +88,19 @@ def test_contexts_may_be_nested(received):
     assert received == [signal.SIGTERM]
 
 
+@pytest.mark.parametrize("came_before", [False, True])
+def test_a_check_looks_at_the_contexts_around_its_own(came_before):
+    with HeldInterrupts() as outer:
+        if came_before:
+            signal.raise_signal(signal.SIGINT)
+        with HeldInterrupts() as inner:
+            if not came_before:
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                inner.check()
+        outer.check()
+
+
 def test_signals_without_a_handler_and_other_threads_are_left_alone():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with HeldInterrupts():

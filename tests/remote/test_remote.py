@@ -342,15 +342,13 @@ print("done", flush=True)
 """
 
 
-def test_a_kill_while_blocks_are_fetched_leaves_no_torn_one(web, pytestconfig, demo_dataset):
-    rng = np.random.default_rng(5)
-    for _ in range(2 * pytestconfig.getoption("faults")):
-        command = [sys.executable, "-c", READ, f"{web.url}/dataset"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            view = Path(process.stdout.readline().strip())
-            time.sleep(rng.uniform(0, 0.2))
-            process.send_signal(signal.SIGKILL)
-        assert _check_blocks(view, demo_dataset)
+def test_a_kill_while_blocks_are_fetched_leaves_no_torn_one(web, moment_of_run, demo_dataset):
+    command = [sys.executable, "-c", READ, f"{web.url}/dataset"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        view = Path(process.stdout.readline().strip())
+        time.sleep(0.2 * moment_of_run)
+        process.send_signal(signal.SIGKILL)
+    assert _check_blocks(view, demo_dataset)
     ds, steps = StepsDataset(f"{web.url}/dataset"), range(0, 14000, 7)
     np.testing.assert_array_equal(
         ds.read_boards(steps), StepsDataset(demo_dataset).read_boards(steps)

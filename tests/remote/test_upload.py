@@ -1,5 +1,6 @@
 """Dumps to buckets and to the hub: the bytes of local ones, whole or absent after any failure."""
 
+import itertools
 import os
 import re
 import signal
@@ -87,11 +88,13 @@ def test_at_most_two_shards_are_local(s3, run, outputs):
     seen = []
 
     def look(request):
-        """Let an upload last until the next shard is begun."""
+        """Let an upload last until the next shard is begun, and for 20 looks then."""
+        left = 20 if re.match("PUT .*-0000[1-6]-of-", request) else 0
         while True:
             seen.append([each.name for each in local_files(outputs) if "journal" not in each.name])
-            if not request.startswith("PUT") or "00008" in request or len(seen[-1]) > 1:
+            if left == 0:
                 return
+            left -= len(seen[-1]) > 1
             time.sleep(0.01)
 
     s3.before_answer = look
@@ -186,24 +189,25 @@ def test_a_refused_upload_keeps_its_shard_and_the_same_call_uploads_it(
     assert found(s3) == expected
 
 
+REQUESTS = 3 * 8  # A shard is listed for, written and looked at.
+
+
 def test_a_kill_leaves_whole_shards_and_the_same_call_does_the_rest(
-    s3, run, expected, *, demo_checkpoint, demo_dataset, pytestconfig
+    s3, run, expected, *, demo_checkpoint, demo_dataset, moment_of_run
 ):
-    rng = np.random.default_rng(4)
     program = f"""
 from dump_activations import dump
-print("begins", flush=True)
 dump({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, {URL!r}, **{run.options!r})
 """
-    for _ in range(2 * pytestconfig.getoption("faults")):
-        s3.objects.clear()
-        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(rng.uniform(0.2, 1.2))
-            process.send_signal(signal.SIGKILL)
-        assert found(s3).items() <= expected.items()
-        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-        assert found(s3) == expected
+    numbers = itertools.count()
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        s3.before_answer = lambda request: (
+            process.kill() if next(numbers) == int(REQUESTS * moment_of_run) else None
+        )
+    assert process.returncode == -signal.SIGKILL
+    assert found(s3).items() <= expected.items()
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert found(s3) == expected
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def run_all(
             "multiprocessing_context='spawn'"
         )
     results: dict[int, _T] = {}
+    # The threads share it: the interpreter's lock makes each step of it whole.
     left, ended = enumerate(works), Event()
 
     def serve() -> None:
@@ -99,13 +100,13 @@ def ask(work: Callable[[], _T]) -> _T:
 
 
 def _repeated(work: Callable[[], _T]) -> _T:
+    """Repeat a request of the hub's client or of urllib while the answer is that of overload."""
     ends = time.monotonic() + RETRIES["retry_timeout"].total_seconds()
     pause = _FIRST_PAUSE
     while True:
         try:
             return work()
         except Exception as error:
-            # Clients in Python show the status of the answer.
             answer = getattr(error, "response", None)
             status = getattr(error, "code", None) or getattr(answer, "status_code", None)
             if status not in _OVERLOADED or time.monotonic() + pause > ends:

@@ -37,12 +37,10 @@ def output_path(output: str | os.PathLike[str]) -> Path:
     if not is_url(output):
         return locate(output, "output")
     from dump_activations.remote.mirror import cache_directory
-    from dump_activations.remote.stores import without_secrets
 
-    parent, name = _split(os.fspath(output), "output")
-    shown = without_secrets(parent)
-    directory = cache_directory("outputs", shown)
-    uploads = _uploads.setdefault(directory, Uploads(parent, shown, directory))
+    location, name = place_of(os.fspath(output), "output")
+    directory = cache_directory("outputs", location.url)
+    uploads = _uploads.setdefault(directory, Uploads(location.url, directory))
     uploads.begin(Path(name).stem)
     return directory / name
 
@@ -54,9 +52,14 @@ def place_of(url: str, name: str) -> tuple[Location, str]:
         InvalidArgumentError: nothing can be written there.
         RemoteError: the server refuses or does not answer.
     """
-    from dump_activations.remote.stores import Location
+    from dump_activations.remote.stores import Location, without_secrets
 
-    parent, file = _split(url, name)
+    if not url.lower().startswith(_WRITABLE):
+        raise InvalidArgumentError(
+            f"{without_secrets(url)}: {option(name)} must be a path, or a URL that begins with "
+            f"{', '.join(_WRITABLE)}"
+        )
+    parent, _, file = url.rstrip("/").rpartition("/")
     return Location.of(parent, make=True), file
 
 
@@ -68,16 +71,15 @@ def uploads_of(directory: Path) -> Uploads | None:
 class Uploads:
     """The uploads from a directory of the cache to a remote one."""
 
-    def __init__(self, url: str, shown: str, directory: Path) -> None:
+    def __init__(self, url: str, directory: Path) -> None:
         self._url = url
-        self._shown = shown  # the URL without user and password
         self._directory = directory
         self._under_way: dict[Path, Future[None]] = {}
         self._earlier: set[Path] = set()  # under way since a call that was interrupted
 
     def url_of(self, path: Path) -> str:
         """Return the URL of a file of the directory."""
-        return f"{self._shown}/{path.name}"
+        return f"{self._url}/{path.name}"
 
     def begin(self, stem: str) -> None:
         """Begin a call: refresh, and leave errors of uploads to the earlier call that made them."""
@@ -163,16 +165,3 @@ class Uploads:
 
 
 _uploads: dict[Path, Uploads] = {}
-
-
-def _split(url: str, name: str) -> tuple[str, str]:
-    """Split the URL of a file to be written, which option `name` gave, into directory and name."""
-    from dump_activations.remote.stores import without_secrets
-
-    if not url.lower().startswith(_WRITABLE):
-        raise InvalidArgumentError(
-            f"{without_secrets(url)}: {option(name)} must be a path, or a URL that begins with "
-            f"{', '.join(_WRITABLE)}"
-        )
-    parent, _, file = url.rstrip("/").rpartition("/")
-    return parent, file

@@ -23,8 +23,9 @@ acts = ActivationsFile("{url}")
 {tensors}
 """
 _FACTS = (
-    *("checkpoint", "hub_commit", "random_init", "dataset", "dataset_rows", "n_samples"),
-    *("sampling", "seed", "where", "steps", "precision", "stats", "dump_activations_version"),
+    *("checkpoint", "hub_commit", "random_init", "layers", "dataset", "dataset_rows"),
+    *("n_samples", "sampling", "seed", "where", "steps", "precision", "stats"),
+    "dump_activations_version",
 )
 
 
