@@ -159,11 +159,20 @@ def stream(
 
 
 def batches_of(
-    plan: Plan, rows: Iterable[range] | None = None, *, tensors: Literal["copy", "view", "device"]
+    plan: Plan,
+    rows: Iterable[range] | None = None,
+    *,
+    tensors: Literal["copy", "view", "device"],
+    is_ahead: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Make a plan's run ready, and return its batches: of all rows, or of ranges of rows."""
+    """Make a plan's run ready, and return its batches: of all rows, or of ranges of rows.
+
+    With `is_ahead` the next batch is computed meanwhile on the CPU too, as it is on a GPU.
+    """
     caller = _Caller(plan.device, copies=tensors == "copy")
-    run = _computed_ahead(plan, rows, on_device=tensors == "device")
+    # Else the CPU is the caller's between two batches.
+    ahead = 1 if is_ahead or plan.device.type == "cuda" else 0
+    run = _computed_ahead(plan, rows, on_device=tensors == "device", ahead=ahead)
     batches = closed_at_exit(_interruptible(run, caller, plan.device, plan.options.batch_size))
     next(batches)
     return cast("Generator[Batch, None, None]", batches)
@@ -250,10 +259,10 @@ def _interruptible(
             run.close()
 
 
-def _computed_ahead(plan: Plan, rows: Iterable[range] | None, *, on_device: bool) -> _Computed:
+def _computed_ahead(
+    plan: Plan, rows: Iterable[range] | None, *, on_device: bool, ahead: int
+) -> _Computed:
     """Make the run ready, yield None, then its batches, which the device may still work on."""
-    # The CPU is the caller's between two batches.
-    ahead = 1 if plan.device.type == "cuda" else 0
     place = plan.device if on_device else "cpu"
     under_way: deque[ActivationBatch] = deque()
     with Run(plan, host_slots=0 if on_device else _HOST_SLOTS) as run:

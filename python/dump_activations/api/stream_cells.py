@@ -225,7 +225,7 @@ class StreamedCells(Cells[Values]):
         device = self._plan.device
         # The caller may be in another stream at each batch. All but its values stays in this one.
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        with closing(batches_of(self._plan, rows, tensors="device")) as run:
+        with closing(batches_of(self._plan, rows, tensors="device", is_ahead=True)) as run:
             computed = self._compute(run, rows)
             values: Buffers | None = None
             for (window, inside), ahead in zip(windows, [*passes[1:], 0], strict=True):
