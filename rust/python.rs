@@ -75,6 +75,10 @@ mod _rust {
         fn ask(&self) {
             self.asked.store(true, Ordering::Relaxed);
         }
+
+        fn is_asked(&self) -> bool {
+            self.asked.load(Ordering::Relaxed)
+        }
     }
 
     /// True in the main thread, which runs signal handlers.
@@ -99,7 +103,7 @@ mod _rust {
         let outcome = py.detach(|| {
             let mut looked = Instant::now();
             work(&mut || {
-                if cancel.is_some_and(|cancel| cancel.asked.load(Ordering::Relaxed)) {
+                if cancel.is_some_and(Cancel::is_asked) {
                     return Err(Interrupted);
                 }
                 if !handles_signals || looked.elapsed() < SIGNALS_EVERY {

@@ -55,6 +55,11 @@ def same(found, expected):
         torch.testing.assert_close(one.values, other.values)
 
 
+def test_windows_smaller_than_a_pass(acts, streamed):
+    expected = acts.cells("final_hidden", **ORDER)
+    same(streamed(boards_per_pass=1024), expected)
+
+
 @pytest.mark.parametrize(("windows", "boards"), [(1, 55), (2, 110), (99, N)])
 def test_statistics_are_of_the_first_windows(windows, boards, acts, streamed):
     values = acts.read("mlp_out", slice(boards), layer=2).double().numpy().reshape(-1, 64)
@@ -80,6 +85,9 @@ def test_statistics_of_several_keys_are_by_key(streamed):
     np.testing.assert_array_equal(found["mlp_out"]["mean"], alone["mean"])
     with pytest.raises(InvalidArgumentError, match="windows must be at least 1; got 0"):
         streamed(KEYS, 1).stats(0)
+    for windows in (1.5, True, "2"):
+        with pytest.raises(InvalidArgumentError, match="windows must be at least 1; got"):
+            streamed(KEYS, 1).stats(windows)
 
 
 @pytest.mark.parametrize("key", [("final_hidden",), ("mlp_out", 2), (KEYS, 1)])

@@ -22,6 +22,7 @@ step() { # step NAME SECONDS COMMAND...
   ((limit > LIMIT - began)) && limit=$((LIMIT - began))
   if ((limit < 5)); then
     echo "=== $name: no time left"
+    failed+=("$name (no time)")
     return
   fi
   echo "=== $name, at $began s, within $limit s"

@@ -60,6 +60,10 @@ def replaced(model):
     model.blocks[1].attn.wk = OfTheCaller(8, 8)
 
 
+def with_a_bias(model):
+    model.blocks[1].mlp.w_gate = nn.Linear(8, 8)
+
+
 @pytest.mark.parametrize(
     ("change", "apart"),
     [
@@ -71,6 +75,7 @@ def replaced(model):
         ),
         (lambda model: setattr(model.blocks[1].attn.wq, "forward", print), "blocks.1.attn"),
         (replaced, "blocks.1.attn"),
+        (with_a_bias, "blocks.1.mlp"),
     ],
 )
 def test_modules_that_someone_changed_stay_apart(change, apart, model):

@@ -156,3 +156,19 @@ def test_the_first_batch_on_a_device_is_a_full_one(demo_checkpoint, demo_dataset
         assert shapes == [BATCH]
         assert len([*batches]) == 3
     assert shapes == [BATCH, BATCH, BATCH, N - 2 * BATCH]
+
+
+def test_the_first_error_of_a_device_is_raised(demo_checkpoint, demo_dataset, monkeypatch):
+    module = sys.modules["dump_activations.api.stream"]
+
+    def fail(text):
+        def failing(*_):
+            raise RuntimeError(f"CUDA error: {text}")
+
+        return failing
+
+    monkeypatch.setattr(module._Caller, "take", fail("the first"))
+    monkeypatch.setattr(module.Run, "__exit__", fail("another"))
+    batches = stream(demo_checkpoint, demo_dataset, **RUN)
+    with pytest.raises(DeviceError, match="the first"):
+        next(batches)

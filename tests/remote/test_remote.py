@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, main_thread
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from torch.utils.data import DataLoader
 
 from alarm import interrupted_soon
-from dump_activations import ActivationsFile, StepsDataset, dump, remote
+from dump_activations import ActivationsFile, StepsDataset, dump, remote, stream
 from dump_activations.errors import DumpActivationsError, StepIndexError
 from dump_activations.remote import mirror, requests, stores
 from dump_activations.storage.reading import cells
@@ -156,12 +156,12 @@ CELLS = {"key": "layer_outputs", "layer": 1, "batch_size": 256, "window": 200_00
 def test_windows_of_cells_are_fetched_in_turn(web, monkeypatch):
     under_way, most, seen = [], [], []
 
-    def fetch(found, stopped):
+    def fetch(found, cancel):
         under_way.append(1)
         most.append(len(under_way))
         seen.append(sum(each.nbytes for each in found))
         time.sleep(0.02)  # as long as the next window takes to come this far
-        mirror.fetch(found, stopped)
+        mirror.fetch(found, cancel)
         under_way.pop()
 
     monkeypatch.setattr(cells, "fetch", fetch)
@@ -180,17 +180,42 @@ def test_leaving_a_loop_over_cells_ends_its_fetch(web, monkeypatch):
         if not left.wait(30):
             waited_for.append(1)
 
-    def fetch(found, stopped):
+    def fetch(found, cancel):
         if first.is_set():
             web.before_answer = hold
         first.set()
-        mirror.fetch(found, stopped)
+        mirror.fetch(found, cancel)
 
     monkeypatch.setattr(cells, "fetch", fetch)
     batches = iter(ActivationsFile(f"{web.url}/whole.safetensors").cells(**CELLS))
     next(batches)
     asked.wait()
     batches.close()
+    assert not waited_for
+    left.set()
+
+
+def run_of_stream(*args):
+    list(stream(*args, device="cpu", allow_cpu=True))
+
+
+def run_of_dump(*args):
+    dump(*args, device="cpu", allow_cpu=True, write=False)
+
+
+@pytest.mark.parametrize("run", [run_of_dump, run_of_stream])
+def test_ctrl_c_ends_a_read_of_boards(run, web, demo_checkpoint):
+    left, waited_for = Event(), []
+
+    def hold(_request):
+        signal.pthread_kill(main_thread().ident, signal.SIGINT)
+        if not left.wait(20):
+            waited_for.append(1)
+
+    dataset = StepsDataset(f"{web.url}/dataset")
+    web.before_answer = hold
+    with pytest.raises(KeyboardInterrupt):
+        run(demo_checkpoint, dataset)
     assert not waited_for
     left.set()
 

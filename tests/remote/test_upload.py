@@ -213,8 +213,16 @@ dump({str(demo_checkpoint)!r}, {str(demo_dataset)!r}, {URL!r}, **{run.options!r}
 @pytest.mark.parametrize(
     ("url", "error"),
     [
-        ("https://host/a.safetensors", "output must be a path, or a URL that begins with s3://"),
-        ("ftp://host/a.safetensors", "output must be a path, or a URL that begins with s3://"),
+        (
+            "https://host/a.safetensors",
+            "output must be a path, or a URL of a file that begins with s3://",
+        ),
+        (
+            "ftp://host/a.safetensors",
+            "output must be a path, or a URL of a file that begins with s3://",
+        ),
+        ("s3://a.safetensors", "output must be a path, or a URL of a file"),
+        ("s3://bucket/a.pt?sig=secret", "bucket/a.pt: output .* has no query"),
         ("s3://bucket/a.parquet", "a.parquet"),
         ("hf://models/org/name/a.pt", "the address of a dataset must be hf://datasets/"),
     ],

@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -123,7 +123,7 @@ def stream(
 
     Args:
         init: a checkpoint directory, `.pt` bundle or `hf://org/repo[/subdir][@revision]`;
-            or a loaded Encoder.
+            or a loaded Encoder, whose weights must not change before the last batch.
         dataset: a dataset of steps, or its directory.
         outputs: activation keys, globs of them ("attn_*") or names of TransformerLens hooks.
         layers: layers to keep, as Python indexes them: -1, [0, 3] or "0,3,-1,4:8"; None keeps
@@ -163,15 +163,15 @@ def batches_of(
     rows: Iterable[range] | None = None,
     *,
     tensors: Literal["copy", "view", "device"],
-    is_ahead: bool = False,
+    computes_ahead: bool = False,
 ) -> Generator[Batch, None, None]:
     """Make a plan's run ready, and return its batches: of all rows, or of ranges of rows.
 
-    With `is_ahead` the next batch is computed meanwhile on the CPU too, as it is on a GPU.
+    With `computes_ahead` the CPU too computes the next batch meanwhile, as a GPU does.
     """
     caller = _Caller(plan.device, copies=tensors == "copy")
     # Else the CPU is the caller's between two batches.
-    ahead = 1 if is_ahead or plan.device.type == "cuda" else 0
+    ahead = 1 if computes_ahead or plan.device.type == "cuda" else 0
     run = _computed_ahead(plan, rows, on_device=tensors == "device", ahead=ahead)
     batches = closed_at_exit(_interruptible(run, caller, plan.device, plan.options.batch_size))
     next(batches)
@@ -238,6 +238,7 @@ def _interruptible(
     The run's device is current only while a batch is computed, not while the caller has it. An
     error keeps the frame of this function: it holds nothing of the run but the generator.
     """
+    has_failed = False
     try:
         with (
             HeldInterrupts(),
@@ -254,8 +255,13 @@ def _interruptible(
                 return
             yield batch
             del batch  # The caller keeps it, or drops it to free its memory.
+    except (Exception, KeyboardInterrupt):
+        has_failed = True
+        raise
     finally:
-        with HeldInterrupts(), current(device), caller.returned():
+        # A device that has failed fails again here. The first error tells more.
+        first = suppress(RuntimeError) if has_failed else nullcontext()
+        with first, HeldInterrupts(), current(device), caller.returned():
             run.close()
 
 

@@ -22,7 +22,7 @@ from dump_activations.api.stream import Batch, batches_of
 from dump_activations.dataset.dataset import StepsDataset
 from dump_activations.dataset.expressions import Expression
 from dump_activations.dtypes import CELLS, STORAGE_DTYPES
-from dump_activations.errors import InvalidArgumentError, option
+from dump_activations.errors import InvalidArgumentError, option, whole_number
 from dump_activations.model.encoder import Encoder
 from dump_activations.pipeline.device import DeviceAdvice, current
 from dump_activations.pipeline.options import StreamOptions
@@ -176,9 +176,9 @@ class StreamedCells(Cells[Values]):
         Args:
             windows: windows to run, at least 1.
         """
-        if windows < 1:
-            raise InvalidArgumentError(f"{option('windows')} must be at least 1; got {windows}")
-        boards = windows * self._order.window_batches * self._order.batch_size // CELLS
+        if isinstance(windows, bool) or (count := whole_number(windows) or 0) < 1:
+            raise InvalidArgumentError(f"{option('windows')} must be at least 1; got {windows!r}")
+        boards = count * self._order.window_batches * self._order.batch_size // CELLS
         rows = range(min(boards, len(self._plan.indices)))
         dtype = STORAGE_DTYPES[self._plan.options.dtype].name
         vectors = {key: Vectors(dtype, None, (CELLS, of.width)) for key, of in self._values.items()}
@@ -225,7 +225,7 @@ class StreamedCells(Cells[Values]):
         device = self._plan.device
         # The caller may be in another stream at each batch. All but its values stays in this one.
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        with closing(batches_of(self._plan, rows, tensors="device", is_ahead=True)) as run:
+        with closing(batches_of(self._plan, rows, tensors="device", computes_ahead=True)) as run:
             computed = self._compute(run, rows)
             values: Buffers | None = None
             for (window, inside), ahead in zip(windows, [*passes[1:], 0], strict=True):

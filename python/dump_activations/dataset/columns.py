@@ -248,7 +248,7 @@ class ColumnReader:
                 scratch = buffers[0][0]
                 boards_NS, *fields = (out[: len(chunk)] for out in buffers[1:])
                 boards = boards_NS if self._needs_boards else None
-                fetch_rows(self._dataset, chunk)
+                fetch_rows(self._dataset, chunk, cancel)
                 rows = (chunk.start, chunk.stop)
                 self._selection.scan(rows, scratch, boards, fields, cancel)
                 return look(chunk, self._compute(boards_NS, fields))
@@ -298,7 +298,7 @@ class LabelReader(ColumnReader):
         """
         ends = np.cumsum([CELLS, *(each.itemsize for each in self._fields.values())])
         rows = np.empty((len(indices), ends[-1]), np.uint8)
-        fetch_rows(self._dataset, indices)
+        fetch_rows(self._dataset, indices, cancel)
         self._selection.read(indices, rows, cancel)
         boards_NS[:], *fields = np.split(rows, ends[:-1], axis=1)
         read = self._compute(boards_NS, [np.ascontiguousarray(field) for field in fields])

@@ -375,7 +375,7 @@ class StepsDataset(_Dataset):
         elif not isinstance(out, np.ndarray) or out.dtype != np.uint8:
             given = getattr(out, "dtype", type(out).__name__)
             raise TypeError(f"out must be a NumPy array of uint8; got {given}")
-        fetch_rows(self._dataset, indices)
+        fetch_rows(self._dataset, indices, cancel)
         self._dataset.read_boards(indices, out, cancel)
         return out
 

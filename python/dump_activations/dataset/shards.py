@@ -168,8 +168,13 @@ class _Places(NamedTuple):
 _places: dict[Path, _Places] = {}
 
 
-def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None:
-    """Make rows of a remote dataset local, by their step indices (n,); a local one has them."""
+def fetch_rows(
+    dataset: _rust.Dataset, steps: NDArray[np.int64] | range, cancel: _rust.Cancel | None = None
+) -> None:
+    """Make rows of a remote dataset local, by their step indices (n,); a local one has them.
+
+    Another thread ends it early by `cancel`.
+    """
     places = _places.get(dataset.path)
     if places is None:
         return
@@ -184,7 +189,7 @@ def fetch_rows(dataset: _rust.Dataset, steps: NDArray[np.int64] | range) -> None
         places.paths[shard]: (of_shard, of_shard + places.nbytes[shard])
         for shard, of_shard in zip(touched, np.split(begins, cuts[1:]), strict=True)
     }
-    fetch(requests_for(spans))
+    fetch(requests_for(spans), cancel)
 
 
 def note_transfer(dataset: _rust.Dataset, rows: range) -> None:

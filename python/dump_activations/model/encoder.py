@@ -173,7 +173,7 @@ def with_joined_products(model: _ModuleT, hooked: Collection[str]) -> _ModuleT:
     """Return a replica with one product for q, k and v, and one for both branches of an MLP.
 
     A product stays by itself where its module is in `hooked`, has hooks, or is not a plain
-    `nn.Linear`. Joined products may differ in the last bits.
+    `nn.Linear` without a bias. Joined products may differ in the last bits.
     """
     replica = replicate(model, next(model.parameters()).device)
     for name, module in replica.named_modules():
@@ -192,11 +192,12 @@ def with_joined_products(model: _ModuleT, hooked: Collection[str]) -> _ModuleT:
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     has_hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and not has_hooks and "forward" not in vars(module)
+    is_linear = type(module) is nn.Linear and module.bias is None
+    return is_linear and not has_hooks and "forward" not in vars(module)
 
 
 def _join(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """Return a module of all their weights, of which theirs become views."""
+    """Return one module with all their weights. The given modules' weights become views of it."""
     sizes, first = [each.out_features for each in linears], linears[0]
     joined = nn.Linear(first.in_features, sum(sizes), bias=False, device="meta")
     weights = first.weight.new_empty(joined.weight.shape)

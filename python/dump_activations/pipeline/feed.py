@@ -5,7 +5,7 @@ Shape letters: B boards in a batch, N boards that are counted, S cells (16).
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from dump_activations import _rust
 from dump_activations.dataset.columns import Values
 from dump_activations.dtypes import CELLS, LABEL_PREFIX
 from dump_activations.errors import VocabularyError, option
+from dump_activations.interrupts import HeldInterrupts
 from dump_activations.pipeline.plan import Plan
 from dump_activations.progress import Stopwatch
 
@@ -24,6 +25,7 @@ from dump_activations.progress import Stopwatch
 # together. The first windows are small, so that the first batch does not wait for a large read.
 _LARGEST_WINDOW = 1 << 20
 _GROWTH = 4
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ def feed_boards(
                 held.append((rows, is_last, reader.submit(read, rows)))
             if not held:
                 return
-            with waiting:
+            with waiting, HeldInterrupts() as interrupts:
+                while not wait([held[0][-1]], _POLL_SECONDS).done:
+                    interrupts.check()
                 boards = held[0][-1].result()
             held.popleft()
             for i in range(0, len(boards.indices), batch_size):

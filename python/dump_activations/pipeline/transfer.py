@@ -44,7 +44,7 @@ class ActivationBatch:
         tensors: key -> tensor (B, *shape) in the memory that the consumer asked for.
         chunks: the batch's rows. The rows of a chunk are there once it has been waited for: on the
             host, or on a device for work that is queued afterwards in the thread's current stream.
-        release: gives the memory back to the ring. `tensors` must not be used after it.
+        release: gives the memory back to the ring. The next batch may then overwrite `tensors`.
     """
 
     boards: BoardBatch
@@ -56,8 +56,7 @@ class ActivationBatch:
 def host_ring(plan: Plan, rows: int) -> Ring:
     """Map slots in host memory, where the model runs and the consumer reads them."""
     shapes, dtype = shapes_of(plan, rows), plan.storage_dtype
-    count = min(HOST_SLOTS, -(-len(plan.indices) // rows))
-    return ring(mapped(count * slot_nbytes(shapes, dtype)), shapes, dtype, count)
+    return ring(mapped(HOST_SLOTS * slot_nbytes(shapes, dtype)), shapes, dtype, HOST_SLOTS)
 
 
 def mapped(nbytes: int, advice: int = mmap.MADV_NORMAL) -> Tensor:

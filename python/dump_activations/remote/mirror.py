@@ -28,6 +28,7 @@ from dump_activations.errors import RemoteError
 
 if TYPE_CHECKING:
     # The clients of stores take longer to import than the package. A local file needs none.
+    from dump_activations import _rust
     from dump_activations.remote.stores import Location, RemoteFile
 
 BLOCK_NBYTES = 4096
@@ -119,8 +120,8 @@ def requests_for(ranges: Mapping[Path, Ranges]) -> list[Request]:
     return [Request(mirror, *each) for mirror, span in found for each in mirror.missing(*span)]
 
 
-def fetch(requests: Sequence[Request], stopped: threading.Event | None = None) -> None:
-    """Make the blocks of requests local. `stopped` ends it early, from another thread.
+def fetch(requests: Sequence[Request], cancel: _rust.Cancel | None = None) -> None:
+    """Make the blocks of requests local. Another thread ends it early by `cancel`.
 
     Raises:
         RemoteError: the server refuses or does not answer, a file changed, or the cache is full.
@@ -129,7 +130,7 @@ def fetch(requests: Sequence[Request], stopped: threading.Event | None = None) -
         from dump_activations.remote.requests import run_all
 
         at_once = max(1, _NBYTES_UNDER_WAY // max(each.nbytes for each in requests))
-        run_all([each.make for each in requests], at_once, stopped)
+        run_all([each.make for each in requests], at_once, cancel)
 
 
 def fetch_span(path: Path, start: int, nbytes: int) -> None:
@@ -189,8 +190,9 @@ class Request(NamedTuple):
         return (self.stop - self.first) * BLOCK_NBYTES
 
     def make(self) -> None:
-        """Request the blocks, and write them."""
-        self.mirror.read(self.first, self.stop)
+        """Request the blocks, unless they came meanwhile, and write them."""
+        if not self.mirror.has(self.first, self.stop):
+            self.mirror.read(self.first, self.stop)
 
 
 class _Mirror:
@@ -228,7 +230,7 @@ class _Mirror:
         # Not `np.unique`, which hashes: sorting is 8 times as fast.
         blocks_M.sort()
         blocks_M = blocks_M[np.diff(blocks_M, prepend=-1) > 0]
-        blocks_M = blocks_M[(self._bits[blocks_M >> 3] >> (7 - (blocks_M & 7))) & 1 == 0]
+        blocks_M = blocks_M[self._lacks(blocks_M)]
         if not len(blocks_M):
             return
         cuts = np.flatnonzero(np.diff(blocks_M) > _GAP_BLOCKS) + 1
@@ -237,6 +239,14 @@ class _Mirror:
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             for start in range(first, last + 1, _REQUEST_BLOCKS):
                 yield start, min(start + _REQUEST_BLOCKS, last + 1)
+
+    def has(self, first: int, stop: int) -> bool:
+        """Return True if blocks from `first` to before `stop` are there."""
+        return not self._lacks(np.arange(first, stop)).any()
+
+    def _lacks(self, blocks_M: NDArray[np.int64]) -> NDArray[np.bool_]:
+        lacking_M: NDArray[np.bool_] = (self._bits[blocks_M >> 3] >> (7 - (blocks_M & 7))) & 1 == 0
+        return lacking_M
 
     def read(self, first: int, stop: int) -> None:
         """Request blocks, write them, then their bits."""

@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from threading import Event, Thread
+from threading import enumerate as enumerate_threads
 from typing import TYPE_CHECKING, TypeVar
 from urllib.error import HTTPError
-from weakref import WeakSet
 
 from dump_activations.errors import InvalidArgumentError, RemoteError
 from dump_activations.interrupts import HeldInterrupts
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
+
+    from dump_activations import _rust
 
 _T = TypeVar("_T")
 
@@ -32,7 +34,6 @@ _OVERLOADED = (429, 500, 502, 503, 504)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before a request is repeated
 _LONGEST_EXIT = 1.0  # seconds
 _THREAD = "requests"
-_threads: WeakSet[Thread] = WeakSet()
 # The hub's client logs each repetition with the URL, which may be signed.
 logging.getLogger("huggingface_hub.utils._http").addFilter(
     lambda record: record.threadName != _THREAD
@@ -54,17 +55,19 @@ class RemoteNotFoundError(RemoteError):
 
 
 def run_all(
-    works: Sequence[Callable[[], _T]], at_once: int = _REQUESTS, stopped: Event | None = None
+    works: Sequence[Callable[[], _T]],
+    at_once: int = _REQUESTS,
+    cancel: "_rust.Cancel | None" = None,
 ) -> list[_T]:
     """Make requests, some of them at once, and return their results in order.
 
-    Raises the error of the first that fails, or what interrupts the wait. Where another thread sets
-    `stopped`, no more requests are made, and those under way are left alone.
+    Raises the error of the first that fails, or what interrupts the wait: Ctrl-C, or another thread
+    by `cancel`. Requests under way are then left alone.
     """
     if os.getpid() != _FIRST_PROCESS:
         raise RemoteError(
-            "remote files cannot be read after a fork; give the DataLoader "
-            "multiprocessing_context='spawn'"
+            "connections do not survive a fork; start processes with spawn (a DataLoader's by "
+            "multiprocessing_context='spawn')"
         )
     results: dict[int, _T] = {}
     # The threads share it: the interpreter's lock makes each step of it whole.
@@ -84,7 +87,7 @@ def run_all(
                 for each in done:
                     each.result()
                 interrupts.check()
-                if stopped is not None and stopped.is_set():
+                if cancel is not None and cancel.is_asked():
                     raise KeyboardInterrupt
         finally:
             ended.set()
@@ -129,9 +132,7 @@ def in_background(work: Callable[[], _T]) -> Future[_T]:
         except BaseException as error:
             done.set_exception(error)
 
-    thread = Thread(target=run, name=_THREAD, daemon=True)
-    _threads.add(thread)
-    thread.start()
+    Thread(target=run, name=_THREAD, daemon=True).start()
     return done
 
 
@@ -139,8 +140,9 @@ def in_background(work: Callable[[], _T]) -> Future[_T]:
 def _end() -> None:
     """Wait a little for requests under way: an answer that comes while Python ends aborts it."""
     ends = time.monotonic() + _LONGEST_EXIT
-    for thread in list(_threads):
-        thread.join(max(0, ends - time.monotonic()))
+    for thread in enumerate_threads():
+        if thread.name == _THREAD:
+            thread.join(max(0, ends - time.monotonic()))
 
 
 @contextmanager

@@ -8,9 +8,9 @@ shards in a directory then finds all of them, and their bytes take no local spac
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,29 +38,31 @@ def output_path(output: str | os.PathLike[str]) -> Path:
         return locate(output, "output")
     from dump_activations.remote.mirror import cache_directory
 
-    location, name = place_of(os.fspath(output), "output")
+    location, name = place_of(os.fspath(output), "output", make=True)
     directory = cache_directory("outputs", location.url)
     uploads = _uploads.setdefault(directory, Uploads(location.url, directory))
     uploads.begin(Path(name).stem)
     return directory / name
 
 
-def place_of(url: str, name: str) -> tuple[Location, str]:
+def place_of(url: str, name: str, *, make: bool) -> tuple[Location, str]:
     """Connect to the directory of a file to be written, whose URL option `name` gave.
 
     Raises:
         InvalidArgumentError: nothing can be written there.
+        RemoteNotFoundError: a repository is missing, and `make` does not ask to make it.
         RemoteError: the server refuses or does not answer.
     """
     from dump_activations.remote.stores import Location, without_secrets
 
-    if not url.lower().startswith(_WRITABLE):
+    scheme, _, path = url.partition("://")
+    if f"{scheme.lower()}://" not in _WRITABLE or re.search(r"[?#]", url) or "/" not in path:
         raise InvalidArgumentError(
-            f"{without_secrets(url)}: {option(name)} must be a path, or a URL that begins with "
-            f"{', '.join(_WRITABLE)}"
+            f"{without_secrets(url)}: {option(name)} must be a path, or a URL of a file that "
+            f"begins with {', '.join(_WRITABLE)} and has no query"
         )
     parent, _, file = url.rstrip("/").rpartition("/")
-    return Location.of(parent, make=True), file
+    return Location.of(parent, make=make), file
 
 
 def uploads_of(directory: Path) -> Uploads | None:
@@ -82,7 +84,7 @@ class Uploads:
         return f"{self._url}/{path.name}"
 
     def begin(self, stem: str) -> None:
-        """Begin a call: refresh, and leave errors of uploads to the earlier call that made them."""
+        """Begin a call: refresh, and ignore errors of uploads that an earlier call began."""
         self._earlier = set(self._under_way)
         self.refresh(stem)
 
@@ -138,11 +140,11 @@ class Uploads:
         while len(self._under_way) > most:
             for path, done in list(self._under_way.items()):
                 check()
-                with suppress(TimeoutError):
-                    error = done.exception(_POLL_SECONDS)
-                    del self._under_way[path]
-                    if error is not None and path not in self._earlier:
-                        raise error
+                if not wait([done], _POLL_SECONDS).done:
+                    continue
+                del self._under_way[path]
+                if (error := done.exception()) is not None and path not in self._earlier:
+                    raise error
 
     def _upload(self, path: Path, card: str) -> None:
         from dump_activations.remote.mirror import become_mirror

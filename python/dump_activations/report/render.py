@@ -15,6 +15,7 @@ from markupsafe import Markup
 from dump_activations.errors import OutputError, is_url, option, printable, size_text
 from dump_activations.progress import Count, Phase, counted, shown_progress
 from dump_activations.remote.mirror import url_of
+from dump_activations.remote.requests import RemoteNotFoundError
 from dump_activations.remote.upload import place_of
 from dump_activations.report import charts, data, sections
 from dump_activations.storage.reading.activations_file import ActivationsFile
@@ -52,7 +53,7 @@ def write_report(
         page = render(path, progress=counted(Phase("writing the report", "keys"), also))
     if is_url(report):
         _check_replaceable(report)
-        location, name = place_of(os.fspath(report), "report")
+        location, name = place_of(os.fspath(report), "report", make=True)
         location.write(name, page.encode())
     else:
         _write(Path(report), page)
@@ -76,7 +77,10 @@ def _write(target: Path, page: str) -> None:
 def _check_replaceable(report: str | os.PathLike[str]) -> None:
     """Raise where the file to replace is not a page of this package."""
     if is_url(report):
-        location, name = place_of(os.fspath(report), "report")
+        try:
+            location, name = place_of(os.fspath(report), "report", make=False)
+        except RemoteNotFoundError:
+            return
         shown, head = f"{location.url}/{name}", location.first_bytes(name, _HEAD_NBYTES)
     else:
         shown, head = os.fspath(report), _first_bytes(Path(report))
@@ -86,7 +90,7 @@ def _check_replaceable(report: str | os.PathLike[str]) -> None:
 
 
 def _first_bytes(target: Path) -> bytes | None:
-    """Return the first bytes of a file; none of what is no file, None where nothing is there."""
+    """Return a file's first bytes: b"" for anything but a regular file, None where nothing is."""
     with OutputError.when(f"cannot write {target}"):
         try:
             found = target.lstat()

@@ -419,7 +419,7 @@ class StoredCells(Cells[Values]):
 
         Of remote files two are under way: the link is busy while blocks that came are read.
         """
-        cancel, closed, depth = _rust.Cancel(), Event(), 2 if self._files.is_remote else 1
+        cancel, depth = _rust.Cancel(), 2 if self._files.is_remote else 1
         reader = ThreadPoolExecutor(max_workers=depth, thread_name_prefix="cells")
         ahead: deque[Future[_Window]] = deque()
         turns = [Event()]
@@ -432,9 +432,10 @@ class StoredCells(Cells[Values]):
                     self._files.requests_for(of.part, cells, of.nbytes, per_row=CELLS)
                     for of in self._values.values()
                 ]
-                turn.wait()  # Two windows that are fetched at once would both come late.
+                # Fetch one window at a time: two that share the link would both be late.
+                turn.wait()
                 for each in requests:
-                    fetch(each, closed)
+                    fetch(each, cancel)
             finally:
                 next_turn.set()
             values = {name: self._new(name, len(cells), of) for name, of in self._values.items()}
@@ -467,7 +468,6 @@ class StoredCells(Cells[Values]):
                     yield {name: of[batch] for name, of in values.items()}, rows_B, cells_B
         finally:
             cancel.ask()
-            closed.set()
             reader.shutdown(wait=True, cancel_futures=True)
 
     def _new(self, name: str, cells: int, of: CellValues) -> Tensor:
