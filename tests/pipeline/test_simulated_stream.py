@@ -179,7 +179,7 @@ def test_a_missing_wait_for_the_stream_that_asks_shows(run, on_cpu, monkeypatch)
 
 def test_a_missing_wait_on_leaving_shows(run, on_cpu, monkeypatch):
     module = sys.modules[_Caller.__module__]
-    leaving = "with HeldInterrupts(), current(device), caller.returned():\n            run.close()"
+    leaving = "HeldInterrupts(), current(device), caller.returned():\n            run.close()"
     without = leaving.replace(", caller.returned()", "")
     in_other_words(module, "_interruptible", (leaving, without))(monkeypatch)
     first = {key: tensor[: 2 * BATCH] for key, tensor in on_cpu.items()}

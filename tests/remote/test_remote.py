@@ -156,12 +156,12 @@ CELLS = {"key": "layer_outputs", "layer": 1, "batch_size": 256, "window": 200_00
 def test_windows_of_cells_are_fetched_in_turn(web, monkeypatch):
     under_way, most, seen = [], [], []
 
-    def fetch(found, cancel):
+    def fetch(found, is_cancelled):
         under_way.append(1)
         most.append(len(under_way))
         seen.append(sum(each.nbytes for each in found))
         time.sleep(0.02)  # as long as the next window takes to come this far
-        mirror.fetch(found, cancel)
+        mirror.fetch(found, is_cancelled)
         under_way.pop()
 
     monkeypatch.setattr(cells, "fetch", fetch)
@@ -180,11 +180,11 @@ def test_leaving_a_loop_over_cells_ends_its_fetch(web, monkeypatch):
         if not left.wait(30):
             waited_for.append(1)
 
-    def fetch(found, cancel):
+    def fetch(found, is_cancelled):
         if first.is_set():
             web.before_answer = hold
         first.set()
-        mirror.fetch(found, cancel)
+        mirror.fetch(found, is_cancelled)
 
     monkeypatch.setattr(cells, "fetch", fetch)
     batches = iter(ActivationsFile(f"{web.url}/whole.safetensors").cells(**CELLS))

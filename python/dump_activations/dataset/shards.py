@@ -189,7 +189,7 @@ def fetch_rows(
         places.paths[shard]: (of_shard, of_shard + places.nbytes[shard])
         for shard, of_shard in zip(touched, np.split(begins, cuts[1:]), strict=True)
     }
-    fetch(requests_for(spans), cancel)
+    fetch(requests_for(spans), cancel and cancel.is_asked)
 
 
 def note_transfer(dataset: _rust.Dataset, rows: range) -> None:

@@ -16,7 +16,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,6 @@ from dump_activations.errors import RemoteError
 
 if TYPE_CHECKING:
     # The clients of stores take longer to import than the package. A local file needs none.
-    from dump_activations import _rust
     from dump_activations.remote.stores import Location, RemoteFile
 
 BLOCK_NBYTES = 4096
@@ -120,8 +119,8 @@ def requests_for(ranges: Mapping[Path, Ranges]) -> list[Request]:
     return [Request(mirror, *each) for mirror, span in found for each in mirror.missing(*span)]
 
 
-def fetch(requests: Sequence[Request], cancel: _rust.Cancel | None = None) -> None:
-    """Make the blocks of requests local. Another thread ends it early by `cancel`.
+def fetch(requests: Sequence[Request], is_cancelled: Callable[[], bool] | None = None) -> None:
+    """Make the blocks of requests local. Another thread ends it early by `is_cancelled`.
 
     Raises:
         RemoteError: the server refuses or does not answer, a file changed, or the cache is full.
@@ -130,7 +129,7 @@ def fetch(requests: Sequence[Request], cancel: _rust.Cancel | None = None) -> No
         from dump_activations.remote.requests import run_all
 
         at_once = max(1, _NBYTES_UNDER_WAY // max(each.nbytes for each in requests))
-        run_all([each.make for each in requests], at_once, cancel)
+        run_all([each.make for each in requests], at_once, is_cancelled)
 
 
 def fetch_span(path: Path, start: int, nbytes: int) -> None:

@@ -21,8 +21,6 @@ from dump_activations.interrupts import HeldInterrupts
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
-    from dump_activations import _rust
-
 _T = TypeVar("_T")
 
 RETRIES: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
@@ -57,12 +55,12 @@ class RemoteNotFoundError(RemoteError):
 def run_all(
     works: Sequence[Callable[[], _T]],
     at_once: int = _REQUESTS,
-    cancel: "_rust.Cancel | None" = None,
+    is_cancelled: Callable[[], bool] | None = None,
 ) -> list[_T]:
     """Make requests, some of them at once, and return their results in order.
 
     Raises the error of the first that fails, or what interrupts the wait: Ctrl-C, or another thread
-    by `cancel`. Requests under way are then left alone.
+    by `is_cancelled`. Requests under way are then left alone.
     """
     if os.getpid() != _FIRST_PROCESS:
         raise RemoteError(
@@ -87,7 +85,7 @@ def run_all(
                 for each in done:
                     each.result()
                 interrupts.check()
-                if cancel is not None and cancel.is_asked():
+                if is_cancelled is not None and is_cancelled():
                     raise KeyboardInterrupt
         finally:
             ended.set()

@@ -435,7 +435,7 @@ class StoredCells(Cells[Values]):
                 # Fetch one window at a time: two that share the link would both be late.
                 turn.wait()
                 for each in requests:
-                    fetch(each, cancel)
+                    fetch(each, cancel.is_asked)
             finally:
                 next_turn.set()
             values = {name: self._new(name, len(cells), of) for name, of in self._values.items()}
