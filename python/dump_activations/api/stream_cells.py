@@ -190,10 +190,7 @@ class StreamedCells(Cells[Values]):
         found = {}
         for key, of in vectors.items():
             values = of.statistics(moments[key])
-            found[key] = {
-                each.name: values[each.name] if each.per_feature else values[each.name][0]
-                for each in STATISTICS
-            }
+            found[key] = {each.name: each.without_layers(values[each.name]) for each in STATISTICS}
         [single, *_] = found.values()
         return single if self._single else found
 

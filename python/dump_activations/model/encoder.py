@@ -5,7 +5,8 @@ stream and the norms are then in the wide dtype, and each input of a product is 
 narrow one.
 
 Shape letters: B boards in a batch, S cells (16), H hidden size, Q query heads, K key/value heads,
-G query heads that share one key/value head (Q = G K), D size of a head, N bins of a value head.
+G query heads that share one key/value head (Q = G K), D size of a head, E keys of a cell (E = K D),
+I inner size of the MLP, N bins of a value head.
 """
 
 import copy
@@ -110,7 +111,7 @@ class Attention(nn.Module):
             else nn.Identity()
             for _ in ("query", "key")
         )
-        self.joined: nn.Linear | None = None
+        self.joined: nn.Linear | None = None  # `wq`, `wk` and `wv`, in a model with joined products
         self.dot_product = DotProduct()
         self.sinks: nn.Parameter | None = None
         if config.use_attention_sinks:
@@ -120,11 +121,10 @@ class Attention(nn.Module):
         """Map the normed hidden states (B, S, H) to the attention's output (B, S, H)."""
         B = x_BSH.shape[0]
         x_BSH = x_BSH.to(self.wq.weight.dtype)
-        # With H or (K D) values per cell.
-        q, k, v = _products(x_BSH, [self.wq, self.wk, self.wv], self.joined)
-        q_BSQD = q.view(B, CELLS, self.q_heads, self.head_size)
-        k_BSKD = k.view(B, CELLS, self.kv_heads, self.head_size)
-        v_BSKD = v.view(B, CELLS, self.kv_heads, self.head_size)
+        q_BSH, k_BSE, v_BSE = _products(x_BSH, [self.wq, self.wk, self.wv], self.joined)
+        q_BSQD = q_BSH.view(B, CELLS, self.q_heads, self.head_size)
+        k_BSKD = k_BSE.view(B, CELLS, self.kv_heads, self.head_size)
+        v_BSKD = v_BSE.view(B, CELLS, self.kv_heads, self.head_size)
         q_BSQD, k_BSKD = _normed(self.q_norm, q_BSQD), _normed(self.k_norm, k_BSKD)
         # They are stored by key/value head first: query head h has sinks[(h % K) G + h // K].
         sinks_Q = None if self.sinks is None else self.sinks.view(self.kv_heads, -1).t().flatten()
@@ -149,7 +149,7 @@ class MLP(nn.Module):
         self.w_up = nn.Linear(hidden, inner, bias=False)
         self.w_gate = nn.Linear(hidden, inner, bias=False)
         self.w_down = nn.Linear(inner, hidden, bias=False)
-        self.joined: nn.Linear | None = None
+        self.joined: nn.Linear | None = None  # `w_gate` and `w_up`, likewise
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """Map the normed hidden states (B, S, H) to the MLP's output (B, S, H)."""

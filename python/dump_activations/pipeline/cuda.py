@@ -42,8 +42,8 @@ _PORTABLE = 1  # cudaHostRegisterPortable
 _HOST = torch.device("cpu")
 
 # While a thread records a graph, CUDA lets no thread wait for the whole device: both would fail.
-# torch's compiler waits too, so that runs are set up and closed one at a time. A thread that sets
-# up a run may collect garbage, and so close another.
+# torch's compiler waits too. So runs are set up and closed one at a time. A thread that sets up a
+# run may collect garbage, and so close another run.
 set_up_alone = threading.RLock()
 
 Forward = Callable[[Tensor, Buffers], object]
@@ -163,7 +163,7 @@ class CudaTransfer:
                     forward(slot.boards_BS, slot.buffers)
                 graphs.append(graph)
             drop_workspaces()
-            # A short batch, often the last of hours, has to find memory next to the graphs.
+            # A short batch, often the last of a long run, must find memory next to the graphs.
             rows = max(len(self._slots[0].boards_BS) - 1, 1)
             forward(self._slots[0].boards_BS[:rows], cut(self._slots[0].buffers, rows))
         except RuntimeError as error:

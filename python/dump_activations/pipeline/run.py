@@ -202,8 +202,8 @@ class Run:
             if compiled or plan.options.precision != "fp32":
                 hooked = [name for tensor in plan.board_tensors for name in tensor.modules]
                 model = with_joined_products(model, hooked)
-            # Graphs read weights by address: keep them, even if the caller's model gets others.
-            self._weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
+            if is_graphed:  # Graphs read weights by address: keep them if the caller sets others.
+                self._weights = [each.detach() for each in (*model.parameters(), *model.buffers())]
             self._capture = exits.enter_context(
                 Capture(model, plan.board_tensors, compiled_rows=rows if compiled else None)
             )

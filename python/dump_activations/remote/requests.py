@@ -1,4 +1,4 @@
-"""Requests, made in threads so that Ctrl-C ends them, repeated, and their errors in one line."""
+"""Makes requests in threads, so that Ctrl-C ends the wait, and shortens errors to one line."""
 
 import atexit
 import logging
@@ -68,7 +68,7 @@ def run_all(
             "multiprocessing_context='spawn')"
         )
     results: dict[int, _T] = {}
-    # The threads share it: the interpreter's lock makes each step of it whole.
+    # The threads share this iterator: the interpreter's lock makes each of its steps atomic.
     left, ended = enumerate(works), Event()
 
     def serve() -> None:
@@ -95,13 +95,13 @@ def run_all(
 def ask(work: Callable[[], _T]) -> _T:
     """Make one request, and repeat it while the server is overloaded.
 
-    obstore repeats its own requests, but waits for them without a look at Ctrl-C.
+    obstore repeats its own requests, but Ctrl-C does not end its wait for them.
     """
     return run_all([partial(_repeated, work)])[0]
 
 
 def _repeated(work: Callable[[], _T]) -> _T:
-    """Repeat a request of the hub's client or of urllib while the answer is that of overload."""
+    """Repeat a request of the hub's client or of urllib while the server is overloaded."""
     ends = time.monotonic() + RETRIES["retry_timeout"].total_seconds()
     pause = _FIRST_PAUSE
     while True:
@@ -117,10 +117,10 @@ def _repeated(work: Callable[[], _T]) -> _T:
 
 
 def in_background(work: Callable[[], _T]) -> Future[_T]:
-    """Start a thread that neither an interruption nor, for long, the end of the program waits for.
+    """Start a thread. An interruption does not wait for it, the end of the program for a second.
 
-    Threads wait for answers. The client would wake a loop of asyncio from threads of its own, and
-    such a thread aborts a program that ends at the same moment.
+    The client would wake a loop of asyncio from threads of its own, and such a thread aborts a
+    program that ends at the same moment.
     """
     done: Future[_T] = Future()
 

@@ -81,6 +81,10 @@ class Statistic(NamedTuple):
         axes = () if layers is None else (layers,)
         return (*axes, width) if self.per_feature else axes or (1,)
 
+    def without_layers(self, stored: Array) -> Array:
+        """Return the values of a tensor without layers: (F,), or a number in place of (1,)."""
+        return stored if self.per_feature else stored[0]
+
 
 STATISTICS: tuple[Statistic, ...] = (
     Statistic("count", "number of vectors", per_feature=False),

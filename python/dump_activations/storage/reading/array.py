@@ -23,7 +23,6 @@ from dump_activations.errors import (
     switch,
     whole_number,
 )
-from dump_activations.remote.mirror import fetch
 from dump_activations.storage.reading.dump_files import DumpFiles
 from dump_activations.storage.reading.keys import Key
 
@@ -217,7 +216,6 @@ class ActivationArray:
         rows = out.reshape(len(numbers), len(parts), -1)
         for at, part in enumerate(parts):
             into = rows[:, 0] if len(parts) == 1 else np.empty(rows[:, at].shape, np.uint8)
-            fetch(self._files.requests_for(part, numbers, into.shape[1]))
             self._files.read(part, numbers, into)
             if verify:
                 self._files.check_digest(part.tensor, into.reshape(-1))

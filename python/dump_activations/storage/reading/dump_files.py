@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dump_activations import _rust
 from dump_activations.errors import InvalidArgumentError, OutputError, is_url, warn
 from dump_activations.remote import input_path
-from dump_activations.remote.mirror import Ranges, Request, is_mirror, requests_for
+from dump_activations.remote.mirror import Ranges, Request, fetch, is_mirror, requests_for
 from dump_activations.storage.digests import INTEGRITY_KEY, Digest
 from dump_activations.storage.formats.layout import StoredTensor
 from dump_activations.storage.formats.registry import format_of
@@ -128,8 +128,7 @@ class DumpFiles:
     ) -> None:
         """Read a part of rows, or of `per_row` cells of each row, into `out`, uint8 (R, nbytes).
 
-        `numbers`, int64 (R,), count rows or cells through all files. `cancel` ends the read. The
-        requests of `requests_for` must have been fetched.
+        `numbers`, int64 (R,), count rows or cells through all files. `cancel` ends the read.
         """
         touched: Iterable[int] = range(len(self.files))
         if len(numbers) < len(self.files):
@@ -142,6 +141,9 @@ class DumpFiles:
                 places = self._places(part.tensor)
                 stored = _rust.StoredTensor(part.tensor, places, parts, nbytes)
                 self._open[part.tensor, parts] = stored
+            # A local copy has holes, which would be read as zeros.
+            requests = self.requests_for(part, numbers, nbytes, per_row=per_row)
+            fetch(requests, cancel and cancel.is_asked)
             numbers = _numbers_of_parts(part, numbers, per_row)
             stored.read(numbers, out, threads=THREADS, cancel=cancel)
             self._check_unchanged(touched)
@@ -162,7 +164,7 @@ class DumpFiles:
     def requests_for(
         self, part: Part, numbers: NDArray[np.int64], nbytes: int, *, per_row: int = 1
     ) -> list[Request]:
-        """List the requests to fetch before a read, of `nbytes` per number, from remote files."""
+        """List the requests of a read, of `nbytes` per number; none once their blocks are local."""
         if not self.is_remote:
             return []
         spans: dict[Path, Ranges] = {}

@@ -101,7 +101,7 @@ def key_statistics(key: Key, stored: Mapping[str, TensorStatistics]) -> TensorSt
         values = stored[part.tensor][each.name]
         if shapes == {of_layers}:  # stacked
             return values if key.layers is not None else values[part.at]
-        return values if each.per_feature else values[0]
+        return each.without_layers(values)
 
     found_of = {each.name: [of_part(part, each) for part in key.parts] for each in STATISTICS}
     return {name: np.stack(of) if key.is_split else of[0] for name, of in found_of.items()}
